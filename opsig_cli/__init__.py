@@ -1,0 +1,1 @@
+"""opsig: find the opposing groups of samples that make training loss oscillate and spike."""

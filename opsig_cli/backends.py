@@ -1,0 +1,135 @@
+"""What turns a task and its parameters into numbers: the Backend protocol, and finding backends.
+
+S samples, P parameters, B buffers, M chosen samples, C checkpoints, K eigenpairs. Arrays are numpy on both sides.
+Losses are in nats; parameters are one flat float32 row in the order of `Session.layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from opsig_cli.errors import OpsigError
+from opsig_cli.tasks import Task, load_entry_point
+
+ENTRY_POINT_GROUP = "opsig.backends"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one parameter or buffer lies in the flat row of its kind ("parameter" or "buffer")."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class State:
+    """A point of a run: step, parameters (P,) float32, buffers (B,) float64, and the optimizer's state by name, each (P,)."""
+
+    step: int
+    params: np.ndarray
+    buffers: np.ndarray
+    optimizer: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train. `batch_size` None is full batch. `momentum` is heavy-ball's beta; Adam's are `betas`.
+
+    `wants_losses(step)` and `wants_state(step)` say what the snapshot of that step must carry.
+    """
+
+    optimizer: str
+    learning_rate: float
+    steps: int
+    batch_size: int | None = None
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    seed: int = 0
+    wants_losses: Callable[[int], bool] = lambda step: False
+    wants_state: Callable[[int], bool] = lambda step: False
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was seen at one step, before the update that follows it.
+
+    `losses` (S,) float32 and `predictions` (S,) integers or None; `state` where it was asked for; `update_norm` is NaN at the last step.
+    """
+
+    step: int
+    train_loss: float
+    learning_rate: float
+    grad_norm: float
+    update_norm: float
+    losses: np.ndarray | None = None
+    predictions: np.ndarray | None = None
+    state: State | None = None
+
+
+class Session(Protocol):
+    """A task opened on a device. Samples are named by their index in the task's dataset."""
+
+    device: str
+    samples: int
+    layout: list[Tensor]
+
+    def initial(self, seed: int) -> State:
+        """The run's first state, from torch seeded with `seed`."""
+        ...
+
+    def train(self, training: Training, start: State) -> Iterator[Snapshot]:
+        """Snapshots of every step from `start.step` to `training.steps`, both included."""
+        ...
+
+    def losses(self, state: State) -> tuple[np.ndarray, np.ndarray | None]:
+        """Loss of every sample, (S,) float32, and its prediction, (S,) integers or None."""
+        ...
+
+
+@runtime_checkable
+class GradientCosines(Protocol):
+    """The capability `cluster` needs."""
+
+    def gradient_cosines(self, state: State, samples: np.ndarray) -> np.ndarray:
+        """Cosines of the chosen samples' gradients over all parameters, (M, M) float64; NaN where a gradient is 0."""
+        ...
+
+
+@runtime_checkable
+class TopEigenpairs(Protocol):
+    """The capability that sharpness needs."""
+
+    def top_eigenpairs(self, state: State, count: int, tolerance: float, start: np.ndarray | None = None) -> Any:
+        """The `count` most positive eigenpairs of the training loss's Hessian: (K,) values, (K, P) vectors, (K,) residuals."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What an entry point of the group `opsig.backends` names."""
+
+    def open(self, task: Task, device: str | None = None, batch_size: int | None = None) -> Session:
+        """Open a task on "cpu" or "cuda" (None: the best there is); raises OpsigError where the device is absent."""
+        ...
+
+
+def load_backend(name: str) -> Backend:
+    """The installed backend of that name, built. Raises OpsigError where it is unknown or broken."""
+    return load_entry_point(ENTRY_POINT_GROUP, name, "backend")()
+
+
+def require(session: Any, capability: type, name: str, what: str) -> None:
+    """Raise OpsigError, naming backends that have it, where the session lacks a capability."""
+    if isinstance(session, capability):
+        return
+    raise OpsigError(f"backend {name} cannot compute {what}. The torch backend can: --backend torch")

@@ -1,0 +1,77 @@
+"""The trajectory file's contract as data: every dataset, its dimensions, type, unit and meaning.
+
+A dataset is optional, but where it is present it has exactly this meaning. Groups that hold one row per
+step carry their own `step` coordinate. Unknown groups are left alone. `docs/trajectory.md` says the same
+in words and a test holds the two together.
+"""
+
+from dataclasses import dataclass
+
+SCHEMA_VERSION = (1, 0)
+"""Major, minor. A reader refuses a newer major version and reads any minor one."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One dataset: its path in the file, named dimensions, dtype, unit, meaning, and the command that makes it."""
+
+    path: str
+    dims: tuple[str, ...]
+    dtype: str
+    units: str
+    long_name: str
+    made_by: str = "opsig train"
+
+    @property
+    def fill(self) -> float | int | bytes:
+        """What an unmeasured cell holds: NaN for floats, the largest value for unsigned, -1 for signed integers."""
+        kind = self.dtype[0]
+        if kind == "f":
+            return float("nan")
+        if kind == "u":
+            return 2 ** (8 * int(self.dtype[1:])) - 1
+        return b"" if kind == "S" else -1
+
+
+def _fields(*fields: Field) -> dict[str, Field]:
+    return {field.path: field for field in fields}
+
+
+# "S*" is a fixed-length UTF-8 string as wide as the longest value; "u1|i4" is u1 where 254 classes suffice.
+FIELDS = _fields(
+    Field("sample", ("sample",), "i8", "1", "index of the sample in the task's dataset"),
+    Field("class_name", ("class",), "S*", "1", "name of the class that a prediction's integer stands for"),
+    Field("samples/label", ("sample",), "S*", "1", "label of the sample, as a person reads it"),
+    Field("samples/thumbnail", ("sample", "row", "column", "channel"), "u1", "1", "small picture of the sample"),
+    Field("samples/text", ("sample",), "S*", "1", "the sample as text"),
+    Field("samples/truth", ("sample",), "i4", "1", "planted side: 2*feature + side, or -1 outside every group"),
+    Field("scalars/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field(
+        "scalars/train_loss", ("step",), "f8", "nat", "mean training loss (over the minibatch for minibatch methods)"
+    ),
+    Field("scalars/learning_rate", ("step",), "f8", "1", "learning rate of the step that follows"),
+    Field("scalars/grad_norm", ("step",), "f8", "1", "Euclidean norm of the gradient of the training loss"),
+    Field(
+        "scalars/update_norm", ("step",), "f8", "1", "Euclidean norm of the parameter change of the step that follows"
+    ),
+    Field("losses/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field("losses/loss", ("step", "sample"), "f4", "nat", "loss of every sample", "opsig track"),
+    Field("losses/prediction", ("step", "sample"), "u1|i4", "1", "predicted class of every sample", "opsig track"),
+    Field("checkpoints/step", ("step",), "i8", "1", "optimizer steps taken before the checkpoint"),
+    Field("checkpoints/params", ("step", "parameter"), "f4", "1", "all parameters, flattened in layout order"),
+    Field("checkpoints/buffers", ("step", "buffer"), "f8", "1", "all buffers of the model, flattened in layout order"),
+    Field("checkpoints/optimizer/momentum_buffer", ("step", "parameter"), "f4", "1", "heavy-ball momentum"),
+    Field("checkpoints/optimizer/exp_avg", ("step", "parameter"), "f4", "1", "Adam's first moment"),
+    Field("checkpoints/optimizer/exp_avg_sq", ("step", "parameter"), "f4", "1", "Adam's second moment"),
+    Field("layout/name", ("tensor",), "S*", "1", "name of the parameter or buffer"),
+    Field("layout/kind", ("tensor",), "S*", "1", "parameter or buffer"),
+    Field("layout/shape", ("tensor", "axis"), "i8", "1", "shape, padded with -1"),
+    Field("layout/offset", ("tensor",), "i8", "1", "first index in the flat row of its kind"),
+    Field("layout/size", ("tensor",), "i8", "1", "number of entries"),
+    Field("sharpness/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field("sharpness/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of the training loss's Hessian"),
+    Field("sharpness/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
+)
+
+ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswith("/step"))
+"""Groups that grow by one row per recorded step."""

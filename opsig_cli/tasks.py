@@ -1,0 +1,241 @@
+"""What a person brings: a model, a dataset and per-sample losses; and how a name on the command line finds it.
+
+A task is ordinary PyTorch. Nothing here imports torch; the task's own module does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from opsig_cli.errors import OpsigError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
+
+ENTRY_POINT_GROUP = "opsig.tasks"
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A training problem whose samples have a loss of their own. B is a batch's size, D a feature's.
+
+    `model()` is called on the CPU after seeding torch with the run's seed. `dataset()` is map-style, of fixed
+    length, and returns the same item for the same index every time: the index is the sample's id.
+
+    Optional members, used where present:
+    `collate(items) -> batch`; `predictions(model, batch) -> (B,) integers`; `features(model, batch) -> (B, D)`,
+    the input of the last linear layer; `render(i) -> PIL.Image | str`, what a person looks at;
+    `label(i) -> str`; `classes -> Sequence[str]`, the names behind the integers of `predictions`;
+    `truth() -> (S,) integers`, planted sides; `forward_losses(model, batch) -> (losses, predictions)`, both from one forward pass.
+    """
+
+    def model(self) -> nn.Module: ...
+
+    def dataset(self) -> Dataset: ...
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Unreduced loss of every sample in the batch, (B,), in nats."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """What the command line asked for: a task's name or place, its options, and the model's.
+
+    `source` is the file a person's own task came from and `digest` its SHA-256; both are None for installed tasks.
+    """
+
+    name: str
+    options: Mapping[str, str]
+    model: str | None = None
+    source: str | None = None
+    digest: str | None = None
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+
+def parse_spec(text: str, model: str | None = None) -> TaskSpec:
+    """Split `NAME[:key=value,...]`, `file.py:Name[:...]` or `pkg.mod:Name[:...]` into its parts.
+
+    Raises UsageError where an option is not of the form key=value.
+    """
+    name, _, rest = text.partition(":")
+    if rest and "=" not in rest.split(":")[0]:
+        attribute, _, rest = rest.partition(":")
+        name = f"{name}:{attribute}"
+    return TaskSpec(name, parse_options(rest, of=name), model)
+
+
+def parse_options(text: str, of: str) -> dict[str, str]:
+    """Split `key=value,key=value` into a dictionary; UsageError names what `of` them is malformed."""
+    options: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"{of}: '{part}' is not an option. Write {of}:key=value,key=value")
+        options[key.strip()] = value.strip()
+    return options
+
+
+def build(factory: Any, options: Mapping[str, str], what: str) -> Any:
+    """Call `factory` with options turned from text into the types its signature states.
+
+    `what` names it in errors. Raises UsageError for an unknown option (listing the known) or a value of the wrong type.
+    """
+    parameters = inspect.signature(factory).parameters
+    hints = _type_hints(factory)
+    free_form = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    values = {}
+    for key, text in options.items():
+        if key not in known and not free_form:
+            listed = ", ".join(sorted(set(known) - {"model"})) or "none"
+            raise UsageError(f"{what} has no option '{key}'. Known: {listed}")
+        values[key] = _convert(text, hints.get(key, str), f"{what}: option {key}")
+    missing = [n for n in known if parameters[n].default is inspect.Parameter.empty and n not in values]
+    if missing:
+        raise UsageError(f"{what} needs the option {missing[0]}. Write {what}:{missing[0]}=...")
+    try:
+        return factory(**values)
+    except ValueError as error:
+        raise UsageError(f"{what}: {error}") from error
+
+
+def _type_hints(factory: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except (NameError, TypeError):
+        return {}
+
+
+def _convert(text: str, kind: Any, what: str) -> Any:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if kind is bool:
+        if text.lower() in ("true", "yes", "1", "on"):
+            return True
+        if text.lower() in ("false", "no", "0", "off"):
+            return False
+        raise UsageError(f"{what} is '{text}', which is neither true nor false")
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise UsageError(
+                f"{what} is '{text}', which is not {'an integer' if kind is int else 'a number'}"
+            ) from None
+    return text
+
+
+def installed() -> list[str]:
+    """Names of the tasks that installed distributions offer, sorted."""
+    return sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)})
+
+
+def is_own(spec: TaskSpec) -> bool:
+    """Whether the task is a person's own code (a file or a module) rather than an installed one."""
+    return ":" in spec.name
+
+
+def load(spec: TaskSpec) -> tuple[Task, TaskSpec]:
+    """Import the task and build it with its options; the returned spec says where its code came from.
+
+    Raises OpsigError where the task cannot be found or imported, UsageError where an option is wrong.
+    """
+    if is_own(spec):
+        factory, spec = _load_own(spec)
+    else:
+        factory = load_entry_point(ENTRY_POINT_GROUP, spec.name, "task", "--task file.py:Name loads your own.")
+    options = dict(spec.options)
+    if spec.model is not None:
+        if "model" not in inspect.signature(factory).parameters:
+            raise UsageError(f"task {spec.name} brings its own model. Leave --model out")
+        options["model"] = spec.model
+    task = build(factory, options, f"task {spec.name}")
+    for needed in ("model", "dataset", "losses"):
+        if not callable(getattr(task, needed, None)):
+            raise OpsigError(f"task {spec.name} has no method {needed}(). A task needs model, dataset and losses")
+    return task, spec
+
+
+def load_entry_point(group: str, name: str, kind: str, hint: str = "") -> Any:
+    """Load the one installed plugin called `name`; errors list what there is and name a broken plugin's distribution."""
+    found = [entry for entry in entry_points(group=group) if entry.name == name]
+    if not found:
+        known = ", ".join(sorted({entry.name for entry in entry_points(group=group)})) or "none"
+        raise UsageError(f"no {kind} is called '{name}'. Installed: {known}. {hint}".strip())
+    if len({entry.value for entry in found}) > 1:
+        owners = " and ".join(sorted(_owner(entry) for entry in found))
+        raise OpsigError(f"{kind} '{name}' is offered by {owners}. Uninstall one of them")
+    try:
+        return found[0].load()
+    except Exception as error:
+        raise OpsigError(f"{kind} '{name}' of {_owner(found[0])} cannot be loaded: {_one_line(error)}") from error
+
+
+def _owner(entry: Any) -> str:
+    return entry.dist.name if entry.dist else "an unknown distribution"
+
+
+def _load_own(spec: TaskSpec) -> tuple[Any, TaskSpec]:
+    place, _, attribute = spec.name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            module, path = _import_file(place), place
+        else:
+            module = importlib.import_module(place)
+            path = module.__file__
+    except OpsigError:
+        raise
+    except Exception as error:
+        raise OpsigError(f"task {spec.name} cannot be imported: {_one_line(error)}") from error
+    if not hasattr(module, attribute):
+        raise OpsigError(f"{place} has no '{attribute}'. Write --task {place}:NAME with a class that it defines")
+    digest = None
+    if path:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+    return getattr(module, attribute), dataclasses.replace(
+        spec, source=os.path.abspath(path) if path else None, digest=digest
+    )
+
+
+def _import_file(path: str) -> types.ModuleType:
+    if not os.path.isfile(path):
+        raise OpsigError(f"{path} does not exist. --task takes file.py:Name, or one of: {', '.join(installed())}")
+    name = f"opsig_task_{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise OpsigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # its neighbours are importable, as in a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def labels(task: Task, count: int) -> Sequence[str] | None:
+    """The label of every sample as text, or None where the task has no labels."""
+    label = getattr(task, "label", None)
+    return None if label is None else [str(label(i)) for i in range(count)]
