@@ -6,7 +6,7 @@ Losses are in nats; parameters are one flat float32 row in the order of `Session
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,7 +31,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class State:
-    """A point of a run: step, parameters (P,) float32, buffers (B,) float64, and the optimizer's state by name, each (P,)."""
+    """A point of a run: step, parameters (P,) float32, buffers (B,) float64, optimizer state by name, (P,) each."""
 
     step: int
     params: np.ndarray
@@ -63,7 +63,8 @@ class Training:
 class Snapshot:
     """What was seen at one step, before the update that follows it.
 
-    `losses` (S,) float32 and `predictions` (S,) integers or None; `state` where it was asked for; `update_norm` is NaN at the last step.
+    `losses` (S,) float32 and `predictions` (S,) integers or None; `state` where it was asked for; `update_norm` is NaN
+    at the last step.
     """
 
     step: int
@@ -79,9 +80,17 @@ class Snapshot:
 class Session(Protocol):
     """A task opened on a device. Samples are named by their index in the task's dataset."""
 
-    device: str
     samples: int
-    layout: list[Tensor]
+
+    @property
+    def layout(self) -> list[Tensor]:
+        """Names, shapes and places of all parameters and buffers."""
+        ...
+
+    @property
+    def device_name(self) -> str:
+        """The device, as a person knows it."""
+        ...
 
     def initial(self, seed: int) -> State:
         """The run's first state, from torch seeded with `seed`."""
@@ -91,8 +100,8 @@ class Session(Protocol):
         """Snapshots of every step from `start.step` to `training.steps`, both included."""
         ...
 
-    def losses(self, state: State) -> tuple[np.ndarray, np.ndarray | None]:
-        """Loss of every sample, (S,) float32, and its prediction, (S,) integers or None."""
+    def losses(self, states: Sequence[State]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """At every state, the loss of every sample, (S,) float32, and its prediction, (S,) integers or None."""
         ...
 
 
@@ -110,7 +119,10 @@ class TopEigenpairs(Protocol):
     """The capability that sharpness needs."""
 
     def top_eigenpairs(self, state: State, count: int, tolerance: float, start: np.ndarray | None = None) -> Any:
-        """The `count` most positive eigenpairs of the training loss's Hessian: (K,) values, (K, P) vectors, (K,) residuals."""
+        """The `count` most positive eigenpairs of the training loss's Hessian.
+
+        Values (K,), decreasing; vectors (K, P); relative residuals (K,).
+        """
         ...
 
 
@@ -118,8 +130,13 @@ class TopEigenpairs(Protocol):
 class Backend(Protocol):
     """What an entry point of the group `opsig.backends` names."""
 
-    def open(self, task: Task, device: str | None = None, batch_size: int | None = None) -> Session:
-        """Open a task on "cpu" or "cuda" (None: the best there is); raises OpsigError where the device is absent."""
+    def open(
+        self, task: Task, device: str | None = None, batch_size: int | None = None, statistics: str | None = None
+    ) -> Session:
+        """Open a task on "cpu" or "cuda" (None: the best there is), measured in batches of `batch_size`.
+
+        `statistics` is the batch-norm convention, "chunk" or "running". Raises OpsigError where the device is absent.
+        """
         ...
 
 

@@ -38,7 +38,7 @@ class Task(Protocol):
     `collate(items) -> batch`; `predictions(model, batch) -> (B,) integers`; `features(model, batch) -> (B, D)`,
     the input of the last linear layer; `render(i) -> PIL.Image | str`, what a person looks at;
     `label(i) -> str`; `classes -> Sequence[str]`, the names behind the integers of `predictions`;
-    `truth() -> (S,) integers`, planted sides; `forward_losses(model, batch) -> (losses, predictions)`, both from one forward pass.
+    `truth() -> (S,) integers`, planted sides.
     """
 
     def model(self) -> nn.Module: ...
@@ -173,7 +173,7 @@ def load(spec: TaskSpec) -> tuple[Task, TaskSpec]:
 
 
 def load_entry_point(group: str, name: str, kind: str, hint: str = "") -> Any:
-    """Load the one installed plugin called `name`; errors list what there is and name a broken plugin's distribution."""
+    """Load the one installed plugin called `name`; errors list what there is, or name a broken one's distribution."""
     found = [entry for entry in entry_points(group=group) if entry.name == name]
     if not found:
         known = ", ".join(sorted({entry.name for entry in entry_points(group=group)})) or "none"

@@ -1,0 +1,73 @@
+"""opsig cluster"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from opsig_cli import options
+from opsig_cli.errors import OpsigError
+
+
+def cluster(
+    run: options.RunOrRecords,
+    by: Annotated[
+        str, typer.Option(metavar="gradient|loss|both", help="What must align: gradients, loss changes, or both.")
+    ] = "both",
+    top: Annotated[
+        int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
+    ] = None,
+    truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
+    task: options.TaskOption = None,
+    device: options.DeviceOption = None,
+    backend: options.BackendOption = "torch",
+    format: options.FormatOption = None,
+    figure: options.FigureOption = None,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Group the samples that move most, and name the groups that pull against each other.
+
+    Takes a run, which it mines itself, or the records of `opsig mine` on stdin.
+
+    Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
+    """
+    from opsig_cli import groups, measure, movers, records
+    from opsig_cli.trajectory import open_trajectory
+
+    mined = records.read(sys.stdin) if run == "-" else None
+    path = options.trajectory_of(mined) if mined else run
+    with open_trajectory(path) as trajectory:
+        trajectory.require("losses/loss")
+        found = movers.find(trajectory, top or movers.default_count(len(trajectory.samples)))
+        position = found.position
+        if mined:
+            samples = [r["sample"] for r in mined if isinstance(r.get("sample"), int)]
+            position = movers.positions_of(trajectory, list(dict.fromkeys(samples)))
+        if len(position) < 2:
+            raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {path} --top 200")
+        window = groups.window_of(trajectory, found)
+        cosines = None
+        if by != "loss":
+            steps = groups.checkpoints_in(trajectory, window)
+            session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
+            with options.progress("gradients", len(steps), quiet) as advance:
+                cosines = groups.cosines(trajectory, session, backend, position, window, advance)
+        clusters = groups.cluster(trajectory, position, by, window, cosines)
+        written = groups.records(trajectory, clusters)
+        agreement = groups.agreement(trajectory, clusters) if truth else None
+        if figure:
+            from opsig_cli import pictures
+
+            options.save_figure(figure, pictures.draw_pairs, trajectory, clusters, written)
+    if found.note:
+        options.note(f"note: {found.note}", quiet)
+    pairs = [record for record in written if record["kind"] == "pair"]
+    if not pairs:
+        options.note(f"no opposing pair was found among {len(position)} samples", quiet)
+    tables = [records.Table(f"{path}: opposing pairs", groups.table(pairs))]
+    if agreement:
+        written.append(agreement)
+        tables.append(records.Table("agreement with the planted truth", [agreement]))
+    records.write(written, format, tables)

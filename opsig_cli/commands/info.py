@@ -1,0 +1,38 @@
+"""opsig info"""
+
+from __future__ import annotations
+
+from opsig_cli import options
+
+
+def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
+    """What a trajectory file holds.
+
+    Example: opsig info run.h5 --format json
+    """
+    import os
+
+    from opsig_cli import records
+    from opsig_cli.schema import ROW_GROUPS
+    from opsig_cli.trajectory import open_trajectory
+
+    with open_trajectory(run) as trajectory:
+        attributes = trajectory.attributes
+        rows = {group: trajectory.steps(group) for group in ROW_GROUPS}
+        record = {
+            "trajectory": run,
+            "task": attributes.get("task"),
+            "steps": max((int(steps[-1]) for steps in rows.values() if len(steps)), default=None),
+            "samples": len(trajectory.samples),
+            "parameters": trajectory.shape("checkpoints/params")[1] if trajectory.has("checkpoints/params") else None,
+            "checkpoints": len(rows["checkpoints"]),
+            "groups": trajectory.groups(),
+            "bytes": os.path.getsize(run),
+            "state": attributes.get("state"),
+        }
+        settings = attributes.get("settings_json") or {}
+        rows_recorded = [
+            {"group": group, "rows": len(s), "first": s[0], "last": s[-1]} for group, s in rows.items() if len(s)
+        ]
+    about = [{"what": key, "value": value} for key, value in (record | settings).items() if value is not None]
+    records.write([record], format, [records.Table("", about), records.Table("rows", rows_recorded)])

@@ -1,0 +1,56 @@
+"""opsig mine"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from opsig_cli import options
+from opsig_cli.errors import UsageError
+
+
+def mine(
+    run: options.RunArgument,
+    top: Annotated[int, typer.Option("--top", min=1, help="Samples to print.")] = 40,
+    step: Annotated[int | None, typer.Option(min=0, help="Rank by the change of this one step.")] = None,
+    window: Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")] = None,
+    score: Annotated[str | None, typer.Option(metavar="change|oscillation", help="Default: chosen by the run.")] = None,
+    format: options.FormatOption = None,
+    figure: options.FigureOption = None,
+    quiet: options.QuietOption = False,
+) -> None:
+    """The samples whose loss moves most.
+
+    `change` ranks by the largest one-step change of the loss, `oscillation` by its amplitude at period two.
+
+    Example: opsig mine run.h5 --top 20 --figure movers.png
+    """
+    from opsig_cli import movers, records
+    from opsig_cli.trajectory import open_trajectory
+
+    if step is not None and window is not None:
+        raise UsageError("--step and --window exclude each other. Give one of them")
+    with open_trajectory(run) as trajectory:
+        found = movers.find(trajectory, top, score, step, options.parse_range(window, "--window"))
+        mined = movers.records(trajectory, found)
+        if figure:
+            from opsig_cli import pictures
+
+            options.save_figure(figure, pictures.draw_movers, trajectory, found, mined)
+    if found.note:
+        options.note(f"note: {found.note}", quiet)
+    shown = [
+        {
+            "rank": r["rank"],
+            "sample": r["sample"],
+            "label": r["label"],
+            "predicted": f"{r['prediction_before']} -> {r['prediction_after']}",
+            "step": r["step"],
+            "loss": f"{r['loss_before']:.3f} -> {r['loss_after']:.3f}",
+            "change": r["change"],
+            "score": r["score"],
+        }
+        for r in mined
+    ]
+    records.write(mined, format, [records.Table(f"{run}: samples that move most, by {found.score_name}", shown)])

@@ -1,0 +1,93 @@
+"""opsig train"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from opsig_cli import options
+from opsig_cli.errors import OpsigError, UsageError
+
+
+def train(
+    output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="Trajectory file to write.")],
+    task: options.TaskOption = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME[:key=value,...]", help="mlp or cnn, with options.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="gd|sgd|momentum|adam", help="Default: gd, full batch.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="Default: 0.1.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps in all. Default: 1000.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Minibatch; without it momentum and adam are full batch.")
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="Heavy ball's beta. Default: 0.9.")] = None,
+    beta1: Annotated[float | None, typer.Option(help="Adam. Default: 0.9.")] = None,
+    beta2: Annotated[float | None, typer.Option(help="Adam. Default: 0.999.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Initialisation and minibatch order. Default: 0.")] = None,
+    track: Annotated[bool, typer.Option("--track", help="Record every sample's loss at every step.")] = False,
+    track_every: Annotated[int | None, typer.Option(min=1, help="Record them every N steps.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Default: a twentieth of the run.")] = None,
+    checkpoint_pairs: Annotated[
+        bool, typer.Option("--checkpoint-pairs", help="Checkpoint the step after each, too.")
+    ] = False,
+    sharpness_every: Annotated[
+        int | None, typer.Option(min=1, help="Measure the top Hessian eigenvalue every N steps.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue RUN from its last checkpoint.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")] = False,
+    chunk_size: options.BatchSizeOption = None,
+    statistics: Annotated[str | None, typer.Option(metavar="chunk|running", help="Batch norm's statistics.")] = None,
+    device: options.DeviceOption = None,
+    backend: options.BackendOption = "torch",
+    format: options.FormatOption = None,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Train a network and record its trajectory: checkpoints, scalars, and every sample's loss.
+
+    Example: opsig train --task digits --learning-rate 0.2 --steps 50 --track -o run.h5
+    """
+    from opsig_cli import records, tasks, trainer
+    from opsig_cli.backends import load_backend
+    from opsig_cli.recorder import Recorder
+    from opsig_cli.settings import Settings
+    from opsig_cli.trajectory import open_trajectory
+
+    if resume and replace:
+        raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
+    given = dict(
+        task=task, model=model, optimizer=optimizer, learning_rate=learning_rate, steps=steps, batch_size=batch_size,
+        momentum=momentum, beta1=beta1, beta2=beta2, weight_decay=weight_decay, seed=seed, chunk_size=chunk_size,
+        track_every=track_every or (1 if track else None), checkpoint_every=checkpoint_every,
+        checkpoint_pairs=checkpoint_pairs or None, sharpness_every=sharpness_every, statistics=statistics,
+        backend=backend,
+    )  # fmt: skip
+    if resume:
+        with open_trajectory(output) as run:
+            settings = Settings.stored(run.attributes, output).resumed(given, output)
+    else:
+        settings = Settings.of(given)
+    spec = tasks.parse_spec(task or settings.task, settings.model)
+    if resume and task is None and tasks.is_own(spec):
+        raise OpsigError(f"{output} was trained with a task of your own. Give it again: --task {settings.task}")
+    loaded, spec = tasks.load(spec)
+    session = load_backend(settings.backend).open(loaded, device, settings.chunk_size, settings.statistics)
+    options.note(f"device: {session.device_name}", quiet)
+    start = session.initial(settings.seed)
+    if resume:
+        recorder = Recorder(output, session.samples, resume=True)
+    else:
+        recorder = trainer.new_recorder(output, settings, session, loaded, spec, replace)
+    written = []
+    stop = trainer.StopRequest()
+    with recorder:
+        if resume:
+            start = trainer.resume_point(recorder, session, settings)
+            options.note(f"resuming at step {start.step} of {settings.steps}", quiet)
+        with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():
+            written.extend(trainer.run(recorder, session, settings, start, stop, advance))
+    records.write(written, format)
+    if stop.asked:
+        raise OpsigError(f"interrupted. Continue with: opsig train -o {output} --resume", exit_code=130)

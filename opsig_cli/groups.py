@@ -1,0 +1,238 @@
+"""From mined samples to groups and opposing pairs: similarities gathered, samples grouped, evidence put into words.
+
+M mined samples, C checkpoints, T steps of the window.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opsig_cli import backends
+from opsig_cli.analysis import grouping
+from opsig_cli.analysis.grouping import Evidence, Grouping
+from opsig_cli.backends import Session
+from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.movers import Movers
+from opsig_cli.recorder import read_state
+from opsig_cli.trajectory import Trajectory
+
+BY = ("gradient", "loss", "both")
+CHECKPOINTS = 6
+"""C: checkpoints that gradient cosines are averaged over."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of `losses` that the evidence is taken from, and where in them the whole loss rose most.
+
+    `first`, `stop`: rows of the file. `steps_T`: their steps. `rise_row`: the row after the largest rise of the mean
+    loss, counted from `first`; `rise`: that rise summed over all samples, in nats.
+    """
+
+    first: int
+    stop: int
+    steps_T: np.ndarray
+    rise_row: int
+    rise: float
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The grouping of the samples at `position`, the evidence of its pairs in order, and the samples' losses (T, M)."""
+
+    position: np.ndarray
+    grouping: Grouping
+    evidence: list[Evidence]
+    losses_TM: np.ndarray
+    window: Window
+
+
+def window_of(run: Trajectory, movers: Movers) -> Window:
+    """From the first alternation at period two (else from the start) to the end of what was mined."""
+    movement = movers.movement
+    begin = movement.first_alternation or 0
+    if len(movement.mean_T) - begin < 3:
+        begin = 0
+    rises = np.diff(movement.mean_T[begin:])
+    if len(rises) < 2:
+        raise OpsigError(f"{run.path} has too few steps with losses to group samples. Record more: opsig train --track")
+    rise_row = int(rises.argmax()) + 1
+    first, stop = movers.first + begin, movers.first + len(movement.mean_T)
+    return Window(first, stop, run.steps("losses")[first:stop], rise_row, float(rises.max()) * len(run.samples))
+
+
+def cosines(
+    run: Trajectory, session: Session, backend: str, position: np.ndarray, window: Window, advance: Callable[..., None]
+) -> np.ndarray:
+    """Gradient cosines of the samples at checkpoints spread over the window, (C, M, M) float64."""
+    backends.require(session, backends.GradientCosines, backend, "gradient cosines")
+    steps = checkpoints_in(run, window)
+    samples = run.samples[position]
+    found = []
+    for step in steps.tolist():
+        found.append(np.nan_to_num(session.gradient_cosines(read_state(run, step), samples)))  # pyright: ignore
+        advance(note=f"step {step}")
+    return np.stack(found)
+
+
+def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
+    """The steps of the checkpoints whose gradients are compared. Raises OpsigError where the run has none."""
+    run.require("checkpoints/params")
+    return grouping.spread(int(window.steps_T[0]), int(window.steps_T[-1]), run.steps("checkpoints"), CHECKPOINTS)
+
+
+def cluster(run: Trajectory, position: np.ndarray, by: str, window: Window, cosines_CMM: np.ndarray | None) -> Clusters:
+    """Group the samples by gradient cosines, by the correlation of their loss changes, or by cosines with pairs that
+    must also move against each other in loss ("both")."""
+    if by not in BY:
+        raise UsageError(f"--by is one of {', '.join(BY)}, not '{by}'")
+    losses_TM = run.series("losses/loss", position, window.first, window.stop)
+    if cosines_CMM is None:
+        cosines_CMM = np.nan_to_num(grouping.change_correlation(losses_TM))[None]
+    smallest = grouping.SMALLEST if len(position) >= 10 * grouping.SMALLEST else 2
+    found = grouping.group_by_similarity(cosines_CMM.mean(0), smallest)
+
+    def weigh(a: int, b: int) -> Evidence:
+        return grouping.evidence(
+            cosines_CMM, losses_TM, window.rise_row, window.rise, found.members(a), found.members(b)
+        )
+
+    evidence = {pair: weigh(*pair) for pair in found.pairs()}
+    if by == "both":
+        evidence = {pair: e for pair, e in evidence.items() if e.loss_correlation < 0}
+        partner = np.full(len(found.partner_G), -1)
+        for a, b in evidence:
+            partner[a], partner[b] = b, a
+        found = Grouping(found.group_M, partner, found.alignment_M)
+    return Clusters(position, found, list(evidence.values()), losses_TM, window)
+
+
+def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
+    """A record for every pair, then one for every member of a group. Numbers of groups and pairs start at 1."""
+    found = clusters.grouping
+    pairs = found.pairs()
+    labels = run.read("samples/label")[clusters.position] if run.has("samples/label") else None
+    ids = run.samples[clusters.position]
+    mixes = [_mix(labels, found.members(group)) for group in range(len(found.partner_G))]
+    rise_step = int(clusters.window.steps_T[clusters.window.rise_row])
+    written: list[dict[str, Any]] = []
+    number, side = {}, {}
+    for pair, ((a, b), evidence) in enumerate(zip(pairs, clusters.evidence, strict=True), 1):
+        number |= {a: pair, b: pair}
+        side |= {a: 1, b: -1}
+        sizes = [len(found.members(a)), len(found.members(b))]
+        written.append({
+            "kind": "pair",
+            "trajectory": run.path,
+            "pair": pair,
+            "groups": [a + 1, b + 1],
+            "sizes": sizes,
+            "labels": [mixes[a], mixes[b]],
+            "cohesion": evidence.cohesion,
+            "opposition": evidence.opposition,
+            "opposition_error": evidence.opposition_error,
+            "loss_correlation": evidence.loss_correlation,
+            "share": evidence.share,
+            "rise_step": rise_step,
+            "sentence": _sentence((a, b), sizes, (mixes[a], mixes[b]), evidence, rise_step),
+        })  # fmt: skip
+    for i in np.argsort(found.group_M, kind="stable"):
+        group = int(found.group_M[i])
+        if group >= 0:
+            written.append({
+                "kind": "member",
+                "trajectory": run.path,
+                "sample": int(ids[i]),
+                "group": group + 1,
+                "pair": number.get(group),
+                "side": side.get(group),
+                "alignment": float(found.alignment_M[i]),
+                "label": None if labels is None else str(labels[i]),
+            })  # fmt: skip
+    return written
+
+
+def table(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of pairs, shortened to what a person reads in a row."""
+    rows = []
+    for pair in pairs:
+        sides = [
+            f"G{group}: {describe(mix, size)}"
+            for group, size, mix in zip(pair["groups"], pair["sizes"], pair["labels"], strict=True)
+        ]
+        error = pair["opposition_error"]
+        rows.append({
+            "pair": pair["pair"],
+            "one side": sides[0],
+            "against": sides[1],
+            "similarity": f"{pair['opposition']:.2f}" + (f" +- {error:.2f}" if np.isfinite(error) else ""),
+            "losses correlate": f"{pair['loss_correlation']:.2f}",
+            f"of the rise at {pair['rise_step']}": f"{pair['share']:.0%}" if np.isfinite(pair["share"]) else None,
+        })  # fmt: skip
+    return rows
+
+
+def describe(mix: dict[str, int] | None, size: int) -> str:
+    """A group's members in words: the label that nine in ten share, or the two most common.
+
+    >>> describe({"Coat": 12, "Shirt": 9, "Bag": 2, "Dress": 1}, 24)
+    '12 x Coat, 9 x Shirt, 3 more'
+    """
+    if not mix:
+        return f"{size} samples"
+    common = list(mix.items())[:2] if next(iter(mix.values())) < 0.9 * size else list(mix.items())[:1]
+    rest = size - sum(count for _, count in common)
+    words = [f"{count} x {label}" for label, count in common]
+    return ", ".join(words + ([f"{rest} more"] if rest else []))
+
+
+def _mix(labels: np.ndarray | None, members: np.ndarray) -> dict[str, int] | None:
+    return None if labels is None else dict(Counter(labels[members].tolist()).most_common())
+
+
+def _sentence(
+    groups: tuple[int, int],
+    sizes: list[int],
+    mixes: tuple[dict[str, int] | None, ...],
+    evidence: Evidence,
+    rise_step: int,
+) -> str:
+    sides = [f"G{g + 1} ({describe(mix, size)})" for g, size, mix in zip(groups, sizes, mixes, strict=True)]
+    text = f"{sides[0]} and {sides[1]} pull against each other: similarity {evidence.opposition:.2f}"
+    if np.isfinite(evidence.opposition_error):
+        text += f" +- {evidence.opposition_error:.2f}"
+    if np.isfinite(evidence.share):
+        text += f", together {evidence.share:.0%} of the rise at step {rise_step}"
+    return text
+
+
+def agreement(run: Trajectory, clusters: Clusters) -> dict[str, Any]:
+    """How well the groups recover the planted sides: adjusted Rand index over all planted samples, those in no group
+    counting as one more group, and over the mined ones; and the share of mined samples that were planted."""
+    from sklearn.metrics import adjusted_rand_score
+
+    if not run.has("samples/truth"):
+        raise OpsigError(
+            f"{run.path} holds no planted truth. Only runs of a task that plants groups, as planted, have it"
+        )
+    truth_S = run.read("samples/truth")
+    group_S = np.full(len(truth_S), -1)
+    group_S[clusters.position] = clusters.grouping.group_M
+    planted = truth_S >= 0
+    mined = np.zeros(len(truth_S), bool)
+    mined[clusters.position] = True
+    return {
+        "kind": "agreement",
+        "trajectory": run.path,
+        "adjusted_rand_index": float(adjusted_rand_score(truth_S[planted], group_S[planted])),
+        "adjusted_rand_index_mined": float(adjusted_rand_score(truth_S[planted & mined], group_S[planted & mined])),
+        "planted": int(planted.sum()),
+        "planted_mined": int((planted & mined).sum()),
+        "planted_grouped": int((planted & (group_S >= 0)).sum()),
+        "other_grouped": int((~planted & (group_S >= 0)).sum()),
+    }

@@ -1,0 +1,83 @@
+"""Filling in what a trajectory lacks: open the run's task, see which cells are missing, ask the backend, append."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from opsig_cli import tasks
+from opsig_cli.backends import Session, load_backend
+from opsig_cli.errors import OpsigError
+from opsig_cli.recorder import check_samples, read_state
+from opsig_cli.settings import Settings
+from opsig_cli.trajectory import Trajectory
+
+STATES_BYTES = 256 << 20
+"""Bound on the checkpoints held in memory at a time."""
+
+AGREES = 1e-4
+"""Relative difference up to which a measured mean loss is the one in the training log."""
+
+
+def open_session(
+    run: Trajectory, task: str | None, device: str | None, backend: str, warn: Callable[[str], None]
+) -> tuple[Session, tasks.Task]:
+    """Open the run's task on a backend, as it was trained: same options, model, chunks and batch-norm convention.
+
+    A person's own task must be named again by `task`; code that has changed since is a warning. Raises OpsigError where
+    the task is not given or its dataset has another length.
+    """
+    attributes = run.attributes
+    stored = Settings.stored(attributes, run.path) if task is None or "settings_json" in attributes else Settings(task)
+    spec = tasks.parse_spec(task or stored.task, stored.model)
+    if task is None and tasks.is_own(spec):
+        raise OpsigError(
+            f"{run.path} was trained with a task of your own, {stored.task}. Give it again: --task {stored.task}"
+        )
+    loaded, found = tasks.load(spec)
+    if found.digest and attributes.get("task_sha256") not in (None, found.digest):
+        warn(f"{spec.name} has changed since {run.path} was recorded")
+    session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
+    check_samples(run, session.samples)
+    warn(f"device: {session.device_name}")
+    return session, loaded
+
+
+def missing_losses(run: Trajectory) -> np.ndarray:
+    """Steps that have a checkpoint but no losses, increasing."""
+    return np.setdiff1d(run.steps("checkpoints"), run.steps("losses"))
+
+
+def fill_losses(run: Trajectory, session: Session, steps: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Measure every sample's loss at these checkpoints, append and commit each; yields the step and losses (S,).
+
+    Raises OpsigError where the mean of a full-batch run's losses is not the loss that its training logged.
+    """
+    together = max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
+    logged = _logged_losses(run)
+    for start in range(0, len(steps), together):
+        chosen = steps[start : start + together].tolist()
+        measured = session.losses([read_state(run, step) for step in chosen])
+        for step, (losses, predictions) in zip(chosen, measured, strict=True):
+            _check_mean(run, step, float(losses.mean(dtype=np.float64)), logged)
+            run.append("losses", step, loss=losses, **({} if predictions is None else {"prediction": predictions}))
+            run.commit()
+            yield step, losses
+
+
+def _logged_losses(run: Trajectory) -> dict[int, float]:
+    settings = run.attributes.get("settings_json") or {}
+    if settings.get("batch_size") is not None or not run.has("scalars/train_loss"):
+        return {}
+    steps = run.steps("scalars")
+    return dict(zip(steps.tolist(), run.rows("scalars/train_loss", 0, len(steps)).tolist(), strict=True))
+
+
+def _check_mean(run: Trajectory, step: int, mean: float, logged: dict[int, float]) -> None:
+    expected = logged.get(step)
+    if expected is not None and abs(mean - expected) > AGREES * abs(expected) + 1e-6:
+        raise OpsigError(
+            f"{run.path}: at step {step} the task's mean loss is {mean:.6g} and training logged {expected:.6g}. "
+            "The task, its data or its model is not the one that was trained"
+        )

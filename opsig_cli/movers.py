@@ -1,0 +1,179 @@
+"""The samples that moved most, from a trajectory: what `mine` prints and `cluster` starts from. S samples, M mined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opsig_cli.analysis import mining
+from opsig_cli.analysis.mining import Movement
+from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.trajectory import Trajectory
+
+SCORES = ("change", "oscillation")
+
+
+@dataclass(frozen=True)
+class Movers:
+    """Mined samples, the largest score first. All arrays are (M,).
+
+    `position`: column in the file; `row`: row of the losses after the change; `movement`: of all samples, over the
+    rows from `first` on; `score_name`: what was ranked by; `note`: why, where a person should know.
+    """
+
+    position: np.ndarray
+    row: np.ndarray
+    movement: Movement
+    first: int
+    score_name: str
+    note: str | None = None
+
+
+def find(
+    run: Trajectory, count: int, score: str | None = None, step: int | None = None,
+    window: tuple[int | None, int | None] = (None, None),
+) -> Movers:  # fmt: skip
+    """Mine `count` samples by one step's change, or over a window of steps by `score`.
+
+    Without a score it is the oscillation where the run alternates at period two, and the one-step change elsewhere.
+    Raises OpsigError for a step that was not recorded, or too few of them.
+    """
+    if score not in (None, *SCORES):
+        raise UsageError(f"no score is called '{score}'. Known: {', '.join(SCORES)}")
+    run.require("losses/loss")
+    steps = run.steps("losses")
+    if step is not None:
+        if score == "oscillation":
+            raise UsageError("--step is about one change; oscillation is measured over a window. Use --window A:B")
+        last = _row_of(run, steps, step)
+        if last == 0:
+            raise OpsigError(f"{run.path}: step {step} is the first with losses, so nothing changed before it")
+        return _movers(run, last - 1, last + 1, "change", count)
+    first, stop = window_rows(run, steps, window)
+    if stop - first < 2:
+        raise OpsigError(f"{run.path} has {stop - first} steps with losses in this window; at least two are needed")
+    if score == "change":
+        return _movers(run, first, stop, "change", count)
+    reason = _why_not_oscillation(steps[first:stop])
+    if reason is None:
+        movers = _movers(run, first, stop, "oscillation", count)
+        if score == "oscillation" or movers.movement.first_alternation is not None:
+            return movers
+        reason = "the losses do not alternate at period two: this run has not reached the edge of stability"
+    elif score == "oscillation":
+        raise OpsigError(f"{run.path}: oscillation cannot be scored: {reason}")
+    return _movers(run, first, stop, "change", count, f"{reason}. Ranked by the one-step change")
+
+
+def window_rows(run: Trajectory, steps: np.ndarray, window: tuple[int | None, int | None]) -> tuple[int, int]:
+    """Rows `first` to `stop` (exclusive) whose steps lie in the window, both its ends included."""
+    low, high = window
+    first = 0 if low is None else int(np.searchsorted(steps, low))
+    stop = len(steps) if high is None else int(np.searchsorted(steps, high, side="right"))
+    if first >= stop:
+        known = f"{steps[0]} to {steps[-1]}" if len(steps) else "none"
+        raise OpsigError(f"{run.path} has no losses between steps {low} and {high}. Recorded: {known}")
+    return first, stop
+
+
+def default_count(samples: int) -> int:
+    """How many samples `cluster` mines: a fifth, at least 200, at most 2,000."""
+    return min(samples, max(200, min(2000, samples // 5)))
+
+
+def records(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
+    """One record for each mined sample, in order."""
+    steps = run.steps("losses")
+    ids = run.samples
+    labels = run.read("samples/label") if run.has("samples/label") else None
+    before, after = predictions_around(run, movers)
+    moved = movers.movement
+    rise_T = np.diff(moved.mean_T) * len(ids)
+    found = []
+    for rank, (position, row) in enumerate(zip(movers.position.tolist(), movers.row.tolist(), strict=True)):
+        change = float(moved.after[position]) - float(moved.before[position])
+        whole = rise_T[row - movers.first - 1]
+        found.append({
+            "trajectory": run.path,
+            "rank": rank + 1,
+            "sample": int(ids[position]),
+            "step": int(steps[row]),
+            "previous_step": int(steps[row - 1]),
+            "direction": "up" if change > 0 else "down",
+            "loss_before": float(moved.before[position]),
+            "loss_after": float(moved.after[position]),
+            "change": change,
+            "score": float(moved.score[position]),
+            "score_name": movers.score_name,
+            "label": None if labels is None else str(labels[position]),
+            "prediction_before": before[rank],
+            "prediction_after": after[rank],
+            "share": change / whole if whole else None,
+        })  # fmt: skip
+    return found
+
+
+def predictions_around(run: Trajectory, movers: Movers) -> tuple[list[Any], list[Any]]:
+    """Every mined sample's predicted class before and after its change: a name, an integer, or None."""
+    nothing: list[Any] = [None] * len(movers.row)
+    if not run.has("losses/prediction"):
+        return nothing, nothing
+    names = run.read("class_name") if run.has("class_name") else None
+    before, after = list(nothing), list(nothing)
+    for row in np.unique(movers.row):
+        pair = run.rows("losses/prediction", int(row) - 1, int(row) + 1)
+        for rank in np.flatnonzero(movers.row == row):
+            was, now = pair[:, movers.position[rank]]
+            before[rank], after[rank] = class_name(names, was), class_name(names, now)
+    return before, after
+
+
+def class_name(names: np.ndarray | None, prediction: int) -> str | int | None:
+    """A predicted class as a person reads it; None where nothing was predicted."""
+    if prediction < 0:
+        return None
+    return str(names[prediction]) if names is not None and prediction < len(names) else int(prediction)
+
+
+def positions_of(run: Trajectory, samples: Sequence[int]) -> np.ndarray:
+    """Columns of samples given by index, (M,). Raises OpsigError for one that the file does not have."""
+    ids = run.samples
+    order = np.argsort(ids)
+    wanted = np.asarray(samples, np.int64)
+    places = np.searchsorted(ids, wanted, sorter=order)
+    places = order[np.minimum(places, len(ids) - 1)]
+    missing = wanted[ids[places] != wanted]
+    if len(missing):
+        raise OpsigError(f"{run.path} has no sample {missing[0]}. It holds {len(ids):,}: {ids.min()} to {ids.max()}")
+    return places
+
+
+def _row_of(run: Trajectory, steps: np.ndarray, step: int) -> int:
+    row = int(np.searchsorted(steps, step))
+    if row == len(steps) or steps[row] != step:
+        near = ", ".join(str(s) for s in steps[max(0, row - 1) : row + 1]) or "none"
+        raise OpsigError(f"{run.path} has no losses at step {step}. Nearest: {near}")
+    return row
+
+
+def _why_not_oscillation(steps: np.ndarray) -> str | None:
+    if len(steps) < mining.WIDTH + 2:
+        return f"{len(steps)} steps are too few to see an oscillation"
+    if np.any(np.diff(steps) != 1):
+        return "losses were not recorded at every step"
+    return None
+
+
+def _movers(run: Trajectory, first: int, stop: int, score: str, count: int, note: str | None = None) -> Movers:
+    scan = mining.oscillation if score == "oscillation" else mining.largest_changes
+    movement = scan(_blocks(run, first, stop))
+    chosen = mining.top(movement.score, count)
+    return Movers(chosen, movement.place[chosen] + first, movement, first, score, note)
+
+
+def _blocks(run: Trajectory, first: int, stop: int) -> Iterator[np.ndarray]:
+    for _, rows in run.blocks("losses/loss", first, stop):
+        yield rows

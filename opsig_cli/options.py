@@ -1,0 +1,106 @@
+"""Options and arguments that several commands share, and what they turn into."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opsig_cli.errors import OpsigError, UsageError
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
+RunOrRecords = Annotated[
+    str, typer.Argument(metavar="RUN|-", help="Trajectory file, or - for records on stdin.", show_default=False)
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="NAME[:key=value,...] of an installed task, or file.py:Name of your own. Default: the run's.",
+        show_default=False,
+    ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", metavar="table|json|csv", help="Default: table on a terminal, JSON lines in a pipe."),
+]
+FigureOption = Annotated[
+    Path | None, typer.Option("--figure", metavar="PATH", help="Save the picture (.png, .pdf or .svg).")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: the best.")]
+BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="Installed backend.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
+BatchSizeOption = Annotated[
+    int | None, typer.Option("--chunk-size", min=1, help="Samples per forward pass when all are measured.")
+]
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """Say something on stderr."""
+    if not quiet:
+        from opsig_cli.records import printable
+
+        print(printable(text), file=sys.stderr)
+
+
+@contextmanager
+def progress(label: str, total: int, quiet: bool) -> Iterator[Any]:
+    """A progress bar with an ETA on stderr where that is a terminal; yields `advance(count=1, note="")`."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda count=1, note="": None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total, note="")
+        yield lambda count=1, note="": bar.update(task, advance=count, note=note)
+
+
+def parse_range(text: str | None, what: str) -> tuple[int | None, int | None]:
+    """Steps written `A:B`, either end left out, B included. Raises UsageError for anything else."""
+    if text is None:
+        return None, None
+    found = re.fullmatch(r"(\d*):(\d*)", text.strip())
+    if not found:
+        raise UsageError(f"{what} '{text}' is not a range of steps. Write A:B, as in 100:200")
+    first, last = (int(part) if part else None for part in found.groups())
+    if first is not None and last is not None and first > last:
+        raise UsageError(f"{what} '{text}' ends before it begins")
+    return first, last
+
+
+def trajectory_of(records: list[dict[str, Any]]) -> str:
+    """The one trajectory that records speak of. Raises OpsigError where they name none or several."""
+    named = {str(record["trajectory"]) for record in records if record.get("trajectory")}
+    if len(named) != 1:
+        found = ", ".join(sorted(named)) or "none"
+        raise OpsigError(f"records on stdin must name one trajectory. They name: {found}")
+    return named.pop()
+
+
+def save_figure(path: Path | None, draw: Any, *arguments: Any, **keywords: Any) -> None:
+    """Call a figure's function with the path; a path that cannot be written is a user's error."""
+    if path is None:
+        return
+    try:
+        draw(path, *arguments, **keywords)
+    except (OSError, ValueError) as error:
+        raise OpsigError(f"--figure {path}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,123 @@
+"""Writing a run as it happens: what `opsig train` uses, and what a training loop of one's own can use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from opsig_cli.backends import State, Tensor
+from opsig_cli.errors import OpsigError
+from opsig_cli.trajectory import Trajectory, create_trajectory, open_trajectory
+
+
+class Recorder:
+    """Appends steps to a trajectory and commits each. S samples, P parameters.
+
+    `samples`: their number, or their indices in the dataset. `labels`: text a sample; `classes`: names behind
+    predictions; `layout`: names and shapes of the parameters, for checkpoints. `resume` continues a file that
+    exists; what it already has at a step is not written again. Raises OpsigError where the file cannot be written, or
+    holds another number of samples.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        samples: int | Sequence[int],
+        *,
+        labels: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
+        layout: Iterable[Tensor] | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        replace: bool = False,
+    ):
+        ids = np.arange(samples) if isinstance(samples, int) else np.asarray(samples)
+        if resume:
+            self.run = open_trajectory(path, "r+")
+            check_samples(self.run, len(ids))
+        else:
+            self.run = create_trajectory(path, ids, attributes, replace=replace)
+            if labels is not None:
+                self.run.write("samples/label", np.array(labels, dtype=str))
+            if classes is not None:
+                self.run.write("class_name", np.array(classes, dtype=str))
+            if layout is not None:
+                write_layout(self.run, list(layout))
+        self._have = {group: set(self.run.steps(group).tolist()) for group in ("scalars", "losses", "checkpoints")}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run.close()
+
+    def record(
+        self,
+        step: int,
+        *,
+        scalars: Mapping[str, float] | None = None,
+        losses: np.ndarray | None = None,
+        predictions: np.ndarray | None = None,
+        state: State | None = None,
+    ) -> None:
+        """Write what is known at a step and commit it.
+
+        Scalars go by their schema name; losses and predictions are (S,); a state becomes a checkpoint.
+        """
+        if scalars is not None:
+            self._append("scalars", step, scalars)
+        if losses is not None:
+            self._append(
+                "losses", step, {"loss": losses} | ({} if predictions is None else {"prediction": predictions})
+            )
+        if state is not None:
+            columns: dict[str, np.ndarray] = {"params": state.params}
+            if state.buffers.size:
+                columns["buffers"] = state.buffers
+            self._append("checkpoints", step, columns | {f"optimizer__{k}": row for k, row in state.optimizer.items()})
+        self.run.commit()
+
+    def _append(self, group: str, step: int, columns: Mapping[str, Any]) -> None:
+        if step not in self._have[group]:
+            self.run.append(group, step, **columns)
+            self._have[group].add(step)
+
+
+def check_samples(run: Trajectory, count: int) -> None:
+    """Raise OpsigError where the dataset's length is not what it was when the run was recorded."""
+    recorded = len(run.samples)
+    if recorded != count:
+        raise OpsigError(
+            f"{run.path} was recorded over {recorded:,} samples and the task's dataset now has {count:,}. "
+            "Give the --task, with the options, that the run was made with"
+        )
+
+
+def write_layout(run: Trajectory, layout: list[Tensor]) -> None:
+    """Write names, shapes and places of parameters and buffers."""
+    axes = max((len(tensor.shape) for tensor in layout), default=0)
+    shapes = np.full((len(layout), max(axes, 1)), -1)
+    for row, tensor in zip(shapes, layout, strict=True):
+        row[: len(tensor.shape)] = tensor.shape
+    run.write("layout/name", np.array([tensor.name for tensor in layout]))
+    run.write("layout/kind", np.array([tensor.kind for tensor in layout]))
+    run.write("layout/shape", shapes)
+    run.write("layout/offset", np.array([tensor.offset for tensor in layout]))
+    run.write("layout/size", np.array([tensor.size for tensor in layout]))
+
+
+def read_state(run: Trajectory, step: int) -> State:
+    """The checkpoint of a step. Raises OpsigError, naming the nearest, where there is none."""
+    params = run.row("checkpoints/params", step)
+    buffers = run.row("checkpoints/buffers", step) if run.has("checkpoints/buffers") else np.empty(0)
+    slots = {}
+    for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+        path = f"checkpoints/optimizer/{name}"
+        if run.has(path):
+            row = run.row(path, step)
+            if not np.isnan(row).all():
+                slots[name] = row
+    return State(step, params, buffers, slots)

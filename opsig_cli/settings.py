@@ -1,0 +1,101 @@
+"""What a run was asked to do: stored in its file, and merged with the command line when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
+
+from opsig_cli.errors import OpsigError, UsageError
+
+SGD_BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's numbers. `batch_size` None is full batch; `track_every` 0 records no losses."""
+
+    task: str
+    model: str | None = None
+    optimizer: str = "gd"
+    learning_rate: float = 0.1
+    steps: int = 1000
+    batch_size: int | None = None
+    momentum: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    seed: int = 0
+    chunk_size: int | None = None
+    statistics: str | None = None
+    backend: str = "torch"
+    track_every: int = 0
+    checkpoint_every: int = 0
+    checkpoint_pairs: bool = False
+    sharpness_every: int = 0
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Settings from the options a person gave, None meaning not given; UsageError where they contradict."""
+        options = {key: value for key, value in given.items() if value is not None}
+        if not options.get("task"):
+            raise UsageError("--task is missing. Write --task NAME or --task file.py:Name")
+        settings = cls(**options)
+        if settings.optimizer == "gd" and settings.batch_size is not None:
+            raise UsageError("gd is full batch. Use --optimizer sgd with --batch-size, or --chunk-size to bound memory")
+        if settings.optimizer == "sgd" and settings.batch_size is None:
+            settings = replace(settings, batch_size=SGD_BATCH_SIZE)
+        if settings.checkpoint_every == 0:
+            settings = replace(settings, checkpoint_every=max(1, settings.steps // 20))
+        if settings.statistics is None:
+            settings = replace(settings, statistics="chunk" if settings.batch_size is None else "running")
+        return settings
+
+    @classmethod
+    def stored(cls, attributes: Mapping[str, Any], path: str) -> Self:
+        """The settings in a file. Raises OpsigError where the file was not made by `opsig train`."""
+        kept = attributes.get("settings_json")
+        if not isinstance(kept, dict) or "task" not in kept:
+            raise OpsigError(f"{path} does not say how it was trained. Give --task")
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in kept.items() if key in known})
+
+    def resumed(self, given: Mapping[str, Any], path: str) -> Self:
+        """These settings with more steps where asked. Raises UsageError where another option contradicts them."""
+        for key, value in given.items():
+            if value is not None and key not in ("steps", "backend", "task") and value != getattr(self, key):
+                option = key.replace("_", "-")
+                raise UsageError(
+                    f"{path} was trained with --{option} {getattr(self, key)}, not {value}. "
+                    "Leave it out to resume, or start a new run"
+                )
+        return replace(self, steps=given["steps"]) if given.get("steps") else self
+
+    def stored_form(self) -> dict[str, Any]:
+        """For the file's `settings_json`."""
+        return asdict(self)
+
+    def checkpoint_at(self, step: int) -> bool:
+        """Whether a checkpoint is due at this step; with `checkpoint_pairs` the step after one has one too."""
+        due = step % self.checkpoint_every == 0 or step == self.steps
+        return due or (self.checkpoint_pairs and step % self.checkpoint_every == 1)
+
+    def losses_at(self, step: int) -> bool:
+        """Whether the schedule records every sample's loss at this step."""
+        return self.track_every > 0 and (step % self.track_every == 0 or step == self.steps)
+
+    def sharpness_at(self, step: int) -> bool:
+        """Whether the schedule measures sharpness at this step."""
+        return self.sharpness_every > 0 and step % self.sharpness_every == 0
+
+    @property
+    def threshold(self) -> float | None:
+        """The sharpness at which the method loses stability: 2/eta, (2 + 2 beta)/eta with momentum; None for Adam,
+        whose threshold is of the preconditioned Hessian."""
+        match self.optimizer:
+            case "gd" | "sgd":
+                return 2 / self.learning_rate
+            case "momentum":
+                return (2 + 2 * self.momentum) / self.learning_rate
+        return None

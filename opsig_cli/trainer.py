@@ -1,0 +1,217 @@
+"""Training into a trajectory: the run's provenance, its schedule, and how it ends. S samples."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from opsig_cli import backends, tasks
+from opsig_cli.backends import Session, Snapshot, State, Training
+from opsig_cli.errors import OpsigError
+from opsig_cli.recorder import Recorder, read_state
+from opsig_cli.settings import Settings
+
+THUMBNAIL_BYTES = 64 << 20
+"""Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""
+THUMBNAIL_SIDE = 64
+
+
+class StopRequest:
+    """Whether a person or the system has asked the run to end; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Turn SIGINT and SIGTERM into a request while inside."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, _: Any) -> None:
+            if self.asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def training_of(settings: Settings, stop: StopRequest, first: int) -> Training:
+    """What the backend is asked to do; a requested stop makes the next snapshot carry a checkpoint."""
+    return Training(
+        optimizer=settings.optimizer,
+        learning_rate=settings.learning_rate,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        momentum=settings.momentum,
+        betas=(settings.beta1, settings.beta2),
+        epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        seed=settings.seed,
+        wants_losses=settings.losses_at,
+        wants_state=lambda step: settings.checkpoint_at(step) or settings.sharpness_at(step) or stop.asked,
+    )
+
+
+def new_recorder(
+    path: str, settings: Settings, session: Session, task: tasks.Task, spec: tasks.TaskSpec, replace: bool
+) -> Recorder:
+    """A file for a new run, with its provenance and what its samples are."""
+    count = session.samples
+    recorder = Recorder(
+        path,
+        count,
+        labels=tasks.labels(task, count),
+        classes=getattr(task, "classes", None),
+        layout=session.layout,
+        attributes=_provenance(settings, session, spec),
+        replace=replace,
+    )
+    truth = getattr(task, "truth", None)
+    if truth is not None:
+        recorder.run.write("samples/truth", np.asarray(truth()))
+    _write_pictures(recorder, task, count)
+    recorder.run.commit()
+    return recorder
+
+
+def run(
+    recorder: Recorder, session: Session, settings: Settings, start: State, stop: StopRequest,
+    advance: Callable[..., None],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Train from `start` and record; yields a record for every checkpoint written.
+
+    Raises OpsigError where the loss stops being finite, with everything up to the step before kept.
+    """
+    trajectory = recorder.run
+    vector = None
+    trajectory.set_attributes(state="training")
+    for snapshot in session.train(training_of(settings, stop, start.step), start):
+        if not math.isfinite(snapshot.train_loss) or (
+            snapshot.losses is not None and not np.isfinite(snapshot.losses).all()
+        ):
+            trajectory.set_attributes(state=f"stopped: the loss is not finite at step {snapshot.step}")
+            trajectory.commit()
+            raise OpsigError(
+                f"the loss is not finite at step {snapshot.step}. {trajectory.path} keeps the steps before it. "
+                f"Try a learning rate below {settings.learning_rate:g}"
+            )
+        ending = stop.asked and snapshot.state is not None
+        sharpness = None
+        if settings.sharpness_at(snapshot.step) and snapshot.state is not None:
+            sharpness, vector = _record_sharpness(recorder, session, snapshot.state, vector)
+        due = settings.checkpoint_at(snapshot.step) or ending
+        recorder.record(
+            snapshot.step,
+            scalars=_scalars(snapshot),
+            losses=snapshot.losses,
+            predictions=snapshot.predictions,
+            state=snapshot.state if due else None,
+        )
+        advance(note=f"loss {snapshot.train_loss:.4f}" + ("" if sharpness is None else f"  sharpness {sharpness:.4g}"))
+        if due:
+            yield _checkpoint_record(trajectory.path, snapshot, sharpness)
+        if ending and snapshot.step < settings.steps:
+            trajectory.set_attributes(state=f"interrupted at step {snapshot.step}")
+            trajectory.commit()
+            return
+    trajectory.set_attributes(state="complete")
+    trajectory.commit()
+
+
+def resume_point(recorder: Recorder, session: Session, settings: Settings) -> State:
+    """The last checkpoint, or the initial state where there is none yet."""
+    steps = recorder.run.steps("checkpoints")
+    if not len(steps):
+        return session.initial(settings.seed)
+    session.initial(settings.seed)
+    return read_state(recorder.run, int(steps[-1]))
+
+
+def _scalars(snapshot: Snapshot) -> dict[str, float]:
+    names = ("train_loss", "learning_rate", "grad_norm", "update_norm")
+    return {name: getattr(snapshot, name) for name in names}
+
+
+def _checkpoint_record(path: str, snapshot: Snapshot, sharpness: float | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"trajectory": path, "step": snapshot.step, "loss": snapshot.train_loss}
+    record |= {"learning_rate": snapshot.learning_rate, "grad_norm": snapshot.grad_norm}
+    return record if sharpness is None else record | {"sharpness": sharpness}
+
+
+def _record_sharpness(
+    recorder: Recorder, session: Session, state: State, vector: np.ndarray | None
+) -> tuple[float, np.ndarray]:
+    backends.require(session, backends.TopEigenpairs, "of this run", "sharpness")
+    values, vectors, residuals = session.top_eigenpairs(state, 1, 1e-2, vector)  # pyright: ignore
+    if state.step not in recorder.run.steps("sharpness"):
+        recorder.run.append("sharpness", state.step, eigenvalue=values, residual=residuals)
+    return float(values[0]), vectors[0]
+
+
+def _provenance(settings: Settings, session: Session, spec: tasks.TaskSpec) -> dict[str, Any]:
+    return {
+        "opsig_version": version("opsig"),
+        "python_version": platform.python_version(),
+        "torch_version": version("torch"),
+        "command": shlex.join(["opsig", *sys.argv[1:]]),
+        "git_commit": _git_commit(),
+        "device": session.device_name,
+        "task": str(spec),
+        "task_source": spec.source,
+        "task_sha256": spec.digest,
+        "settings_json": settings.stored_form(),
+        "state": "training",
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def _write_pictures(recorder: Recorder, task: tasks.Task, count: int) -> None:
+    """Keep every sample's picture or text in the file, so that figures need neither the task nor its data."""
+    render = getattr(task, "render", None)
+    if render is None:
+        return
+    first = render(0)
+    if isinstance(first, str):
+        recorder.run.write("samples/text", np.array([render(i) for i in range(count)]))
+        return
+    shape = _thumbnail(first).shape
+    if count * math.prod(shape) > THUMBNAIL_BYTES:
+        return
+    pictures = np.zeros((count, *shape), np.uint8)
+    for i in range(count):
+        picture = _thumbnail(render(i))
+        if picture.shape != shape:
+            return  # pictures of several sizes stay with the task
+        pictures[i] = picture
+    recorder.run.write("samples/thumbnail", pictures)
+
+
+def _thumbnail(picture: Any) -> np.ndarray:
+    if max(picture.size) > THUMBNAIL_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    pixels = np.asarray(picture)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -1,0 +1,93 @@
+"""The dataset in fixed, unshuffled batches on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.data import TensorDataset, default_collate
+
+from opsig_cli.errors import OpsigError
+from opsig_cli.tasks import Task
+
+CACHE_BYTES = 1 << 30
+"""Batches are kept on the device up to this total; the rest are made again on every pass."""
+
+
+class Batches:
+    """The task's samples as collated batches. Iterating yields (slice of sample indices, batch) in order.
+
+    Raises OpsigError where the dataset has no length, is empty, or returns another item when asked again.
+    """
+
+    def __init__(self, task: Task, device: torch.device, batch_size: int, double: bool):
+        dataset: Any = task.dataset()
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise OpsigError("the task's dataset must be map-style: it needs a length and items by index")
+        if len(dataset) == 0:
+            raise OpsigError("the task's dataset is empty")
+        self.count = len(dataset)
+        self.batch_size = batch_size
+        self._dataset = dataset
+        self._collate = getattr(task, "collate", None) or default_collate
+        self._device = device
+        self._double = double
+        self._cache: dict[int, Any] = {}
+        self._cached_bytes = 0
+        self._tensors = dataset.tensors if type(dataset) is TensorDataset else None
+        if self._tensors is None:
+            self._check_repeatable()
+        elif sum(t.nbytes for t in self._tensors) <= CACHE_BYTES:
+            self._tensors = tuple(self._place(t) for t in self._tensors)
+
+    @property
+    def resident(self) -> bool:
+        """Whether every batch stays on the device, so that another pass costs no loading."""
+        return self._tensors is not None or len(self._cache) == len(self.slices())
+
+    def slices(self) -> list[slice]:
+        """The samples of every batch; the last may be smaller."""
+        return [slice(i, min(i + self.batch_size, self.count)) for i in range(0, self.count, self.batch_size)]
+
+    def __iter__(self) -> Iterator[tuple[slice, Any]]:
+        for number, indices in enumerate(self.slices()):
+            if self._tensors is not None:
+                yield indices, [self._place(t[indices]) for t in self._tensors]
+                continue
+            batch = self._cache.get(number)
+            if batch is None:
+                batch = self.take(range(indices.start, indices.stop))
+                size = sum(leaf.nbytes for leaf in tree_flatten(batch)[0] if isinstance(leaf, torch.Tensor))
+                if self._cached_bytes + size <= CACHE_BYTES:
+                    self._cache[number] = batch
+                    self._cached_bytes += size
+            yield indices, batch
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Any:
+        """A batch of the samples with these indices, in this order."""
+        if self._tensors is not None:
+            chosen = torch.as_tensor(np.asarray(indices))
+            return [self._place(t[chosen.to(t.device)]) for t in self._tensors]
+        with torch.inference_mode(False):  # a cached batch must serve training as well
+            return tree_map(self._place, self._collate([self._dataset[int(i)] for i in indices]))
+
+    def _place(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        dtype = torch.float64 if self._double and leaf.is_floating_point() else leaf.dtype
+        return leaf.to(self._device, dtype)
+
+    def _check_repeatable(self) -> None:
+        ends = [0, self.count - 1]
+        first, second = (tree_flatten(self.take(ends))[0] for _ in range(2))
+        same = all(
+            torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second, strict=True)
+        )
+        if not same:
+            raise OpsigError(
+                "the task's dataset returns another item when it is asked for the same index again. "
+                "Turn random augmentation off: a sample's loss over time needs one fixed sample"
+            )
