@@ -53,10 +53,10 @@ def largest_changes(blocks: Iterable[np.ndarray]) -> Movement:
     ([0.5, 2.0], [1, 2])
     """
     best = _Best()
-    means = []
+    means: list[np.ndarray] = []
     for rows, start in _overlapping(blocks, 1, means):
         best.update(np.abs(np.diff(rows, axis=0)), rows[1:], rows[:-1], start + 1)
-    return best.movement(means, np.full(len(means), np.nan))
+    return best.movement(means, np.full(sum(map(len, means)), np.nan))
 
 
 def oscillation(blocks: Iterable[np.ndarray]) -> Movement:

@@ -1,0 +1,79 @@
+"""CPU time and memory of `opsig mine` over a large run, against the same scan over a raw numpy memmap.
+
+    python benchmarks/mine_scan.py [--steps 10000] [--samples 50000] [--directory DIR]
+
+Makes the run once (2 GB with the defaults, and the same array raw) and prints both costs and their ratio.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from opsig_cli.trajectory import create_trajectory
+
+RAW_SCAN = """
+import sys
+import numpy as np
+from opsig_cli.analysis import mining
+array = np.memmap(sys.argv[1], np.float32, "r").reshape(int(sys.argv[2]), -1)
+moved = mining.oscillation(array[i : i + 64] for i in range(0, len(array), 64))
+print(mining.top(moved.score, 40)[:5].tolist())
+"""
+
+
+def make(directory: Path, steps: int, samples: int) -> tuple[Path, Path]:
+    """A run of losses that fall, with noise, and whose first 200 samples alternate in the second half."""
+    run, raw = directory / "run.h5", directory / "raw.f32"
+    generator = np.random.default_rng(0)
+    noise = generator.standard_normal((97, samples), dtype=np.float32) * 1e-3
+    sides = np.where(np.arange(samples) % 2, 1, -1) * (np.arange(samples) < 200) * np.float32(0.5)
+    with create_trajectory(run, np.arange(samples), replace=True) as trajectory, open(raw, "wb") as file:
+        for step in range(steps):
+            row = np.float32(2 - step / steps) + noise[step % 97]
+            if step > steps // 2:
+                row = row + np.float32((-1) ** step) * sides
+            row = row.astype(np.float32)
+            trajectory.append("losses", step, loss=row)
+            if step % 500 == 499:
+                trajectory.commit()
+            file.write(row.tobytes())
+    return run, raw
+
+
+def measure(command: list[str]) -> tuple[float, float, str]:
+    """CPU seconds, peak resident memory in MB, and stdout of a command."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--samples", type=int, default=50_000)
+    parser.add_argument("--directory", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        run, raw = make(Path(directory), options.steps, options.samples)
+        ours = [measure([sys.executable, "-m", "opsig_cli.main", "mine", str(run)]) for _ in range(options.repeats)]
+        bare = [measure([sys.executable, "-c", RAW_SCAN, str(raw), str(options.steps)]) for _ in range(options.repeats)]
+        first = [json.loads(line)["sample"] for line in ours[0][2].splitlines()][:5]
+        assert str(first) == bare[0][2].strip(), "the two scans must find the same samples"
+    cpu, raw_cpu = min(o[0] for o in ours), min(b[0] for b in bare)
+    print(f"opsig mine: {cpu:.1f} s CPU, {max(o[1] for o in ours):.0f} MB at most")
+    print(f"raw memmap: {raw_cpu:.1f} s CPU, {max(b[1] for b in bare):.0f} MB at most (its pages included)")
+    print(f"ratio: {cpu / raw_cpu:.2f}")
+
+
+if __name__ == "__main__":
+    main()

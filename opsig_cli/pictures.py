@@ -1,0 +1,114 @@
+"""What `mine` and `cluster` draw: tiles and curves gathered from a trajectory, handed to `opsig_cli.figures`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsig_cli import movers as finding
+from opsig_cli.figures.contact_sheet import Tile
+from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
+from opsig_cli.groups import Clusters, describe
+from opsig_cli.movers import Movers
+from opsig_cli.trajectory import Trajectory
+
+TILES = 20
+"""Pictures on a sheet."""
+ZOOM = 40
+"""Steps of the close-up."""
+
+
+def draw_movers(path: Path, run: Trajectory, movers: Movers, records: list[dict[str, Any]]) -> None:
+    """Save the mined samples whose loss rose, those whose loss fell, and their mean losses against the whole loss."""
+    sheets, curves = [], {}
+    pictures = Pictures(run)
+    stop = movers.first + len(movers.movement.mean_T)
+    first, stop, steps, whole = _curve_rows(run, movers, stop)
+    for direction, title in (("up", "loss rose"), ("down", "loss fell")):
+        chosen = [rank for rank, record in enumerate(records) if record["direction"] == direction]
+        tiles = [
+            pictures.tile(
+                int(movers.position[rank]), records[rank]["prediction_before"], records[rank]["prediction_after"],
+                f"step {records[rank]['step']}",
+            )
+            for rank in chosen[:TILES]
+        ]  # fmt: skip
+        sheets.append((f"{title}: {len(chosen)} samples", tiles))
+        if chosen:
+            positions = movers.position[chosen[:TILES]]
+            curves[title] = run.series("losses/loss", positions, first, stop).mean(1)
+    centre = int(np.median(run.steps("losses")[movers.row]))
+    title = f"{Path(run.path).name}: samples that move most, by {movers.score_name}"
+    movers_figure(path, sheets, steps, curves, whole, _zoom(steps, centre), title)
+
+
+def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[dict[str, Any]]) -> None:
+    """Save every opposing pair: the two groups' pictures, and their mean losses against the whole loss."""
+    pictures = Pictures(run)
+    window, found = clusters.window, clusters.grouping
+    centre = int(window.steps_T[window.rise_row])
+    before, after = (_predictions(run, step) for step in (centre - 1, centre))
+    panels = []
+    for record in records:
+        if record["kind"] != "pair":
+            continue
+        groups = [group - 1 for group in record["groups"]]
+        sides = []
+        for group, size, mix in zip(groups, record["sizes"], record["labels"], strict=True):
+            members = found.members(group)
+            strongest = members[np.argsort(-found.alignment_M[members], kind="stable")][:TILES]
+            tiles = [
+                pictures.tile(p, pictures.name(before, p), pictures.name(after, p))
+                for p in clusters.position[strongest].tolist()
+            ]
+            sides.append((f"G{group + 1}: {describe(mix, size)}", tiles, clusters.losses_TM[:, members].mean(1)))
+        title = f"pair {record['pair']}: similarity {record['opposition']:.2f}, losses correlate {record['loss_correlation']:.2f}"
+        panels.append(PairPanel(title, *sides))
+    whole = np.concatenate(
+        [rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss", window.first, window.stop)]
+    )
+    title = f"{Path(run.path).name}: opposing pairs"
+    pairs_figure(path, panels, window.steps_T, whole, title, zoom=_zoom(window.steps_T, centre))
+
+
+class Pictures:
+    """What a person sees of each sample: its picture or text, its label, and names for its predictions."""
+
+    def __init__(self, run: Trajectory):
+        self._pictures = next((run.read(n) for n in ("samples/thumbnail", "samples/text") if run.has(n)), None)
+        self._labels = run.read("samples/label") if run.has("samples/label") else None
+        self._names = run.read("class_name") if run.has("class_name") else None
+
+    def tile(self, position: int, before: Any, after: Any, caption: str = "") -> Tile:
+        """The tile of the sample in this column."""
+        picture = None if self._pictures is None else self._pictures[position]
+        label = None if self._labels is None else str(self._labels[position])
+        as_text = (None if name is None else str(name) for name in (before, after))
+        return Tile(str(picture) if isinstance(picture, str) else picture, label, *as_text, caption)
+
+    def name(self, predictions: np.ndarray | None, position: int) -> Any:
+        """The predicted class of the sample in this column."""
+        return None if predictions is None else finding.class_name(self._names, predictions[position])
+
+
+def _predictions(run: Trajectory, step: int) -> np.ndarray | None:
+    if not run.has("losses/prediction") or step not in run.steps("losses"):
+        return None
+    return run.row("losses/prediction", step)
+
+
+def _curve_rows(run: Trajectory, movers: Movers, stop: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Rows to draw, their steps and the whole loss: those mined, or all of the run around a single step."""
+    steps = run.steps("losses")
+    if len(movers.movement.mean_T) > 2:
+        return movers.first, stop, steps[movers.first : stop], movers.movement.mean_T
+    whole = np.concatenate([rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss")])
+    return 0, len(steps), steps, whole
+
+
+def _zoom(steps: np.ndarray, centre: int) -> tuple[int, int]:
+    """A close-up of ZOOM steps around the centre, inside the steps there are."""
+    first = max(int(steps[0]), min(centre - ZOOM // 2, int(steps[-1]) - ZOOM))
+    return first, min(first + ZOOM, int(steps[-1]))

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from opsig_cli.analysis import grouping
+
+
+def cosines_of_pairs(sizes, dimensions=400, noise=0.6, strays=20, seed=0):
+    """Cosines of vectors on K axes, sizes[k][0] of them along +axis k and sizes[k][1] along -axis k, and strays."""
+    generator = np.random.default_rng(seed)
+    truth, rows = [], []
+    for axis, pair in enumerate(sizes):
+        for side, count in enumerate(pair):
+            truth += [2 * axis + side] * count
+            for _ in range(count):
+                row = noise * generator.standard_normal(dimensions) / np.sqrt(dimensions)
+                row[axis] += (-1) ** side
+                rows.append(row)
+    truth += [-1] * strays
+    rows += list(generator.standard_normal((strays, dimensions)) / np.sqrt(dimensions))
+    vectors = np.array(rows)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    order = generator.permutation(len(truth))
+    return (vectors @ vectors.T)[np.ix_(order, order)], np.array(truth)[order]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_pairs_are_recovered_with_their_partners_and_strays_are_left_out(seed):
+    similarity, truth = cosines_of_pairs([(30, 20), (12, 25), (6, 9)], seed=seed)
+    found = grouping.group_by_similarity(similarity)
+    assert adjusted_rand_score(truth, found.group_M) > 0.95
+    sides = {frozenset(truth[found.members(g)][0] // 2 for g in pair) for pair in found.pairs()}
+    assert sides == {frozenset({0}), frozenset({1}), frozenset({2})}
+    assert (found.alignment_M[found.group_M >= 0] >= grouping.BELONGS).all()
+    sizes = [len(found.members(g)) for g in range(6)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_group_that_nothing_opposes_has_no_partner():
+    similarity, truth = cosines_of_pairs([(20, 20), (20, 0)])
+    found = grouping.group_by_similarity(similarity)
+    assert len(found.pairs()) == 1
+    alone = [g for g in range(3) if found.partner_G[g] < 0]
+    assert [set(truth[found.members(g)]) for g in alone] == [{2}]
+
+
+def test_vectors_in_random_directions_make_no_group():
+    similarity, _ = cosines_of_pairs([], strays=80)
+    assert (grouping.group_by_similarity(similarity).group_M == -1).all()
+
+
+def test_an_undefined_similarity_puts_nobody_in_a_group():
+    assert (grouping.group_by_similarity(np.full((9, 9), np.nan)).group_M == -1).all()
+
+
+def test_change_correlation_is_pearsons():
+    losses = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32).cumsum(0)
+    expected = np.corrcoef(np.diff(losses.astype(np.float64), axis=0).T)
+    np.testing.assert_allclose(grouping.change_correlation(losses), expected, atol=1e-12)
+    still = np.zeros((5, 2), np.float32)
+    assert np.isnan(grouping.change_correlation(still)).all()
+
+
+def test_evidence_of_two_exact_groups_is_exact():
+    sides = np.array([1, 1, -1, -1])
+    similarity = np.stack([np.outer(sides, sides) * c for c in (0.5, 0.7)])
+    losses = np.array([[1, 1, 1, 1], [2, 2, 0, 0], [1.5, 1.5, 1, 1]], np.float32)
+    found = grouping.evidence(similarity, losses, 1, 8.0, np.array([0, 1]), np.array([2, 3]))
+    assert found.cohesion == pytest.approx(0.6)
+    assert found.opposition == pytest.approx(-0.6)
+    assert found.opposition_error == pytest.approx(0.1)
+    assert found.loss_correlation == pytest.approx(-1)
+    assert found.share == 0  # two samples rise by one nat and two fall by one

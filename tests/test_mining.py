@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsig_cli.analysis import mining
+
+
+def planted(steps=200, samples=50, alternating=(3, 7), seed=0):
+    """Slowly falling losses with noise of 1e-3, and samples that alternate by 0.5 from step 100 on, 7 against 3."""
+    generator = np.random.default_rng(seed)
+    losses = np.linspace(2, 1, steps)[:, None] + 1e-3 * generator.standard_normal((steps, samples))
+    swing = 0.5 * (-1.0) ** np.arange(steps) * (np.arange(steps) >= 100)
+    for sign, sample in zip((1, -1), alternating, strict=True):
+        losses[:, sample] += sign * swing
+    return losses.astype(np.float32)
+
+
+def test_samples_that_alternate_are_found_first_with_the_losses_around_their_change():
+    losses = planted()
+    moved = mining.oscillation([losses])
+    assert set(mining.top(moved.score, 2)) == {3, 7}
+    for sample in (3, 7):
+        place = moved.place[sample]
+        assert moved.before[sample] == losses[place - 1, sample]
+        assert moved.after[sample] == losses[place, sample]
+        assert abs(moved.after[sample] - moved.before[sample]) == pytest.approx(1.0, abs=0.02)
+
+
+def test_alternation_is_seen_where_it_begins_and_nowhere_in_smooth_losses():
+    assert 100 <= mining.oscillation([planted()]).first_alternation <= 100 + mining.WIDTH
+    smooth = np.exp(-np.arange(200)[:, None] / np.linspace(20, 90, 30)).astype(np.float32)
+    assert mining.oscillation([smooth]).first_alternation is None
+    noise = np.random.default_rng(0).standard_normal((2000, 40)).astype(np.float32)
+    assert mining.oscillation([noise]).first_alternation is None
+
+
+def test_the_score_is_the_mean_of_second_differences_over_sixteen_steps_relative_to_all_samples():
+    losses = planted(steps=120, samples=6, alternating=(1, 4)).astype(np.float64)
+    sign = (-1.0) ** np.arange(120)
+    e = sign[1:-1, None] * (losses[2:] - 2 * losses[1:-1] + losses[:-2]) / 4
+    means = np.array([e[t : t + 16].mean(0) for t in range(len(e) - 15)])
+    scaled = np.abs(means) / np.sqrt((means**2).mean(1, keepdims=True))
+    alternates = np.sqrt((means**2).sum(1)) > mining.ALTERNATES * np.sqrt(
+        np.array([(e[t : t + 16] ** 2).sum(1).mean() for t in range(len(e) - 15)])
+    )
+    moved = mining.oscillation([losses.astype(np.float32)])
+    assert moved.score == pytest.approx(scaled[alternates].max(0), rel=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cuts=st.lists(st.integers(1, 119), max_size=6, unique=True))
+def test_blocks_of_any_height_give_the_same_answer(cuts):
+    losses = planted(steps=120, samples=9)
+    blocks = np.split(losses, sorted(cuts))
+    for scan in (mining.oscillation, mining.largest_changes):
+        whole, pieces = scan([losses]), scan(blocks)
+        for name in ("score", "place", "before", "after", "mean_T", "alternation_T"):
+            np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name))
+
+
+def test_the_largest_change_is_found_by_size_whatever_its_sign():
+    losses = np.zeros((5, 3), np.float32)
+    losses[2:, 0] = -2
+    losses[4, 1] = 1
+    moved = mining.largest_changes([losses])
+    assert moved.score.tolist() == [2, 1, 0]
+    assert moved.place.tolist()[:2] == [2, 4]
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(ValueError, match="1 rows are too few: at least 2"):
+        mining.largest_changes([np.zeros((1, 3), np.float32)])
+    with pytest.raises(ValueError, match="17 rows are too few: at least 18"):
+        mining.oscillation([np.zeros((17, 3), np.float32)])

@@ -1,0 +1,128 @@
+"""Training from the command line: resuming, interrupting, diverging, tracking."""
+
+import random
+import shutil
+import signal
+import time
+
+import h5py
+import numpy as np
+import pytest
+from conftest import TASKS, start_opsig, train_tiny
+
+
+def arrays(path):
+    """Every dataset of a run by name."""
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
+def assert_same_run(path, other):
+    left, right = arrays(path), arrays(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--optimizer", "momentum"), ("--optimizer", "adam", "--learning-rate", "0.01", "--batch-size", "16")]
+)
+def test_a_run_killed_at_a_random_step_resumes_to_the_same_bits(tmp_path, opsig, more):
+    arguments = train_tiny(tmp_path / "killed.h5", "--checkpoint-every", 50, *more, steps=2000)
+    process = start_opsig(*arguments)
+    while not (tmp_path / "killed.h5").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(random.uniform(0.2, 1.5))
+    process.kill()
+    process.communicate()
+    assert opsig("train", "-o", tmp_path / "killed.h5", "--resume", "--task", f"{TASKS}:Tiny").code == 0
+    whole = train_tiny(tmp_path / "whole.h5", "--checkpoint-every", 50, *more, steps=2000)
+    assert opsig(*whole).code == 0
+    assert_same_run(tmp_path / "killed.h5", tmp_path / "whole.h5")
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_continue(tmp_path, opsig):
+    process = start_opsig(*train_tiny(tmp_path / "run.h5", "--checkpoint-every", 100000, steps=100000))
+    while not (tmp_path / "run.h5").exists():
+        time.sleep(0.01)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "--resume" in err
+    steps = arrays(tmp_path / "run.h5")["checkpoints/step"]
+    assert len(steps) == 2
+    assert str(steps[-1]) in out
+    outcome = opsig("train", "-o", tmp_path / "run.h5", "--resume", "--task", f"{TASKS}:Tiny", "--steps", steps[-1] + 5)
+    assert outcome.code == 0
+    assert arrays(tmp_path / "run.h5")["losses/step"][-1] == steps[-1] + 5
+
+
+def test_the_same_command_twice_writes_the_same_numbers(tmp_path, opsig):
+    for name in ("a.h5", "b.h5"):
+        assert opsig(*train_tiny(tmp_path / name)).code == 0
+    assert_same_run(tmp_path / "a.h5", tmp_path / "b.h5")
+
+
+def test_track_fills_what_training_left_out_with_the_same_losses(tmp_path, opsig, tiny_run):
+    arguments = train_tiny(tmp_path / "bare.h5")
+    arguments.remove("--track")
+    assert opsig(*arguments).code == 0
+    opsig("mine", tmp_path / "bare.h5").fails(1, "has no loss of every sample", "opsig track")
+    outcome = opsig("track", tmp_path / "bare.h5", "--task", f"{TASKS}:Tiny")
+    assert [r["step"] for r in outcome.records] == list(range(0, 61, 3))
+    filled, recorded = arrays(tmp_path / "bare.h5"), arrays(tiny_run)
+    np.testing.assert_allclose(filled["losses/loss"], recorded["losses/loss"][::3], rtol=1e-6)
+    np.testing.assert_array_equal(filled["losses/prediction"], recorded["losses/prediction"][::3])
+    again = opsig("track", tmp_path / "bare.h5", "--task", f"{TASKS}:Tiny")
+    assert (again.code, again.out) == (0, "")
+    assert "21 checkpoints have losses already" in again.err
+
+
+def test_track_refuses_a_task_whose_losses_are_not_the_ones_trained_on(tmp_path, opsig):
+    arguments = train_tiny(tmp_path / "run.h5")
+    arguments.remove("--track")
+    opsig(*arguments)
+    opsig("track", tmp_path / "run.h5", "--task", f"{TASKS}:Tiny:shared=2").fails(1, "training logged", "step 0")
+
+
+def test_checkpoints_come_in_pairs_on_request(tmp_path, opsig):
+    opsig(*train_tiny(tmp_path / "run.h5", "--checkpoint-every", 20, "--checkpoint-pairs"))
+    assert arrays(tmp_path / "run.h5")["checkpoints/step"].tolist() == [0, 1, 20, 21, 40, 41, 60]
+
+
+def test_a_diverging_run_stops_at_the_step_it_names_and_keeps_what_came_before(tmp_path, opsig):
+    outcome = opsig(*train_tiny(tmp_path / "run.h5", "--learning-rate", 1e30))
+    outcome.fails(1, "the loss is not finite at step", "keeps the steps before", "learning rate below 1e+30")
+    step = int(outcome.err.split("at step ")[1].split(".")[0])
+    assert arrays(tmp_path / "run.h5")["losses/step"][-1] == step - 1
+    assert opsig("info", tmp_path / "run.h5").records[0]["state"] == f"stopped: the loss is not finite at step {step}"
+
+
+def test_sharpness_is_recorded_when_asked(tmp_path, opsig):
+    outcome = opsig(*train_tiny(tmp_path / "run.h5", "--sharpness-every", 30, "--checkpoint-every", 30))
+    assert all(r["sharpness"] > 0 for r in outcome.records)
+    assert arrays(tmp_path / "run.h5")["sharpness/eigenvalue"].shape == (3, 1)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path, opsig, tiny_run):
+    copy = shutil.copy(tiny_run, tmp_path / "run.h5")
+    own = ("--task", f"{TASKS}:Tiny")
+    opsig("train", "-o", copy, "--resume", *own, "--learning-rate", "0.2").fails(2, "trained with --learning-rate 0.5")
+    opsig("train", "-o", copy, "--resume").fails(1, "a task of your own", "--task")
+    opsig("train", "-o", copy, "--resume", "--replace", *own).fails(2, "--resume", "--replace")
+    opsig("train", "-o", copy, *own).fails(1, "exists", "--resume", "--replace")
+
+
+def test_a_changed_task_file_is_a_warning(tmp_path, opsig):
+    source = TASKS.read_text()
+    (tmp_path / "mine.py").write_text(source)
+    arguments = ["train", "--task", f"{tmp_path}/mine.py:Tiny", "-o", tmp_path / "run.h5", "--steps", 3]
+    assert opsig(*arguments).code == 0
+    (tmp_path / "mine.py").write_text(source + "\n# changed\n")
+    outcome = opsig("track", tmp_path / "run.h5", "--task", f"{tmp_path}/mine.py:Tiny")
+    assert outcome.code == 0
+    assert "has changed since" in outcome.err
