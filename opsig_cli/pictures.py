@@ -15,7 +15,9 @@ from opsig_cli.movers import Movers
 from opsig_cli.trajectory import Trajectory
 
 TILES = 20
-"""Pictures on a sheet."""
+"""Pictures on a sheet of mined samples."""
+PAIR_TILES = 15
+"""Pictures of each group of a pair."""
 ZOOM = 40
 """Steps of the close-up."""
 
@@ -58,13 +60,14 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
         sides = []
         for group, size, mix in zip(groups, record["sizes"], record["labels"], strict=True):
             members = found.members(group)
-            strongest = members[np.argsort(-found.alignment_M[members], kind="stable")][:TILES]
+            strongest = members[np.argsort(-found.alignment_M[members], kind="stable")][:PAIR_TILES]
             tiles = [
                 pictures.tile(p, pictures.name(before, p), pictures.name(after, p))
                 for p in clusters.position[strongest].tolist()
             ]
             sides.append((f"G{group + 1}: {describe(mix, size)}", tiles, clusters.losses_TM[:, members].mean(1)))
-        title = f"pair {record['pair']}: similarity {record['opposition']:.2f}, losses correlate {record['loss_correlation']:.2f}"
+        across, together = record["opposition"], record["loss_correlation"]
+        title = f"pair {record['pair']}: similarity {across:.2f}, loss changes correlate {together:.2f}"
         panels.append(PairPanel(title, *sides))
     whole = np.concatenate(
         [rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss", window.first, window.stop)]

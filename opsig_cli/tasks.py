@@ -116,6 +116,7 @@ def build(factory: Any, options: Mapping[str, str], what: str) -> Any:
 
 
 def _type_hints(factory: Any) -> dict[str, Any]:
+    factory = getattr(factory, "func", factory)  # a partial's function
     try:
         return typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
     except (NameError, TypeError):

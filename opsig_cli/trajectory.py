@@ -164,7 +164,7 @@ class Trajectory:
         return np.concatenate(parts) if parts else np.empty((0, len(positions)), np.float32)
 
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Consecutive blocks of rows `start:stop`, each at most BLOCK_BYTES: pairs of first position and (rows, ...) array."""
+        """Consecutive blocks of rows `start:stop` of at most BLOCK_BYTES: pairs of first position and rows."""
         self.require(name)
         dataset = self._file[name]
         stop = dataset.shape[0] if stop is None else stop

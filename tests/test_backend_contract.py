@@ -1,15 +1,15 @@
-"""What every installed backend must hold, in float64 where the torch backend can, against autograd and dense matrices."""
+"""What every installed backend must hold, in float64 where it can, against autograd and dense matrices."""
 
 import numpy as np
 import pytest
 import torch
+from opsig_torch import TorchBackend
+from tasks import tiny
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 
 from opsig_cli.backends import State, Training
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_torch import TorchBackend
-from tasks import tiny
 
 
 def open_double(task, batch_size=None, statistics=None):

@@ -1,0 +1,7 @@
+"""Built-in tasks and models."""
+
+from opsig_zoo.chebyshev import Chebyshev
+from opsig_zoo.images import Cifar10, Digits, FashionMnist
+from opsig_zoo.planted import Planted
+
+__all__ = ["Chebyshev", "Cifar10", "Digits", "FashionMnist", "Planted"]

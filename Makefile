@@ -1,0 +1,37 @@
+# make demo | test | lint | clean. All work in .venv, which they make from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO := demo
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	mkdir -p $(DEMO)
+	$(BIN)/opsig train --task fashion-mnist --learning-rate 0.05 --steps 400 --track --replace -o $(DEMO)/run.h5 --format table
+	$(BIN)/opsig mine $(DEMO)/run.h5 --figure $(DEMO)/movers.png --top 10 --format table
+	$(BIN)/opsig cluster $(DEMO)/run.h5 --figure $(DEMO)/pairs.png --format table
+	@echo "The run is $(DEMO)/run.h5; look at $(DEMO)/movers.png and $(DEMO)/pairs.png."
+
+test: $(VENV)/.tools
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,101 @@
+"""Sheets of samples: picture, label, and prediction before and after a step (the paper's Appendix H)."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, WRONG, Area, visible
+
+PITCH = 1.05
+"""Inches from tile to tile; longer class names are cut."""
+LINE = 0.135
+"""Inches a line of text."""
+LONGEST = 15
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One sample: `picture` is (h, w, 1 or 3) uint8, text, or None; `before` and `after` are predicted labels."""
+
+    picture: np.ndarray | str | None
+    label: str | None
+    before: str | None
+    after: str | None
+    caption: str = ""
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """What is written under the picture: text, colour and weight of each line."""
+        lines = []
+        if self.label is not None:
+            lines.append((_cut(self.label), "black", "bold"))
+        for word, predicted in (("was", self.before), ("now", self.after)):
+            if predicted is not None:
+                wrong = self.label is not None and predicted != self.label
+                mark = " \N{MULTIPLICATION SIGN}" if wrong else ""
+                lines.append((f"{word} {_cut(predicted)}{mark}", WRONG if wrong else "#333333", "normal"))
+        if self.caption:
+            lines.append((self.caption, FAINT, "normal"))
+        return lines
+
+
+def sheet_height(tiles: Sequence[Tile], columns: int) -> float:
+    """Inches that a sheet of this many columns takes, its title included."""
+    rows = -(-len(tiles) // columns)
+    return 0.3 + max(1, rows) * (PITCH + _text_height(tiles)) if tiles else 0.6
+
+
+def draw_sheet(area: Area, left: float, title: str, tiles: Sequence[Tile], columns: int, colour: str) -> None:
+    """Draw a titled sheet from `left` inches on; the colour frames every picture."""
+    area.text(left, 0.02, title, color=colour, fontweight="bold")
+    if not tiles:
+        area.text(left, 0.3, "none", color=FAINT)
+        return
+    text = _text_height(tiles)
+    rows = -(-len(tiles) // columns)
+    height = rows * (PITCH + text)
+    axes = area.axes(left, 0.26, columns * PITCH, height)
+    axes.set(xlim=(0, columns * PITCH), ylim=(height, 0))
+    axes.set_axis_off()
+    inner = PITCH - 0.16
+    for number, tile in enumerate(tiles):
+        x = number % columns * PITCH
+        y = number // columns * (PITCH + text)
+        _draw_picture(axes, tile.picture, x + 0.03, y + 0.03, inner, colour)
+        for line, (words, ink, weight) in enumerate(tile.lines()):
+            axes.text(
+                x + 0.03, y + inner + 0.08 + line * LINE, visible(words), color=ink, fontweight=weight, fontsize=7,
+                va="top", parse_math=False,
+            )  # fmt: skip
+
+
+def _draw_picture(axes, picture: np.ndarray | str | None, x: float, y: float, side: float, colour: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    if isinstance(picture, np.ndarray):
+        pixels = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture
+        axes.imshow(pixels, extent=(x, x + side, y + side, y), interpolation="nearest", aspect="auto", zorder=1)
+    else:
+        words = "no picture" if picture is None else picture
+        wrapped = [line for part in words.split("\n") for line in textwrap.wrap(part, 14) or [""]][:8]
+        axes.text(
+            x + side / 2, y + side / 2, visible("\n".join(wrapped)), ha="center", va="center", fontsize=7,
+            family="monospace", color=FAINT if picture is None else "black", parse_math=False,
+        )  # fmt: skip
+    axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=colour, linewidth=1.4, zorder=2))
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+
+
+def _text_height(tiles: Sequence[Tile]) -> float:
+    return LINE * max(len(tile.lines()) for tile in tiles) + 0.02
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+FULL_COLUMNS = int((WIDTH - 2 * MARGIN) / PITCH)
+HALF_COLUMNS = int((WIDTH - 3 * MARGIN) / 2 / PITCH)

@@ -1,0 +1,67 @@
+"""Mean losses of groups against the whole loss over time (the paper's Fig. 1). T steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from opsig_cli.figures.canvas import MARGIN, WHOLE, WIDTH, Area, quiet_axes, visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HEIGHT = 2.75
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line: its name, values (T,), colour and style."""
+
+    name: str
+    values: np.ndarray
+    colour: str = WHOLE
+    style: str = "-"
+
+
+def draw_losses(area: Area, steps: np.ndarray, curves: Sequence[Curve], zoom: tuple[int, int]) -> None:
+    """All steps on the left; on the right the steps of `zoom`, both ends included, which is shaded on the left."""
+    plot_height = HEIGHT - 0.85
+    left = area.axes(MARGIN + 0.45, 0.32, WIDTH * 0.55 - 0.9, plot_height)
+    right = area.axes(WIDTH * 0.55 + 0.35, 0.32, WIDTH * 0.45 - 0.35 - MARGIN, plot_height)
+    close = (steps >= zoom[0]) & (steps <= zoom[1])
+    for axes, chosen, marker in ((left, slice(None), ""), (right, close, ".")):
+        for curve in curves:
+            axes.plot(
+                steps[chosen], curve.values[chosen], curve.style, color=curve.colour, linewidth=1.2, marker=marker,
+                markersize=4, label=visible(curve.name),
+            )  # fmt: skip
+        axes.set(xlabel="step")
+        log_scale(axes, [curve.values[chosen] for curve in curves])
+        quiet_axes(axes)
+    left.axvspan(*zoom, color="black", alpha=0.08, linewidth=0)
+    left.set(ylabel="loss (nats)")
+    right.set_title(f"steps {zoom[0]} to {zoom[1]}", fontsize=8, loc="right", color="#555555")
+    for text in left.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(curves), frameon=False, fontsize=8
+    ).get_texts():
+        text.set_parse_math(False)
+
+
+def log_scale(axes: Axes, values: Sequence[np.ndarray]) -> None:
+    """A logarithmic y axis where there is anything positive, with few and plain ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    everything = np.concatenate([np.ravel(v) for v in values]) if values else np.empty(0)
+    positive = everything[np.isfinite(everything) & (everything > 0)]
+    if not positive.size:
+        return
+    axes.set_yscale("log", nonpositive="mask")
+    low, high = positive.min(), positive.max()
+    axes.set_ylim(low / 1.15, high * 1.15)
+    narrow = high / low < 30
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

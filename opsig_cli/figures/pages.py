@@ -1,0 +1,76 @@
+"""The pictures of `mine` and `cluster`. T steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from opsig_cli.figures.canvas import MARGIN, SIDES, WIDTH, Area, Block, heading, save_page, sentence
+from opsig_cli.figures.contact_sheet import FULL_COLUMNS, HALF_COLUMNS, Tile, draw_sheet, sheet_height
+from opsig_cli.figures.curves import HEIGHT, Curve, draw_losses
+
+Side = tuple[str, Sequence[Tile], np.ndarray]
+"""A group: its title, its tiles, and its mean loss (T,)."""
+
+
+@dataclass(frozen=True)
+class PairPanel:
+    """Two opposing groups and what is said of them."""
+
+    title: str
+    side_a: Side
+    side_b: Side
+
+
+def movers_figure(
+    path: Path, sheets: Sequence[tuple[str, Sequence[Tile]]], steps: np.ndarray, curves: Mapping[str, np.ndarray],
+    whole: np.ndarray, zoom: tuple[int, int], title: str,
+) -> None:  # fmt: skip
+    """Save sheets of mined samples, each in a colour, and under them the curves of the same colours, (T,) each, with
+    the whole loss (T,)."""
+    colours = {name: SIDES[number % 2] for number, name in enumerate(curves)}
+    lines = [Curve(name, values, colours[name]) for name, values in curves.items()]
+    lines.append(Curve("all samples", whole, style="--"))
+    blocks = [heading(title)]
+    blocks.append((HEIGHT, lambda area: draw_losses(area, steps, lines, zoom)))
+    for number, (name, tiles) in enumerate(sheets):
+        blocks.append(_sheet(name, tiles, SIDES[number % 2]))
+    save_page(path, blocks)
+
+
+def _sheet(name: str, tiles: Sequence[Tile], colour: str) -> Block:
+    return sheet_height(tiles, FULL_COLUMNS), lambda area: draw_sheet(area, MARGIN, name, tiles, FULL_COLUMNS, colour)
+
+
+def pairs_figure(
+    path: Path, panels: Sequence[PairPanel], steps: np.ndarray, whole: np.ndarray, title: str, zoom: tuple[int, int]
+) -> None:
+    """Save opposing pairs: each its groups' sheets side by side over their mean losses with the whole loss (T,)."""
+    blocks = [heading(title)]
+    if not panels:
+        blocks.append(sentence("no opposing pair was found"))
+        blocks.append((HEIGHT, lambda area: draw_losses(area, steps, [Curve("all samples", whole, style="--")], zoom)))
+    for panel in panels:
+        blocks += [heading(panel.title, 10), _pair_sheets(panel), _pair_curves(panel, steps, whole, zoom)]
+    save_page(path, blocks)
+
+
+def _pair_sheets(panel: PairPanel) -> Block:
+    sides = (panel.side_a, panel.side_b)
+
+    def draw(area: Area) -> None:
+        for number, (name, tiles, _) in enumerate(sides):
+            left = MARGIN if number == 0 else WIDTH / 2 + MARGIN / 2
+            draw_sheet(area, left, name, tiles, HALF_COLUMNS, SIDES[number])
+
+    return max(sheet_height(tiles, HALF_COLUMNS) for _, tiles, _ in sides) + 0.1, draw
+
+
+def _pair_curves(panel: PairPanel, steps: np.ndarray, whole: np.ndarray, zoom: tuple[int, int]) -> Block:
+    sides = (panel.side_a, panel.side_b)
+    lines = [Curve(name, values, SIDES[number]) for number, (name, _, values) in enumerate(sides)]
+    lines.append(Curve("all samples", whole, style="--"))
+    return HEIGHT + 0.15, lambda area: draw_losses(area, steps, lines, zoom)

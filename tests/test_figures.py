@@ -1,0 +1,73 @@
+"""Pictures: what is written on them, and how they are saved. How they look is for the eye."""
+
+import numpy as np
+import pytest
+
+from opsig_cli.figures.canvas import heading, save_page
+from opsig_cli.figures.contact_sheet import Tile
+from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
+
+STEPS = np.arange(50)
+WHOLE = np.linspace(2, 0.5, 50)
+PIXELS = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+
+
+def tiles(count=7):
+    return [Tile(PIXELS, "Coat", "Pullover", "Coat", "step 9") for _ in range(count)]
+
+
+def draw_pairs(path, count=1):
+    panel = PairPanel("pair 1", ("G1: coats", tiles(), WHOLE), ("G2: $x_1$ <b>", [], WHOLE[::-1]))
+    pairs_figure(path, [panel] * count, STEPS, WHOLE, "a run", zoom=(10, 30))
+
+
+@pytest.mark.parametrize(("suffix", "signature"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_the_same_picture_has_the_same_bytes(tmp_path, suffix, signature):
+    first, second = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    draw_pairs(first)
+    draw_pairs(second)
+    assert first.read_bytes().startswith(signature)
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, second.name]
+
+
+def test_wrong_predictions_are_marked_by_more_than_colour(tmp_path):
+    draw_pairs(tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert "was Pullover \N{MULTIPLICATION SIGN}" in text
+    assert "now Coat<" in text
+    assert "$x_1$" in text  # a label is never mathematics
+    assert "none" in text
+
+
+def test_a_run_without_pairs_says_so(tmp_path):
+    pairs_figure(tmp_path / "a.svg", [], STEPS, WHOLE, "a run", zoom=(10, 30))
+    assert "no opposing pair was found" in (tmp_path / "a.svg").read_text()
+
+
+def test_what_is_missing_does_not_stop_a_picture(tmp_path):
+    bare = [Tile(None, None, None, None), Tile("x = 1\ny = 2", "x\x1b[2J", None, "7")]
+    losses = np.where(np.arange(50) % 2, np.nan, 0.0)
+    movers_figure(tmp_path / "a.svg", [("rose", bare)], STEPS, {"rose": losses}, -WHOLE, (0, 49), "t")
+    text = (tmp_path / "a.svg").read_text()
+    assert "no picture" in text
+    assert "\x1b" not in text
+
+
+def test_another_suffix_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\.png, \.pdf, \.svg, not '\.jpeg'"):
+        draw_pairs(tmp_path / "a.jpeg")
+
+
+def test_a_failed_picture_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.png"
+    draw_pairs(path)
+    before = path.read_bytes()
+
+    def fail(area):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        save_page(path, [heading("t"), (1.0, fail)])
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
