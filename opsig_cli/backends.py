@@ -81,6 +81,7 @@ class Session(Protocol):
     """A task opened on a device. Samples are named by their index in the task's dataset."""
 
     samples: int
+    optimizers: Sequence[str]
 
     @property
     def layout(self) -> list[Tensor]:

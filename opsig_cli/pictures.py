@@ -88,8 +88,8 @@ class Pictures:
         """The tile of the sample in this column."""
         picture = None if self._pictures is None else self._pictures[position]
         label = None if self._labels is None else str(self._labels[position])
-        as_text = (None if name is None else str(name) for name in (before, after))
-        return Tile(str(picture) if isinstance(picture, str) else picture, label, *as_text, caption)
+        was, now = (None if name is None else str(name) for name in (before, after))
+        return Tile(str(picture) if isinstance(picture, str) else picture, label, was, now, caption)
 
     def name(self, predictions: np.ndarray | None, position: int) -> Any:
         """The predicted class of the sample in this column."""

@@ -37,6 +37,8 @@ def _fields(*fields: Field) -> dict[str, Field]:
     return {field.path: field for field in fields}
 
 
+ROW_CHECKSUM = "exclusive or, over the row's measured columns, of crc32(column name, bytes of the row)"
+
 # "S*" is a fixed-length UTF-8 string as wide as the longest value; "u1|i4" is u1 where 254 classes suffice.
 FIELDS = _fields(
     Field("sample", ("sample",), "i8", "1", "index of the sample in the task's dataset"),
@@ -46,6 +48,7 @@ FIELDS = _fields(
     Field("samples/text", ("sample",), "S*", "1", "the sample as text"),
     Field("samples/truth", ("sample",), "i4", "1", "planted side: 2*feature + side, or -1 outside every group"),
     Field("scalars/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field("scalars/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field(
         "scalars/train_loss", ("step",), "f8", "nat", "mean training loss (over the minibatch for minibatch methods)"
     ),
@@ -55,9 +58,11 @@ FIELDS = _fields(
         "scalars/update_norm", ("step",), "f8", "1", "Euclidean norm of the parameter change of the step that follows"
     ),
     Field("losses/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field("losses/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("losses/loss", ("step", "sample"), "f4", "nat", "loss of every sample", "opsig track"),
     Field("losses/prediction", ("step", "sample"), "u1|i4", "1", "predicted class of every sample", "opsig track"),
     Field("checkpoints/step", ("step",), "i8", "1", "optimizer steps taken before the checkpoint"),
+    Field("checkpoints/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("checkpoints/params", ("step", "parameter"), "f4", "1", "all parameters, flattened in layout order"),
     Field("checkpoints/buffers", ("step", "buffer"), "f8", "1", "all buffers of the model, flattened in layout order"),
     Field("checkpoints/optimizer/momentum_buffer", ("step", "parameter"), "f4", "1", "heavy-ball momentum"),
@@ -69,9 +74,23 @@ FIELDS = _fields(
     Field("layout/offset", ("tensor",), "i8", "1", "first index in the flat row of its kind"),
     Field("layout/size", ("tensor",), "i8", "1", "number of entries"),
     Field("sharpness/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field("sharpness/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("sharpness/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of the training loss's Hessian"),
     Field("sharpness/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
 )
 
 ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswith("/step"))
 """Groups that grow by one row per recorded step."""
+
+DIMENSIONS = (
+    *(("", name) for name in ("sample", "class", "row", "column", "channel", "tensor", "axis", "parameter", "buffer")),
+    ("sharpness", "rank"),
+    *((group, "step") for group in ROW_GROUPS),
+)
+"""Group and name of every dimension; its place is its netCDF number. Append only."""
+
+
+def dimension(field: Field, name: str) -> tuple[str, str]:
+    """The dimension of this name that the field uses: its group's own, or the root's."""
+    group = field.path.split("/")[0]
+    return (group, name) if (group, name) in DIMENSIONS else ("", name)

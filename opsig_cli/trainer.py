@@ -17,7 +17,7 @@ import numpy as np
 
 from opsig_cli import backends, tasks
 from opsig_cli.backends import Session, Snapshot, State, Training
-from opsig_cli.errors import OpsigError
+from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.recorder import Recorder, read_state
 from opsig_cli.settings import Settings
 
@@ -71,8 +71,16 @@ def training_of(settings: Settings, stop: StopRequest, first: int) -> Training:
 def new_recorder(
     path: str, settings: Settings, session: Session, task: tasks.Task, spec: tasks.TaskSpec, replace: bool
 ) -> Recorder:
-    """A file for a new run, with its provenance and what its samples are."""
+    """A file for a new run, with its provenance and what its samples are.
+
+    Raises UsageError, before there is a file, for an optimizer that the backend lacks or a batch larger than the data.
+    """
     count = session.samples
+    if settings.optimizer not in session.optimizers:
+        known = ", ".join(session.optimizers)
+        raise UsageError(f"no optimizer is called '{settings.optimizer}'. Known: {known}")
+    if (settings.batch_size or 0) > count:
+        raise UsageError(f"--batch-size {settings.batch_size} is more than the {count} samples there are")
     recorder = Recorder(
         path,
         count,

@@ -1,14 +1,16 @@
 """The trajectory file: open, read, append, commit.
 
 T steps, S samples, P parameters, M chosen samples. A reader of the rest needs only `open_trajectory`,
-`create_trajectory` and the methods of `Trajectory`.
+`create_trajectory` and the methods of `Trajectory`. How commits become durable is `opsig_cli.store`'s concern.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -16,11 +18,17 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
+from opsig_cli.chunks import Chunks
 from opsig_cli.errors import OpsigError
-from opsig_cli.schema import FIELDS, ROW_GROUPS, SCHEMA_VERSION, Field
+from opsig_cli.schema import DIMENSIONS, FIELDS, ROW_GROUPS, SCHEMA_VERSION, Field, dimension
+from opsig_cli.store import RedoFile, SnapshotFile, writer_of
+from opsig_cli.vetting import Refused, vet
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 16 << 20
 """Bound on the memory that one block of `Trajectory.blocks` takes."""
+
+WIDE = 200_000
+"""Samples from which on losses are kept in wider and lower chunks."""
 
 
 def create_trajectory(
@@ -32,58 +40,91 @@ def create_trajectory(
 ) -> Trajectory:
     """Start a new file for the samples with these indices, (S,) integers; `attributes` is its provenance.
 
-    Raises OpsigError where the file exists (unless `replace`) or cannot be written.
+    Raises OpsigError where the file exists (unless `replace`), is being written, or cannot be written.
     """
+    path = os.fspath(path)
     if os.path.exists(path) and not replace:
         raise OpsigError(f"{path} exists. Continue it with --resume, or overwrite it with --replace")
     with _file_errors(path):
-        file = h5py.File(path, "w", libver=("v110", "v110"))
-    run = Trajectory(path, file)
+        store = RedoFile(path, create=True)
+    run = Trajectory(path, h5py.File(store, "w", libver=("v110", "v110"), rdcc_nbytes=0), store)
     run.set_attributes(schema_version=".".join(map(str, SCHEMA_VERSION)), **(attributes or {}))
     run.write("sample", np.asarray(samples, np.int64))
     return run
 
 
 def open_trajectory(path: str | os.PathLike, mode: str = "r") -> Trajectory:
-    """Open a file for reading ("r") or for appending ("r+").
+    """Open a file for reading ("r": one consistent state, also while it is written) or for appending ("r+").
 
-    Raises OpsigError where there is no such file, it is not a trajectory, or its schema is newer than this program.
+    Raises OpsigError where there is no such file, it is not a trajectory, its schema is newer than this program, it is
+    damaged or could reach outside itself, or, for appending, another process writes to it.
     """
+    path = os.fspath(path)
     if not os.path.exists(path):
         raise OpsigError(f"{path} does not exist")
+    run = _open_snapshot(path)
+    if mode == "r":
+        return run
+    run.abort()
     with _file_errors(path):
-        file = h5py.File(path, mode, libver=("v110", "v110"), rdcc_nbytes=0)
-    run = Trajectory(path, file)
-    run._check_version()
-    return run
+        store = RedoFile(path)
+    return Trajectory(path, h5py.File(store, "r+", libver=("v110", "v110"), rdcc_nbytes=0), store)
+
+
+def _open_snapshot(path: str) -> Trajectory:
+    with _file_errors(path):
+        store = SnapshotFile(path)
+    try:
+        with _file_errors(path):
+            file = h5py.File(store, "r", rdcc_nbytes=0)
+        run = Trajectory(path, file, store)
+        with run._damage("its structure"):
+            vet(file, store.size, FIELDS)
+            run._check_version()
+            run._check_shapes()
+        return run
+    except Refused as refusal:
+        store.close()
+        raise OpsigError(f"{path} is refused: {refusal}") from refusal
+    except BaseException:
+        store.close()
+        raise
 
 
 class Trajectory:
     """One run's file. A context manager; rows appended since the last `commit` become readable together.
 
-    Datasets are named by their path in the schema, as "losses/loss". A row group (`losses`, `scalars`,
-    `checkpoints`, `sharpness`) has one row per recorded step; rows are always presented in increasing order of
-    step, however they were appended.
+    Leaving it after an error drops what was not committed. Datasets are named by their path in the schema, as
+    "losses/loss". A row group (`losses`, `scalars`, `checkpoints`, `sharpness`) has one row per recorded step; rows are
+    always presented in increasing order of step, however they were appended.
     """
 
-    def __init__(self, path: str | os.PathLike, file: h5py.File):
-        self.path = os.fspath(path)
-        self._file = file
+    def __init__(self, path: str, file: h5py.File, store: SnapshotFile):
+        self.path = path
+        self._file: Any = file  # h5py's items are untyped
+        self._store = store
+        self._groups: dict[str, _Rows] = {}
+        self._chunks: dict[str, Chunks | None] = {}
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
 
     # -- what the file says of itself
 
     @property
     def attributes(self) -> dict[str, Any]:
         """The file's provenance as Python values."""
-        return {
-            key: json.loads(value) if key.endswith("_json") else _text(value) for key, value in self._file.attrs.items()
-        }
+        with self._damage("an attribute"):
+            return {
+                key: json.loads(value) if key.endswith("_json") else _text(value)
+                for key, value in self._file.attrs.items()
+            }
 
     def set_attributes(self, **attributes: Any) -> None:
         """Set root attributes: text, numbers; a key that ends in `_json` takes any JSON value."""
@@ -113,6 +154,10 @@ class Trajectory:
         """Names of the groups in the file, sorted."""
         return sorted(name for name, item in self._file.items() if isinstance(item, h5py.Group))
 
+    def names(self) -> list[str]:
+        """Names of the schema's datasets that are in the file, in the schema's order."""
+        return [name for name in FIELDS if self.has(name)]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a dataset."""
         return self._file[name].shape
@@ -120,19 +165,25 @@ class Trajectory:
     # -- reading
 
     def read(self, name: str) -> np.ndarray:
-        """A whole dataset; fixed-length strings come back as str objects."""
+        """A whole dataset; fixed-length strings come back as str objects. Raises OpsigError where it is damaged."""
         self.require(name)
-        values = self._file[name][()]
-        return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+        with self._damage(name):
+            dataset = self._file[name]
+            values = dataset[()]
+            checksum = dataset.attrs.get("checksum")
+            if checksum is not None and checksum != zlib.crc32(values.tobytes()):
+                raise ValueError("its checksum is wrong")
+            return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
 
     def steps(self, group: str) -> np.ndarray:
         """Steps recorded in a row group, increasing, (T,) int64; empty where the group is absent."""
-        if group + "/step" not in self._file:
-            return np.empty(0, np.int64)
-        return np.sort(self._file[group + "/step"][()])
+        return self._rows(group).sorted_steps()
 
     def row(self, name: str, step: int) -> np.ndarray:
-        """The row of one step, as (S,) or (P,). Raises OpsigError, naming the nearest steps, where it was not recorded."""
+        """The row of one step, (S,) or (P,), checked against its checksum.
+
+        Raises OpsigError, naming the nearest steps, where it was not recorded, or where it is damaged.
+        """
         self.require(name)
         group = _group_of(name)
         steps = self.steps(group)
@@ -140,38 +191,50 @@ class Trajectory:
         if position == len(steps) or steps[position] != step:
             near = ", ".join(str(s) for s in steps[max(0, position - 1) : position + 1])
             raise OpsigError(f"{self.path} has no {group} at step {step}. Nearest: {near or 'none'}")
+        self._check_row(group, self._rows(group).place(position))
         return self.rows(name, position, position + 1)[0]
 
-    def rows(self, name: str, start: int, stop: int, columns: slice = slice(None)) -> np.ndarray:
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` in order of step, (stop - start, ...)."""
         self.require(name)
-        order = self._order(_group_of(name))
-        dataset = self._file[name]
-        if order is None:
-            return self._missing(name, dataset[start:stop, ..., columns] if dataset.ndim > 1 else dataset[start:stop])
-        places = order[start:stop]
-        ascending = np.argsort(places)
-        values = dataset[places[ascending]][..., columns]
-        back = np.empty_like(ascending)
-        back[ascending] = np.arange(len(ascending))
-        return self._missing(name, values[back])
+        rows = self._rows(_group_of(name))
+        stop = min(stop, rows.count)
+        with self._damage(name):
+            if rows.in_order:
+                return self._missing(name, self._read_rows(name, start, stop))
+            places = rows.order()[start:stop]
+            ascending = np.argsort(places)
+            values = self._file[name][places[ascending]]
+            back = np.empty_like(ascending)
+            back[ascending] = np.arange(len(ascending))
+            return self._missing(name, values[back])
 
     def series(self, name: str, positions: np.ndarray, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Columns of chosen samples over time, (T, M); `positions` index the file's samples, (M,)."""
         self.require(name)
+        rows = self._rows(_group_of(name))
+        stop = rows.count if stop is None else min(stop, rows.count)
         positions = np.asarray(positions)
-        parts = [rows[:, positions] for _, rows in self.blocks(name, start, stop)]
+        chunks = self._chunks_of(name)
+        if rows.in_order and chunks is not None:
+            with self._damage(name):
+                return self._missing(name, chunks.columns(positions, start, stop))
+        parts = [values[:, positions] for _, values in self.blocks(name, start, stop)]
         return np.concatenate(parts) if parts else np.empty((0, len(positions)), np.float32)
 
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Consecutive blocks of rows `start:stop` of at most BLOCK_BYTES: pairs of first position and rows."""
         self.require(name)
         dataset = self._file[name]
-        stop = dataset.shape[0] if stop is None else stop
-        row_bytes = max(1, int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize)
-        height = max(1, BLOCK_BYTES // row_bytes)
-        for first in range(start, stop, height):
-            yield first, self.rows(name, first, min(first + height, stop))
+        stop = self._rows(_group_of(name)).count if stop is None else stop
+        height = max(1, BLOCK_BYTES // max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize))
+        if dataset.chunks and height > dataset.chunks[0]:
+            height -= height % dataset.chunks[0]
+        first = start
+        while first < stop:
+            last = min(first - first % height + height, stop)
+            yield first, self.rows(name, first, last)
+            first = last
 
     # -- writing
 
@@ -181,17 +244,27 @@ class Trajectory:
         Columns that the row lacks, and rows before a new column's first, hold the schema's fill. Raises OpsigError
         where the step is there already.
         """
-        if step in self.steps(group):
+        rows = self._rows(group)
+        if step in rows:
             raise OpsigError(f"{self.path} already has {group} at step {step}")
-        steps = self._dataset(FIELDS[group + "/step"], ())
-        place = steps.shape[0]
-        for name, value in columns.items():
-            value = np.asarray(value)
-            dataset = self._dataset(FIELDS[f"{group}/{name.replace('__', '/')}"], value.shape)
+        place = rows.count
+        given = {f"{group}/{name.replace('__', '/')}": np.asarray(value) for name, value in columns.items()}
+        given |= {f"{group}/step": np.asarray(step)}
+        checksum = 0
+        for name, value in given.items():
+            dataset = self._column(FIELDS[name], value.shape, place)
+            value = np.ascontiguousarray(value, dataset.dtype)
             dataset.resize(place + 1, axis=0)
             dataset[place] = value
-        steps.resize(place + 1, axis=0)
-        steps[place] = step  # step is written last: readers trust its length
+            checksum ^= _column_checksum(name, value)
+        for name in rows.columns(self._file, group) - given.keys() - {f"{group}/checksum"}:
+            dataset = self._file[name]
+            dataset.resize(place + 1, axis=0)
+            dataset[place] = _fill(dataset.dtype)
+        dataset = self._column(FIELDS[f"{group}/checksum"], (), place)
+        dataset.resize(place + 1, axis=0)
+        dataset[place] = checksum
+        rows.add(step)
 
     def write(self, name: str, values: np.ndarray, replace: bool = False) -> None:
         """Write a whole dataset of the schema. Raises OpsigError where it exists, unless `replace`."""
@@ -206,63 +279,229 @@ class Trajectory:
         elif "|" not in field.dtype:
             values = values.astype(field.dtype)
         dataset = self._file.create_dataset(name, data=values)
-        _describe(dataset, field)
+        self._describe(dataset, field)
+        dataset.attrs["checksum"] = np.uint32(zlib.crc32(values.tobytes()))
 
     def commit(self) -> None:
-        """Make everything since the last commit readable, together."""
+        """Make everything since the last commit durable and readable, together.
+
+        Raises OpsigError on a full disk, with nothing lost: it can be called again.
+        """
+        assert isinstance(self._store, RedoFile)
         with _file_errors(self.path):
             self._file.flush()
+            self._store.commit()
 
     def close(self) -> None:
-        """Commit and close."""
-        with _file_errors(self.path):
-            self._file.close()
+        """Commit and close; a file that was written is one plain HDF5 file afterwards."""
+        if isinstance(self._store, RedoFile):
+            try:
+                with _file_errors(self.path):
+                    self._file.close()
+                    self._store.commit()
+            finally:
+                self._store.close()
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Close and drop what was not committed."""
+        self._file.close()
+        self._store.close()
 
     # -- inside
 
     def _check_version(self) -> None:
-        version = _text(self._file.attrs.get("schema_version", ""))
+        version = str(_text(self._file.attrs.get("schema_version", "")))
         if not version:
             raise OpsigError(f"{self.path} is HDF5 but not an opsig trajectory (it states no schema_version)")
-        if int(str(version).split(".")[0]) > SCHEMA_VERSION[0]:
+        if int(version.split(".")[0]) > SCHEMA_VERSION[0]:
             ours = ".".join(map(str, SCHEMA_VERSION))
             raise OpsigError(
                 f"{self.path} has trajectory schema {version}; this opsig reads up to {ours}. Update opsig"
             )
 
-    def _order(self, group: str) -> np.ndarray | None:
-        steps = self._file[group + "/step"][()]
-        return None if np.all(np.diff(steps) > 0) else np.argsort(steps)
+    def _check_shapes(self) -> None:
+        """Raise OpsigError where a dataset is not what the schema says: its type, its dimensions, or their lengths."""
+        lengths: dict[tuple[str, str], int] = {}
+        for name, field in FIELDS.items():
+            if name not in self._file:
+                continue
+            dataset = self._file[name]
+            if not isinstance(dataset, h5py.Dataset) or dataset.ndim != len(field.dims):
+                raise OpsigError(f"{self.path}: {name} must have the dimensions {', '.join(field.dims)}")
+            if dataset.dtype.kind not in {kind[0].lower() for kind in field.dtype.replace("S", "s").split("|")} | (
+                {"S"} if field.dtype == "S*" else set()
+            ):
+                raise OpsigError(f"{self.path}: {name} must be {field.dtype}, not {dataset.dtype}")
+            for axis, length in zip(field.dims, dataset.shape, strict=True):
+                expected = lengths.setdefault(dimension(field, axis), length)
+                if length < expected or (length != expected and axis != "step"):
+                    raise OpsigError(f"{self.path}: {name} has {length} along {axis}, where {expected} are expected")
+
+    def _rows(self, group: str) -> _Rows:
+        if group not in self._groups:
+            with self._damage(f"{group}/step"):
+                name = f"{group}/step"
+                steps = self._file[name][()] if name in self._file else np.empty(0, np.int64)
+                self._groups[group] = _Rows(steps)
+        return self._groups[group]
+
+    def _check_row(self, group: str, place: int) -> None:
+        """Raise OpsigError where the row at this place of the file does not have the checksum stored with it."""
+        if self.has(f"{group}/checksum"):
+            with self._damage(f"{group} at step {self._rows(group).steps[place]}"):
+                if self.row_checksum(group, place) != self._file[f"{group}/checksum"][place]:
+                    raise ValueError("its checksum is wrong")
+
+    def row_checksum(self, group: str, place: int) -> int:
+        """The checksum of what the file holds in the row at this place, in the order of appending."""
+        checksum = 0
+        for name in self._rows(group).columns(self._file, group) - {f"{group}/checksum"}:
+            value = self._file[name][place]
+            if not _is_fill(value):
+                checksum ^= _column_checksum(name, np.ascontiguousarray(value))
+        return checksum
+
+    def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        chunks = self._chunks_of(name)
+        return self._file[name][start:stop] if chunks is None else chunks.rows(start, stop)
+
+    def _chunks_of(self, name: str) -> Chunks | None:
+        """The dataset's chunks for reading past HDF5, where they lie in the file as they are."""
+        if name not in self._chunks:
+            plain = not isinstance(self._store, RedoFile) and not self._store.overlay.extents
+            dataset = self._file[name]
+            usable = (
+                plain and dataset.ndim == 2 and dataset.chunks and dataset.id.get_create_plist().get_nfilters() == 0
+            )
+            self._chunks[name] = Chunks(self._store.fd, self._store.size, dataset) if usable else None
+        return self._chunks[name]
 
     def _missing(self, name: str, values: np.ndarray) -> np.ndarray:
         """Unsigned integers become int64 with -1 for the fill."""
         if values.dtype.kind != "u" or "|" not in FIELDS[name].dtype:
             return values
-        fill = 2 ** (8 * values.dtype.itemsize) - 1
-        return np.where(values == fill, np.int64(-1), values.astype(np.int64))
+        return np.where(values == _fill(values.dtype), np.int64(-1), values.astype(np.int64))
 
-    def _dataset(self, field: Field, shape: tuple[int, ...]) -> h5py.Dataset:
+    def _column(self, field: Field, shape: tuple[int, ...], place: int) -> Any:
+        """The dataset of a row group's column, made where it is new: the rows before `place` hold the fill."""
         if field.path in self._file:
             return self._file[field.path]
-        width = int(np.prod(shape)) if shape else 1
+        width = math.prod(shape)
         dtype = field.dtype
         if "|" in dtype:
             dtype = "u1" if self.has("class_name") and self.shape("class_name")[0] < 255 else "i4"
-        chunks = (64, min(1024, width)) if "sample" in field.dims else (1, min(1 << 18, width)) if shape else (1024,)
+        if "sample" in field.dims:
+            chunks = (64, min(1024, width)) if width < WIDE else (16, 16384)
+        else:
+            chunks = (1, min(1 << 18, width)) if shape else (1024,)
         dataset = self._file.create_dataset(
-            field.path, (0, *shape), maxshape=(None, *shape), dtype=dtype, chunks=chunks, fillvalue=_fill(dtype)
-        )
-        _describe(dataset, field)
+            field.path, (0, *shape), maxshape=(None, *shape), dtype=dtype, chunks=chunks,
+            fillvalue=_fill(np.dtype(dtype)), fill_time="never" if "sample" in field.dims else "ifset",
+        )  # fmt: skip
+        self._describe(dataset, field)
+        self._rows(field.path.split("/")[0]).forget_columns()
+        for row in range(place):
+            dataset.resize(row + 1, axis=0)
+            dataset[row] = _fill(dataset.dtype)
         return dataset
 
+    def _describe(self, dataset: Any, field: Field) -> None:
+        """Meaning, unit and named dimensions, by the attributes that netCDF4 reads them from."""
+        dataset.attrs["long_name"] = np.bytes_(field.long_name.encode())
+        dataset.attrs["units"] = np.bytes_(field.units.encode())
+        used = [dimension(field, name) for name in field.dims]
+        for (group, name), length in zip(used, dataset.shape, strict=True):
+            place = f"{group}/{name}".lstrip("/")
+            if place == field.path:
+                _make_scale(dataset, group, name, name)
+            elif place not in self._file and name != "step":
+                scale = self._file.create_dataset(place, (length,), "u1")
+                _make_scale(scale, group, name, f"This is a netCDF dimension but not a netCDF variable.{length:10d}")
+        if len(used) > 1:
+            dataset.attrs["_Netcdf4Coordinates"] = np.array([DIMENSIONS.index(d) for d in used], np.int32)
+        if field.path.split("/")[-1] not in [name for _, name in used]:
+            dataset.attrs["_Netcdf4Dimid"] = np.int32(DIMENSIONS.index(used[0]))
 
-def _fill(dtype: str) -> Any:
-    return Field("", (), dtype, "", "").fill
+    @contextmanager
+    def _damage(self, what: str) -> Iterator[None]:
+        """Whatever HDF5 raises on a damaged file becomes one line."""
+        try:
+            yield
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+            reason = " ".join(str(error).split())
+            raise OpsigError(
+                f"{self.path}: {what} is damaged: {reason}. See what is intact: opsig verify {self.path}"
+            ) from error
 
 
-def _describe(dataset: h5py.Dataset, field: Field) -> None:
-    dataset.attrs["long_name"] = np.bytes_(field.long_name.encode())
-    dataset.attrs["units"] = np.bytes_(field.units.encode())
+class _Rows:
+    """The rows of a group: their steps in the order of appending."""
+
+    def __init__(self, steps: np.ndarray):
+        self.steps: list[int] = steps.tolist()
+        self._known = set(self.steps)
+        self.in_order = bool(np.all(np.diff(steps) > 0))
+        self._columns: set[str] | None = None
+        self._order: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.steps)
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._known
+
+    def add(self, step: int) -> None:
+        self.in_order = self.in_order and (not self.steps or step > self.steps[-1])
+        self.steps.append(step)
+        self._known.add(step)
+        self._order = None
+
+    def order(self) -> np.ndarray:
+        """Places of the rows in order of step."""
+        if self._order is None:
+            self._order = np.argsort(np.array(self.steps, np.int64), kind="stable")
+        return self._order
+
+    def place(self, position: int) -> int:
+        """Where in the file the row lies that is at this position in order of step."""
+        return position if self.in_order else int(self.order()[position])
+
+    def sorted_steps(self) -> np.ndarray:
+        return np.sort(np.array(self.steps, np.int64))
+
+    def columns(self, file: Any, group: str) -> set[str]:
+        """Names of the group's datasets with a row for every step."""
+        if self._columns is None:
+            names = (name for name in FIELDS if name.startswith(group + "/"))
+            self._columns = {name for name in names if FIELDS[name].dims[0] == "step" and name in file}
+        return self._columns
+
+    def forget_columns(self) -> None:
+        self._columns = None
+
+
+def _make_scale(dataset: Any, group: str, name: str, words: str) -> None:
+    dataset.make_scale(words)
+    dataset.attrs["_Netcdf4Dimid"] = np.int32(DIMENSIONS.index((group, name)))
+
+
+def _column_checksum(name: str, value: np.ndarray) -> int:
+    return zlib.crc32(value.tobytes() if value.ndim == 0 else value.data, zlib.crc32(name.encode()))
+
+
+def _fill(dtype: np.dtype) -> Any:
+    return Field("", (), dtype.kind + str(dtype.itemsize), "", "").fill
+
+
+def _is_fill(value: Any) -> bool:
+    fill = _fill(value.dtype)
+    if fill != fill:
+        first = value if value.ndim == 0 else value.flat[0] if value.size else fill
+        return bool(np.isnan(first)) and bool(np.isnan(value).all())
+    return bool(np.all(value == fill))
 
 
 def _group_of(name: str) -> str:
@@ -278,12 +517,15 @@ def _text(value: Any) -> Any:
 
 
 @contextmanager
-def _file_errors(path: str | os.PathLike) -> Iterator[None]:
+def _file_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OpsigError(f"{path}: the disk is full. Free some space and continue with --resume") from error
-        if "file signature not found" in str(error) or "truncated" in str(error):
+        reason = " ".join(str(error).split())
+        if "file signature not found" in reason and (writer := writer_of(path)):
+            raise OpsigError(f"{path} is only being created, by {writer}. Try again in a moment") from error
+        if "file signature not found" in reason or "truncated" in reason:
             raise OpsigError(f"{path} is not a readable HDF5 file") from error
-        raise OpsigError(f"{path}: {' '.join(str(error).split())}") from error
+        raise OpsigError(f"{path}: {error.strerror or reason}") from error

@@ -16,8 +16,10 @@ ALLOWED = {
     "records": {"errors"},
     "tasks": {"errors"},
     "backends": {"errors", "tasks"},
-    "trajectory": {"errors", "schema", "store"},
-    "store": {"errors", "store"},
+    "trajectory": {"errors", "schema", "store", "chunks", "vetting"},
+    "store": {"errors"},
+    "chunks": set(),
+    "vetting": set(),
     "recorder": {"errors", "schema", "trajectory", "backends"},
     "measure": {"errors", "schema", "trajectory", "backends", "tasks", "recorder", "settings"},
 }

@@ -27,7 +27,12 @@ def assert_same_run(path, other):
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--optimizer", "momentum"), ("--optimizer", "adam", "--learning-rate", "0.01", "--batch-size", "16")]
+    "more",
+    [
+        (),
+        ("--optimizer", "momentum", "--learning-rate", "0.02"),
+        ("--optimizer", "adam", "--learning-rate", "0.01", "--batch-size", "16"),
+    ],
 )
 def test_a_run_killed_at_a_random_step_resumes_to_the_same_bits(tmp_path, opsig, more):
     arguments = train_tiny(tmp_path / "killed.h5", "--checkpoint-every", 50, *more, steps=2000)

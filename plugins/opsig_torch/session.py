@@ -18,6 +18,7 @@ from opsig_torch.flat import FlatModel
 
 BATCH_SIZE = 500
 STATISTICS = ("chunk", "running")
+OPTIMIZERS = ("gd", "sgd", "momentum", "adam")
 
 
 class TorchSession:
@@ -27,6 +28,8 @@ class TorchSession:
     samples, as full-batch training that accumulates over those batches does; "running" uses the running statistics,
     as evaluation does. Dropout is off except while training on minibatches. `double` computes in float64.
     """
+
+    optimizers = OPTIMIZERS
 
     def __init__(
         self,

@@ -19,22 +19,17 @@ from opsig_torch.session import LossRow
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
 
-OPTIMIZERS = ("gd", "sgd", "momentum", "adam")
-
 
 def train(session: TorchSession, training: Training, start: State) -> Iterator[Snapshot]:
     """Train from `start` and yield a snapshot of every step up to `training.steps`, both included.
 
     A full-batch snapshot's losses come from the forward pass that trains; a minibatch run measures them in a pass of
-    their own. `train_loss` and `grad_norm` are those of the minibatch where there is one. Raises UsageError for an
-    unknown optimizer or a minibatch larger than the data.
+    their own. `train_loss` and `grad_norm` are those of the minibatch where there is one.
     """
     optimizer = _optimizer(session, training)
     session.flat.load(start)
     _restore(optimizer, session, start)
     gradient = _full_batch_gradient if training.batch_size is None else _minibatch_gradient
-    if training.batch_size is not None and training.batch_size > session.samples:
-        raise UsageError(f"--batch-size {training.batch_size} is more than the {session.samples} samples there are")
     for step in range(start.step, training.steps + 1):
         wants_losses = training.wants_losses(step)
         state = _state(session, optimizer, step) if training.wants_state(step) else None
@@ -106,7 +101,7 @@ def _optimizer(session: TorchSession, training: Training) -> torch.optim.Optimiz
             return torch.optim.SGD(vector, lr=rate, momentum=training.momentum, weight_decay=decay)
         case "adam":
             return torch.optim.Adam(vector, lr=rate, betas=training.betas, eps=training.epsilon, weight_decay=decay)
-    raise UsageError(f"no optimizer is called '{training.optimizer}'. Known: {', '.join(OPTIMIZERS)}")
+    raise UsageError(f"no optimizer is called '{training.optimizer}'. Known: {', '.join(session.optimizers)}")
 
 
 def _state(session: TorchSession, optimizer: torch.optim.Optimizer, step: int) -> State:

@@ -30,7 +30,7 @@ class ImageTask:
 
     `pixels` (S, H, W, C) float32, white at 1, or uint8; H = W. They are standardised over the data set, each channel by
     its own mean and standard deviation. `labels` (S,) integers below `len(classes)`. `loss` is cross-entropy in nats
-    (on float64 logits: float32 is noise below 1e-6), or the square loss: half the squared distance to the one-hot label.
+    (on float64 logits: float32 is noise below 1e-6), or the square loss, |logits - one-hot label|^2 / 2.
     """
 
     def __init__(
