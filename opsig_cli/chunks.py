@@ -12,14 +12,13 @@ import numpy as np
 
 
 class Chunks:
-    """Where the chunks of a two-dimensional, unfiltered dataset lie in an open file of this size.
+    """Where the chunks of a two-dimensional, unfiltered dataset lie in an open file.
 
     Reading raises ValueError where a chunk is missing or lies outside of the file.
     """
 
-    def __init__(self, fd: int, file_size: int, dataset: Any):
+    def __init__(self, fd: int, dataset: Any):
         self._fd = fd
-        self._size = file_size
         self._dtype = dataset.dtype
         self._height, self._width = dataset.chunks
         self._columns = dataset.shape[1]
@@ -33,11 +32,26 @@ class Chunks:
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`, (T, S)."""
         found = np.empty((max(0, stop - start), self._columns), self._dtype)
-        for column in range(0, self._columns, self._width):
-            width = min(self._width, self._columns - column)
-            for low, high, part in self._parts(column // self._width, start, stop):
-                found[low - start : high - start, column : column + width] = part[:, :width]
+        self.read_into(found, start, stop)
         return found
+
+    def read_into(self, found: np.ndarray, start: int, stop: int) -> None:
+        """Rows `start:stop` into the first rows of `found`, C-contiguous (at least T, S), without a copy on the way."""
+        row_bytes = self._width * self._dtype.itemsize
+        whole = self._columns - self._columns % self._width  # the last chunk is wider than what it holds
+        spill = np.empty((self._height, self._width), self._dtype)
+        flat = memoryview(found.reshape(-1).view(np.uint8))
+        stride = found.shape[1] * self._dtype.itemsize
+        for row in range(start // self._height, -(-stop // self._height)):
+            low, high = max(start, row * self._height), min(stop, (row + 1) * self._height)
+            for column in range(0, whole, self._width):
+                first = (low - start) * stride + column * self._dtype.itemsize
+                pieces = [flat[at : at + row_bytes] for at in range(first, first + (high - low) * stride, stride)]
+                self._read(pieces, row, column // self._width, low, high)
+            if whole < self._columns:
+                part = spill[: high - low]
+                self._read([part.data], row, whole // self._width, low, high)
+                found[low - start : high - start, whole:] = part[:, : self._columns - whole]
 
     def columns(self, positions: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Chosen columns of rows `start:stop`, (T, M)."""
@@ -54,15 +68,18 @@ class Chunks:
 
         The array is reused: copy from it before the next.
         """
-        row_bytes = self._width * self._dtype.itemsize
         buffer = np.empty((self._height, self._width), self._dtype)
         for row in range(start // self._height, -(-stop // self._height)):
             low, high = max(start, row * self._height), min(stop, (row + 1) * self._height)
-            offset = self._offsets.get((row, column))
-            if offset is None:
-                raise ValueError(f"rows {low} to {high - 1} were never written")
-            offset += (low - row * self._height) * row_bytes
             part = buffer[: high - low]
-            if offset + part.nbytes > self._size or os.preadv(self._fd, [part.data], offset) != part.nbytes:
-                raise ValueError(f"rows {low} to {high - 1} lie outside of the file")
+            self._read([part.data], row, column, low, high)
             yield low, high, part
+
+    def _read(self, pieces: list, row: int, column: int, low: int, high: int) -> None:
+        """Rows `low:high`, which lie in the chunk at (row, column), into buffers that take one after the other."""
+        offset = self._offsets.get((row, column))
+        if offset is None:
+            raise ValueError(f"rows {low} to {high - 1} were never written")
+        row_bytes = self._width * self._dtype.itemsize
+        if os.preadv(self._fd, pieces, offset + (low - row * self._height) * row_bytes) != (high - low) * row_bytes:
+            raise ValueError(f"rows {low} to {high - 1} lie outside of the file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,6 +16,8 @@ from opsig_cli.trajectory import Trajectory
 
 STATES_BYTES = 256 << 20
 """Bound on the checkpoints held in memory at a time."""
+
+COMMIT_SECONDS = 1.0
 
 AGREES = 1e-4
 """Relative difference up to which a measured mean loss is the one in the training log."""
@@ -50,19 +53,24 @@ def missing_losses(run: Trajectory) -> np.ndarray:
 
 
 def fill_losses(run: Trajectory, session: Session, steps: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Measure every sample's loss at these checkpoints, append and commit each; yields the step and losses (S,).
+    """Measure every sample's loss at these checkpoints and append it; yields the step and losses (S,).
+
+    What is measured becomes durable every COMMIT_SECONDS, and in the end when the caller closes the file.
 
     Raises OpsigError where the mean of a full-batch run's losses is not the loss that its training logged.
     """
     together = max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
     logged = _logged_losses(run)
+    committed = time.monotonic()
     for start in range(0, len(steps), together):
         chosen = steps[start : start + together].tolist()
         measured = session.losses([read_state(run, step) for step in chosen])
         for step, (losses, predictions) in zip(chosen, measured, strict=True):
             _check_mean(run, step, float(losses.mean(dtype=np.float64)), logged)
             run.append("losses", step, loss=losses, **({} if predictions is None else {"prediction": predictions}))
-            run.commit()
+            if time.monotonic() - committed > COMMIT_SECONDS:
+                run.commit()
+                committed = time.monotonic()
             yield step, losses
 
 

@@ -14,11 +14,12 @@ from opsig_cli.trajectory import Trajectory, create_trajectory, open_trajectory
 
 
 class Recorder:
-    """Appends steps to a trajectory and commits each. S samples, P parameters.
+    """Appends steps to a trajectory and commits them. S samples, P parameters.
 
     `samples`: their number, or their indices in the dataset. `labels`: text a sample; `classes`: names behind
     predictions; `layout`: names and shapes of the parameters, for checkpoints. `resume` continues a file that
-    exists; what it already has at a step is not written again. Raises OpsigError where the file cannot be written, or
+    exists; what it already has at a step is not written again. Steps become durable together, every `commit_every`
+    calls of `record`, with each checkpoint, and at the end. Raises OpsigError where the file cannot be written, or
     holds another number of samples.
     """
 
@@ -33,6 +34,7 @@ class Recorder:
         attributes: Mapping[str, Any] | None = None,
         resume: bool = False,
         replace: bool = False,
+        commit_every: int = 10,
     ):
         ids = np.arange(samples) if isinstance(samples, int) else np.asarray(samples)
         if resume:
@@ -46,13 +48,18 @@ class Recorder:
                 self.run.write("class_name", np.array(classes, dtype=str))
             if layout is not None:
                 write_layout(self.run, list(layout))
+        self._commit_every = commit_every
+        self._uncommitted = 0
         self._have = {group: set(self.run.steps(group).tolist()) for group in ("scalars", "losses", "checkpoints")}
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.run.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None or issubclass(kind, OpsigError):
+            self.run.close()
+        else:  # perhaps in the middle of a row
+            self.run.abort()
 
     def record(
         self,
@@ -63,7 +70,7 @@ class Recorder:
         predictions: np.ndarray | None = None,
         state: State | None = None,
     ) -> None:
-        """Write what is known at a step and commit it.
+        """Write what is known at a step.
 
         Scalars go by their schema name; losses and predictions are (S,); a state becomes a checkpoint.
         """
@@ -78,7 +85,10 @@ class Recorder:
             if state.buffers.size:
                 columns["buffers"] = state.buffers
             self._append("checkpoints", step, columns | {f"optimizer__{k}": row for k, row in state.optimizer.items()})
-        self.run.commit()
+        self._uncommitted += 1
+        if state is not None or self._uncommitted >= self._commit_every:
+            self.run.commit()
+            self._uncommitted = 0
 
     def _append(self, group: str, step: int, columns: Mapping[str, Any]) -> None:
         if step not in self._have[group]:

@@ -77,10 +77,6 @@ class Overlay:
             low, high = max(offset, start), min(offset + len(data), stop)
             target[low - start : high - start] = data[low - offset : high - offset]
 
-    def clear(self) -> None:
-        """Forget all extents."""
-        self.extents, self._pages = [], {}
-
 
 class SnapshotFile:
     """One consistent state of a file, for reading, as a file object for h5py. Nothing on disk is changed.
@@ -228,21 +224,25 @@ class RedoFile(SnapshotFile):
         os.fdatasync(self._log)
         self._end_of_log += len(record)
         self._sequence += 1
-        for offset, data in self._fresh.extents:
-            self.overlay.add(offset, data)
-        self._fresh.clear()
+        committed, self._fresh = self._fresh, Overlay()
+        if self.overlay.extents:
+            for offset, data in committed.extents:
+                self.overlay.add(offset, data)
+        else:
+            self.overlay = committed
         self._wrote_direct = False
         self._committed_size = self.size
-        self._apply(wait=False)
+        self._apply()
 
-    def _apply(self, wait: bool) -> None:
+    def _apply(self) -> None:
+        """Write what is committed to the file, unless somebody reads: then the next commit tries again."""
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return  # somebody reads: the next commit tries again
+            return
         try:
             _apply(self.fd, self.overlay.extents)
-            self.overlay.clear()
+            self.overlay = Overlay()
             if self._end_of_log > LOG_BYTES:
                 os.fsync(self.fd)
                 self._start_log()
@@ -258,7 +258,7 @@ class RedoFile(SnapshotFile):
 
         until = time.monotonic() + patience
         while self.overlay.extents and time.monotonic() < until:
-            self._apply(wait=False)
+            self._apply()
             if self.overlay.extents:
                 time.sleep(0.05)
         if not self.overlay.extents:

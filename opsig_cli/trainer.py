@@ -69,8 +69,9 @@ def training_of(settings: Settings, stop: StopRequest, first: int) -> Training:
 
 
 def new_recorder(
-    path: str, settings: Settings, session: Session, task: tasks.Task, spec: tasks.TaskSpec, replace: bool
-) -> Recorder:
+    path: str, settings: Settings, session: Session, task: tasks.Task, spec: tasks.TaskSpec, replace: bool,
+    commit_every: int,
+) -> Recorder:  # fmt: skip
     """A file for a new run, with its provenance and what its samples are.
 
     Raises UsageError, before there is a file, for an optimizer that the backend lacks or a batch larger than the data.
@@ -89,6 +90,7 @@ def new_recorder(
         layout=session.layout,
         attributes=_provenance(settings, session, spec),
         replace=replace,
+        commit_every=commit_every,
     )
     truth = getattr(task, "truth", None)
     if truth is not None:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import h5py
 import numpy as np
+from h5py import h5s  # pyright: ignore[reportAttributeAccessIssue]
 
 from opsig_cli.chunks import Chunks
 from opsig_cli.errors import OpsigError
@@ -223,17 +224,30 @@ class Trajectory:
         return np.concatenate(parts) if parts else np.empty((0, len(positions)), np.float32)
 
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Consecutive blocks of rows `start:stop` of at most BLOCK_BYTES: pairs of first position and rows."""
+        """Consecutive blocks of rows `start:stop` of at most BLOCK_BYTES: pairs of first position and rows.
+
+        One array may serve all blocks: copy what you keep of it.
+        """
         self.require(name)
         dataset = self._file[name]
-        stop = self._rows(_group_of(name)).count if stop is None else stop
+        rows = self._rows(_group_of(name))
+        stop = rows.count if stop is None else stop
         height = max(1, BLOCK_BYTES // max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize))
         if dataset.chunks and height > dataset.chunks[0]:
             height -= height % dataset.chunks[0]
+        chunks = self._chunks_of(name) if rows.in_order else None
+        buffer = (
+            None if chunks is None else np.empty((min(height, max(0, stop - start)), *dataset.shape[1:]), dataset.dtype)
+        )
         first = start
         while first < stop:
             last = min(first - first % height + height, stop)
-            yield first, self.rows(name, first, last)
+            if chunks is None or buffer is None:
+                yield first, self.rows(name, first, last)
+            else:
+                with self._damage(name):
+                    chunks.read_into(buffer, first, last)
+                yield first, self._missing(name, buffer[: last - first])
             first = last
 
     # -- writing
@@ -253,17 +267,12 @@ class Trajectory:
         checksum = 0
         for name, value in given.items():
             dataset = self._column(FIELDS[name], value.shape, place)
-            value = np.ascontiguousarray(value, dataset.dtype)
-            dataset.resize(place + 1, axis=0)
-            dataset[place] = value
+            value = np.asarray(value, dataset.dtype, order="C")
+            _write_row(dataset, place, value)
             checksum ^= _column_checksum(name, value)
-        for name in rows.columns(self._file, group) - given.keys() - {f"{group}/checksum"}:
-            dataset = self._file[name]
-            dataset.resize(place + 1, axis=0)
-            dataset[place] = _fill(dataset.dtype)
-        dataset = self._column(FIELDS[f"{group}/checksum"], (), place)
-        dataset.resize(place + 1, axis=0)
-        dataset[place] = checksum
+        for name in rows.columns(self._file, group).keys() - given.keys() - {f"{group}/checksum"}:
+            _write_fill(rows.columns(self._file, group)[name], place)
+        _write_row(self._column(FIELDS[f"{group}/checksum"], (), place), place, np.asarray(checksum, np.uint32))
         rows.add(step)
 
     def write(self, name: str, values: np.ndarray, replace: bool = False) -> None:
@@ -357,9 +366,9 @@ class Trajectory:
     def row_checksum(self, group: str, place: int) -> int:
         """The checksum of what the file holds in the row at this place, in the order of appending."""
         checksum = 0
-        for name in self._rows(group).columns(self._file, group) - {f"{group}/checksum"}:
-            value = self._file[name][place]
-            if not _is_fill(value):
+        for name, dataset in self._rows(group).columns(self._file, group).items():
+            value = dataset[place]
+            if name != f"{group}/checksum" and not _is_fill(value):
                 checksum ^= _column_checksum(name, np.ascontiguousarray(value))
         return checksum
 
@@ -375,7 +384,7 @@ class Trajectory:
             usable = (
                 plain and dataset.ndim == 2 and dataset.chunks and dataset.id.get_create_plist().get_nfilters() == 0
             )
-            self._chunks[name] = Chunks(self._store.fd, self._store.size, dataset) if usable else None
+            self._chunks[name] = Chunks(self._store.fd, dataset) if usable else None
         return self._chunks[name]
 
     def _missing(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -386,8 +395,10 @@ class Trajectory:
 
     def _column(self, field: Field, shape: tuple[int, ...], place: int) -> Any:
         """The dataset of a row group's column, made where it is new: the rows before `place` hold the fill."""
-        if field.path in self._file:
-            return self._file[field.path]
+        rows = self._rows(field.path.split("/")[0])
+        known = rows.columns(self._file, field.path.split("/")[0])
+        if field.path in known:
+            return known[field.path]
         width = math.prod(shape)
         dtype = field.dtype
         if "|" in dtype:
@@ -401,10 +412,9 @@ class Trajectory:
             fillvalue=_fill(np.dtype(dtype)), fill_time="never" if "sample" in field.dims else "ifset",
         )  # fmt: skip
         self._describe(dataset, field)
-        self._rows(field.path.split("/")[0]).forget_columns()
+        known[field.path] = dataset
         for row in range(place):
-            dataset.resize(row + 1, axis=0)
-            dataset[row] = _fill(dataset.dtype)
+            _write_fill(dataset, row)
         return dataset
 
     def _describe(self, dataset: Any, field: Field) -> None:
@@ -443,7 +453,7 @@ class _Rows:
         self.steps: list[int] = steps.tolist()
         self._known = set(self.steps)
         self.in_order = bool(np.all(np.diff(steps) > 0))
-        self._columns: set[str] | None = None
+        self._columns: dict[str, Any] | None = None
         self._order: np.ndarray | None = None
 
     @property
@@ -472,15 +482,25 @@ class _Rows:
     def sorted_steps(self) -> np.ndarray:
         return np.sort(np.array(self.steps, np.int64))
 
-    def columns(self, file: Any, group: str) -> set[str]:
-        """Names of the group's datasets with a row for every step."""
+    def columns(self, file: Any, group: str) -> dict[str, Any]:
+        """The group's datasets with a row for every step, by name."""
         if self._columns is None:
             names = (name for name in FIELDS if name.startswith(group + "/"))
-            self._columns = {name for name in names if FIELDS[name].dims[0] == "step" and name in file}
+            self._columns = {name: file[name] for name in names if FIELDS[name].dims[0] == "step" and name in file}
         return self._columns
 
-    def forget_columns(self) -> None:
-        self._columns = None
+
+def _write_row(dataset: Any, place: int, value: np.ndarray) -> None:
+    """Extend the dataset to hold the row at `place` and write it; h5py's own indexing costs ten times this."""
+    shape = (1, *value.shape)
+    dataset.id.set_extent((place + 1, *value.shape))
+    space = dataset.id.get_space()
+    space.select_hyperslab((place, *(0 for _ in value.shape)), shape)
+    dataset.id.write(h5s.create_simple(shape), space, value)
+
+
+def _write_fill(dataset: Any, place: int) -> None:
+    _write_row(dataset, place, np.full(dataset.shape[1:], _fill(dataset.dtype), dataset.dtype))
 
 
 def _make_scale(dataset: Any, group: str, name: str, words: str) -> None:

@@ -177,7 +177,7 @@ def evidence(
     `whole_rise` is the rise of all samples' summed loss from row `rise_at - 1` to `rise_at`, in nats.
     """
     across_C = similarity_CMM[:, a][:, :, b].mean((1, 2))
-    mean_MM: np.ndarray = similarity_CMM.mean(0)
+    mean_MM = np.asarray(similarity_CMM.mean(0))
     within = [_within(mean_MM, members) for members in (a, b)]
     error = float(across_C.std(ddof=1) / np.sqrt(len(across_C))) if len(across_C) > 1 else float("nan")
     changes = np.diff(np.stack([losses_TM[:, a].mean(1), losses_TM[:, b].mean(1)]).astype(np.float64), axis=1)

@@ -38,6 +38,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue RUN from its last checkpoint.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")] = False,
+    commit_every: Annotated[
+        int, typer.Option(min=1, help="Make steps durable, and visible to others, N at a time.")
+    ] = 10,
     chunk_size: options.BatchSizeOption = None,
     statistics: Annotated[str | None, typer.Option(metavar="chunk|running", help="Batch norm's statistics.")] = None,
     device: options.DeviceOption = None,
@@ -77,9 +80,9 @@ def train(
     options.note(f"device: {session.device_name}", quiet)
     start = session.initial(settings.seed)
     if resume:
-        recorder = Recorder(output, session.samples, resume=True)
+        recorder = Recorder(output, session.samples, resume=True, commit_every=commit_every)
     else:
-        recorder = trainer.new_recorder(output, settings, session, loaded, spec, replace)
+        recorder = trainer.new_recorder(output, settings, session, loaded, spec, replace, commit_every)
     written = []
     stop = trainer.StopRequest()
     with recorder:

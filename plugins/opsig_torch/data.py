@@ -52,11 +52,20 @@ class Batches:
         """The samples of every batch; the last may be smaller."""
         return [slice(i, min(i + self.batch_size, self.count)) for i in range(0, self.count, self.batch_size)]
 
+    def in_pieces(self, size: int) -> Iterator[tuple[slice, Any]]:
+        """The same data in batches of `size` where it can be cut; in the usual batches elsewhere."""
+        if self._tensors is None:
+            yield from self
+            return
+        for start in range(0, self.count, size):
+            indices = slice(start, min(start + size, self.count))
+            yield indices, [self._place(t[indices]) for t in self._tensors]
+
     def __iter__(self) -> Iterator[tuple[slice, Any]]:
+        if self._tensors is not None:
+            yield from self.in_pieces(self.batch_size)
+            return
         for number, indices in enumerate(self.slices()):
-            if self._tensors is not None:
-                yield indices, [self._place(t[indices]) for t in self._tensors]
-                continue
             batch = self._cache.get(number)
             if batch is None:
                 batch = self.take(range(indices.start, indices.stop))

@@ -17,6 +17,7 @@ from opsig_torch.data import Batches
 from opsig_torch.flat import FlatModel
 
 BATCH_SIZE = 500
+CONVOLUTION_BATCH = 50
 STATISTICS = ("chunk", "running")
 OPTIMIZERS = ("gd", "sgd", "momentum", "adam")
 
@@ -122,7 +123,7 @@ class TorchSession:
             if self.batches.resident or len(states) == 1:
                 for state, result in zip(states, results, strict=True):
                     with self.at(state):
-                        for indices, batch in self.batches:
+                        for indices, batch in self.batches.in_pieces(self._inference_batch()):
                             result.put(indices, *self.forward(batch))
             else:
                 for indices, batch in self.batches:
@@ -130,6 +131,13 @@ class TorchSession:
                         with self.at(state):
                             result.put(indices, *self.forward(batch))
         return [result.arrays() for result in results]
+
+    def _inference_batch(self) -> int:
+        """Convolutions on the CPU run up to three times faster in small batches; batch norm needs its own."""
+        convolves = any(isinstance(module, nn.Conv2d) for module in self.flat.model.modules())
+        if self.device == "cpu" and convolves and not (self.has_batch_norm and self.statistics == "chunk"):
+            return min(self.batch_size, CONVOLUTION_BATCH)
+        return self.batch_size
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Losses (B,) and predictions (B,) or None of one batch, from one forward pass."""

@@ -1,0 +1,84 @@
+"""What tracking costs: `train --track` against `train`, and `track` against a bare inference loop over the same data.
+
+    python benchmarks/track_overhead.py [--steps 100] [--task fashion-mnist] [--repeats 3]
+
+All runs are made in turns in one process; medians and their ratios are printed.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from opsig_torch import TorchBackend
+
+from opsig_cli import measure, tasks, trainer
+from opsig_cli.recorder import read_state
+from opsig_cli.settings import Settings
+from opsig_cli.trajectory import open_trajectory
+
+
+def train(path: Path, task: str, steps: int, track: bool) -> float:
+    """Seconds of a training run, its file included and the start of the process not."""
+    settings = Settings.of({"task": task, "learning_rate": 0.05, "steps": steps, "track_every": 1 if track else None})
+    loaded, spec = tasks.load(tasks.parse_spec(task))
+    session = TorchBackend().open(loaded)
+    start = session.initial(0)
+    begin = time.perf_counter()
+    recorder = trainer.new_recorder(str(path), settings, session, loaded, spec, True, 10)
+    with recorder:
+        for _ in trainer.run(recorder, session, settings, start, trainer.StopRequest(), lambda **_: None):
+            pass
+    return time.perf_counter() - begin
+
+
+def bare_loop(path: Path, task: str) -> float:
+    """Seconds of losses of every sample at every checkpoint, by a loop as one would write it by hand."""
+    loaded, _ = tasks.load(tasks.parse_spec(task))
+    model, data = loaded.model(), loaded.dataset()
+    with open_trajectory(path) as run:
+        states = [read_state(run, int(step)) for step in run.steps("checkpoints")]
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        for state in states:
+            torch.nn.utils.vector_to_parameters(torch.from_numpy(state.params), model.parameters())
+            rows = [loaded.losses(model, data[i : i + 500]).numpy() for i in range(0, len(data), 500)]
+            np.concatenate(rows)
+    return time.perf_counter() - begin
+
+
+def track(path: Path, task: str) -> float:
+    """Seconds of the same, by opsig, into the file."""
+    with open_trajectory(path, "r+") as run:
+        session, _ = measure.open_session(run, task, None, "torch", lambda _: None)
+        begin = time.perf_counter()
+        for _ in measure.fill_losses(run, session, measure.missing_losses(run)):
+            pass
+        return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", default="fashion-mnist")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    times: dict[str, list[float]] = {"train": [], "train --track": [], "bare loop": [], "track": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.h5"
+        for _ in range(options.repeats):
+            times["train --track"].append(train(path, options.task, options.steps, True))
+            times["train"].append(train(path, options.task, options.steps, False))
+            times["bare loop"].append(bare_loop(path, options.task))
+            times["track"].append(track(path, options.task))
+    medians = {name: float(np.median(found)) for name, found in times.items()}
+    for name, seconds in medians.items():
+        print(f"{name}: {seconds:.2f} s")
+    print(f"training with --track: {medians['train --track'] / medians['train']:.3f}x")
+    print(f"track against the bare loop: {medians['track'] / medians['bare loop']:.3f}x")
+
+
+if __name__ == "__main__":
+    main()
