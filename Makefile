@@ -9,7 +9,7 @@ DEMO := demo
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
-	$(BIN)/opsig train --task fashion-mnist --learning-rate 0.05 --steps 400 --track --replace -o $(DEMO)/run.h5 --format table
+	$(BIN)/opsig train --task fashion-mnist --learning-rate 0.1 --steps 400 --track --replace -o $(DEMO)/run.h5 --format table
 	$(BIN)/opsig mine $(DEMO)/run.h5 --figure $(DEMO)/movers.png --top 10 --format table
 	$(BIN)/opsig cluster $(DEMO)/run.h5 --figure $(DEMO)/pairs.png --format table
 	@echo "The run is $(DEMO)/run.h5; look at $(DEMO)/movers.png and $(DEMO)/pairs.png."

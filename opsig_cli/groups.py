@@ -139,6 +139,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "loss_correlation": evidence.loss_correlation,
             "share": evidence.share,
             "rise_step": rise_step,
+            "changes": evidence.changes,
             "sentence": _sentence((a, b), sizes, (mixes[a], mixes[b]), evidence, rise_step),
         })  # fmt: skip
     for i in np.argsort(found.group_M, kind="stable"):
@@ -172,7 +173,7 @@ def table(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "against": sides[1],
             "similarity": f"{pair['opposition']:.2f}" + (f" +- {error:.2f}" if np.isfinite(error) else ""),
             "losses correlate": f"{pair['loss_correlation']:.2f}",
-            f"of the rise at {pair['rise_step']}": f"{pair['share']:.0%}" if np.isfinite(pair["share"]) else None,
+            f"changes at {pair['rise_step']}": " ".join(f"{change:+.2f}" for change in pair["changes"]),
         })  # fmt: skip
     return rows
 
@@ -206,8 +207,9 @@ def _sentence(
     text = f"{sides[0]} and {sides[1]} pull against each other: similarity {evidence.opposition:.2f}"
     if np.isfinite(evidence.opposition_error):
         text += f" +- {evidence.opposition_error:.2f}"
-    if np.isfinite(evidence.share):
-        text += f", together {evidence.share:.0%} of the rise at step {rise_step}"
+    text += f"; at step {rise_step} their losses changed by {evidence.changes[0]:+.2f} and {evidence.changes[1]:+.2f} nats"
+    if 0 < evidence.share <= 1:
+        text += f", {evidence.share:.0%} of the whole loss's rise"
     return text
 
 

@@ -159,7 +159,8 @@ class Evidence:
 
     `cohesion`: mean similarity within the two groups. `opposition`: mean similarity across, with `opposition_error`,
     its standard error over checkpoints (NaN for one). `loss_correlation`: of the groups' mean loss changes.
-    `share`: of the whole loss's rise at the step where it rose most, the part that the two groups carry.
+    At the step where the whole loss rose most: `share`, the part of its rise that the two groups carry (below 0 or
+    above 1 where others make up for it), and `changes`, the mean loss change of each group in nats.
     """
 
     cohesion: float
@@ -167,6 +168,7 @@ class Evidence:
     opposition_error: float
     loss_correlation: float
     share: float
+    changes: tuple[float, float]
 
 
 def evidence(
@@ -181,8 +183,10 @@ def evidence(
     within = [_within(mean_MM, members) for members in (a, b)]
     error = float(across_C.std(ddof=1) / np.sqrt(len(across_C))) if len(across_C) > 1 else float("nan")
     changes = np.diff(np.stack([losses_TM[:, a].mean(1), losses_TM[:, b].mean(1)]).astype(np.float64), axis=1)
-    both = np.concatenate([a, b])
-    rise = float(losses_TM[rise_at, both].sum(dtype=np.float64) - losses_TM[rise_at - 1, both].sum(dtype=np.float64))
+    rises = [
+        losses_TM[rise_at, side].astype(np.float64) - losses_TM[rise_at - 1, side].astype(np.float64) for side in (a, b)
+    ]
+    rise = float(rises[0].sum() + rises[1].sum())
     with np.errstate(invalid="ignore", divide="ignore"):
         correlation = float(np.corrcoef(changes)[0, 1])
     return Evidence(
@@ -191,6 +195,7 @@ def evidence(
         error,
         correlation,
         rise / whole_rise if whole_rise > 0 else float("nan"),
+        (float(rises[0].mean()), float(rises[1].mean())),
     )
 
 

@@ -47,8 +47,7 @@ def mine(
             "label": r["label"],
             "predicted": f"{r['prediction_before']} -> {r['prediction_after']}",
             "step": r["step"],
-            "loss": f"{r['loss_before']:.3f} -> {r['loss_after']:.3f}",
-            "change": r["change"],
+            "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
             "score": r["score"],
         }
         for r in mined
