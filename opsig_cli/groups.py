@@ -207,7 +207,9 @@ def _sentence(
     text = f"{sides[0]} and {sides[1]} pull against each other: similarity {evidence.opposition:.2f}"
     if np.isfinite(evidence.opposition_error):
         text += f" +- {evidence.opposition_error:.2f}"
-    text += f"; at step {rise_step} their losses changed by {evidence.changes[0]:+.2f} and {evidence.changes[1]:+.2f} nats"
+    text += (
+        f"; at step {rise_step} their losses changed by {evidence.changes[0]:+.2f} and {evidence.changes[1]:+.2f} nats"
+    )
     if 0 < evidence.share <= 1:
         text += f", {evidence.share:.0%} of the whole loss's rise"
     return text

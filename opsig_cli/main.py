@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import cluster, info, mine, track, train
+from opsig_cli.commands import cluster, info, mine, repack, track, train, verify
 from opsig_cli.errors import OpsigError
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app.command()(track.track)
 app.command()(mine.mine)
 app.command()(cluster.cluster)
 app.command()(info.info)
+app.command()(verify.verify)
+app.command()(repack.repack)
 
 
 def _version(wanted: bool) -> None:

@@ -94,3 +94,12 @@ def dimension(field: Field, name: str) -> tuple[str, str]:
     """The dimension of this name that the field uses: its group's own, or the root's."""
     group = field.path.split("/")[0]
     return (group, name) if (group, name) in DIMENSIONS else ("", name)
+
+
+def as_table() -> str:
+    """The contract as Markdown, for docs/trajectory.md."""
+    lines = ["| dataset | dimensions | type | unit | meaning |", "|---|---|---|---|---|"]
+    for field in FIELDS.values():
+        cells = (f"`{field.path}`", ", ".join(field.dims), field.dtype, field.units, field.long_name)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)

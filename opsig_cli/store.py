@@ -219,6 +219,11 @@ class RedoFile(SnapshotFile):
             os.posix_fallocate(self.fd, allocated, self.size - allocated)
         if self._wrote_direct:
             os.fdatasync(self.fd)
+        if not self._fresh.touching(0, _SUPERBLOCK):  # every record can mend a superblock torn while it was applied
+            superblock = bytearray(min(_SUPERBLOCK, self.size))
+            self._position = 0
+            self.readinto(memoryview(superblock))
+            self._fresh.add(0, bytes(superblock))
         record = _record(self._sequence, self.size, self._fresh.extents)
         _write_all(self._log, record, self._end_of_log)
         os.fdatasync(self._log)
@@ -339,7 +344,7 @@ def _committed(path: str, fd: int) -> Iterator[tuple[int, list[Extent]]]:
     records = list(_whole_records(log[_HEADER.size :]))
     now = _unflagged(os.pread(fd, _SUPERBLOCK, 0).ljust(_SUPERBLOCK, b"\0"))
     past = [superblock] + [bytes(d[:_SUPERBLOCK]) for _, extents in records for o, d in extents if o == 0]
-    if now not in past:
+    if now not in past and _is_superblock(now) and struct.pack("<I", _lookup3(now[:44])) == now[44:]:
         raise OpsigError(f"{path}{LOG_SUFFIX} is the log of another file than {path}. Move one of them away")
     yield from records
 

@@ -269,7 +269,8 @@ class Trajectory:
             dataset = self._column(FIELDS[name], value.shape, place)
             value = np.asarray(value, dataset.dtype, order="C")
             _write_row(dataset, place, value)
-            checksum ^= _column_checksum(name, value)
+            if not _is_fill(value):
+                checksum ^= _column_checksum(name, value)
         for name in rows.columns(self._file, group).keys() - given.keys() - {f"{group}/checksum"}:
             _write_fill(rows.columns(self._file, group)[name], place)
         _write_row(self._column(FIELDS[f"{group}/checksum"], (), place), place, np.asarray(checksum, np.uint32))
@@ -290,6 +291,42 @@ class Trajectory:
         dataset = self._file.create_dataset(name, data=values)
         self._describe(dataset, field)
         dataset.attrs["checksum"] = np.uint32(zlib.crc32(values.tobytes()))
+
+    def copy_packed(self, other: Trajectory) -> None:
+        """Copy everything of another run into this new one: rows in order of step, shuffled and deflated.
+
+        Attributes, and groups that the schema does not know, come along. Commits as it goes.
+        """
+        for key, value in other._file.attrs.items():
+            self._file.attrs[key] = value
+        for name in other.names():
+            field = FIELDS[name]
+            if field.dims[0] == "step":
+                self._copy_rows(other, field)
+            elif name not in self._file:
+                self.write(name, other.read(name))
+            self.commit()
+        scales = {name for group, name in DIMENSIONS if not group}
+        for name in other._file:
+            if name not in self._file and name not in scales:
+                self._file.copy(other._file[name], self._file, name)
+
+    def _copy_rows(self, other: Trajectory, field: Field) -> None:
+        rows, source = other._rows(field.path.split("/")[0]), other._file[field.path]
+        order = rows.order()
+        height = max(1, min(64 if source.ndim > 1 else 1024, BLOCK_BYTES // max(1, math.prod(source.shape[1:]) * 8)))
+        target = self._file.create_dataset(
+            field.path, (rows.count, *source.shape[1:]), maxshape=(None, *source.shape[1:]), dtype=source.dtype,
+            chunks=(min(height, max(1, rows.count)), *(min(n, 1 << 14) for n in source.shape[1:])),
+            fillvalue=_fill(source.dtype), shuffle=True, compression="gzip", compression_opts=4,
+        )  # fmt: skip
+        self._describe(target, field)
+        for first in range(0, rows.count, target.chunks[0]):
+            places = order[first : first + target.chunks[0]]
+            ascending = np.argsort(places)
+            back = np.empty_like(ascending)
+            back[ascending] = np.arange(len(ascending))
+            target[first : first + len(places)] = source[places[ascending]][back]
 
     def commit(self) -> None:
         """Make everything since the last commit durable and readable, together.
@@ -362,6 +399,30 @@ class Trajectory:
             with self._damage(f"{group} at step {self._rows(group).steps[place]}"):
                 if self.row_checksum(group, place) != self._file[f"{group}/checksum"][place]:
                     raise ValueError("its checksum is wrong")
+
+    def damaged_steps(self, group: str) -> list[int]:
+        """Steps of a row group whose stored row does not have the checksum stored with it, increasing."""
+        rows = self._rows(group)
+        with self._damage(f"{group}/checksum"):
+            stored = self._file[f"{group}/checksum"][()][: rows.count]
+        computed = np.zeros(rows.count, np.uint32)
+        intact = np.ones(rows.count, bool)
+        for name, dataset in rows.columns(self._file, group).items():
+            if name == f"{group}/checksum":
+                continue
+            height = dataset.chunks[0]
+            for first in range(0, rows.count, height):
+                last = min(first + height, rows.count)
+                try:
+                    values = self._read_rows(name, first, last)
+                except (OSError, RuntimeError, ValueError):
+                    intact[first:last] = False
+                    continue
+                for place, value in enumerate(values, first):
+                    if not _is_fill(value):
+                        computed[place] ^= _column_checksum(name, np.ascontiguousarray(value))
+        bad = ~intact | (computed != stored)
+        return sorted(np.array(rows.steps)[bad].tolist())
 
     def row_checksum(self, group: str, place: int) -> int:
         """The checksum of what the file holds in the row at this place, in the order of appending."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TASKS, start_opsig, train_tiny
 
-COMMANDS = ("train", "track", "mine", "cluster", "info")
+COMMANDS = ("train", "track", "mine", "cluster", "info", "verify", "repack")
 OWN = ("--task", f"{TASKS}:Tiny")
 
 

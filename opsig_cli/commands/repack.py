@@ -1,0 +1,25 @@
+"""opsig repack"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from opsig_cli import options
+
+
+def repack(
+    run: options.RunArgument,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="PATH", help="Default: in place, once it is whole.")
+    ] = None,
+    format: options.FormatOption = None,
+) -> None:
+    """Compress a finished run; every number stays the same to the bit.
+
+    Example: opsig repack run.h5
+    """
+    from opsig_cli import integrity, records
+
+    records.write([integrity.repack(run, output or run)], format)
