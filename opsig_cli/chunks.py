@@ -40,7 +40,7 @@ class Chunks:
         row_bytes = self._width * self._dtype.itemsize
         whole = self._columns - self._columns % self._width  # the last chunk is wider than what it holds
         spill = np.empty((self._height, self._width), self._dtype)
-        flat = memoryview(found.reshape(-1).view(np.uint8))
+        flat = found.reshape(-1).view(np.uint8).data
         stride = found.shape[1] * self._dtype.itemsize
         for row in range(start // self._height, -(-stop // self._height)):
             low, high = max(start, row * self._height), min(stop, (row + 1) * self._height)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,14 +42,28 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Samples that were not mined and align with a group: position, group and alignment, (N,) each."""
+
+    position: np.ndarray
+    group: np.ndarray
+    alignment: np.ndarray
+
+
+NOBODY = Joined(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+
+
+@dataclass(frozen=True)
 class Clusters:
-    """The grouping of the samples at `position`, the evidence of its pairs in order, and the samples' losses (T, M)."""
+    """The grouping of the samples at `position`, the evidence of its pairs in order, the samples' losses (T, M), and
+    who joined."""
 
     position: np.ndarray
     grouping: Grouping
     evidence: list[Evidence]
     losses_TM: np.ndarray
     window: Window
+    joined: Joined = NOBODY
 
 
 def window_of(run: Trajectory, movers: Movers) -> Window:
@@ -112,12 +126,28 @@ def cluster(run: Trajectory, position: np.ndarray, by: str, window: Window, cosi
     return Clusters(position, found, list(evidence.values()), losses_TM, window)
 
 
+def join(run: Trajectory, session: Session, clusters: Clusters, advance: Callable[..., None]) -> Clusters:
+    """The same groups with the samples that were not mined but align with one as well as its own members do."""
+    found = clusters.grouping
+    outside = np.setdiff1d(np.arange(len(run.samples)), clusters.position)
+    if not len(found.partner_G) or not len(outside):
+        return clusters
+    sets = [run.samples[clusters.position[found.members(group)]] for group in range(len(found.partner_G))]
+    steps = checkpoints_in(run, clusters.window)
+    total = np.zeros((len(run.samples), len(sets)))
+    for step in steps.tolist():
+        total += np.nan_to_num(session.mean_cosines(read_state(run, step), sets))[run.samples]  # pyright: ignore
+        advance(note=f"step {step}")
+    group, alignment = grouping.join(total / len(steps), found, outside)
+    inside = group >= 0
+    return replace(clusters, joined=Joined(outside[inside], group[inside], alignment[inside]))
+
+
 def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     """A record for every pair, then one for every member of a group. Numbers of groups and pairs start at 1."""
     found = clusters.grouping
     pairs = found.pairs()
     labels = run.read("samples/label")[clusters.position] if run.has("samples/label") else None
-    ids = run.samples[clusters.position]
     mixes = [_mix(labels, found.members(group)) for group in range(len(found.partner_G))]
     rise_step = int(clusters.window.steps_T[clusters.window.rise_row])
     written: list[dict[str, Any]] = []
@@ -132,6 +162,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "pair": pair,
             "groups": [a + 1, b + 1],
             "sizes": sizes,
+            "joined": [int((clusters.joined.group == group).sum()) for group in (a, b)],
             "labels": [mixes[a], mixes[b]],
             "cohesion": evidence.cohesion,
             "opposition": evidence.opposition,
@@ -142,18 +173,23 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "changes": evidence.changes,
             "sentence": _sentence((a, b), sizes, (mixes[a], mixes[b]), evidence, rise_step),
         })  # fmt: skip
-    for i in np.argsort(found.group_M, kind="stable"):
-        group = int(found.group_M[i])
+    position = np.concatenate([clusters.position, clusters.joined.position])
+    group_of = np.concatenate([found.group_M, clusters.joined.group])
+    alignment = np.concatenate([found.alignment_M, clusters.joined.alignment])
+    ids, labels = run.samples, run.read("samples/label") if run.has("samples/label") else None
+    for i in np.argsort(group_of, kind="stable"):
+        group = int(group_of[i])
         if group >= 0:
             written.append({
                 "kind": "member",
                 "trajectory": run.path,
-                "sample": int(ids[i]),
+                "sample": int(ids[position[i]]),
                 "group": group + 1,
                 "pair": number.get(group),
                 "side": side.get(group),
-                "alignment": float(found.alignment_M[i]),
-                "label": None if labels is None else str(labels[i]),
+                "alignment": float(alignment[i]),
+                "label": None if labels is None else str(labels[position[i]]),
+                "mined": bool(i < len(clusters.position)),
             })  # fmt: skip
     return written
 
@@ -227,6 +263,7 @@ def agreement(run: Trajectory, clusters: Clusters) -> dict[str, Any]:
     truth_S = run.read("samples/truth")
     group_S = np.full(len(truth_S), -1)
     group_S[clusters.position] = clusters.grouping.group_M
+    group_S[clusters.joined.position] = clusters.joined.group
     planted = truth_S >= 0
     mined = np.zeros(len(truth_S), bool)
     mined[clusters.position] = True

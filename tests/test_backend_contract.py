@@ -36,6 +36,16 @@ def test_gradient_cosines_are_those_of_autograd_one_sample_at_a_time(task, batch
     np.testing.assert_allclose(session.gradient_cosines(state, samples), rows @ rows.T, atol=1e-12)
 
 
+@pytest.mark.parametrize("task", [tiny.Tiny(), tiny.Conv(), tiny.Listed()])
+def test_mean_cosines_are_means_of_the_cosines(task):
+    session, state = open_double(task, 7)
+    everybody = np.arange(session.samples)
+    cosines = session.gradient_cosines(state, everybody)
+    sets = [np.array([3, 1, 20]), np.array([5]), everybody[::2]]
+    expected = np.stack([cosines[:, chosen].mean(1) for chosen in sets], 1)
+    np.testing.assert_allclose(session.mean_cosines(state, sets), expected, atol=1e-12)
+
+
 def test_gradient_cosines_do_not_depend_on_the_memory_they_may_use(monkeypatch):
     session, state = open_double(tiny.Conv())
     samples = np.arange(12)

@@ -179,7 +179,7 @@ def evidence(
     `whole_rise` is the rise of all samples' summed loss from row `rise_at - 1` to `rise_at`, in nats.
     """
     across_C = similarity_CMM[:, a][:, :, b].mean((1, 2))
-    mean_MM = np.asarray(similarity_CMM.mean(0))
+    mean_MM = similarity_CMM.sum(0) / len(similarity_CMM)
     within = [_within(mean_MM, members) for members in (a, b)]
     error = float(across_C.std(ddof=1) / np.sqrt(len(across_C))) if len(across_C) > 1 else float("nan")
     changes = np.diff(np.stack([losses_TM[:, a].mean(1), losses_TM[:, b].mean(1)]).astype(np.float64), axis=1)
@@ -188,7 +188,7 @@ def evidence(
     ]
     rise = float(rises[0].sum() + rises[1].sum())
     with np.errstate(invalid="ignore", divide="ignore"):
-        correlation = float(np.corrcoef(changes)[0, 1])
+        correlation = float(np.asarray(np.corrcoef(changes))[0, 1])
     return Evidence(
         float(np.mean(within)),
         float(across_C.mean()),
@@ -214,3 +214,33 @@ def spread(first: int, last: int, available: np.ndarray, count: int) -> np.ndarr
     if len(inside) == 0:
         inside = available[-1:]
     return inside[np.unique(np.linspace(0, len(inside) - 1, min(count, len(inside))).round().astype(int))]
+
+
+def join(
+    means_SG: np.ndarray, grouping: Grouping, outside: np.ndarray, quantile: float = 0.1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The group that each of the samples at `outside` (N,) aligns with, or -1, and its alignment: (N,) each.
+
+    `means_SG`: every sample's mean similarity with each group's members. A sample joins where it is aligned at least as
+    well as the group's weakest tenth (`quantile`) of members.
+
+    >>> grouping = Grouping(np.array([0, 0, 1]), np.array([1, 0]), np.array([0.8, 0.9, 0.7]))
+    >>> means = np.array([[0, 0], [0, 0], [0, 0], [0.9, -0.9], [0.1, 0.2]])
+    >>> join(means, grouping, np.array([3, 4]))[0].tolist()
+    [0, -1]
+    """
+    groups = len(grouping.partner_G)
+    if groups == 0 or len(outside) == 0:
+        return np.full(len(outside), -1), np.full(len(outside), np.nan)
+    sizes = np.bincount(grouping.group_M[grouping.group_M >= 0], minlength=groups)
+    means = np.nan_to_num(means_SG[outside])
+    alignment = np.empty_like(means)
+    for group, partner in enumerate(grouping.partner_G):
+        alignment[:, group] = means[:, group]
+        if partner >= 0:
+            both = sizes[group] * means[:, group] - sizes[partner] * means[:, partner]
+            alignment[:, group] = both / (sizes[group] + sizes[partner])
+    best = alignment.argmax(1)
+    reached = alignment[np.arange(len(outside)), best]
+    weakest = np.array([np.quantile(grouping.alignment_M[grouping.members(g)], quantile) for g in range(groups)])
+    return np.where(reached >= weakest[best], best, -1), reached

@@ -19,6 +19,9 @@ def cluster(
     top: Annotated[
         int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
     ] = None,
+    join: Annotated[
+        bool, typer.Option("--join/--no-join", help="Add samples that were not mined but align with a group.")
+    ] = True,
     truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
     task: options.TaskOption = None,
     device: options.DeviceOption = None,
@@ -48,13 +51,16 @@ def cluster(
         if len(position) < 2:
             raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {path} --top 200")
         window = groups.window_of(trajectory, found)
-        cosines = None
         if by != "loss":
             steps = groups.checkpoints_in(trajectory, window)
             session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
-            with options.progress("gradients", len(steps), quiet) as advance:
+            with options.progress("gradients", 2 * len(steps), quiet) as advance:
                 cosines = groups.cosines(trajectory, session, backend, position, window, advance)
-        clusters = groups.cluster(trajectory, position, by, window, cosines)
+                clusters = groups.cluster(trajectory, position, by, window, cosines)
+                if join:
+                    clusters = groups.join(trajectory, session, clusters, advance)
+        else:
+            clusters = groups.cluster(trajectory, position, by, window, None)
         written = groups.records(trajectory, clusters)
         agreement = groups.agreement(trajectory, clusters) if truth else None
         if figure:

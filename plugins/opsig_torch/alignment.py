@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
+
+from opsig_torch.flat import replaced
 
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
@@ -50,6 +52,99 @@ def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
     if rest:
         gram += _loose_gram(session, samples, rest)
     return gram.numpy()
+
+
+def mean_cosines(session: TorchSession, sets: list[np.ndarray]) -> np.ndarray:
+    """Mean cosine of every sample's gradient with those of each set of samples, (S, G) float64; NaN where one is 0.
+
+    It is the product with the mean of the set's unit gradients, so that no two samples' gradients meet: a layer applied
+    with that mean for its weight, times the gradient at its output, sums to the product. One forward and backward pass
+    over the set's samples and two over all; memory is bounded by one batch.
+    """
+    model = session.flat.model
+    covered = _covered_modules(model)
+    _groups(session, np.arange(1), covered)  # takes out layers that are entered twice
+    names = {id(parameter) for module in covered for parameter in module.parameters(recurse=False)}
+    rest = [name for name, p in model.named_parameters() if id(p) not in names]
+    norms = _norms(session, covered, rest)
+    directions = [_mean_unit_gradient(session, samples, norms) for samples in sets]
+    products = torch.zeros(session.samples, len(sets), dtype=torch.float64)
+    for samples in _batches(session):
+        for layer in _capture(session, samples, covered):
+            for column, direction in enumerate(directions):
+                products[samples, column] += _layer_products(layer, direction).cpu()
+        if rest:
+            rows = _loose_gradients(session, samples, rest)
+            for column, direction in enumerate(directions):
+                flat = torch.cat([direction[model.get_parameter(name)].reshape(-1) for name in rest])
+                products[samples, column] += (rows @ flat.double()).cpu()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return products.numpy() / norms[:, None]
+
+
+def _batches(session: TorchSession) -> list[np.ndarray]:
+    return [np.arange(s.start, s.stop) for s in session.batches.slices()]
+
+
+def _norms(session: TorchSession, covered: list[nn.Module], rest: list[str]) -> np.ndarray:
+    """Norm of every sample's gradient, (S,) float64."""
+    squares = torch.zeros(session.samples, dtype=torch.float64)
+    for samples in _batches(session):
+        for layer in _capture(session, samples, covered):
+            squares[samples] += _layer_squares(layer).cpu()
+        if rest:
+            squares[samples] += _loose_gradients(session, samples, rest).square().sum(1).cpu()
+    return squares.sqrt().numpy()
+
+
+def _mean_unit_gradient(
+    session: TorchSession, samples: np.ndarray, norms: np.ndarray
+) -> dict[nn.Parameter, torch.Tensor]:
+    """Mean over the samples of their gradients of length one, by parameter."""
+    parameters = session.flat.parameters
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for start in range(0, len(samples), session.batch_size):
+        chosen = samples[start : start + session.batch_size]
+        losses = session.task.losses(session.flat.model, session.batches.take(chosen))
+        weights = torch.from_numpy(1 / (norms[chosen] * len(samples))).to(losses)
+        gradients = torch.autograd.grad((losses * weights).sum(), parameters, materialize_grads=True)
+        for sum_, gradient in zip(total, gradients, strict=True):
+            sum_ += gradient
+    return dict(zip(parameters, total, strict=True))
+
+
+def _layer_products(layer: _Layer, direction: dict[nn.Parameter, torch.Tensor]) -> torch.Tensor:
+    """Product of every sample's gradient of this layer with the direction, (M,) float64."""
+    module = layer.module
+    weight = direction[module.weight]  # pyright: ignore[reportArgumentType]
+    bias = None if module.bias is None else direction[module.bias]  # pyright: ignore[reportArgumentType]
+    if isinstance(module, nn.Conv2d):
+        outputs = nn.functional.conv2d(
+            layer.inputs, weight, bias, module.stride, module.padding, module.dilation  # pyright: ignore
+        )  # fmt: skip
+    else:
+        outputs = nn.functional.linear(layer.inputs, weight, bias)
+    return (outputs.double() * layer.output_gradients.double()).flatten(1).sum(1)
+
+
+def _layer_squares(layer: _Layer) -> torch.Tensor:
+    """Squared norm of every sample's gradient of this layer, (M,) float64."""
+    module, inputs, gradients = layer.module, layer.inputs, layer.output_gradients
+    bias = getattr(module, "bias", None) is not None
+    if isinstance(module, nn.Linear) and inputs.ndim == 2:
+        return (inputs.double().square().sum(1) + float(bias)) * gradients.double().square().sum(1)
+    rows = _rows(module, gradients)
+    squares = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
+    if bias:
+        squares += rows.sum(2).double().square().sum(1)
+    for block in _weight_gradients(module, inputs, rows):
+        squares += block.double().square().sum(1)
+    return squares
+
+
+def _rows(module: nn.Module, gradients: torch.Tensor) -> torch.Tensor:
+    """Output gradients as (M, outputs, T positions)."""
+    return gradients.flatten(2) if isinstance(module, nn.Conv2d) else gradients.flatten(1, -2).transpose(1, 2)
 
 
 def _covered_modules(model: nn.Module) -> list[nn.Module]:
@@ -124,7 +219,7 @@ def _layer_gram(layer: _Layer) -> torch.Tensor:
     if isinstance(module, nn.Linear) and inputs.ndim == 2:
         return (_gram(inputs) + float(bias)) * _gram(gradients)
     gram = torch.zeros(len(inputs), len(inputs), dtype=torch.float64, device=inputs.device)
-    rows = gradients.flatten(2) if isinstance(module, nn.Conv2d) else gradients.flatten(1, -2).transpose(1, 2)
+    rows = _rows(module, gradients)
     if bias:
         gram += _gram(rows.sum(2))
     for block in _weight_gradients(module, inputs, rows):
@@ -165,35 +260,28 @@ def _gram(rows: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-class _LossOf(nn.Module):
-    """A task's losses as a module, so that its model's parameters can be replaced."""
-
-    def __init__(self, task: Any, model: nn.Module):
-        super().__init__()
-        self.task, self.model = task, model
-
-    def forward(self, batch: Any) -> torch.Tensor:
-        return self.task.losses(self.model, batch)
-
-
-def _loose_gram(session: TorchSession, samples: np.ndarray, names: list[str]) -> torch.Tensor:
-    """Inner products over the parameters of these names, by vmapped gradients of blocks of samples."""
-    losses = _LossOf(session.task, session.flat.model)
-    chosen = {f"model.{name}" for name in names}
-    everything = {name: p.detach() for name, p in losses.named_parameters()}
-    loose = {name: p for name, p in everything.items() if name in chosen}
+def _loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str]) -> torch.Tensor:
+    """Per-sample gradients over the parameters of these names, by vmap, (M, their number) float64."""
+    model = session.flat.model
+    loose = {name: model.get_parameter(name) for name in names}
 
     def loss(parameters: dict[str, torch.Tensor], item: Any) -> torch.Tensor:
         batch = tree_map(lambda leaf: leaf.unsqueeze(0), item)
-        return functional_call(losses, {**everything, **parameters}, (batch,))[0]
+        with replaced(model, {loose[name]: tensor for name, tensor in parameters.items()}):
+            return session.task.losses(model, batch)[0]
 
-    size = sum(p.numel() for p in loose.values())
+    values = {name: parameter.detach() for name, parameter in loose.items()}
+    per_sample = vmap(grad(loss), (None, 0))(values, session.batches.take(samples))
+    return torch.cat([per_sample[name].flatten(1) for name in names], 1).double()
+
+
+def _loose_gram(session: TorchSession, samples: np.ndarray, names: list[str]) -> torch.Tensor:
+    """Inner products over the parameters of these names, one block of sample pairs at a time."""
+    size = sum(session.flat.model.get_parameter(name).numel() for name in names)
     height = max(1, min(len(samples), MEMORY_BYTES // (16 * size)))
 
     def gradients(start: int) -> torch.Tensor:
-        batch = session.batches.take(samples[start : start + height])
-        per_sample = vmap(grad(loss), (None, 0))(loose, batch)
-        return torch.cat([per_sample[name].flatten(1) for name in loose], 1).double()
+        return _loose_gradients(session, samples[start : start + height], names)
 
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64)
     starts = range(0, len(samples), height)

@@ -5,6 +5,9 @@ P parameters, B buffers. One vector makes snapshots, optimizer state and norms a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import nn
@@ -63,3 +66,24 @@ class FlatModel:
         for (_, buffer), tensor in zip(self.buffers, self.layout[len(self.parameters) :], strict=True):
             row = state.buffers[tensor.offset : tensor.offset + tensor.size]
             buffer.copy_(torch.from_numpy(row.copy()).view(buffer.shape))
+
+
+@contextmanager
+def replaced(model: nn.Module, new: Mapping[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """The model with tensors in the place of parameters, wherever each of them is used.
+
+    torch.func.functional_call leaves a module that is entered under two names without its parameter.
+    """
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in new
+    ]
+    for module, name, parameter in places:
+        module._parameters[name] = new[parameter]  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter

@@ -153,16 +153,27 @@ class TorchSession:
         """Cosines of the chosen samples' gradients, (M, M) float64; see `opsig_torch.alignment`."""
         from opsig_torch.alignment import gradient_gram
 
-        if self.has_batch_norm and self.statistics == "chunk":
-            raise OpsigError(
-                "gradient cosines of a model with batch norm are not implemented for chunk statistics. "
-                "Use: opsig cluster --by loss"
-            )
+        self._need_separate_samples()
         with self.at(state):
             gram = gradient_gram(self, samples)
         with np.errstate(invalid="ignore", divide="ignore"):
             norms = np.sqrt(np.diag(gram))
             return gram / np.outer(norms, norms)
+
+    def mean_cosines(self, state: State, sets: list[np.ndarray]) -> np.ndarray:
+        """Mean cosine of every sample's gradient with those of each set, (S, G); see `opsig_torch.alignment`."""
+        from opsig_torch.alignment import mean_cosines
+
+        self._need_separate_samples()
+        with self.at(state):
+            return mean_cosines(self, sets)
+
+    def _need_separate_samples(self) -> None:
+        if self.has_batch_norm and self.statistics == "chunk":
+            raise OpsigError(
+                "gradient cosines of a model with batch norm are not implemented for chunk statistics. "
+                "Use: opsig cluster --by loss"
+            )
 
     def top_eigenpairs(self, state: State, count: int, tolerance: float, start: np.ndarray | None = None):
         """The most positive eigenpairs of the training loss's Hessian; see `opsig_torch.hessian`."""

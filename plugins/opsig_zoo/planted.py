@@ -20,7 +20,7 @@ class Planted(ImageTask):
 
     def __init__(
         self, pairs: int = 4, side: int = 30, samples: int = 2000, size: int = 14, patch: int = 4,
-        strength: float = 12.0, jitter: int = 0, shared: bool = False, native: bool = False,
+        strength: float = 20.0, jitter: int = 0, shared: bool = False, native: bool = False,
         same_classes: bool = False, unequal: bool = False, distractors: int = 0, label_noise: float = 0.0,
         seed: int = 0, root: str = "", model: str = "mlp:width=64", loss: str = "cross-entropy",
         label_smoothing: float = 0.0,
