@@ -264,10 +264,11 @@ def _loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str
     """Per-sample gradients over the parameters of these names, by vmap, (M, their number) float64."""
     model = session.flat.model
     loose = {name: model.get_parameter(name) for name in names}
+    constants = {parameter: parameter.detach() for parameter in session.flat.parameters}
 
     def loss(parameters: dict[str, torch.Tensor], item: Any) -> torch.Tensor:
         batch = tree_map(lambda leaf: leaf.unsqueeze(0), item)
-        with replaced(model, {loose[name]: tensor for name, tensor in parameters.items()}):
+        with replaced(model, constants | {loose[name]: tensor for name, tensor in parameters.items()}):
             return session.task.losses(model, batch)[0]
 
     values = {name: parameter.detach() for name, parameter in loose.items()}
