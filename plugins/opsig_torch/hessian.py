@@ -1,58 +1,146 @@
-"""Hessian-vector products of the training loss and its most positive eigenpairs. P parameters, K eigenpairs."""
+"""Products with the Hessian of the training loss, and its most positive eigenpairs. P parameters, K eigenpairs.
+
+A product is the gradient of the gradient, batch by batch. Where the graph of all batches fits in GRAPH_BYTES it is kept
+from product to product, so that each costs two backward passes; elsewhere the forward pass and the gradient are made
+anew. Nothing goes through `.grad`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from opsig_cli.backends import State
+from opsig_cli.errors import OpsigError
+from opsig_torch.eigen import Eigenpairs, random_start, top_eigenpairs
+
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
 
-
-def hessian_vector_product(session: TorchSession, vector: torch.Tensor) -> torch.Tensor:
-    """Hv of the mean training loss at the loaded parameters, (P,), by double backward, batch by batch."""
-    parameters = session.flat.parameters
-    product = torch.zeros_like(vector)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
-        for _, batch in session.batches:
-            loss = session.task.losses(session.flat.model, batch).sum() / session.samples
-            gradient = _flatten(torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True))
-            if not gradient.requires_grad:
-                continue  # a loss that is linear in the parameters
-            parts = torch.autograd.grad(gradient @ vector, parameters, materialize_grads=True)
-            product += _flatten(parts)
-    return product
+GRAPH_BYTES = 1 << 30
+"""Bound on the graphs that are kept."""
 
 
-def top_eigenpairs(
-    session: TorchSession, count: int, tolerance: float, start: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The `count` most positive eigenpairs: values (K,), decreasing, vectors (K, P), and residuals |Hv - av|/|a| (K,).
+class Hessian:
+    """The Hessian of the mean training loss at the loaded parameters, as an operator on (P,) vectors.
 
-    ARPACK's Lanczos through scipy, to the relative `tolerance`, begun from the (P,) vector `start` where given.
+    `scale` (P,): the operator is diag(scale) H diag(scale), as for a preconditioned optimizer. `products` counts. Raises
+    OpsigError where the task's losses differ from one evaluation to the next.
     """
-    from scipy.sparse.linalg import LinearOperator, eigsh
 
+    def __init__(self, session: TorchSession, scale: torch.Tensor | None = None):
+        self.products = 0
+        self._session = session
+        self._scale = scale
+        self._kept: list[tuple[torch.Tensor, ...]] | None = None
+        self._check_repeatable()
+
+    def __call__(self, vector: torch.Tensor) -> torch.Tensor:
+        """H v, (P,)."""
+        self.products += 1
+        session = self._session
+        scaled = vector if self._scale is None else vector * self._scale
+        pieces = [
+            scaled[t.offset : t.offset + t.size].view(t.shape) for t in session.layout if t.kind == "parameter"
+        ]
+        total = torch.zeros_like(vector)
+        for gradients, keep in self._gradients():
+            differentiable = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
+            if not differentiable:
+                continue  # a loss that is linear in the parameters
+            parts = torch.autograd.grad(
+                [gradients[i] for i in differentiable], session.flat.parameters,
+                [pieces[i] for i in differentiable], retain_graph=keep, materialize_grads=True,
+            )  # fmt: skip
+            total += torch.cat([part.reshape(-1) for part in parts])
+        return total if self._scale is None else total * self._scale
+
+    def _gradients(self) -> Iterator[tuple[tuple[torch.Tensor, ...], bool]]:
+        """Every batch's gradients with their graph, and whether the graph is kept."""
+        if self._kept is not None:
+            for gradients in self._kept:
+                yield gradients, True
+            return
+        session = self._session
+        count = len(session.batches.slices())
+        keep: bool | None = None
+        kept = []
+        for _, batch in session.batches:
+            with sdpa_kernel(SDPBackend.MATH), _saved_bytes() as saved:  # fused attention has no second derivative
+                loss = session.task.losses(session.flat.model, batch).sum() / session.samples
+                gradients = torch.autograd.grad(
+                    loss, session.flat.parameters, create_graph=True, materialize_grads=True
+                )
+            if keep is None:
+                keep = saved.total * count <= GRAPH_BYTES
+            if keep:
+                kept.append(gradients)
+            yield gradients, keep
+        if keep:
+            self._kept = kept
+
+    def _check_repeatable(self) -> None:
+        session = self._session
+        with torch.no_grad():
+            _, batch = next(iter(session.batches))
+            first, second = (session.task.losses(session.flat.model, batch) for _ in range(2))
+        if not torch.equal(first, second):
+            raise OpsigError(
+                "the task's losses differ when they are evaluated again at the same parameters. "
+                "Curvature needs a deterministic loss: turn dropout and random augmentation off"
+            )
+
+
+class _Saved:
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen: set[int] = set()
+
+    def note(self, tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self._seen:
+            self._seen.add(address)
+            self.total += tensor.untyped_storage().nbytes()
+        return tensor
+
+
+@contextmanager
+def _saved_bytes() -> Iterator[_Saved]:
+    """Count the bytes that autograd saves inside."""
+    saved = _Saved()
+    with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
+        yield saved
+
+
+def solve(
+    session: TorchSession, count: int, tolerance: float, start: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> Eigenpairs:  # fmt: skip
+    """The `count` most positive eigenpairs of the loaded parameters' Hessian; the start defaults to a random vector.
+
+    Raises OpsigError for a tolerance that cannot be met.
+    """
     flat = session.flat.vector
-
-    def product(array: np.ndarray) -> np.ndarray:
-        vector = torch.from_numpy(np.ascontiguousarray(array.reshape(-1))).to(flat.device, flat.dtype)
-        return hessian_vector_product(session, vector).cpu().numpy().astype(np.float64)
-
-    size = flat.numel()
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)  # pyright: ignore[reportCallIssue]
     if start is None:
-        start = np.random.default_rng(0).standard_normal(size)
-    basis = min(size, max(2 * count + 1, 12))
-    values, vectors = eigsh(operator, k=count, which="LA", tol=tolerance, v0=start, ncv=basis)  # pyright: ignore
-    order = np.argsort(values)[::-1]
-    values, vectors = values[order], vectors[:, order].T
-    residuals = np.array([np.linalg.norm(product(v) - a * v) / abs(a) for a, v in zip(values, vectors, strict=True)])
-    return values, vectors, residuals
+        start = random_start(flat.detach(), 0)
+    try:
+        return top_eigenpairs(Hessian(session, scale), start.to(flat), count, tolerance)
+    except ValueError as error:
+        raise OpsigError(str(error)) from error
 
 
-def _flatten(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+def adam_scale(state: State, betas: tuple[float, float], epsilon: float) -> np.ndarray | None:
+    """P^-1/2 of Adam's preconditioner P = (1 - beta1^t) diag(sqrt(v / (1 - beta2^t)) + epsilon), (P,) float64.
+
+    None before the first step, when there is no second moment. (Cohen et al. 2022, arXiv 2207.14484.)
+    """
+    second: Any = state.optimizer.get("exp_avg_sq")
+    if second is None or state.step == 0:
+        return None
+    corrected = np.sqrt(second.astype(np.float64) / (1 - betas[1] ** state.step)) + epsilon
+    return 1 / np.sqrt((1 - betas[0] ** state.step) * corrected)
