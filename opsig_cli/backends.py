@@ -119,15 +119,43 @@ class GradientCosines(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Eigenpairs:
+    """The most positive eigenpairs of a Hessian: `values` (K,) decreasing, `vectors` (K, P) of unit length,
+    `residuals` |Hv - av| / |a| (K,), the Hessian-vector `products` spent, and whether all residuals met the
+    tolerance."""
+
+    values: np.ndarray
+    vectors: np.ndarray
+    residuals: np.ndarray
+    products: int
+    converged: bool
+
+
 @runtime_checkable
-class TopEigenpairs(Protocol):
-    """The capability that sharpness needs."""
+class Curvature(Protocol):
+    """The capability `sharpness` needs. All are of the mean training loss, or of one sample's loss, at a state."""
 
-    def top_eigenpairs(self, state: State, count: int, tolerance: float, start: np.ndarray | None = None) -> Any:
-        """The `count` most positive eigenpairs of the training loss's Hessian.
+    def top_eigenpairs(
+        self, state: State, count: int, tolerance: float, previous: Eigenpairs | None = None,
+        scale: np.ndarray | None = None,
+    ) -> Eigenpairs:  # fmt: skip
+        """The `count` most positive eigenpairs of the Hessian H, or of diag(scale) H diag(scale), scale (P,).
 
-        Values (K,), decreasing; vectors (K, P); relative residuals (K,).
+        `previous`: those of a checkpoint near by, from which to begin.
         """
+        ...
+
+    def hessian_vectors(self, state: State, vectors: np.ndarray) -> np.ndarray:
+        """Products of the Hessian with vectors, (K, P)."""
+        ...
+
+    def gradient_norms(self, state: State) -> np.ndarray:
+        """Norm of every sample's gradient, (S,) float64."""
+        ...
+
+    def curvature_along(self, state: State, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Loss, slope v'g and curvature v'Hv of every sample along a direction v (P,), (S,) float64 each."""
         ...
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli import backends, tasks
-from opsig_cli.backends import Session, Snapshot, State, Training
+from opsig_cli.backends import Eigenpairs, Session, Snapshot, State, Training
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.recorder import Recorder, read_state
 from opsig_cli.settings import Settings
@@ -24,6 +24,8 @@ from opsig_cli.settings import Settings
 THUMBNAIL_BYTES = 64 << 20
 """Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""
 THUMBNAIL_SIDE = 64
+SHARPNESS_TOLERANCE = 1e-2
+"""Enough for the eigenvalue, whose error goes with the residual's square."""
 
 
 class StopRequest:
@@ -109,7 +111,7 @@ def run(
     Raises OpsigError where the loss stops being finite, with everything up to the step before kept.
     """
     trajectory = recorder.run
-    vector = None
+    pairs = None
     trajectory.set_attributes(state="training")
     for snapshot in session.train(training_of(settings, stop, start.step), start):
         if not math.isfinite(snapshot.train_loss) or (
@@ -124,7 +126,8 @@ def run(
         ending = stop.asked and snapshot.state is not None
         sharpness = None
         if settings.sharpness_at(snapshot.step) and snapshot.state is not None:
-            sharpness, vector = _record_sharpness(recorder, session, snapshot.state, vector)
+            pairs = _record_sharpness(recorder, session, snapshot.state, pairs)
+            sharpness = float(pairs.values[0])
         due = settings.checkpoint_at(snapshot.step) or ending
         recorder.record(
             snapshot.step,
@@ -164,14 +167,12 @@ def _checkpoint_record(path: str, snapshot: Snapshot, sharpness: float | None) -
     return record if sharpness is None else record | {"sharpness": sharpness}
 
 
-def _record_sharpness(
-    recorder: Recorder, session: Session, state: State, vector: np.ndarray | None
-) -> tuple[float, np.ndarray]:
-    backends.require(session, backends.TopEigenpairs, "of this run", "sharpness")
-    values, vectors, residuals = session.top_eigenpairs(state, 1, 1e-2, vector)  # pyright: ignore
+def _record_sharpness(recorder: Recorder, session: Session, state: State, previous: Eigenpairs | None) -> Eigenpairs:
+    backends.require(session, backends.Curvature, "of this run", "sharpness")
+    found = session.top_eigenpairs(state, 1, SHARPNESS_TOLERANCE, previous)  # pyright: ignore
     if state.step not in recorder.run.steps("sharpness"):
-        recorder.run.append("sharpness", state.step, eigenvalue=values, residual=residuals)
-    return float(values[0]), vectors[0]
+        recorder.run.append("sharpness", state.step, eigenvalue=found.values, residual=found.residuals)
+    return found
 
 
 def _provenance(settings: Settings, session: Session, spec: tasks.TaskSpec) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from opsig_torch.flat import replaced
@@ -62,10 +63,7 @@ def mean_cosines(session: TorchSession, sets: list[np.ndarray]) -> np.ndarray:
     over the set's samples and two over all; memory is bounded by one batch.
     """
     model = session.flat.model
-    covered = _covered_modules(model)
-    _groups(session, np.arange(1), covered)  # takes out layers that are entered twice
-    names = {id(parameter) for module in covered for parameter in module.parameters(recurse=False)}
-    rest = [name for name, p in model.named_parameters() if id(p) not in names]
+    covered, rest = _parts(session)
     norms = _norms(session, covered, rest)
     directions = [_mean_unit_gradient(session, samples, norms) for samples in sets]
     products = torch.zeros(session.samples, len(sets), dtype=torch.float64)
@@ -80,6 +78,20 @@ def mean_cosines(session: TorchSession, sets: list[np.ndarray]) -> np.ndarray:
                 products[samples, column] += (rows @ flat.double()).cpu()
     with np.errstate(invalid="ignore", divide="ignore"):
         return products.numpy() / norms[:, None]
+
+
+def gradient_norms(session: TorchSession) -> np.ndarray:
+    """Norm of every sample's loss gradient at the loaded parameters, (S,) float64, without an array of S x P."""
+    return _norms(session, *_parts(session))
+
+
+def _parts(session: TorchSession) -> tuple[list[nn.Module], list[str]]:
+    """Layers whose gradients have a closed form, entered once, and the names of all other parameters."""
+    model = session.flat.model
+    covered = _covered_modules(model)
+    _groups(session, np.arange(1), covered)  # takes out layers that are entered twice
+    names = {id(parameter) for module in covered for parameter in module.parameters(recurse=False)}
+    return covered, [name for name, p in model.named_parameters() if id(p) not in names]
 
 
 def _batches(session: TorchSession) -> list[np.ndarray]:
@@ -272,7 +284,8 @@ def _loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str
             return session.task.losses(model, batch)[0]
 
     values = {name: parameter.detach() for name, parameter in loose.items()}
-    per_sample = vmap(grad(loss), (None, 0))(values, session.batches.take(samples))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be vmapped
+        per_sample = vmap(grad(loss), (None, 0))(values, session.batches.take(samples))
     return torch.cat([per_sample[name].flatten(1) for name in names], 1).double()
 
 

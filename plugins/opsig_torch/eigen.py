@@ -18,12 +18,12 @@ LIMIT = 200
 PIECE = 1 << 20
 SMALLEST_TOLERANCE = 1e-5
 """A float32 product is good to about 5e-7; residuals below this would be noise."""
-NOVELTY = 0.1
-"""Share of a warm start that is random, so that a direction which has overtaken the last one is seen."""
+LOOK_ABOUT = 3
+"""Products beyond the number of eigenpairs before a solve may end."""
 
 
 @dataclass(frozen=True)
-class Eigenpairs:
+class Solution:
     """The K most positive eigenpairs: `values` (K,) decreasing, `vectors` (K, P) of unit length, `residuals` (K,).
 
     A residual is |Hv - av| / |a|. `products` is what the solve cost; `converged` whether all residuals reached the
@@ -40,7 +40,7 @@ class Eigenpairs:
 def top_eigenpairs(
     product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, count: int, tolerance: float,
     limit: int = LIMIT,
-) -> Eigenpairs:  # fmt: skip
+) -> Solution:  # fmt: skip
     """Solve for the `count` most positive eigenpairs to the relative `tolerance`, from a nonzero (P,) `start`.
 
     Raises ValueError for a tolerance that the start's precision cannot reach.
@@ -68,11 +68,14 @@ def top_eigenpairs(
             _remove(basis[: step + 1], image)
         remainder = _norm(image)
         exhausted = step + 1 == size or remainder <= 10 * torch.finfo(start.dtype).eps * scale
-        values, ritz = _ritz(diagonal, beside, count)
-        residuals = np.abs(0.0 if exhausted else remainder * ritz[-1]) / np.maximum(np.abs(values), 1e-300)
-        residuals = np.broadcast_to(residuals, values.shape)
-        converged = len(values) == count and bool((residuals <= tolerance).all())
-        if converged or step + 1 == limit or exhausted:
+        values, ritz = _ritz(diagonal, beside, count + 1)
+        errors = np.zeros(len(values)) if exhausted else remainder * np.abs(ritz[-1])
+        # the next eigenvalue must not be on its way past these: a warm start hardly sees what overtook the last one
+        overtaken = len(values) > count and values[count] + errors[count] > values[count - 1]
+        values, ritz, errors = values[:count], ritz[:, :count], errors[:count]
+        residuals = errors / np.maximum(np.abs(values), 1e-300)
+        converged = len(values) == count and bool((residuals <= tolerance).all()) and not overtaken
+        if (converged and step >= count + LOOK_ABOUT) or step + 1 == limit or exhausted:
             break
         beside.append(remainder)
         if step + 1 == len(basis):
@@ -81,15 +84,7 @@ def top_eigenpairs(
     weights = torch.from_numpy(ritz.T.copy()).to(basis)
     vectors = weights @ basis[: len(diagonal)]
     vectors /= torch.stack([torch.as_tensor(_norm(v)) for v in vectors]).to(vectors)[:, None]
-    return Eigenpairs(values, vectors, residuals.copy(), len(diagonal), converged)
-
-
-def warm_start(pairs: Eigenpairs, seed: int) -> torch.Tensor:
-    """A start for the next checkpoint: the last vectors, by their eigenvalues, and a random part, (P,)."""
-    weights = np.maximum(pairs.values, 0) / max(float(pairs.values[0]), 1e-300)
-    start = torch.from_numpy(weights).to(pairs.vectors) @ pairs.vectors
-    noise = random_start(start, seed)
-    return start / max(_norm(start), 1e-30) + NOVELTY * noise
+    return Solution(values, vectors, residuals, len(diagonal), converged)
 
 
 def random_start(like: torch.Tensor, seed: int) -> torch.Tensor:
@@ -104,9 +99,7 @@ def _ritz(diagonal: list[float], beside: list[float], count: int) -> tuple[np.nd
 
     size = len(diagonal)
     first = max(0, size - count)
-    values, vectors = eigh_tridiagonal(
-        np.array(diagonal), np.array(beside), select="i", select_range=(first, size - 1)
-    )
+    values, vectors = eigh_tridiagonal(np.array(diagonal), np.array(beside), select="i", select_range=(first, size - 1))
     return values[::-1].copy(), vectors[:, ::-1].copy()
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opsig_cli.backends import State
 from opsig_cli.errors import OpsigError
-from opsig_torch.eigen import Eigenpairs, random_start, top_eigenpairs
+from opsig_torch.eigen import Solution, random_start, top_eigenpairs
 
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
@@ -29,8 +29,8 @@ GRAPH_BYTES = 1 << 30
 class Hessian:
     """The Hessian of the mean training loss at the loaded parameters, as an operator on (P,) vectors.
 
-    `scale` (P,): the operator is diag(scale) H diag(scale), as for a preconditioned optimizer. `products` counts. Raises
-    OpsigError where the task's losses differ from one evaluation to the next.
+    `scale` (P,): the operator is diag(scale) H diag(scale), as for a preconditioned optimizer. `products` counts.
+    Raises OpsigError where the task's losses differ from one evaluation to the next.
     """
 
     def __init__(self, session: TorchSession, scale: torch.Tensor | None = None):
@@ -45,9 +45,7 @@ class Hessian:
         self.products += 1
         session = self._session
         scaled = vector if self._scale is None else vector * self._scale
-        pieces = [
-            scaled[t.offset : t.offset + t.size].view(t.shape) for t in session.layout if t.kind == "parameter"
-        ]
+        pieces = [scaled[t.offset : t.offset + t.size].view(t.shape) for t in session.layout if t.kind == "parameter"]
         total = torch.zeros_like(vector)
         for gradients, keep in self._gradients():
             differentiable = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
@@ -120,7 +118,7 @@ def _saved_bytes() -> Iterator[_Saved]:
 def solve(
     session: TorchSession, count: int, tolerance: float, start: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
-) -> Eigenpairs:  # fmt: skip
+) -> Solution:  # fmt: skip
     """The `count` most positive eigenpairs of the loaded parameters' Hessian; the start defaults to a random vector.
 
     Raises OpsigError for a tolerance that cannot be met.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from opsig_cli.backends import Snapshot, State, Training
+from opsig_cli.backends import Eigenpairs, Snapshot, State, Training
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.tasks import Task
 from opsig_torch.data import Batches
@@ -18,6 +18,8 @@ from opsig_torch.flat import FlatModel
 
 BATCH_SIZE = 500
 CONVOLUTION_BATCH = 50
+NOVELTY = 1.0
+"""Random part of a warm start, against the last eigenvector's length of 1: what has overtaken it must be seen."""
 STATISTICS = ("chunk", "running")
 OPTIMIZERS = ("gd", "sgd", "momentum", "adam")
 
@@ -50,6 +52,7 @@ class TorchSession:
         self.double = double
         self.batches = Batches(task, torch.device(self.device), self.batch_size, double)
         self.samples = self.batches.count
+        self.traces: dict[Any, Callable[..., Any]] = {}  # by batch shape; see opsig_torch.sample_curvature
         self._flat: FlatModel | None = None
 
     @property
@@ -78,6 +81,7 @@ class TorchSession:
         """The run's first state: the task's model built after seeding torch with `seed`."""
         torch.manual_seed(seed)
         self._flat = None
+        self.traces.clear()
         return self.state(0)
 
     def state(self, step: int) -> State:
@@ -123,7 +127,7 @@ class TorchSession:
             if self.batches.resident or len(states) == 1:
                 for state, result in zip(states, results, strict=True):
                     with self.at(state):
-                        for indices, batch in self.batches.in_pieces(self._inference_batch()):
+                        for indices, batch in self.batches.in_pieces(self.inference_batch()):
                             result.put(indices, *self.forward(batch))
             else:
                 for indices, batch in self.batches:
@@ -132,7 +136,7 @@ class TorchSession:
                             result.put(indices, *self.forward(batch))
         return [result.arrays() for result in results]
 
-    def _inference_batch(self) -> int:
+    def inference_batch(self) -> int:
         """Convolutions on the CPU run up to three times faster in small batches; batch norm needs its own."""
         convolves = any(isinstance(module, nn.Conv2d) for module in self.flat.model.modules())
         if self.device == "cpu" and convolves and not (self.has_batch_norm and self.statistics == "chunk"):
@@ -175,12 +179,47 @@ class TorchSession:
                 "Use: opsig cluster --by loss"
             )
 
-    def top_eigenpairs(self, state: State, count: int, tolerance: float, start: np.ndarray | None = None):
+    def top_eigenpairs(
+        self, state: State, count: int, tolerance: float, previous: Eigenpairs | None = None,
+        scale: np.ndarray | None = None,
+    ) -> Eigenpairs:  # fmt: skip
         """The most positive eigenpairs of the training loss's Hessian; see `opsig_torch.hessian`."""
-        from opsig_torch.hessian import top_eigenpairs
+        from opsig_torch.eigen import random_start
+        from opsig_torch.hessian import solve
 
         with self.at(state):
-            return top_eigenpairs(self, count, tolerance, start)
+            like = self.flat.vector.detach()
+            start = random_start(like, state.step)
+            # Several eigenpairs begin from scratch: from the sum of the last ones a single-vector solve can miss one.
+            if previous is not None and count == 1:
+                start = torch.from_numpy(previous.vectors[0]).to(like) + NOVELTY * start
+            found = solve(self, count, tolerance, start, None if scale is None else torch.from_numpy(scale).to(like))
+        vectors = found.vectors.cpu().numpy()
+        return Eigenpairs(found.values, vectors, found.residuals, found.products, found.converged)
+
+    def hessian_vectors(self, state: State, vectors: np.ndarray) -> np.ndarray:
+        """Products of the training loss's Hessian with vectors, (K, P); see `opsig_torch.hessian`."""
+        from opsig_torch.hessian import Hessian
+
+        with self.at(state):
+            hessian = Hessian(self)
+            like = self.flat.vector.detach()
+            return np.stack([hessian(torch.from_numpy(v).to(like)).cpu().numpy() for v in vectors])
+
+    def gradient_norms(self, state: State) -> np.ndarray:
+        """Norm of every sample's gradient, (S,) float64; see `opsig_torch.alignment`."""
+        from opsig_torch.alignment import gradient_norms
+
+        self._need_separate_samples()
+        with self.at(state):
+            return gradient_norms(self)
+
+    def curvature_along(self, state: State, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Loss, slope and curvature of every sample along a direction; see `opsig_torch.sample_curvature`."""
+        from opsig_torch.sample_curvature import curvature_along
+
+        with self.at(state):
+            return curvature_along(self, torch.from_numpy(direction).to(self.flat.vector.detach()))
 
 
 class LossRow:

@@ -106,3 +106,40 @@ class Reduced(Tiny):
 
     def losses(self, model, batch):
         return super().losses(model, batch).mean()
+
+
+class Attend(Tiny):
+    """Tokens through an embedding, layer norm and attention, with the embedding tied to the last layer."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(7, 8)
+            self.norm = nn.LayerNorm(8)
+            self.mix = nn.Linear(8, 24)
+            self.out = nn.Linear(8, 7, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            q, k, v = (part.unsqueeze(1) for part in self.mix(self.norm(x)).chunk(3, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out(nn.functional.gelu(x + y.squeeze(1)).mean(1))
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.randint(0, 7, (24, 5), generator=generator)
+        self.y = torch.arange(24) % 7
+
+    def model(self):
+        return Attend.Model()
+
+    def label(self, i):
+        return str(int(self.y[i]))
+
+
+class Dropping(Tiny):
+    """Drops at random whatever mode the model is in."""
+
+    def losses(self, model, batch):
+        return super().losses(model, batch) * (1 + 0.1 * torch.rand(()))

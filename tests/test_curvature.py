@@ -1,0 +1,226 @@
+"""Curvature against dense Hessians and autograd in float64; the ways in which simpler code is wrong, planted."""
+
+import numpy as np
+import pytest
+import torch
+from opsig_torch import TorchBackend, sample_curvature
+from opsig_torch.eigen import random_start, top_eigenpairs
+from opsig_torch.hessian import Hessian, adam_scale
+from tasks import tiny
+
+from opsig_cli.errors import OpsigError
+
+TASKS = {
+    "mlp": tiny.Tiny,
+    "conv": tiny.Conv,
+    "attention": tiny.Attend,
+    "batch norm": lambda: tiny.Tiny(norm=True),
+}
+
+
+def open_double(name, batch_size=None):
+    session = TorchBackend().open(TASKS[name](), "cpu", batch_size, double=True)
+    return session, session.initial(0)
+
+
+def dense(session, state, weights=None):
+    """The Hessian of the weighted sum of losses, one row after the other, by reverse over reverse."""
+    with session.at(state), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        losses = torch.cat([session.task.losses(session.flat.model, batch) for _, batch in session.batches])
+        weights = torch.full_like(losses, 1 / len(losses)) if weights is None else weights
+        parameters = session.flat.parameters
+        gradients = torch.autograd.grad((losses * weights).sum(), parameters, create_graph=True)
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        rows = []
+        for entry in flat:
+            parts = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+        return torch.stack(rows), flat.detach()
+
+
+# -- the solver
+
+
+def solve_diagonal(values, start=None, count=1, tolerance=1e-8):
+    diagonal = torch.as_tensor(values, dtype=torch.float64)
+    start = random_start(diagonal, 0) if start is None else start
+    return top_eigenpairs(lambda v: diagonal * v, start, count, tolerance)
+
+
+def test_a_negative_eigenvalue_of_larger_size_is_not_the_sharpness():
+    found = solve_diagonal([-50.0, -40, *np.linspace(-1, 5, 300)], count=2)
+    np.testing.assert_allclose(found.values, [5, np.linspace(-1, 5, 300)[-2]], rtol=1e-6)
+    assert found.converged
+
+
+def test_an_eigenvalue_that_overtakes_the_last_one_is_found():
+    values = np.linspace(0, 1, 500)
+    values[[7, 9]] = 10, 12
+    last = torch.zeros(500, dtype=torch.float64)
+    last[7] = 1
+    start = last + random_start(last, 1)  # as the session starts from a checkpoint near by
+    found = solve_diagonal(values, start, tolerance=1e-3)
+    assert found.values[0] == pytest.approx(12, rel=1e-5)
+
+
+def test_a_solve_that_runs_out_of_products_says_so():
+    diagonal = torch.linspace(0, 1, 1000, dtype=torch.float64)
+    found = top_eigenpairs(lambda v: diagonal * v, random_start(diagonal, 0), 3, 1e-10, limit=20)
+    assert not found.converged
+    assert found.products == 20
+    assert found.residuals.max() > 1e-10
+
+
+def test_a_tolerance_below_the_precision_is_refused():
+    with pytest.raises(ValueError, match="cannot be met in float32"):
+        top_eigenpairs(lambda v: v, torch.ones(3), 1, 1e-6)
+
+
+def test_a_space_that_is_exhausted_ends_the_solve():
+    found = solve_diagonal([2.0, 2.0, 2.0])
+    assert found.values[0] == pytest.approx(2)
+    assert found.products == 1
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_eigenpairs_are_those_of_the_dense_hessian(name, batch_size):
+    session, state = open_double(name, batch_size)
+    matrix, _ = dense(session, state)
+    values, vectors = torch.linalg.eigh(matrix)
+    found = session.top_eigenpairs(state, 3, 1e-6)
+    np.testing.assert_allclose(found.values, values.flip(0)[:3], rtol=1e-5)
+    assert abs(found.vectors[0] @ vectors[:, -1].numpy()) == pytest.approx(1, abs=1e-5)
+    true = [np.linalg.norm(matrix.numpy() @ v - a * v) / a for a, v in zip(found.values, found.vectors, strict=True)]
+    np.testing.assert_allclose(found.residuals, true, atol=1e-7)
+    assert (found.residuals <= 1e-6).all()
+
+
+def test_products_are_the_same_with_and_without_a_kept_graph(monkeypatch):
+    session, state = open_double("conv", 7)
+    vector = np.random.default_rng(0).standard_normal((2, len(state.params)))
+    kept = session.hessian_vectors(state, vector)
+    monkeypatch.setattr("opsig_torch.hessian.GRAPH_BYTES", 0)
+    np.testing.assert_allclose(session.hessian_vectors(state, vector), kept, rtol=1e-12)
+    matrix, _ = dense(session, state)
+    np.testing.assert_allclose(kept, vector @ matrix.numpy(), atol=1e-12)
+
+
+def test_nothing_goes_through_grad_and_nothing_is_left_changed():
+    session, state = open_double("batch norm")
+    before = session.state(0)
+    session.flat.gradient.fill_(7)
+    session.top_eigenpairs(state, 1, 1e-3)
+    assert (session.flat.gradient == 7).all()
+    after = session.state(0)
+    np.testing.assert_array_equal(before.params, after.params)
+    np.testing.assert_array_equal(before.buffers, after.buffers)
+
+
+def test_a_random_loss_is_refused_with_the_reason():
+    session = TorchBackend().open(tiny.Dropping())
+    with pytest.raises(OpsigError, match="turn dropout and random augmentation off"):
+        session.top_eigenpairs(session.initial(0), 1, 1e-2)
+
+
+def test_adams_preconditioned_hessian_is_scaled_on_both_sides():
+    session, state = open_double("mlp")
+    matrix, gradient = dense(session, state)
+    second = gradient.numpy() ** 2 * 0.1
+    state = type(state)(10, state.params, state.buffers, {"exp_avg_sq": second})
+    scale = adam_scale(state, (0.9, 0.99), 1e-3)
+    assert scale is not None
+    corrected = np.sqrt(second / (1 - 0.99**10)) + 1e-3
+    expected = np.diag(((1 - 0.9**10) * corrected) ** -0.5)
+    values = np.linalg.eigvalsh(expected @ matrix.numpy() @ expected)
+    found = session.top_eigenpairs(state, 2, 1e-6, scale=scale)
+    np.testing.assert_allclose(found.values, values[::-1][:2], rtol=1e-5)
+    assert adam_scale(type(state)(0, state.params, state.buffers, {}), (0.9, 0.99), 1e-8) is None
+
+
+# -- every sample's
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_curvature_of_every_sample_is_that_of_autograd(name, batch_size):
+    session, state = open_double(name, batch_size)
+    direction = np.random.default_rng(1).standard_normal(len(state.params))
+    losses, slopes, curvatures = session.curvature_along(state, direction)
+    for i in (0, 5, session.samples - 1):
+        one = torch.zeros(session.samples, dtype=torch.float64)
+        one[i] = 1
+        matrix, gradient = dense(session, state, one)
+        assert slopes[i] == pytest.approx(float(gradient.numpy() @ direction), rel=1e-9, abs=1e-12)
+        assert curvatures[i] == pytest.approx(float(direction @ matrix.numpy() @ direction), rel=1e-8, abs=1e-10)
+    (rows,) = session.losses([state])
+    np.testing.assert_allclose(losses, rows[0], rtol=1e-6)
+    (product,) = session.hessian_vectors(state, direction[None])
+    assert curvatures.mean() == pytest.approx(float(direction @ product), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["attention", "batch norm"])
+def test_the_naive_nested_derivative_is_wrong_there(monkeypatch, name):
+    """Why `_Primitives` exists: without it torch is silently wrong, or fails."""
+    session, state = open_double(name)
+    direction = np.random.default_rng(1).standard_normal(len(state.params))
+    right = session.curvature_along(state, direction)[2]
+    session.traces.clear()
+    monkeypatch.setattr(sample_curvature, "_WRITTEN_OUT", {})
+    try:
+        naive = session.curvature_along(state, direction)[2]
+    except (RuntimeError, NotImplementedError):
+        return
+    assert np.abs(naive - right).max() > 1e-3 * np.abs(right).max()
+
+
+def test_one_trace_serves_all_checkpoints():
+    session, state = open_double("batch norm")
+    direction = np.random.default_rng(1).standard_normal(len(state.params))
+    session.curvature_along(state, direction)
+    traces = list(session.traces.values())
+    moved = type(state)(1, state.params + 0.1, state.buffers + 0.5, {})
+    values = session.curvature_along(moved, 2 * direction)
+    assert list(session.traces.values()) == traces
+    session.traces.clear()
+    np.testing.assert_allclose(session.curvature_along(moved, 2 * direction), values, rtol=1e-12)
+
+
+def test_running_statistics_are_inputs_of_the_trace():
+    session = TorchBackend().open(tiny.Tiny(norm=True), "cpu", None, "running", double=True)
+    state = session.initial(0)
+    direction = np.random.default_rng(1).standard_normal(len(state.params))
+    session.curvature_along(state, direction)
+    moved = type(state)(1, state.params, state.buffers + 0.5, {})
+    values = session.curvature_along(moved, direction)
+    session.traces.clear()
+    np.testing.assert_allclose(session.curvature_along(moved, direction), values, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_gradient_norms_are_those_of_autograd(name, batch_size):
+    session, state = open_double(name, batch_size)
+    norms = session.gradient_norms(state)
+    for i in range(0, session.samples, 5):
+        with session.at(state):
+            loss = session.task.losses(session.flat.model, session.batches.take([i])).sum()
+            gradients = torch.autograd.grad(loss, session.flat.parameters)
+        assert norms[i] == pytest.approx(float(torch.cat([g.reshape(-1) for g in gradients]).norm()), rel=1e-10)
+
+
+def test_float32_curvature_is_near_float64():
+    direction = np.random.default_rng(1).standard_normal(5 * 16 + 16 + 16 * 16 + 16 + 16 * 3 + 3)
+    exact = open_double("mlp")
+    single = TorchBackend().open(TASKS["mlp"](), "cpu")
+    fine = exact[0].curvature_along(exact[1], direction)[2]
+    coarse = single.curvature_along(single.initial(0), direction.astype(np.float32))[2]
+    np.testing.assert_allclose(coarse, fine, atol=1e-5 * np.abs(fine).max())
+
+
+def test_the_hessian_counts_its_products():
+    session, state = open_double("mlp")
+    with session.at(state):
+        hessian = Hessian(session)
+        hessian(session.flat.vector.detach())
+        assert hessian.products == 1
