@@ -154,6 +154,18 @@ class Curvature(Protocol):
         """Norm of every sample's gradient, (S,) float64."""
         ...
 
+    def gradient(self, state: State) -> np.ndarray:
+        """Gradient of the mean training loss, (P,)."""
+        ...
+
+    def sample_sharpness(self, state: State, samples: np.ndarray) -> np.ndarray:
+        """The most positive eigenvalue of each chosen sample's Hessian, (M,) float64."""
+        ...
+
+    def spectral_density(self, state: State) -> tuple[np.ndarray, np.ndarray, float]:
+        """Nodes and weights (R, m) whose weighted sums estimate traces of functions of H; the trace's error."""
+        ...
+
     def curvature_along(self, state: State, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Loss, slope v'g and curvature v'Hv of every sample along a direction v (P,), (S,) float64 each."""
         ...

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import cluster, info, mine, repack, track, train, verify
+from opsig_cli.commands import cluster, info, mine, repack, sharpness, track, train, verify
 from opsig_cli.errors import OpsigError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(track.track)
+app.command()(sharpness.sharpness)
 app.command()(mine.mine)
 app.command()(cluster.cluster)
 app.command()(info.info)

@@ -76,6 +76,41 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
     pairs_figure(path, panels, window.steps_T, whole, title, zoom=_zoom(window.steps_T, centre))
 
 
+def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -> None:
+    """Save what `sharpness` measured: eigenvalues, metrics of samples, or a slice."""
+    from opsig_cli.figures import curvature
+
+    name = Path(run.path).name
+    if records and "losses" in records[0]:
+        curves = {group: np.array([r["losses"][group] for r in records]) for group in records[0]["losses"]}
+        positions = np.array([r["position"] for r in records])
+        curvature.slice_page(
+            path, positions, curves, f"{name}: losses along the top eigenvector at step {records[0]['step']}"
+        )
+    elif records and "eigenvalue" in records[0]:
+        steps = np.array([r["step"] for r in records if r["rank"] == 1])
+        ranks = max(r["rank"] for r in records)
+        values = np.array([r["eigenvalue"] for r in records]).reshape(len(steps), ranks)
+        threshold = np.array([r["threshold"] or np.nan for r in records if r["rank"] == 1], float)
+        shares = [r.get("layer_fraction", {}) for r in records if r["rank"] == 1]
+        layers = {layer: np.array([share.get(layer, np.nan) for share in shares]) for layer in shares[0]}
+        curvature.sharpness_page(path, steps, values, threshold, layers, f"{name}: sharpness")
+    elif records and "sample" in records[0]:
+        metrics = [key for key in records[0] if key not in ("trajectory", "step", "sample", "set")]
+        steps = sorted({r["step"] for r in records})
+        sets = list(dict.fromkeys(r["set"] for r in records))
+        panels = []
+        for metric in metrics:
+            by_set = {
+                group: np.array([r[metric] for r in records if r["set"] == group]).reshape(len(steps), -1)
+                for group in sets
+            }
+            panels.append((metric, np.array(steps), by_set))
+        curvature.samples_page(path, panels, f"{name}: curvature of single samples")
+    else:
+        raise ValueError("there is nothing to draw for these metrics")
+
+
 class Pictures:
     """What a person sees of each sample: its picture or text, its label, and names for its predictions."""
 

@@ -77,6 +77,18 @@ FIELDS = _fields(
     Field("sharpness/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("sharpness/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of the training loss's Hessian"),
     Field("sharpness/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
+    Field("sharpness/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
+    Field("sharpness/threshold", ("step",), "f8", "nat", "sharpness at which the optimizer loses stability"),
+    Field("sharpness/layer_fraction", ("step", "tensor"), "f8", "1", "share of the first eigenvector's squared norm"),
+    Field("sharpness/eigenvector", ("step", "parameter"), "f4", "1", "first eigenvector, of unit length"),
+    Field("preconditioned/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field("preconditioned/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field(
+        "preconditioned/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of P^-1/2 H P^-1/2, P of Adam"
+    ),
+    Field("preconditioned/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
+    Field("preconditioned/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
+    Field("preconditioned/threshold", ("step",), "f8", "nat", "preconditioned sharpness at which Adam loses stability"),
 )
 
 ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswith("/step"))
@@ -85,7 +97,8 @@ ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswit
 DIMENSIONS = (
     *(("", name) for name in ("sample", "class", "row", "column", "channel", "tensor", "axis", "parameter", "buffer")),
     ("sharpness", "rank"),
-    *((group, "step") for group in ROW_GROUPS),
+    *((group, "step") for group in ("scalars", "losses", "checkpoints", "sharpness", "preconditioned")),
+    ("preconditioned", "rank"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
 

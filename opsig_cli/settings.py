@@ -90,12 +90,19 @@ class Settings:
         return self.sharpness_every > 0 and step % self.sharpness_every == 0
 
     @property
-    def threshold(self) -> float | None:
-        """The sharpness at which the method loses stability: 2/eta, (2 + 2 beta)/eta with momentum; None for Adam,
-        whose threshold is of the preconditioned Hessian."""
+    def preconditioned(self) -> bool:
+        """Whether stability is decided by the Hessian between two inverse roots of a preconditioner, as for Adam."""
+        return self.optimizer == "adam"
+
+    @property
+    def threshold(self) -> float:
+        """The (preconditioned) sharpness at which full-batch training loses stability.
+
+        2/eta for gradient descent, (2 + 2 beta)/eta for heavy ball, (2 + 2 beta1)/((1 - beta1) eta) for Adam.
+        """
         match self.optimizer:
-            case "gd" | "sgd":
-                return 2 / self.learning_rate
             case "momentum":
                 return (2 + 2 * self.momentum) / self.learning_rate
-        return None
+            case "adam":
+                return (2 + 2 * self.beta1) / ((1 - self.beta1) * self.learning_rate)
+        return 2 / self.learning_rate

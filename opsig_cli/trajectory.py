@@ -292,6 +292,12 @@ class Trajectory:
         self._describe(dataset, field)
         dataset.attrs["checksum"] = np.uint32(zlib.crc32(values.tobytes()))
 
+    def remove(self, group: str) -> None:
+        """Remove a row group with everything in it."""
+        if group in self._file:
+            del self._file[group]
+        self._groups.pop(group, None)
+
     def copy_packed(self, other: Trajectory) -> None:
         """Copy everything of another run into this new one: rows in order of step, shuffled and deflated.
 

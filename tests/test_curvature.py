@@ -5,10 +5,12 @@ import pytest
 import torch
 from opsig_torch import TorchBackend, sample_curvature
 from opsig_torch.eigen import random_start, top_eigenpairs
-from opsig_torch.hessian import Hessian, adam_scale
+from opsig_torch.hessian import Hessian
 from tasks import tiny
 
+from opsig_cli.curvature import critical_sharpness, scale_of
 from opsig_cli.errors import OpsigError
+from opsig_cli.settings import Settings
 
 TASKS = {
     "mlp": tiny.Tiny,
@@ -128,14 +130,15 @@ def test_adams_preconditioned_hessian_is_scaled_on_both_sides():
     matrix, gradient = dense(session, state)
     second = gradient.numpy() ** 2 * 0.1
     state = type(state)(10, state.params, state.buffers, {"exp_avg_sq": second})
-    scale = adam_scale(state, (0.9, 0.99), 1e-3)
-    assert scale is not None
+    settings = Settings("t", optimizer="adam", beta2=0.99, epsilon=1e-3)
+    scale = scale_of(settings, state)
     corrected = np.sqrt(second / (1 - 0.99**10)) + 1e-3
     expected = np.diag(((1 - 0.9**10) * corrected) ** -0.5)
     values = np.linalg.eigvalsh(expected @ matrix.numpy() @ expected)
     found = session.top_eigenpairs(state, 2, 1e-6, scale=scale)
     np.testing.assert_allclose(found.values, values[::-1][:2], rtol=1e-5)
-    assert adam_scale(type(state)(0, state.params, state.buffers, {}), (0.9, 0.99), 1e-8) is None
+    assert scale_of(settings, type(state)(0, state.params, state.buffers, {})) is None
+    assert scale_of(Settings("t"), state) is None
 
 
 # -- every sample's
@@ -161,7 +164,7 @@ def test_curvature_of_every_sample_is_that_of_autograd(name, batch_size):
 
 @pytest.mark.parametrize("name", ["attention", "batch norm"])
 def test_the_naive_nested_derivative_is_wrong_there(monkeypatch, name):
-    """Why `_Primitives` exists: without it torch is silently wrong, or fails."""
+    """Why `Primitives` exists: without it torch is silently wrong, or fails."""
     session, state = open_double(name)
     direction = np.random.default_rng(1).standard_normal(len(state.params))
     right = session.curvature_along(state, direction)[2]
@@ -224,3 +227,34 @@ def test_the_hessian_counts_its_products():
         hessian = Hessian(session)
         hessian(session.flat.vector.detach())
         assert hessian.products == 1
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
+def test_a_samples_sharpness_is_its_most_positive_eigenvalue(name):
+    session, state = open_double(name)
+    chosen = np.array([1, 8, 3])
+    found = session.sample_sharpness(state, chosen)
+    for i, value in zip(chosen, found, strict=True):
+        one = torch.zeros(session.samples, dtype=torch.float64)
+        one[i] = 1
+        values = torch.linalg.eigvalsh(dense(session, state, one)[0])
+        assert value == pytest.approx(float(values[-1]), rel=1e-3)
+
+
+def test_the_spectral_density_gives_the_trace():
+    session, state = open_double("mlp")
+    matrix, _ = dense(session, state)
+    nodes, weights, error = session.spectral_density(state)
+    assert weights.sum() == pytest.approx(len(matrix))
+    assert abs(float((nodes * weights).sum()) - float(matrix.trace())) < 4 * error + 1e-9
+    assert nodes.max() == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-6)
+
+
+def test_critical_sharpness_of_a_quadratic_is_its_curvature_along_the_gradient():
+    session = TorchBackend().open(tiny.Quadratic(), "cpu", 7, double=True)
+    state = session.initial(0)
+    gradient = session.gradient(state)
+    matrix, exact = dense(session, state)
+    np.testing.assert_allclose(gradient, exact.numpy(), rtol=1e-9, atol=1e-12)
+    along = gradient @ matrix.numpy() @ gradient / (gradient @ gradient)
+    assert critical_sharpness(session, state) == pytest.approx(along, rel=0.02)

@@ -87,6 +87,28 @@ def top_eigenpairs(
     return Solution(values, vectors, residuals, len(diagonal), converged)
 
 
+def lanczos_matrix(
+    product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, steps: int
+) -> tuple[list[float], list[float]]:
+    """Diagonal and off-diagonal of the (m, m) tridiagonal matrix after `steps` steps, fewer where the space ends."""
+    basis = start.new_empty(steps, start.numel())
+    basis[0] = start / _norm(start)
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for step in range(steps):
+        image = product(basis[step])
+        scale = _norm(image)
+        diagonal.append(float(_products(basis[step : step + 1], image)[0]))
+        for _ in range(2):
+            _remove(basis[: step + 1], image)
+        remainder = _norm(image)
+        if step + 1 == steps or remainder <= 10 * torch.finfo(start.dtype).eps * scale:
+            break
+        beside.append(remainder)
+        basis[step + 1] = image / remainder
+    return diagonal, beside
+
+
 def random_start(like: torch.Tensor, seed: int) -> torch.Tensor:
     """A random unit vector of this shape, drawn on the CPU."""
     noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

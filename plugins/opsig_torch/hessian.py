@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from opsig_cli.backends import State
 from opsig_cli.errors import OpsigError
 from opsig_torch.eigen import Solution, random_start, top_eigenpairs
 
@@ -130,15 +128,3 @@ def solve(
         return top_eigenpairs(Hessian(session, scale), start.to(flat), count, tolerance)
     except ValueError as error:
         raise OpsigError(str(error)) from error
-
-
-def adam_scale(state: State, betas: tuple[float, float], epsilon: float) -> np.ndarray | None:
-    """P^-1/2 of Adam's preconditioner P = (1 - beta1^t) diag(sqrt(v / (1 - beta2^t)) + epsilon), (P,) float64.
-
-    None before the first step, when there is no second moment. (Cohen et al. 2022, arXiv 2207.14484.)
-    """
-    second: Any = state.optimizer.get("exp_avg_sq")
-    if second is None or state.step == 0:
-        return None
-    corrected = np.sqrt(second.astype(np.float64) / (1 - betas[1] ** state.step)) + epsilon
-    return 1 / np.sqrt((1 - betas[0] ** state.step) * corrected)

@@ -1,7 +1,7 @@
 """Curvature of every sample along one direction, v'H(z)v, with its slope v'g(z), by two nested forward derivatives.
 
 B samples of a batch. torch's nested forward mode is silently wrong through layer norm and train-mode batch norm, and
-fails in attention: while differentiating, those are written out in primitives (`_Primitives`). The computation is
+fails in attention: while differentiating, those are written out in primitives (`Primitives`). The computation is
 traced once a batch shape and the trace is replayed; parameters, buffers, direction and data are its inputs, so that one
 trace serves all checkpoints.
 """
@@ -69,7 +69,7 @@ def _trace(session: TorchSession, shape: Any, leaves: int, inputs: list[Any]) ->
         (loss, first), (_, second) = jvp(slope, values, direction)  # pyright: ignore[reportAssignmentType]
         return loss, first, second
 
-    with _Primitives(), warnings.catch_warnings():
+    with Primitives(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing, about attributes that are set back below
         return traced(second_order, inputs)
 
@@ -94,8 +94,14 @@ def _buffers(session: TorchSession, held: tuple[torch.Tensor, ...]):
             module._buffers[name] = buffer
 
 
-class _Primitives(TorchFunctionMode):
+class Primitives(TorchFunctionMode):
     """Writes out the functions whose nested forward derivative torch gets wrong or lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():  # torch's own forward rules use what torch has deprecated
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import torch._decomp.decompositions_for_jvp  # noqa: F401
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         written_out = _WRITTEN_OUT.get(function, function)

@@ -175,8 +175,8 @@ class TorchSession:
     def _need_separate_samples(self) -> None:
         if self.has_batch_norm and self.statistics == "chunk":
             raise OpsigError(
-                "gradient cosines of a model with batch norm are not implemented for chunk statistics. "
-                "Use: opsig cluster --by loss"
+                "with batch norm and chunk statistics a sample's gradient is not its own: gradients of single samples "
+                "are not measured. Use --by loss in cluster, or train with --statistics running"
             )
 
     def top_eigenpairs(
@@ -205,6 +205,31 @@ class TorchSession:
             hessian = Hessian(self)
             like = self.flat.vector.detach()
             return np.stack([hessian(torch.from_numpy(v).to(like)).cpu().numpy() for v in vectors])
+
+    def gradient(self, state: State) -> np.ndarray:
+        """Gradient of the mean training loss, (P,)."""
+        with self.at(state):
+            total = torch.zeros_like(self.flat.vector.detach())
+            for _, batch in self.batches:
+                loss = self.task.losses(self.flat.model, batch).sum() / self.samples
+                parts = torch.autograd.grad(loss, self.flat.parameters, materialize_grads=True)
+                total += torch.cat([part.reshape(-1) for part in parts])
+            return total.cpu().numpy()
+
+    def sample_sharpness(self, state: State, samples: np.ndarray) -> np.ndarray:
+        """The most positive eigenvalue of chosen samples' Hessians, (M,) float64; see `opsig_torch.spectrum`."""
+        from opsig_torch.spectrum import sample_sharpness
+
+        self._need_separate_samples()
+        with self.at(state):
+            return sample_sharpness(self, samples)
+
+    def spectral_density(self, state: State) -> tuple[np.ndarray, np.ndarray, float]:
+        """Nodes and weights (R, m) of the Hessian's spectral density, and the trace's standard error."""
+        from opsig_torch.spectrum import spectral_density
+
+        with self.at(state):
+            return spectral_density(self)
 
     def gradient_norms(self, state: State) -> np.ndarray:
         """Norm of every sample's gradient, (S,) float64; see `opsig_torch.alignment`."""

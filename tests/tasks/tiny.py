@@ -143,3 +143,16 @@ class Dropping(Tiny):
 
     def losses(self, model, batch):
         return super().losses(model, batch) * (1 + 0.1 * torch.rand(()))
+
+
+class Quadratic(Tiny):
+    """A loss that is quadratic in the parameters."""
+
+    def model(self):
+        return nn.Linear(5, 1)
+
+    def losses(self, model, batch):
+        return (model(batch[0])[:, 0] - batch[1]).square() / 2
+
+    def predictions(self, model, batch):
+        return model(batch[0])[:, 0].round().int().clamp(0, 2)

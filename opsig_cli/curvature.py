@@ -1,0 +1,232 @@
+"""Curvature along a trajectory: which checkpoints, for which samples, measured and appended. T steps, S samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from opsig_cli.backends import Eigenpairs, Session, State
+from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.recorder import read_state
+from opsig_cli.settings import Settings
+from opsig_cli.trajectory import Trajectory
+
+SAMPLE_METRICS = ("gradient_norm", "curvature", "sample_sharpness")
+STEP_METRICS = ("trace", "critical_sharpness")
+SLICE_POINTS = 41
+
+
+def select_steps(run: Trajectory, text: str | None) -> list[int]:
+    """Steps of checkpoints, all or those of `A:B:C`: A to B, both included, every C-th; or one step.
+
+    Raises OpsigError where the run has none there.
+    """
+    run.require("checkpoints/params")
+    steps = run.steps("checkpoints").tolist()
+    if text is None:
+        return steps
+    parts = text.split(":")
+    if len(parts) > 3 or not all(part.isdigit() or not part for part in parts) or not any(parts):
+        raise UsageError(f"--steps '{text}' is not a range of steps. Write A:B, A:B:C or one step")
+    first, last = parts[0], parts[1] if len(parts) > 1 else parts[0]
+    chosen = [step for step in steps if (not first or step >= int(first)) and (not last or step <= int(last))]
+    chosen = chosen[:: int(parts[2]) if len(parts) > 2 and parts[2] else 1]
+    if not chosen:
+        raise OpsigError(f"{run.path} has no checkpoint at --steps {text}. It has: {steps[0]} to {steps[-1]}")
+    return chosen
+
+
+def settings_of(run: Trajectory) -> Settings | None:
+    """How the run was trained, or None where it does not say."""
+    attributes = run.attributes
+    return Settings.stored(attributes, run.path) if "settings_json" in attributes else None
+
+
+def group_of(settings: Settings | None) -> str:
+    """The row group that decides stability: `preconditioned` for Adam."""
+    return "preconditioned" if settings is not None and settings.preconditioned else "sharpness"
+
+
+def scale_of(settings: Settings | None, state: State) -> np.ndarray | None:
+    """P^-1/2 of Adam's preconditioner P = (1 - beta1^t) diag(sqrt(v / (1 - beta2^t)) + epsilon), (P,) float64.
+
+    None for other optimizers, and before the first step, where there is no second moment. (Cohen et al. 2022,
+    arXiv 2207.14484.)
+    """
+    second = state.optimizer.get("exp_avg_sq")
+    if settings is None or not settings.preconditioned or second is None or state.step == 0:
+        return None
+    corrected = np.sqrt(second.astype(np.float64) / (1 - settings.beta2**state.step)) + settings.epsilon
+    return 1 / np.sqrt((1 - settings.beta1**state.step) * corrected)
+
+
+def check_count(run: Trajectory, group: str, count: int) -> None:
+    """Raise OpsigError where the file holds another number of eigenvalues a step."""
+    if run.has(f"{group}/eigenvalue") and run.shape(f"{group}/eigenvalue")[1] != count:
+        held = run.shape(f"{group}/eigenvalue")[1]
+        raise OpsigError(f"{run.path} holds {held} eigenvalues a step, not {count}. Give -k {held}, or --replace")
+
+
+def measure(
+    run: Trajectory, session: Session, group: str, steps: Sequence[int], count: int, tolerance: float
+) -> Iterator[int]:
+    """Append the `count` top eigenpairs at these checkpoints and commit each; yields the step.
+
+    A checkpoint of Adam's before its first step has no preconditioner and is passed over.
+    """
+    settings = settings_of(run)
+    previous: Eigenpairs | None = None
+    for step in steps:
+        state = read_state(run, step)
+        scale = scale_of(settings, state) if group == "preconditioned" else None
+        if group == "preconditioned" and scale is None:
+            continue
+        found: Eigenpairs = session.top_eigenpairs(state, count, tolerance, previous, scale)  # pyright: ignore
+        if len(found.values) < count:
+            raise OpsigError(f"the model has {len(found.values)} parameters: -k must not be more")
+        previous = found
+        columns: dict[str, Any] = {
+            "eigenvalue": found.values, "residual": found.residuals, "products": found.products,
+            "threshold": np.nan if settings is None else settings.threshold,
+        }  # fmt: skip
+        if group == "sharpness":
+            columns |= {"eigenvector": found.vectors[0], "layer_fraction": layer_fractions(session, found.vectors[0])}
+        run.append(group, step, **columns)
+        run.commit()
+        yield step
+
+
+def layer_fractions(session: Session, vector: np.ndarray) -> np.ndarray:
+    """Share of each tensor in the squared norm of a (P,) vector (the paper's appendix D); NaN for buffers."""
+    squares = np.square(vector.astype(np.float64))
+    shares = [
+        squares[t.offset : t.offset + t.size].sum() / squares.sum() if t.kind == "parameter" else np.nan
+        for t in session.layout
+    ]
+    return np.array(shares)
+
+
+def records(run: Trajectory, group: str, steps: Sequence[int], tolerance: float) -> list[dict[str, Any]]:
+    """What the file holds of these steps, one record an eigenvalue."""
+    known = set(run.steps(group).tolist())
+    names = run.read("layout/name").tolist() if run.has("layout/name") else []
+    found = []
+    for step in (step for step in steps if step in known):
+        values, residuals = run.row(f"{group}/eigenvalue", step), run.row(f"{group}/residual", step)
+        products = int(run.row(f"{group}/products", step)) if run.has(f"{group}/products") else None
+        threshold = float(run.row(f"{group}/threshold", step)) if run.has(f"{group}/threshold") else None
+        fractions = run.row(f"{group}/layer_fraction", step) if run.has(f"{group}/layer_fraction") else []
+        shares = {n: float(f) for n, f in zip(names, fractions, strict=False) if np.isfinite(f)}
+        for rank, (value, residual) in enumerate(zip(values.tolist(), residuals.tolist(), strict=True), 1):
+            record = {
+                "trajectory": run.path, "step": step, "rank": rank, "eigenvalue": value, "residual": residual,
+                "products": None if products == -1 else products, "converged": residual <= tolerance,
+                "threshold": threshold, "preconditioned": group == "preconditioned",
+            }  # fmt: skip
+            found.append(record | ({"layer_fraction": shares} if rank == 1 and shares else {}))
+    return found
+
+
+def direction_at(run: Trajectory, session: Session, step: int, state: State) -> np.ndarray:
+    """The top eigenvector of the plain Hessian at a checkpoint, (P,): the file's, or measured now."""
+    if step in run.steps("sharpness") and run.has("sharpness/eigenvector"):
+        vector = run.row("sharpness/eigenvector", step)
+        if np.isfinite(vector).all():
+            return vector
+    return session.top_eigenpairs(state, 1, 1e-3).vectors[0]  # pyright: ignore
+
+
+def sample_records(
+    run: Trajectory, session: Session, steps: Sequence[int], chosen: dict[str, np.ndarray], metrics: Sequence[str],
+    advance: Callable[..., None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Metrics of chosen samples (positions by the name of their set) at checkpoints, one record a sample and step.
+
+    `gradient_norm`: of the sample's loss; `curvature`: v'H(z)v along the whole loss's top eigenvector v;
+    `sample_sharpness`: the most positive eigenvalue of H(z). (The paper's Fig. 2.)
+    """
+    ids = run.samples
+    found = []
+    for step in steps:
+        state = read_state(run, step)
+        measured: dict[str, np.ndarray] = {}
+        if "gradient_norm" in metrics:
+            measured["gradient_norm"] = session.gradient_norms(state)[ids]  # pyright: ignore
+        if "curvature" in metrics:
+            direction = direction_at(run, session, step, state)
+            measured["curvature"] = session.curvature_along(state, direction)[2][ids]  # pyright: ignore
+        for name, position in chosen.items():
+            rows = {metric: values[position] for metric, values in measured.items()}
+            if "sample_sharpness" in metrics:
+                rows["sample_sharpness"] = session.sample_sharpness(state, ids[position])  # pyright: ignore
+            for place, sample in enumerate(ids[position].tolist()):
+                record = {"trajectory": run.path, "step": step, "sample": sample, "set": name}
+                found.append(record | {metric: float(values[place]) for metric, values in rows.items()})
+        advance(note=f"step {step}")
+    return found
+
+
+def step_records(
+    run: Trajectory, session: Session, steps: Sequence[int], metrics: Sequence[str], advance: Callable[..., None]
+) -> list[dict[str, Any]]:
+    """Cheap measures of the whole loss's curvature at checkpoints, one record a step."""
+    found = []
+    for step in steps:
+        state = read_state(run, step)
+        record: dict[str, Any] = {"trajectory": run.path, "step": step}
+        if "trace" in metrics:
+            nodes, weights, error = session.spectral_density(state)  # pyright: ignore
+            record |= {"trace": float(nodes.ravel() @ weights.ravel()), "trace_error": error}
+            record |= {"density_nodes": nodes.ravel(), "density_weights": weights.ravel()}
+        if "critical_sharpness" in metrics:
+            record["critical_sharpness"] = critical_sharpness(session, state)
+        found.append(record)
+        advance(note=f"step {step}")
+    return found
+
+
+def critical_sharpness(session: Session, state: State, tolerance: float = 0.01) -> float:
+    """2 over the smallest step along the negative gradient that raises the mean loss; 0 where none does.
+
+    For a quadratic it is the curvature along the gradient. Costs one gradient and some ten forward passes.
+    """
+    gradient = session.gradient(state)  # pyright: ignore
+
+    def rises(rate: float) -> bool:
+        moved = State(state.step, (state.params - rate * gradient).astype(state.params.dtype), state.buffers)
+        losses = session.losses([moved])[0][0]
+        mean = losses.mean(dtype=np.float64)
+        return not mean <= start
+
+    start = session.losses([state])[0][0].mean(dtype=np.float64)
+    low, high = 0.0, 1e-3
+    while not rises(high):
+        low, high = high, 4 * high
+        if high > 1e8:
+            return 0.0
+    while high - low > tolerance * high:
+        middle = (low * high) ** 0.5 if low else high / 4
+        low, high = (low, middle) if rises(middle) else (middle, high)
+        if high < 1e-12:
+            return float("inf")
+    return 2 / high
+
+
+def slice_records(
+    run: Trajectory, session: Session, step: int, span: float, groups: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Mean losses of groups and of all samples along the top eigenvector through a checkpoint (the paper's Fig. 4).
+
+    `groups`: positions by name; `span`: how far to go each way, in units of the parameters.
+    """
+    state = read_state(run, step)
+    direction = direction_at(run, session, step, state)
+    found = []
+    for position in np.linspace(-span, span, SLICE_POINTS):
+        moved = State(step, (state.params + position * direction).astype(np.float32), state.buffers)
+        losses = session.losses([moved])[0][0][run.samples].astype(np.float64)
+        means = {"all samples": losses.mean()} | {name: losses[p].mean() for name, p in groups.items()}
+        found.append({"trajectory": run.path, "step": step, "position": float(position), "losses": means})
+    return found

@@ -1,0 +1,99 @@
+"""Pictures of curvature. T steps, K eigenvalues, L layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from opsig_cli.figures.canvas import FAINT, MARGIN, SIDES, WHOLE, WIDTH, Area, Block, heading, quiet_axes, save_page
+
+HEIGHT = 3.6
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
+
+
+def sharpness_page(
+    path: Path, steps: np.ndarray, eigenvalues_TK: np.ndarray, threshold_T: np.ndarray,
+    fractions: Mapping[str, np.ndarray], title: str,
+) -> None:  # fmt: skip
+    """Save eigenvalues against the stability threshold and, below, layers' shares of the top eigenvector, (T,) each."""
+
+    def draw(area: Area) -> None:
+        axes = _axes(area)
+        for rank, values in enumerate(eigenvalues_TK.T):
+            axes.plot(steps, values, ".-", color=SIDES[0], alpha=1 / (1 + 0.6 * rank), label=f"eigenvalue {rank + 1}")
+        if np.isfinite(threshold_T).any():
+            axes.plot(steps, threshold_T, "--", color=WHOLE, label="stability threshold")
+        axes.set(xlabel="step", ylabel="sharpness", ylim=(min(0, float(np.nanmin(eigenvalues_TK))), None))
+        _legend(axes)
+
+    blocks: list[Block] = [heading(title), (HEIGHT, draw)]
+    if fractions:
+        blocks += [heading("share of each layer in the top eigenvector", 10), (HEIGHT, _fractions(steps, fractions))]
+    save_page(path, blocks)
+
+
+def _fractions(steps: np.ndarray, fractions: Mapping[str, np.ndarray]):
+    def draw(area: Area) -> None:
+        axes = _axes(area)
+        ordered = sorted(fractions, key=lambda name: -float(np.nanmean(fractions[name])))
+        shown = ordered[:7]
+        rest = [fractions[name] for name in ordered[7:]]
+        stack = [fractions[name] for name in shown] + ([np.sum(rest, axis=0)] if rest else [])
+        names = shown + ([f"{len(rest)} others"] if rest else [])
+        axes.stackplot(steps, np.stack(stack), labels=names, colors=PALETTE[: len(stack)], alpha=0.85)
+        axes.set(xlabel="step", ylabel="share", ylim=(0, 1))
+        _legend(axes, min(4, len(names)))
+
+    return draw
+
+
+def samples_page(path: Path, panels: Sequence[tuple[str, np.ndarray, Mapping[str, np.ndarray]]], title: str) -> None:
+    """Save metrics of sets of samples over time (the paper's Fig. 2): (metric, steps (T,), values (T, M) by set).
+
+    Lines are medians, bands quartiles.
+    """
+
+    def draw(name: str, steps: np.ndarray, sets: Mapping[str, np.ndarray]):
+        def panel(area: Area) -> None:
+            axes = _axes(area)
+            for (label, values), colour in zip(sets.items(), PALETTE, strict=False):
+                low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=1)
+                axes.plot(steps, middle, ".-", color=colour, label=f"{label} ({values.shape[1]} samples)")
+                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.set(xlabel="step", ylabel=name.replace("_", " "))
+            _legend(axes)
+
+        return HEIGHT, panel
+
+    save_page(path, [heading(title), *(draw(*panel) for panel in panels)])
+
+
+def slice_page(path: Path, positions: np.ndarray, curves: Mapping[str, np.ndarray], title: str) -> None:
+    """Save mean losses of groups and of all samples along the top eigenvector (the paper's Fig. 4)."""
+
+    def draw(area: Area) -> None:
+        axes = _axes(area)
+        colours = iter(PALETTE)
+        for name, losses in curves.items():
+            whole = name == "all samples"
+            colour = WHOLE if whole else next(colours, FAINT)
+            axes.plot(positions, losses, "--" if whole else "-", color=colour, label=name)
+        axes.axvline(0, color=FAINT, linewidth=0.8)
+        axes.set(xlabel="position along the top eigenvector", ylabel="mean loss (nats)")
+        _legend(axes, min(6, len(curves)))
+
+    save_page(path, [heading(title), (HEIGHT, draw)])
+
+
+def _axes(area: Area):
+    axes = area.axes(MARGIN + 0.6, 0.35, WIDTH - 2 * MARGIN - 0.8, HEIGHT - 0.95)
+    quiet_axes(axes)
+    return axes
+
+
+def _legend(axes, columns: int = 4) -> None:
+    legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)

@@ -1,0 +1,104 @@
+"""The Hessian's spectral density by stochastic Lanczos quadrature, and per-sample top eigenvalues.
+
+P parameters, R probes, m Lanczos steps, b samples of a block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.func import grad, jvp, vmap
+from torch.utils._pytree import tree_map
+
+from opsig_torch.eigen import lanczos_matrix, random_start
+from opsig_torch.flat import replaced
+from opsig_torch.hessian import Hessian
+from opsig_torch.sample_curvature import Primitives
+
+if TYPE_CHECKING:
+    from opsig_torch.session import TorchSession
+
+PROBES, STEPS = 4, 30
+SAMPLE_STEPS = 10
+BLOCK_BYTES = 512 << 20
+"""Bound on the bases of a block of samples."""
+
+
+def spectral_density(session: TorchSession) -> tuple[np.ndarray, np.ndarray, float]:
+    """Nodes and weights (R, m) whose weighted sums estimate traces of functions of H, and the trace's standard error.
+
+    The weights of all probes sum to P. (Ghorbani et al. 2019, arXiv 1901.10159.)
+    """
+    like = session.flat.vector.detach()
+    hessian = Hessian(session)
+    size = like.numel()
+    nodes, weights = np.zeros((2, PROBES, min(STEPS, size)))
+    for probe in range(PROBES):
+        diagonal, beside = lanczos_matrix(hessian, random_start(like, probe), min(STEPS, size))
+        matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+        values, vectors = np.linalg.eigh(matrix)
+        nodes[probe, : len(values)] = values
+        weights[probe, : len(values)] = vectors[0] ** 2 * size / PROBES
+    traces = PROBES * (nodes * weights).sum(1)
+    return nodes, weights, float(traces.std(ddof=1) / np.sqrt(PROBES))
+
+
+def sample_sharpness(session: TorchSession, samples: np.ndarray) -> np.ndarray:
+    """The most positive eigenvalue of every chosen sample's Hessian at the loaded parameters, (M,) float64.
+
+    SAMPLE_STEPS steps of Lanczos from each sample's gradient, with full reorthogonalisation, a block of samples at a
+    time: power iteration would converge to the end that is largest in size.
+    """
+    model, parameters = session.flat.model, session.flat.parameters
+    values = [parameter.detach() for parameter in parameters]
+    layout = [tensor for tensor in session.layout if tensor.kind == "parameter"]
+    size = session.flat.vector.numel()
+    block = max(1, BLOCK_BYTES // (session.flat.vector.element_size() * size * (SAMPLE_STEPS + 4)))
+    steps = min(SAMPLE_STEPS, size)
+
+    def loss(at: list[torch.Tensor], item: Any) -> torch.Tensor:
+        batch = tree_map(lambda leaf: leaf.unsqueeze(0), item)
+        with replaced(model, dict(zip(parameters, at, strict=True))):
+            return session.task.losses(model, batch)[0]
+
+    def gradient(item: Any) -> torch.Tensor:
+        return torch.cat([g.reshape(-1) for g in grad(loss)(values, item)])
+
+    def product(vector: torch.Tensor, item: Any) -> torch.Tensor:
+        pieces = [vector[t.offset : t.offset + t.size].view(t.shape) for t in layout]
+        image = jvp(lambda at: grad(loss)(at, item), (values,), (pieces,))[1]
+        return torch.cat([g.reshape(-1) for g in image])
+
+    found = np.empty(len(samples))
+    with Primitives():
+        for first in range(0, len(samples), block):
+            batch = session.batches.take(samples[first : first + block])
+            start = vmap(gradient)(batch)
+            found[first : first + len(start)] = _batched_lanczos(lambda v, b=batch: vmap(product)(v, b), start, steps)
+    return found
+
+
+def _batched_lanczos(product: Any, start: torch.Tensor, steps: int) -> np.ndarray:
+    """Largest Ritz value of b operators at once from starts (b, P), (b,)."""
+    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(0)).to(start)
+    norm = start.norm(dim=1, keepdim=True)
+    start = torch.where(norm > 0, start / norm.clamp_min(1e-30), 0) + 1e-3 * noise / noise.norm(dim=1, keepdim=True)
+    basis = start.new_zeros(steps, *start.shape)
+    basis[0] = start / start.norm(dim=1, keepdim=True)
+    matrix = torch.zeros(len(start), steps, steps, dtype=torch.float64)
+    for step in range(steps):
+        image = product(basis[step])
+        for repeat in range(2):
+            along = torch.einsum("jbp,bp->jb", basis[: step + 1].double(), image.double())
+            if repeat == 0:
+                matrix[:, step, step] = along[step].cpu()
+            image = image - torch.einsum("jb,jbp->bp", along.to(image), basis[: step + 1])
+        if step + 1 < steps:
+            length = image.norm(dim=1, keepdim=True)
+            alive = length > 1e-6 * matrix[:, step, step].abs().to(length)[:, None].clamp_min(1e-20)
+            basis[step + 1] = torch.where(alive, image / length.clamp_min(1e-30), 0)
+            beside = torch.where(alive, length, 0)[:, 0].double().cpu()
+            matrix[:, step, step + 1] = matrix[:, step + 1, step] = beside
+    return torch.linalg.eigvalsh(matrix)[:, -1].numpy()
