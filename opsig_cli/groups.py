@@ -54,13 +54,23 @@ NOBODY = Joined(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
 
 
 @dataclass(frozen=True)
+class Trust:
+    """How far a pair can be trusted: `stability` under resampling, 0 to 1, and `p_value` against no structure."""
+
+    stability: float
+    p_value: float
+
+
+@dataclass(frozen=True)
 class Clusters:
-    """The grouping of the samples at `position`, the evidence of its pairs in order, the samples' losses (T, M), and
-    who joined."""
+    """The grouping of the samples at `position`, the evidence of its pairs in order, what was grouped by (M, M), the
+    samples' losses (T, M), and who joined."""
 
     position: np.ndarray
     grouping: Grouping
     evidence: list[Evidence]
+    trust: list[Trust]
+    similarity_MM: np.ndarray
     losses_TM: np.ndarray
     window: Window
     joined: Joined = NOBODY
@@ -106,24 +116,36 @@ def cluster(run: Trajectory, position: np.ndarray, by: str, window: Window, cosi
     if by not in BY:
         raise UsageError(f"--by is one of {', '.join(BY)}, not '{by}'")
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
-    if cosines_CMM is None:
-        cosines_CMM = np.nan_to_num(grouping.change_correlation(losses_TM))[None]
-    smallest = grouping.SMALLEST if len(position) >= 10 * grouping.SMALLEST else 2
-    found = grouping.group_by_similarity(cosines_CMM.mean(0), smallest)
-
-    def weigh(a: int, b: int) -> Evidence:
-        return grouping.evidence(
-            cosines_CMM, losses_TM, window.rise_row, window.rise, found.members(a), found.members(b)
+    tested_CMM = cosines_CMM
+    if cosines_CMM is None:  # groups of the first half of the window are tested on the second
+        half = len(losses_TM) // 2
+        cosines_CMM, tested_CMM = (
+            np.nan_to_num(grouping.change_correlation(part))[None] for part in (losses_TM[: half + 1], losses_TM[half:])
         )
-
-    evidence = {pair: weigh(*pair) for pair in found.pairs()}
+    assert tested_CMM is not None
+    similarity_MM = cosines_CMM.mean(0)
+    smallest = grouping.SMALLEST if len(position) >= 10 * grouping.SMALLEST else 2
+    found = grouping.group_by_similarity(similarity_MM, smallest)
+    weighed = {
+        (a, b): grouping.evidence(
+            tested_CMM, losses_TM, window.rise_row, window.rise, found.members(a), found.members(b)
+        )
+        for a, b in found.pairs()
+    }
     if by == "both":
-        evidence = {pair: e for pair, e in evidence.items() if e.loss_correlation < 0}
+        weighed = {pair: e for pair, e in weighed.items() if e.loss_correlation < 0}
         partner = np.full(len(found.partner_G), -1)
-        for a, b in evidence:
+        for a, b in weighed:
             partner[a], partner[b] = b, a
         found = Grouping(found.group_M, partner, found.alignment_M)
-    return Clusters(position, found, list(evidence.values()), losses_TM, window)
+    stability = grouping.pair_stability(similarity_MM, found, smallest)
+    null = grouping.null_strengths(tested_CMM.mean(0), smallest=smallest) if weighed else np.empty(0)
+    p_values = {
+        (a, b): grouping.p_value(grouping.strength(e.opposition, len(found.members(a)), len(found.members(b))), null)
+        for (a, b), e in weighed.items()
+    }
+    trusted = [Trust(stability[pair], p_values[pair]) for pair in weighed]
+    return Clusters(position, found, list(weighed.values()), trusted, similarity_MM, losses_TM, window)
 
 
 def join(run: Trajectory, session: Session, clusters: Clusters, advance: Callable[..., None]) -> Clusters:
@@ -152,7 +174,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     rise_step = int(clusters.window.steps_T[clusters.window.rise_row])
     written: list[dict[str, Any]] = []
     number, side = {}, {}
-    for pair, ((a, b), evidence) in enumerate(zip(pairs, clusters.evidence, strict=True), 1):
+    for pair, ((a, b), evidence, trust) in enumerate(zip(pairs, clusters.evidence, clusters.trust, strict=True), 1):
         number |= {a: pair, b: pair}
         side |= {a: 1, b: -1}
         sizes = [len(found.members(a)), len(found.members(b))]
@@ -169,6 +191,8 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "opposition_error": evidence.opposition_error,
             "loss_correlation": evidence.loss_correlation,
             "share": evidence.share,
+            "stability": trust.stability,
+            "p_value": trust.p_value,
             "rise_step": rise_step,
             "changes": evidence.changes,
             "sentence": _sentence((a, b), sizes, (mixes[a], mixes[b]), evidence, rise_step),
@@ -207,9 +231,10 @@ def table(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "pair": pair["pair"],
             "one side": sides[0],
             "against": sides[1],
-            "similarity": f"{pair['opposition']:.2f}" + (f" +- {error:.2f}" if np.isfinite(error) else ""),
-            "losses correlate": f"{pair['loss_correlation']:.2f}",
-            f"changes at {pair['rise_step']}": " ".join(f"{change:+.2f}" for change in pair["changes"]),
+            "cosine": f"{pair['opposition']:.2f}" + (f"+-{error:.2f}" if np.isfinite(error) else ""),
+            "losses": f"{pair['loss_correlation']:.2f}",
+            "p": f"{pair['p_value']:.3f}",
+            "stable": f"{pair['stability']:.2f}",
         })  # fmt: skip
     return rows
 
@@ -240,7 +265,7 @@ def _sentence(
     rise_step: int,
 ) -> str:
     sides = [f"G{g + 1} ({describe(mix, size)})" for g, size, mix in zip(groups, sizes, mixes, strict=True)]
-    text = f"{sides[0]} and {sides[1]} pull against each other: similarity {evidence.opposition:.2f}"
+    text = f"{sides[0]} and {sides[1]} pull against each other: cosine {evidence.opposition:.2f}"
     if np.isfinite(evidence.opposition_error):
         text += f" +- {evidence.opposition_error:.2f}"
     text += (
@@ -251,9 +276,72 @@ def _sentence(
     return text
 
 
+def explain(run: Trajectory, clusters: Clusters, step: int) -> list[dict[str, Any]]:
+    """The change of the whole loss at a step taken apart into groups, the largest first, and what remains.
+
+    Members that joined count with their group. Changes are summed over samples, in nats. Raises OpsigError for a step
+    without losses, or the first.
+    """
+    steps = run.steps("losses")
+    row = int(np.searchsorted(steps, step))
+    if row == 0 or row == len(steps) or steps[row] != step:
+        raise OpsigError(f"{run.path} has no change of losses at step {step}. It has: {steps[1]} to {steps[-1]}")
+    before, after = run.rows("losses/loss", row - 1, row + 1).astype(np.float64)
+    change_S = after - before
+    whole = float(change_S.sum())
+    found = clusters.grouping
+    position = np.concatenate([clusters.position, clusters.joined.position])
+    group_of = np.concatenate([found.group_M, clusters.joined.group])
+    pair_of = {side: number for number, pair in enumerate(found.pairs(), 1) for side in pair}
+    parts = []
+    rest = np.ones(len(change_S), bool)
+    for group in range(len(found.partner_G)):
+        members = position[group_of == group]
+        rest[members] = False
+        parts.append((group + 1, pair_of.get(group), change_S[members]))
+    parts.sort(key=lambda part: -abs(float(part[2].sum())))
+    parts.append((None, None, change_S[rest]))
+    return [
+        {
+            "kind": "explain",
+            "trajectory": run.path,
+            "step": step,
+            "previous_step": int(steps[row - 1]),
+            "group": group,
+            "pair": pair,
+            "size": len(changes),
+            "change": float(changes.sum()),
+            "mean_change": float(changes.mean()) if len(changes) else None,
+            "share": float(changes.sum()) / whole if whole else None,
+            "rising": float((changes > 0).mean()) if len(changes) else None,
+        }
+        for group, pair, changes in parts
+    ]
+
+
+def explain_table(explained: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of `explain`, shortened to what a person reads in a row."""
+    return [
+        {
+            "group": "all others" if r["group"] is None else f"G{r['group']}",
+            "pair": r["pair"],
+            "samples": r["size"],
+            "change": r["change"],
+            "a sample": r["mean_change"],
+            "of the whole": None if r["share"] is None else f"{r['share']:.0%}",
+        }
+        for r in explained
+    ]
+
+
 def agreement(run: Trajectory, clusters: Clusters) -> dict[str, Any]:
-    """How well the groups recover the planted sides: adjusted Rand index over all planted samples, those in no group
-    counting as one more group, and over the mined ones; and the share of mined samples that were planted."""
+    """How well the groups recover the planted sides.
+
+    Adjusted Rand index over all planted samples, those in no group counting as one more group, and over the mined ones.
+    Precision: of the reported pairs with a side that is mostly planted, the share that sets the two sides of one
+    planted pair against each other; pairs of other samples may be real and are not judged. Recall: the share of planted
+    pairs so found.
+    """
     from sklearn.metrics import adjusted_rand_score
 
     if not run.has("samples/truth"):
@@ -267,13 +355,30 @@ def agreement(run: Trajectory, clusters: Clusters) -> dict[str, Any]:
     planted = truth_S >= 0
     mined = np.zeros(len(truth_S), bool)
     mined[clusters.position] = True
+    planted_pairs = {int(side) // 2 for side in truth_S[planted]}
+    right, concerned = set(), 0
+    for a, b in clusters.grouping.pairs():
+        sides = [_planted_side(truth_S[group_S == group]) for group in (a, b)]
+        concerned += any(side is not None for side in sides)
+        first, second = sides
+        if first is not None and second is not None and first // 2 == second // 2 and first != second:
+            right.add(first // 2)
     return {
         "kind": "agreement",
         "trajectory": run.path,
         "adjusted_rand_index": float(adjusted_rand_score(truth_S[planted], group_S[planted])),
         "adjusted_rand_index_mined": float(adjusted_rand_score(truth_S[planted & mined], group_S[planted & mined])),
+        "pair_precision": len(right) / concerned if concerned else None,
+        "pair_recall": len(right) / len(planted_pairs) if planted_pairs else None,
         "planted": int(planted.sum()),
         "planted_mined": int((planted & mined).sum()),
         "planted_grouped": int((planted & (group_S >= 0)).sum()),
         "other_grouped": int((~planted & (group_S >= 0)).sum()),
     }
+
+
+def _planted_side(truth_M: np.ndarray) -> int | None:
+    """The planted side that most of a group's members are on, or None."""
+    sides, counts = np.unique(truth_M, return_counts=True)
+    largest = int(counts.argmax())
+    return int(sides[largest]) if sides[largest] >= 0 and counts[largest] > len(truth_M) / 2 else None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli import movers as finding
+from opsig_cli.figures.alignment import alignment_block
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 from opsig_cli.groups import Clusters, describe
@@ -73,7 +74,13 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
         [rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss", window.first, window.stop)]
     )
     title = f"{Path(run.path).name}: opposing pairs"
-    pairs_figure(path, panels, window.steps_T, whole, title, zoom=_zoom(window.steps_T, centre))
+    mixes = {record["group"]: [] for record in records if record["kind"] == "member"}
+    for record in records:
+        if record["kind"] == "member":
+            mixes[record["group"]].append(record["label"])
+    names = [f"G{group} {max(set(labels), key=labels.count) or ''}" for group, labels in sorted(mixes.items())]
+    matrix = alignment_block(clusters.similarity_MM, found.group_M, names, found.pairs())
+    pairs_figure(path, panels, window.steps_T, whole, title, _zoom(window.steps_T, centre), matrix if names else [])
 
 
 def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -> None:

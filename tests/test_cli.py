@@ -98,6 +98,30 @@ def test_losses_alone_can_be_grouped_without_the_task(opsig, tiny_run):
     assert any(r["kind"] == "pair" for r in outcome.records)
 
 
+def test_pairs_carry_their_evidence(opsig, tiny_run):
+    pairs = [r for r in opsig("cluster", tiny_run, *OWN).records if r["kind"] == "pair"]
+    for pair in pairs:
+        assert -1 <= pair["opposition"] < 0 < pair["cohesion"] <= 1
+        assert 0 < pair["p_value"] <= 1
+        assert 0 <= pair["stability"] <= 1
+        assert pair["opposition_error"] > 0
+        assert sum(map(len, pair["labels"])) >= 2
+
+
+def test_a_spike_is_taken_apart_into_groups_that_sum_to_it(opsig, tiny_run):
+    parts = [r for r in opsig("cluster", tiny_run, *OWN, "--explain", 9).records if r["kind"] == "explain"]
+    with h5py.File(tiny_run) as file:
+        change = float((file["losses/loss"][9] - file["losses/loss"][8]).sum())
+    assert sum(p["change"] for p in parts) == pytest.approx(change, rel=1e-4)
+    assert sum(p["share"] for p in parts) == pytest.approx(1)
+    assert sum(p["size"] for p in parts) == 60
+    assert parts[-1]["group"] is None
+    sizes = [abs(p["change"]) for p in parts[:-1]]
+    assert sizes == sorted(sizes, reverse=True)
+    opsig("cluster", tiny_run, *OWN, "--explain", 99).fails(1, "no change of losses at step 99")
+    assert "all others" in opsig("cluster", tiny_run, *OWN, "--explain", 9, "--format", "table").out
+
+
 def test_tables_and_csv(opsig, tiny_run):
     table = opsig("mine", tiny_run, "--top", 2, "--format", "table").out
     assert "predicted" in table

@@ -71,3 +71,47 @@ def test_evidence_of_two_exact_groups_is_exact():
     assert found.opposition_error == pytest.approx(0.1)
     assert found.loss_correlation == pytest.approx(-1)
     assert found.share == 0  # two samples rise by one nat and two fall by one
+
+
+def planted_similarity(generator, sizes=(12, 10, 8, 8), noise=0.1):
+    """Two pairs: groups 0 and 1 oppose, and 2 and 3."""
+    sides = np.repeat(np.arange(len(sizes)), sizes)
+    centre = np.eye(2)[sides // 2] * np.where(sides % 2, -1, 1)[:, None]
+    rows = np.concatenate([centre, noise * generator.standard_normal((len(sides), 20))], 1)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows @ rows.T, sides
+
+
+def test_planted_pairs_are_significant_and_stable():
+    similarity, sides = planted_similarity(np.random.default_rng(0))
+    found = grouping.group_by_similarity(similarity)
+    assert found.pairs() == [(0, 1), (2, 3)]
+    null = grouping.null_strengths(similarity)
+    stable = grouping.pair_stability(similarity, found)
+    for a, b in found.pairs():
+        across = similarity[np.ix_(found.members(a), found.members(b))].mean()
+        strength = grouping.strength(across, len(found.members(a)), len(found.members(b)))
+        assert grouping.p_value(strength, null) < 0.01
+        assert stable[a, b] > 0.9
+
+
+def test_white_noise_series_give_no_significant_pair():
+    """Groups of the first half of the series are tested on the second, as `cluster --by loss` does."""
+    significant = 0
+    for seed in range(100):
+        series = np.random.default_rng(seed).standard_normal((60, 60))
+        first, second = (np.nan_to_num(grouping.change_correlation(half)) for half in (series[:31], series[30:]))
+        found = grouping.group_by_similarity(first, smallest=2)
+        null = grouping.null_strengths(second, rounds=99, smallest=2)
+        for a, b in found.pairs():
+            across = second[np.ix_(found.members(a), found.members(b))].mean()
+            strength = grouping.strength(across, len(found.members(a)), len(found.members(b)))
+            significant += grouping.p_value(strength, null) <= 0.01
+    assert significant <= 1
+
+
+def test_a_pair_that_resampling_breaks_is_unstable():
+    similarity, _ = planted_similarity(np.random.default_rng(1), sizes=(6, 6), noise=0.9)
+    found = grouping.group_by_similarity(similarity, smallest=2)
+    for stability in grouping.pair_stability(similarity, found, smallest=2).values():
+        assert stability < 0.9

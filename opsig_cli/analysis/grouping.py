@@ -6,12 +6,15 @@ M samples, G groups, C checkpoints, T steps. A similarity is a signed (M, M) arr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 CUTS = np.linspace(0.3, 0.75, 10)
 """Heights of the dendrogram (distance 1 - S) that are tried."""
+TIED = 0.05
+"""Cuts whose silhouettes differ by less are as good, and the finest of them is taken: pairs on one class stay apart."""
 SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 OPPOSES = -0.15
@@ -38,14 +41,14 @@ class Grouping:
 
     def pairs(self) -> list[tuple[int, int]]:
         """Opposing groups, the lower number first, each pair once, in order."""
-        return [(a, int(b)) for a, b in enumerate(self.partner_G) if b > a]
+        return _pairs(self.partner_G)
 
 
 def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> Grouping:
     """Sides by average linkage on the signed distance 1 - S, then each side matched with the one it opposes most.
 
-    The cut is the one of CUTS with the best silhouette over groups of `smallest` or more. Weak members are left out,
-    and groups that become smaller than `smallest` with them. NaN similarities count as 0. Raises ValueError for fewer
+    The cut is the finest of CUTS whose silhouette over groups of `smallest` or more is the best or nearly so. Weak
+    members are left out, and groups that become smaller than `smallest` with them. NaN similarities count as 0. Raises ValueError for fewer
     than two samples.
 
     >>> two = np.repeat([1.0, -1.0], 4)
@@ -53,23 +56,14 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
     >>> grouping.group_M.tolist(), grouping.pairs()
     ([0, 0, 0, 0, 1, 1, 1, 1], [(0, 1)])
     """
-    from scipy.cluster.hierarchy import fcluster, linkage
-    from scipy.spatial.distance import squareform
-
     count = len(similarity_MM)
     if count < 2:
         raise ValueError(f"{count} samples cannot be grouped: at least two are needed")
     similarity = np.nan_to_num(similarity_MM)
-    distance = np.clip(1 - similarity, 0, 2)
-    np.fill_diagonal(distance, 0)
-    tree = linkage(squareform(distance, checks=False), "average")
-    best, best_quality = np.full(count, -1), -np.inf
-    for cut in CUTS:
-        groups = _drop_small(fcluster(tree, cut, "distance"), smallest)
-        quality = _silhouette(distance, groups)
-        if quality > best_quality:
-            best, best_quality = groups, quality
-    groups = best
+    distance = _distance(similarity)
+    cuts = list(_cut_tree(distance, smallest))
+    quality = np.array([_silhouette(distance, groups) for groups in cuts])
+    groups = cuts[int(np.argmax(quality >= quality.max() - TIED))]
     while True:  # leaving members out changes the means that others are held against
         partner_G = _oppose(similarity, groups)
         alignment = _alignment(similarity, groups, partner_G)
@@ -77,6 +71,22 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
         if np.array_equal(kept >= 0, groups >= 0):
             return _by_size(groups, partner_G, alignment)
         groups = kept
+
+
+def _distance(similarity: np.ndarray) -> np.ndarray:
+    distance = np.clip(1 - similarity, 0, 2)
+    np.fill_diagonal(distance, 0)
+    return distance
+
+
+def _cut_tree(distance: np.ndarray, smallest: int) -> Iterator[np.ndarray]:
+    """Groups of at least `smallest` by average linkage, (M,) with -1 for none, at each height of CUTS."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
+    tree = linkage(squareform(distance, checks=False), "average")
+    for cut in CUTS:
+        yield _drop_small(fcluster(tree, cut, "distance"), smallest)
 
 
 def _drop_small(groups: np.ndarray, smallest: int) -> np.ndarray:
@@ -244,3 +254,77 @@ def join(
     reached = alignment[np.arange(len(outside)), best]
     weakest = np.array([np.quantile(grouping.alignment_M[grouping.members(g)], quantile) for g in range(groups)])
     return np.where(reached >= weakest[best], best, -1), reached
+
+
+def strength(opposition: float, size_a: int, size_b: int) -> float:
+    """Opposition of two groups in units in which groups of any size compare: times the root of sizes' product."""
+    return -opposition * float(np.sqrt(size_a * size_b))
+
+
+def null_strengths(
+    similarity_MM: np.ndarray, rounds: int = 199, most: int = 200, smallest: int = SMALLEST, seed: int = 0
+) -> np.ndarray:
+    """Strength of the strongest pair that the same grouping finds where there is no structure, (rounds,).
+
+    Each round shuffles the similarities of at most `most` samples, which keeps their distribution and nothing else, and
+    takes the strongest pair at any cut. A p-value held against this accounts for the search over groups.
+    """
+    generator = np.random.default_rng(seed)
+    found = np.zeros(rounds)
+    count = min(most, len(similarity_MM))
+    upper = np.triu_indices(count, 1)
+    for number in range(rounds):
+        chosen = generator.choice(len(similarity_MM), count, replace=False)
+        values = np.nan_to_num(similarity_MM[np.ix_(chosen, chosen)][upper])
+        shuffled = np.eye(count)
+        shuffled[upper] = generator.permutation(values)
+        shuffled.T[upper] = shuffled[upper]
+        for groups in _cut_tree(_distance(shuffled), smallest):
+            for a, b in _pairs(_oppose(shuffled, groups)):
+                inside_a, inside_b = groups == a, groups == b
+                across = float(shuffled[np.ix_(inside_a, inside_b)].mean())
+                found[number] = max(found[number], strength(across, inside_a.sum(), inside_b.sum()))
+    return found
+
+
+def p_value(value: float, null: np.ndarray) -> float:
+    """Share of the null, the value itself included, that is at least as large.
+
+    >>> p_value(3.0, np.array([1.0, 2.0, 4.0]))
+    0.5
+    """
+    return float((1 + (null >= value).sum()) / (1 + len(null)))
+
+
+def pair_stability(
+    similarity_MM: np.ndarray, grouping: Grouping, smallest: int = SMALLEST, rounds: int = 10, seed: int = 0
+) -> dict[tuple[int, int], float]:
+    """How well each pair comes back when four fifths of the samples are grouped anew, 0 to 1, by pair.
+
+    For every round the best match among the new pairs: the smaller Jaccard index of its two sides, each among the
+    samples drawn (Hennig 2007, Computational Statistics & Data Analysis 52).
+    """
+    generator = np.random.default_rng(seed)
+    count = len(similarity_MM)
+    totals = {pair: 0.0 for pair in grouping.pairs()}
+    for _ in range(rounds if totals else 0):
+        drawn = np.sort(generator.choice(count, max(2, count * 4 // 5), replace=False))
+        again = group_by_similarity(similarity_MM[np.ix_(drawn, drawn)], smallest)
+        for a, b in totals:
+            old = [grouping.group_M[drawn] == side for side in (a, b)]
+            best = 0.0
+            for x, y in again.pairs():
+                new = [again.group_M == side for side in (x, y)]
+                for first, second in (new, new[::-1]):
+                    best = max(best, min(_jaccard(old[0], first), _jaccard(old[1], second)))
+            totals[a, b] += best / rounds
+    return totals
+
+
+def _jaccard(left: np.ndarray, right: np.ndarray) -> float:
+    either = (left | right).sum()
+    return float((left & right).sum() / either) if either else 0.0
+
+
+def _pairs(partner_G: np.ndarray) -> list[tuple[int, int]]:
+    return [(a, int(b)) for a, b in enumerate(partner_G) if b > a]

@@ -22,6 +22,9 @@ def cluster(
     join: Annotated[
         bool, typer.Option("--join/--no-join", help="Add samples that were not mined but align with a group.")
     ] = True,
+    explain: Annotated[
+        int | None, typer.Option("--explain", metavar="STEP", help="Take the change at this step apart into groups.")
+    ] = None,
     truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
     task: options.TaskOption = None,
     device: options.DeviceOption = None,
@@ -63,6 +66,7 @@ def cluster(
             clusters = groups.cluster(trajectory, position, by, window, None)
         written = groups.records(trajectory, clusters)
         agreement = groups.agreement(trajectory, clusters) if truth else None
+        explained = groups.explain(trajectory, clusters, explain) if explain is not None else []
         if figure:
             from opsig_cli import pictures
 
@@ -73,6 +77,9 @@ def cluster(
     if not pairs:
         options.note(f"no opposing pair was found among {len(position)} samples", quiet)
     tables = [records.Table(f"{path}: opposing pairs", groups.table(pairs))]
+    if explained:
+        written += explained
+        tables.append(records.Table(f"the change at step {explain}, in nats", groups.explain_table(explained)))
     if agreement:
         written.append(agreement)
         tables.append(records.Table("agreement with the planted truth", [agreement]))

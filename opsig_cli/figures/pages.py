@@ -46,16 +46,20 @@ def _sheet(name: str, tiles: Sequence[Tile], colour: str) -> Block:
 
 
 def pairs_figure(
-    path: Path, panels: Sequence[PairPanel], steps: np.ndarray, whole: np.ndarray, title: str, zoom: tuple[int, int]
-) -> None:
-    """Save opposing pairs: each its groups' sheets side by side over their mean losses with the whole loss (T,)."""
+    path: Path, panels: Sequence[PairPanel], steps: np.ndarray, whole: np.ndarray, title: str, zoom: tuple[int, int],
+    after: Sequence[Block] = (),
+) -> None:  # fmt: skip
+    """Save opposing pairs: each its groups' sheets side by side over their mean losses with the whole loss (T,).
+
+    `after`: blocks that follow.
+    """
     blocks = [heading(title)]
     if not panels:
         blocks.append(sentence("no opposing pair was found"))
         blocks.append((HEIGHT, lambda area: draw_losses(area, steps, [Curve("all samples", whole, style="--")], zoom)))
     for panel in panels:
         blocks += [heading(panel.title, 10), _pair_sheets(panel), _pair_curves(panel, steps, whole, zoom)]
-    save_page(path, blocks)
+    save_page(path, [*blocks, *after])
 
 
 def _pair_sheets(panel: PairPanel) -> Block:

@@ -1,0 +1,60 @@
+"""Who aligns with whom: the similarity matrix in order of group, and the map of oppositions. M samples, G groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opsig_cli.figures.canvas import MARGIN, WIDTH, Area, Block, heading, visible
+
+SIDE = 4.4
+
+
+def alignment_block(
+    similarity_MM: np.ndarray, group_M: np.ndarray, names: Sequence[str], pairs: Sequence[tuple[int, int]]
+) -> list[Block]:
+    """The matrix of similarities ordered by group, and the mean similarity of every two groups with pairs framed.
+
+    `group_M`: group of every sample, -1 for none (left out); `names` (G,).
+    """
+    groups = len(names)
+    order = np.concatenate([np.flatnonzero(group_M == group) for group in range(groups)] or [np.empty(0, int)])
+    sizes = np.array([(group_M == group).sum() for group in range(groups)])
+    means = np.array(
+        [
+            [similarity_MM[np.ix_(group_M == a, group_M == b)].mean() for b in range(groups)]
+            for a in range(groups)
+        ]
+    )  # fmt: skip
+
+    def draw(area: Area) -> None:
+        from matplotlib.patches import Rectangle
+
+        style = {"cmap": "RdBu", "vmin": -1, "vmax": 1, "interpolation": "nearest", "aspect": "equal"}
+        left = area.axes(MARGIN + 0.9, 0.1, SIDE, SIDE)
+        left.imshow(similarity_MM[np.ix_(order, order)], **style)
+        edges = np.cumsum(sizes) - 0.5
+        for edge in edges[:-1]:
+            left.axhline(edge, color="black", linewidth=0.4)
+            left.axvline(edge, color="black", linewidth=0.4)
+        left.set(yticks=edges - sizes / 2, xticks=[], xlabel="samples, in order of group")
+        _tick_names(left, names)
+        right = area.axes(WIDTH - MARGIN - SIDE - 0.7, 0.1, SIDE, SIDE)
+        image = right.imshow(means, **style)
+        for a, b in pairs:
+            for x, y in ((a, b), (b, a)):
+                right.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
+        right.set(yticks=range(groups), xticks=[], xlabel="groups; opposing pairs are framed")
+        _tick_names(right, names)
+        bar = area.axes(WIDTH - MARGIN - 0.45, 0.1, 0.15, SIDE)
+        area.figure.colorbar(image, cax=bar)
+        bar.tick_params(labelsize=7)
+
+    return [heading("similarity of samples, and of groups", 10), (SIDE + 0.5, draw)]
+
+
+def _tick_names(axes, names: Sequence[str]) -> None:
+    axes.set_yticklabels([visible(name) for name in names], fontsize=7)
+    for text in axes.get_yticklabels():
+        text.set_parse_math(False)
