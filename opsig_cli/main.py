@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import cluster, info, mine, repack, sharpness, track, train, verify
+from opsig_cli.commands import cluster, info, mine, repack, sharpness, simulate, track, train, verify
 from opsig_cli.errors import OpsigError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command()(cluster.cluster)
 app.command()(info.info)
 app.command()(verify.verify)
 app.command()(repack.repack)
+app.add_typer(simulate.app, name="simulate")
 
 
 def _version(wanted: bool) -> None:

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from conftest import TASKS, start_opsig, train_tiny
 
-COMMANDS = ("train", "track", "mine", "cluster", "info", "verify", "repack", "sharpness")
+COMMANDS = (
+    "train",
+    "track",
+    "mine",
+    "cluster",
+    "info",
+    "verify",
+    "repack",
+    "sharpness",
+    "simulate linear",
+    "simulate valley",
+)
 OWN = ("--task", f"{TASKS}:Tiny")
 
 
@@ -39,7 +50,7 @@ def test_info_and_mine_need_no_torch(tiny_run):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(opsig, command):
-    outcome = opsig(command, "--help")
+    outcome = opsig(*command.split(), "--help")
     assert outcome.code == 0
     assert "Example: opsig" in outcome.out
 

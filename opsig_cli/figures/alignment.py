@@ -8,7 +8,7 @@ import numpy as np
 
 from opsig_cli.figures.canvas import MARGIN, WIDTH, Area, Block, heading, visible
 
-SIDE = 4.4
+SIDE = 4.3
 
 
 def alignment_block(
@@ -46,7 +46,7 @@ def alignment_block(
             for x, y in ((a, b), (b, a)):
                 right.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
         right.set(yticks=range(groups), xticks=[], xlabel="groups; opposing pairs are framed")
-        _tick_names(right, names)
+        _tick_names(right, [name.split()[0] for name in names])
         bar = area.axes(WIDTH - MARGIN - 0.45, 0.1, 0.15, SIDE)
         area.figure.colorbar(image, cax=bar)
         bar.tick_params(labelsize=7)

@@ -1,0 +1,51 @@
+"""The paper's toy valley (Fig. 4): two opposing losses in a product of two parameters, and a pull along the floor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Valley:
+    """g = s u v; L_plane = (1 - g)^2 / 2, L_other = (1 + g)^2 / 2;
+    L = p (L_plane + L_other) / 2 + (1 - p) (v - V)^2 / 2."""
+
+    probability: float = 0.02
+    scale: float = 20.0
+    target: float = 2.0
+
+    def losses(self, u: float, v: float) -> tuple[float, float, float]:
+        """L_plane, L_other, and the loss of all other samples, (v - V)^2 / 2."""
+        g = self.scale * u * v
+        return (1 - g) ** 2 / 2, (1 + g) ** 2 / 2, (v - self.target) ** 2 / 2
+
+    def loss(self, u: float, v: float) -> float:
+        """The whole loss."""
+        plane, other, rest = self.losses(u, v)
+        return self.probability * (plane + other) / 2 + (1 - self.probability) * rest
+
+    def gradient(self, u: float, v: float) -> tuple[float, float]:
+        """By u and v. The two sides' pull on g is g itself; written as a difference it would freeze u near 1e-18."""
+        pull = self.probability * self.scale * (self.scale * u * v)
+        return pull * v, pull * u + (1 - self.probability) * (v - self.target)
+
+    def sharpness(self, u: float, v: float) -> float:
+        """Largest eigenvalue of the Hessian."""
+        pull = self.probability * self.scale**2
+        matrix = [[pull * v * v, 2 * pull * u * v], [2 * pull * u * v, pull * u * u + 1 - self.probability]]
+        return float(np.linalg.eigvalsh(np.array(matrix))[-1])
+
+
+def descend(valley: Valley, learning_rate: float, steps: int, start: tuple[float, float] = (1.0, 0.1)) -> np.ndarray:
+    """Gradient descent: u and v at every step, the start included, (T, 2); shorter where it diverges."""
+    u, v = start
+    rows = []
+    for _ in range(steps + 1):
+        if not np.isfinite(valley.loss(u, v)):
+            break
+        rows.append((u, v))
+        by_u, by_v = valley.gradient(u, v)
+        u, v = u - learning_rate * by_u, v - learning_rate * by_v
+    return np.array(rows)

@@ -1,0 +1,76 @@
+"""opsig simulate"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from opsig_cli import options
+
+app = typer.Typer(help="Simulate the theory: the two-layer linear model, and the toy valley.", no_args_is_help=True)
+
+OutputOption = Annotated[
+    str | None, typer.Option("-o", "--output", metavar="RUN", help="Write a trajectory, too.", show_default=False)
+]
+ReplaceOption = Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")]
+
+
+@app.command()
+def linear(
+    dynamics: Annotated[str, typer.Option(metavar="flow|gd|sampled", help="Gradient flow, or descent.")] = "flow",
+    d1: Annotated[int, typer.Option(help="Size of the ordinary part of the input.")] = 10,
+    d2: Annotated[int, typer.Option(help="Size of the outlier part.")] = 20,
+    alpha: Annotated[float, typer.Option(help="Strength of the outlier feature.")] = 100.0,
+    beta_norm: Annotated[float, typer.Option(help="Norm of the target's weights.")] = 5.0,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of descent.")] = 0.0048,
+    steps: Annotated[int, typer.Option(min=1, help="Of descent.")] = 1000,
+    loss: Annotated[str, typer.Option(metavar="square|cross-entropy", help="Of sampled descent.")] = "square",
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    output: OutputOption = None,
+    replace: ReplaceOption = False,
+    format: options.FormatOption = None,
+    figure: options.FigureOption = None,
+) -> None:
+    """The paper's two-layer linear model with an outlier feature: sharpness falls, rises, and reaches the edge.
+
+    Example: opsig simulate linear --dynamics gd --learning-rate 0.0048 --figure linear.png
+    """
+    from opsig_cli import records, simulations
+
+    run = simulations.linear(dynamics, d1, d2, alpha, beta_norm, learning_rate, steps, loss, seed)
+    _finish(run, output, replace, figure)
+    records.write([{"trajectory": output, **run.record}], format)
+
+
+@app.command()
+def valley(
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of gradient descent.")] = 0.08,
+    steps: Annotated[int, typer.Option(min=1)] = 120,
+    output: OutputOption = None,
+    replace: ReplaceOption = False,
+    format: options.FormatOption = None,
+    figure: options.FigureOption = None,
+) -> None:
+    """The paper's toy valley: two opposing losses sharpen as the floor is followed, until they spike.
+
+    Example: opsig simulate valley --figure valley.png
+    """
+    from opsig_cli import records, simulations
+
+    run = simulations.valley(learning_rate, steps)
+    _finish(run, output, replace, figure)
+    records.write([{"trajectory": output, **run.record}], format)
+
+
+def _finish(run, output: str | None, replace: bool, figure) -> None:
+    from opsig_cli import simulations
+
+    if output is not None:
+        simulations.write(run, output, replace)
+    if figure is not None:
+        from opsig_cli.figures.simulated import simulation_page
+
+        options.save_figure(
+            figure, simulation_page, run.times, run.loss, run.groups, run.sharpness, run.threshold, run.title
+        )
