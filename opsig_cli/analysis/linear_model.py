@@ -1,8 +1,8 @@
-"""The paper's two-layer linear model with an outlier feature (section 3.3, Theorems 3.1, 3.2, appendix G).
+"""The paper's two-layer linear model with an outlier feature (section 3.3, Theorems 3.1 and 3.2, App. G).
 
-f = c (b'x + b_o'x_o) is fitted to y = beta'x + |x_o|'1 / sqrt(d2) by square loss. With B = |beta|, everything depends on
-epsilon = b'beta / B, delta, the norm of what of b lies across beta, q = 1'b_o / sqrt(d2), o = |b_o|^2 and c. Losses are
-exact: 2L = |cb - beta|^2 + alpha (c^2 q^2 + 1). T points of time, N samples.
+f = c (b'x + b_o'x_o) is fitted to y = beta'x + |x_o|'1 / sqrt(d2) by square loss. With B = |beta|, everything depends
+on epsilon = b'beta / B, delta, the norm of what of b lies across beta, q = 1'b_o / sqrt(d2), o = |b_o|^2 and c. Losses
+are exact: 2L = |cb - beta|^2 + alpha (c^2 q^2 + 1). T points of time, N samples.
 """
 
 from __future__ import annotations
