@@ -66,6 +66,7 @@ class Clusters:
     """The grouping of the samples at `position`, the evidence of its pairs in order, what was grouped by (M, M), the
     samples' losses (T, M), and who joined."""
 
+    by: str
     position: np.ndarray
     grouping: Grouping
     evidence: list[Evidence]
@@ -111,8 +112,8 @@ def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
 
 
 def cluster(run: Trajectory, position: np.ndarray, by: str, window: Window, cosines_CMM: np.ndarray | None) -> Clusters:
-    """Group the samples by gradient cosines, by the correlation of their loss changes, or by cosines with pairs that
-    must also move against each other in loss ("both")."""
+    """Group the samples by gradient cosines, by the correlation of their loss changes, or by cosines with the losses as
+    second evidence ("both"): a pair whose mean loss changes correlate above 0 stays, and is marked."""
     if by not in BY:
         raise UsageError(f"--by is one of {', '.join(BY)}, not '{by}'")
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
@@ -132,12 +133,6 @@ def cluster(run: Trajectory, position: np.ndarray, by: str, window: Window, cosi
         )
         for a, b in found.pairs()
     }
-    if by == "both":
-        weighed = {pair: e for pair, e in weighed.items() if e.loss_correlation < 0}
-        partner = np.full(len(found.partner_G), -1)
-        for a, b in weighed:
-            partner[a], partner[b] = b, a
-        found = Grouping(found.group_M, partner, found.alignment_M)
     stability = grouping.pair_stability(similarity_MM, found, smallest)
     null = grouping.null_strengths(tested_CMM.mean(0), smallest=smallest) if weighed else np.empty(0)
     p_values = {
@@ -145,7 +140,7 @@ def cluster(run: Trajectory, position: np.ndarray, by: str, window: Window, cosi
         for (a, b), e in weighed.items()
     }
     trusted = [Trust(stability[pair], p_values[pair]) for pair in weighed]
-    return Clusters(position, found, list(weighed.values()), trusted, similarity_MM, losses_TM, window)
+    return Clusters(by, position, found, list(weighed.values()), trusted, similarity_MM, losses_TM, window)
 
 
 def join(run: Trajectory, session: Session, clusters: Clusters, advance: Callable[..., None]) -> Clusters:
@@ -190,6 +185,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "opposition": evidence.opposition,
             "opposition_error": evidence.opposition_error,
             "loss_correlation": evidence.loss_correlation,
+            "losses_oppose": evidence.loss_correlation < 0 if clusters.by == "both" else None,
             "share": evidence.share,
             "stability": trust.stability,
             "p_value": trust.p_value,
@@ -356,20 +352,21 @@ def agreement(run: Trajectory, clusters: Clusters) -> dict[str, Any]:
     mined = np.zeros(len(truth_S), bool)
     mined[clusters.position] = True
     planted_pairs = {int(side) // 2 for side in truth_S[planted]}
-    right, concerned = set(), 0
+    right: list[int] = []
+    concerned = 0
     for a, b in clusters.grouping.pairs():
         sides = [_planted_side(truth_S[group_S == group]) for group in (a, b)]
         concerned += any(side is not None for side in sides)
         first, second = sides
         if first is not None and second is not None and first // 2 == second // 2 and first != second:
-            right.add(first // 2)
+            right.append(first // 2)
     return {
         "kind": "agreement",
         "trajectory": run.path,
         "adjusted_rand_index": float(adjusted_rand_score(truth_S[planted], group_S[planted])),
         "adjusted_rand_index_mined": float(adjusted_rand_score(truth_S[planted & mined], group_S[planted & mined])),
         "pair_precision": len(right) / concerned if concerned else None,
-        "pair_recall": len(right) / len(planted_pairs) if planted_pairs else None,
+        "pair_recall": len(set(right)) / len(planted_pairs) if planted_pairs else None,
         "planted": int(planted.sum()),
         "planted_mined": int((planted & mined).sum()),
         "planted_grouped": int((planted & (group_S >= 0)).sum()),

@@ -83,7 +83,7 @@ def planted_similarity(generator, sizes=(12, 10, 8, 8), noise=0.1):
 
 
 def test_planted_pairs_are_significant_and_stable():
-    similarity, sides = planted_similarity(np.random.default_rng(0))
+    similarity, _ = planted_similarity(np.random.default_rng(0))
     found = grouping.group_by_similarity(similarity)
     assert found.pairs() == [(0, 1), (2, 3)]
     null = grouping.null_strengths(similarity)

@@ -13,8 +13,8 @@ import numpy as np
 
 CUTS = np.linspace(0.3, 0.75, 10)
 """Heights of the dendrogram (distance 1 - S) that are tried."""
-TIED = 0.05
-"""Cuts whose silhouettes differ by less are as good, and the finest of them is taken: pairs on one class stay apart."""
+SPLITS = 0.7
+"""A group falls apart where its parts have a silhouette of at least this."""
 SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 OPPOSES = -0.15
@@ -47,8 +47,8 @@ class Grouping:
 def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> Grouping:
     """Sides by average linkage on the signed distance 1 - S, then each side matched with the one it opposes most.
 
-    The cut is the finest of CUTS whose silhouette over groups of `smallest` or more is the best or nearly so. Weak
-    members are left out, and groups that become smaller than `smallest` with them. NaN similarities count as 0. Raises
+    The cut is the one of CUTS with the best silhouette over groups of `smallest` or more; a group whose parts stand
+    clearly apart is cut once more. Weak members are left out, and groups that become smaller than `smallest` with them. NaN similarities count as 0. Raises
     ValueError for fewer than two samples.
 
     >>> two = np.repeat([1.0, -1.0], 4)
@@ -61,9 +61,12 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
         raise ValueError(f"{count} samples cannot be grouped: at least two are needed")
     similarity = np.nan_to_num(similarity_MM)
     distance = _distance(similarity)
-    cuts = list(_cut_tree(distance, smallest))
-    quality = np.array([_silhouette(distance, groups) for groups in cuts])
-    groups = cuts[int(np.argmax(quality >= quality.max() - TIED))]
+    groups, _ = _best_cut(distance, smallest)
+    for group in range(groups.max() + 1):  # several pairs on one class look like one side from afar
+        members = np.flatnonzero(groups == group)
+        parts, quality = _best_cut(distance[np.ix_(members, members)], smallest)
+        if quality >= SPLITS:
+            groups[members] = np.where(parts > 0, parts + groups.max(), np.where(parts == 0, group, -1))
     while True:  # leaving members out changes the means that others are held against
         partner_G = _oppose(similarity, groups)
         alignment = _alignment(similarity, groups, partner_G)
@@ -87,6 +90,16 @@ def _cut_tree(distance: np.ndarray, smallest: int) -> Iterator[np.ndarray]:
     tree = linkage(squareform(distance, checks=False), "average")
     for cut in CUTS:
         yield _drop_small(fcluster(tree, cut, "distance"), smallest)
+
+
+def _best_cut(distance: np.ndarray, smallest: int) -> tuple[np.ndarray, float]:
+    """The groups with the best silhouette, (M,), and that silhouette."""
+    best, best_quality = np.full(len(distance), -1), -np.inf
+    for groups in _cut_tree(distance, smallest) if len(distance) > 1 else ():
+        quality = _silhouette(distance, groups)
+        if quality > best_quality:
+            best, best_quality = groups, quality
+    return best, best_quality
 
 
 def _drop_small(groups: np.ndarray, smallest: int) -> np.ndarray:

@@ -82,5 +82,6 @@ def cluster(
         tables.append(records.Table(f"the change at step {explain}, in nats", groups.explain_table(explained)))
     if agreement:
         written.append(agreement)
-        tables.append(records.Table("agreement with the planted truth", [agreement]))
+        shown = [{"measure": key.replace("_", " "), "value": value} for key, value in list(agreement.items())[2:]]
+        tables.append(records.Table("agreement with the planted truth", shown))
     records.write(written, format, tables)
