@@ -41,7 +41,8 @@ class State:
 
 @dataclass(frozen=True)
 class Training:
-    """How to train. `batch_size` None is full batch. `momentum` is heavy-ball's beta; Adam's are `betas`.
+    """How to train. `batch_size` None is full batch. `momentum` is heavy-ball's beta; Adam's are `betas`; SplitSGD's
+    tau is `dampening`, its eta_2 `sign_learning_rate`, and its r `radius`, None for its default.
 
     `wants_losses(step)` and `wants_state(step)` say what the snapshot of that step must carry.
     """
@@ -53,6 +54,9 @@ class Training:
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
+    sign_learning_rate: float = 1e-3
+    dampening: float = 0.9
+    radius: float | None = None
     weight_decay: float = 0.0
     seed: int = 0
     wants_losses: Callable[[int], bool] = lambda step: False
@@ -63,6 +67,7 @@ class Training:
 class Snapshot:
     """What was seen at one step, before the update that follows it.
 
+    `signed_fraction`: the share of parameters that the update moved by the sign, NaN but for SplitSGD.
     `losses` (S,) float32 and `predictions` (S,) integers or None; `state` where it was asked for; `update_norm` is NaN
     at the last step.
     """
@@ -75,6 +80,7 @@ class Snapshot:
     losses: np.ndarray | None = None
     predictions: np.ndarray | None = None
     state: State | None = None
+    signed_fraction: float = float("nan")
 
 
 class Session(Protocol):

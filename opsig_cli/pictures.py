@@ -118,6 +118,36 @@ def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -
         raise ValueError("there is nothing to draw for these metrics")
 
 
+def draw_probe(path: Path, run: Trajectory, records: list[dict[str, Any]]) -> None:
+    """Save what `probe` measured: inputs through the checkpoints, or projected iterates."""
+    from opsig_cli.figures import probed
+
+    name = Path(run.path).name
+    if "projection" in records[0]:
+        runs = {}
+        for other in dict.fromkeys(r["trajectory"] for r in records):
+            rows = [r for r in records if r["trajectory"] == other]
+            effective = np.array([r.get("effective_step", np.nan) for r in rows])
+            runs[Path(other).name] = (
+                np.array([r["step"] for r in rows]), np.array([r["projection"] for r in rows]),
+                effective if np.isfinite(effective).any() else None,
+            )  # fmt: skip
+        title = f"along the top eigenvector of {name} at step {records[0]['crossing_step']}"
+        probed.projection_page(path, runs, records[0]["crossing_step"], title)
+        return
+    steps = np.array(sorted({r["step"] for r in records}))
+    probes = {}
+    for chosen in dict.fromkeys(r["input"] for r in records):
+        rows = [r for r in records if r["input"] == chosen]
+        norms = np.array([np.nan if r["feature_norm"] is None else r["feature_norm"] for r in rows])
+        probes[chosen] = (np.stack([r["probabilities"] for r in rows]), norms)
+    first = next(iter(probes))
+    mean = np.array([r["mean_feature_norm"] or np.nan for r in records if r["input"] == first], float)
+    names = run.read("class_name").tolist() if run.has("class_name") else None
+    classes = names or [str(i) for i in range(len(records[0]["logits"]))]
+    probed.probe_page(path, steps, probes, mean, classes, f"{name}: probes")
+
+
 class Pictures:
     """What a person sees of each sample: its picture or text, its label, and names for its predictions."""
 

@@ -124,7 +124,7 @@ def read_state(run: Trajectory, step: int) -> State:
     params = run.row("checkpoints/params", step)
     buffers = run.row("checkpoints/buffers", step) if run.has("checkpoints/buffers") else np.empty(0)
     slots = {}
-    for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+    for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "radius"):
         path = f"checkpoints/optimizer/{name}"
         if run.has(path):
             row = run.row(path, step)

@@ -57,6 +57,7 @@ FIELDS = _fields(
     Field(
         "scalars/update_norm", ("step",), "f8", "1", "Euclidean norm of the parameter change of the step that follows"
     ),
+    Field("scalars/signed_fraction", ("step",), "f8", "1", "share of the parameters that SplitSGD moves by the sign"),
     Field("losses/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
     Field("losses/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("losses/loss", ("step", "sample"), "f4", "nat", "loss of every sample", "opsig track"),
@@ -68,6 +69,7 @@ FIELDS = _fields(
     Field("checkpoints/optimizer/momentum_buffer", ("step", "parameter"), "f4", "1", "heavy-ball momentum"),
     Field("checkpoints/optimizer/exp_avg", ("step", "parameter"), "f4", "1", "Adam's first moment"),
     Field("checkpoints/optimizer/exp_avg_sq", ("step", "parameter"), "f4", "1", "Adam's second moment"),
+    Field("checkpoints/optimizer/radius", ("step",), "f8", "1", "size beyond which SplitSGD goes by the sign"),
     Field("layout/name", ("tensor",), "S*", "1", "name of the parameter or buffer"),
     Field("layout/kind", ("tensor",), "S*", "1", "parameter or buffer"),
     Field("layout/shape", ("tensor", "axis"), "i8", "1", "shape, padded with -1"),
@@ -80,7 +82,14 @@ FIELDS = _fields(
     Field("sharpness/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
     Field("sharpness/threshold", ("step",), "f8", "nat", "sharpness at which the optimizer loses stability"),
     Field("sharpness/layer_fraction", ("step", "tensor"), "f8", "1", "share of the first eigenvector's squared norm"),
-    Field("sharpness/eigenvector", ("step", "parameter"), "f4", "1", "first eigenvector, of unit length"),
+    Field(
+        "sharpness/eigenvector",
+        ("step", "parameter"),
+        "f4",
+        "1",
+        "first eigenvector, of unit length",
+        "opsig sharpness",
+    ),
     Field("preconditioned/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
     Field("preconditioned/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field(

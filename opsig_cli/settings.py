@@ -25,6 +25,9 @@ class Settings:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    sign_learning_rate: float = 1e-3
+    dampening: float = 0.9
+    radius: float | None = None
     weight_decay: float = 0.0
     seed: int = 0
     chunk_size: int | None = None

@@ -38,7 +38,8 @@ class Task(Protocol):
     `collate(items) -> batch`; `predictions(model, batch) -> (B,) integers`; `features(model, batch) -> (B, D)`,
     the input of the last linear layer; `render(i) -> PIL.Image | str`, what a person looks at;
     `label(i) -> str`; `classes -> Sequence[str]`, the names behind the integers of `predictions`;
-    `truth() -> (S,) integers`, planted sides.
+    `truth() -> (S,) integers`, planted sides; and for `probe`: `picture_shape`, (H, W, C), `inputs(pixels) -> batch's
+    first part`, for pixels (B, H, W, C) with white at 1, and `logits(model, batch) -> (B, classes)`.
     """
 
     def model(self) -> nn.Module: ...
@@ -116,7 +117,8 @@ def build(factory: Any, options: Mapping[str, str], what: str) -> Any:
 
 
 def _type_hints(factory: Any) -> dict[str, Any]:
-    factory = getattr(factory, "func", factory)  # a partial's function
+    while hasattr(factory, "func"):  # a partial's function
+        factory = factory.func
     try:
         return typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
     except (NameError, TypeError):

@@ -63,6 +63,9 @@ def training_of(settings: Settings, stop: StopRequest, first: int) -> Training:
         momentum=settings.momentum,
         betas=(settings.beta1, settings.beta2),
         epsilon=settings.epsilon,
+        sign_learning_rate=settings.sign_learning_rate,
+        dampening=settings.dampening,
+        radius=settings.radius,
         weight_decay=settings.weight_decay,
         seed=settings.seed,
         wants_losses=settings.losses_at,
@@ -157,7 +160,9 @@ def resume_point(recorder: Recorder, session: Session, settings: Settings) -> St
 
 
 def _scalars(snapshot: Snapshot) -> dict[str, float]:
-    names = ("train_loss", "learning_rate", "grad_norm", "update_norm")
+    names = ["train_loss", "learning_rate", "grad_norm", "update_norm"]
+    if math.isfinite(snapshot.signed_fraction):
+        names.append("signed_fraction")
     return {name: getattr(snapshot, name) for name in names}
 
 

@@ -31,6 +31,7 @@ def assert_same_run(path, other):
     [
         (),
         ("--optimizer", "momentum", "--learning-rate", "0.02"),
+        ("--optimizer", "splitsgd", "--learning-rate", "0.02", "--batch-size", "16"),
         ("--optimizer", "adam", "--learning-rate", "0.01", "--batch-size", "16"),
     ],
 )

@@ -48,8 +48,8 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
     """Sides by average linkage on the signed distance 1 - S, then each side matched with the one it opposes most.
 
     The cut is the one of CUTS with the best silhouette over groups of `smallest` or more; a group whose parts stand
-    clearly apart is cut once more. Weak members are left out, and groups that become smaller than `smallest` with them. NaN similarities count as 0. Raises
-    ValueError for fewer than two samples.
+    clearly apart is cut once more. Weak members are left out, and groups that become smaller than `smallest` with
+    them. NaN similarities count as 0. Raises ValueError for fewer than two samples.
 
     >>> two = np.repeat([1.0, -1.0], 4)
     >>> grouping = group_by_similarity(np.outer(two, two))

@@ -13,9 +13,15 @@ from opsig_cli.errors import OpsigError, UsageError
 def train(
     output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="Trajectory file to write.")],
     task: options.TaskOption = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME[:key=value,...]", help="mlp or cnn, with options.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:key=value,...]",
+            help="mlp, cnn, resnet18, resnet20|56|110, vgg11, vgg11-bn, vit; with options.",
+        ),
+    ] = None,
     optimizer: Annotated[
-        str | None, typer.Option(metavar="gd|sgd|momentum|adam", help="Default: gd, full batch.")
+        str | None, typer.Option(metavar="gd|sgd|momentum|adam|splitsgd", help="Default: gd, full batch.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Default: 0.1.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps in all. Default: 1000.")] = None,
@@ -25,6 +31,11 @@ def train(
     momentum: Annotated[float | None, typer.Option(help="Heavy ball's beta. Default: 0.9.")] = None,
     beta1: Annotated[float | None, typer.Option(help="Adam. Default: 0.9.")] = None,
     beta2: Annotated[float | None, typer.Option(help="Adam. Default: 0.999.")] = None,
+    sign_learning_rate: Annotated[float | None, typer.Option(min=0, help="SplitSGD's eta_2. Default: 0.001.")] = None,
+    dampening: Annotated[float | None, typer.Option(help="SplitSGD's tau. Default: 0.9.")] = None,
+    radius: Annotated[
+        float | None, typer.Option(min=0, help="SplitSGD's r. Default: a tenth of the first gradient lies below it.")
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
     seed: Annotated[int | None, typer.Option(help="Initialisation and minibatch order. Default: 0.")] = None,
     track: Annotated[bool, typer.Option("--track", help="Record every sample's loss at every step.")] = False,
@@ -62,7 +73,8 @@ def train(
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
     given = dict(
         task=task, model=model, optimizer=optimizer, learning_rate=learning_rate, steps=steps, batch_size=batch_size,
-        momentum=momentum, beta1=beta1, beta2=beta2, weight_decay=weight_decay, seed=seed, chunk_size=chunk_size,
+        momentum=momentum, beta1=beta1, beta2=beta2, sign_learning_rate=sign_learning_rate, dampening=dampening,
+        radius=radius, weight_decay=weight_decay, seed=seed, chunk_size=chunk_size,
         track_every=track_every or (1 if track else None), checkpoint_every=checkpoint_every,
         checkpoint_pairs=checkpoint_pairs or None, sharpness_every=sharpness_every, statistics=statistics,
         backend=backend,

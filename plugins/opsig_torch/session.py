@@ -21,7 +21,7 @@ CONVOLUTION_BATCH = 50
 NOVELTY = 1.0
 """Random part of a warm start, against the last eigenvector's length of 1: what has overtaken it must be seen."""
 STATISTICS = ("chunk", "running")
-OPTIMIZERS = ("gd", "sgd", "momentum", "adam")
+OPTIMIZERS = ("gd", "sgd", "momentum", "adam", "splitsgd")
 
 
 class TorchSession:
@@ -205,6 +205,24 @@ class TorchSession:
             hessian = Hessian(self)
             like = self.flat.vector.detach()
             return np.stack([hessian(torch.from_numpy(v).to(like)).cpu().numpy() for v in vectors])
+
+    def outputs(self, state: State, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, float | None]:
+        """Logits (N, classes) float64 and feature norms (N,) of pictures (N, H, W, C), and the data's mean norm.
+
+        Norms are None for a task without features. Batch norm uses its running statistics for the pictures.
+        """
+        task: Any = self.task
+        features = getattr(task, "features", None)
+        with self.at(state), torch.inference_mode():
+            mean = None
+            if features is not None:
+                norms = [features(self.flat.model, batch).norm(dim=1) for _, batch in self.batches]
+                mean = float(torch.cat(norms).double().mean())
+            self.flat.model.eval()
+            batch = [task.inputs(pictures).to(self.device, self.flat.vector.dtype), None]
+            logits = task.logits(self.flat.model, batch).double().cpu().numpy()
+            own = None if features is None else features(self.flat.model, batch).norm(dim=1).double().cpu().numpy()
+        return logits, own, mean
 
     def gradient(self, state: State) -> np.ndarray:
         """Gradient of the mean training loss, (P,)."""

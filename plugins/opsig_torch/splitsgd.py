@@ -82,8 +82,8 @@ class SplitSGD(torch.optim.Optimizer):
         beta, tau = group["momentum"], group["dampening"]
         if beta or tau:
             buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
-            torch._foreach_mul_(buffers, beta)
-            torch._foreach_add_(buffers, gradients, alpha=1 - tau)
+            torch._foreach_mul_(buffers, beta)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(buffers, gradients, alpha=1 - tau)  # pyright: ignore[reportPrivateImportUsage]
             correction = 1 - tau ** group["steps"]
         else:
             buffers, correction = gradients, 1.0

@@ -15,6 +15,7 @@ import torch
 from opsig_cli.backends import Snapshot, State, Training
 from opsig_cli.errors import UsageError
 from opsig_torch.session import LossRow
+from opsig_torch.splitsgd import SplitSGD
 
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
@@ -41,7 +42,10 @@ def train(session: TorchSession, training: Training, start: State) -> Iterator[S
             optimizer.step()
             update_norm = torch.dist(session.flat.vector.detach(), before).item()
         losses, predictions = row.arrays() if row is not None and wants_losses else (None, None)
-        yield Snapshot(step, train_loss, training.learning_rate, grad_norm, update_norm, losses, predictions, state)
+        signed = optimizer.signed_fraction if isinstance(optimizer, SplitSGD) else float("nan")
+        yield Snapshot(
+            step, train_loss, training.learning_rate, grad_norm, update_norm, losses, predictions, state, signed
+        )  # fmt: skip
 
 
 def _full_batch_gradient(session: TorchSession, training: Training, step: int, _: bool) -> tuple[float, LossRow]:
@@ -101,6 +105,12 @@ def _optimizer(session: TorchSession, training: Training) -> torch.optim.Optimiz
             return torch.optim.SGD(vector, lr=rate, momentum=training.momentum, weight_decay=decay)
         case "adam":
             return torch.optim.Adam(vector, lr=rate, betas=training.betas, eps=training.epsilon, weight_decay=decay)
+        case "splitsgd":
+            if decay:
+                raise UsageError("SplitSGD has no weight decay. Leave --weight-decay out")
+            return SplitSGD(
+                vector, rate, training.sign_learning_rate, training.momentum, training.dampening, training.radius
+            )
     raise UsageError(f"no optimizer is called '{training.optimizer}'. Known: {', '.join(session.optimizers)}")
 
 
@@ -111,15 +121,24 @@ def _state(session: TorchSession, optimizer: torch.optim.Optimizer, step: int) -
         for name, value in slots.items()
         if isinstance(value, torch.Tensor) and value.shape == session.flat.vector.shape
     }
+    radius = optimizer.param_groups[0].get("radius")
+    if radius is not None:
+        kept["radius"] = np.asarray(radius, np.float64)
     plain = session.state(step)
     return State(step, plain.params, plain.buffers, kept)
 
 
 def _restore(optimizer: torch.optim.Optimizer, session: TorchSession, start: State) -> None:
+    if isinstance(optimizer, SplitSGD):
+        optimizer.param_groups[0]["steps"] = start.step
+        if "radius" in start.optimizer:
+            optimizer.param_groups[0]["radius"] = float(start.optimizer["radius"])
     if not start.optimizer:
         return
     slots = optimizer.state[session.flat.vector]
     for name, row in start.optimizer.items():
+        if row.ndim == 0:
+            continue  # a number of the whole group
         slots[name] = torch.from_numpy(row.copy()).to(session.flat.vector.device)
     if isinstance(optimizer, torch.optim.Adam):
         slots["step"] = torch.tensor(float(start.step))

@@ -53,6 +53,12 @@ class ImageTask:
         self.deviation = self.pixels.std((0, 1, 2), dtype=np.float64).astype(np.float32) + np.float32(1e-6)
         self.model()  # an unknown model or option is an error now, before a file is made
 
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a picture."""
+        _, height, width, channels = self.pixels.shape
+        return height, width, channels
+
     def inputs(self, pixels: np.ndarray) -> Tensor:
         """What the model is given for (B, H, W, C) float pixels, white at 1: standardised (B, C, H, W)."""
         standardised = (pixels - self.mean) / self.deviation

@@ -10,6 +10,7 @@ from torch import nn
 
 from opsig_cli.errors import UsageError
 from opsig_cli.tasks import build, parse_spec
+from opsig_zoo.architectures import ARCHITECTURES
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "elu": nn.ELU, "silu": nn.SiLU,
@@ -54,7 +55,7 @@ def activated(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, **ARCHITECTURES}
 
 
 def image_model(text: str, channels: int, size: int, classes: int) -> nn.Module:
