@@ -64,6 +64,21 @@ class Settings:
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in kept.items() if key in known})
 
+    def varied(self, given: Mapping[str, Any]) -> Self:
+        """These settings with the options that a person gave in their place; UsageError where they contradict.
+
+        A batch size belongs to the optimizer: it is kept where the new one takes it.
+        """
+        kept = self.stored_form()
+        changed = {key: value for key, value in given.items() if value is not None}
+        if changed.get("optimizer") == "gd":
+            kept["batch_size"] = None
+        if "optimizer" in changed and changed["optimizer"] != self.optimizer:
+            kept["statistics"] = None
+        if "steps" in changed and "checkpoint_every" not in changed:
+            kept["checkpoint_every"] = 0
+        return self.of(kept | changed)
+
     def resumed(self, given: Mapping[str, Any], path: str) -> Self:
         """These settings with more steps where asked. Raises UsageError where another option contradicts them."""
         for key, value in given.items():

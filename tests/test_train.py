@@ -26,6 +26,18 @@ def assert_same_run(path, other):
         np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
+def test_a_run_like_another_begins_where_it_began(tmp_path, opsig):
+    own = ("--task", f"{TASKS}:Tiny")
+    opsig(*train_tiny(tmp_path / "sgd.h5", "--optimizer", "sgd", "--batch-size", 20, "--seed", 5))
+    options = ("--optimizer", "momentum", "--learning-rate", 0.01, "--steps", 30)
+    assert opsig("train", *own, "--like", tmp_path / "sgd.h5", *options, "-o", tmp_path / "m.h5").code == 0
+    with h5py.File(tmp_path / "sgd.h5") as first, h5py.File(tmp_path / "m.h5") as second:
+        np.testing.assert_array_equal(first["checkpoints/params"][0], second["checkpoints/params"][0])
+        assert first["scalars/train_loss"][0] == second["scalars/train_loss"][0]  # and the same first minibatch
+        assert first["scalars/train_loss"][9] != second["scalars/train_loss"][9]
+        assert second["losses/loss"].shape == (31, 60)
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -48,6 +48,9 @@ def train(
         int | None, typer.Option(min=1, help="Measure the top Hessian eigenvalue every N steps.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue RUN from its last checkpoint.")] = False,
+    like: Annotated[
+        str | None, typer.Option(metavar="RUN", help="From the initial state, with the settings, of another run.")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")] = False,
     commit_every: Annotated[
         int, typer.Option(min=1, help="Make steps durable, and visible to others, N at a time.")
@@ -64,13 +67,15 @@ def train(
     Example: opsig train --task digits --learning-rate 0.2 --steps 50 --track -o run.h5
     """
     from opsig_cli import records, tasks, trainer
-    from opsig_cli.backends import load_backend
-    from opsig_cli.recorder import Recorder
+    from opsig_cli.backends import State, load_backend
+    from opsig_cli.recorder import Recorder, read_state
     from opsig_cli.settings import Settings
     from opsig_cli.trajectory import open_trajectory
 
     if resume and replace:
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
+    if resume and like is not None:
+        raise UsageError("--resume continues a run and --like begins another. Give one of them")
     given = dict(
         task=task, model=model, optimizer=optimizer, learning_rate=learning_rate, steps=steps, batch_size=batch_size,
         momentum=momentum, beta1=beta1, beta2=beta2, sign_learning_rate=sign_learning_rate, dampening=dampening,
@@ -82,6 +87,10 @@ def train(
     if resume:
         with open_trajectory(output) as run:
             settings = Settings.stored(run.attributes, output).resumed(given, output)
+    elif like is not None:
+        with open_trajectory(like) as run:
+            settings = Settings.stored(run.attributes, like).varied(given)
+            initial = read_state(run, 0)
     else:
         settings = Settings.of(given)
     spec = tasks.parse_spec(task or settings.task, settings.model)
@@ -91,6 +100,8 @@ def train(
     session = load_backend(settings.backend).open(loaded, device, settings.chunk_size, settings.statistics)
     options.note(f"device: {session.device_name}", quiet)
     start = session.initial(settings.seed)
+    if like is not None:
+        start = State(0, initial.params, initial.buffers)
     if resume:
         recorder = Recorder(output, session.samples, resume=True, commit_every=commit_every)
     else:
