@@ -74,10 +74,11 @@ def test_top_eigenpairs_are_the_most_positive_of_the_dense_hessian():
 
     dense = hessian(mean_loss, torch.from_numpy(state.params).double())
     expected = np.linalg.eigvalsh(dense.numpy())[::-1][:3]
-    values, vectors, residuals = session.top_eigenpairs(state, 3, 1e-8)
-    np.testing.assert_allclose(values, expected, rtol=1e-6)
-    assert (residuals < 1e-6).all()
-    np.testing.assert_allclose(vectors @ vectors.T, np.eye(3), atol=1e-8)
+    found = session.top_eigenpairs(state, 3, 1e-8)
+    assert found.converged
+    np.testing.assert_allclose(found.values, expected, rtol=1e-6)
+    assert (found.residuals < 1e-8).all()
+    np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(3), atol=1e-8)
 
 
 @pytest.mark.parametrize(
