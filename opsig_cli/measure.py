@@ -21,6 +21,8 @@ COMMIT_SECONDS = 1.0
 
 AGREES = 1e-4
 """Relative difference up to which a measured mean loss is the one in the training log."""
+AGREES_ROUNDED = 0.1
+"""The same where checkpoints were rounded to bfloat16."""
 
 
 def open_session(
@@ -61,12 +63,14 @@ def fill_losses(run: Trajectory, session: Session, steps: np.ndarray) -> Iterato
     """
     together = max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
     logged = _logged_losses(run)
+    settings = run.attributes.get("settings_json") or {}
+    agrees = AGREES_ROUNDED if settings.get("checkpoint_dtype") == "bfloat16" else AGREES
     committed = time.monotonic()
     for start in range(0, len(steps), together):
         chosen = steps[start : start + together].tolist()
         measured = session.losses([read_state(run, step) for step in chosen])
         for step, (losses, predictions) in zip(chosen, measured, strict=True):
-            _check_mean(run, step, float(losses.mean(dtype=np.float64)), logged)
+            _check_mean(run, step, float(losses.mean(dtype=np.float64)), logged, agrees)
             run.append("losses", step, loss=losses, **({} if predictions is None else {"prediction": predictions}))
             if time.monotonic() - committed > COMMIT_SECONDS:
                 run.commit()
@@ -82,9 +86,9 @@ def _logged_losses(run: Trajectory) -> dict[int, float]:
     return dict(zip(steps.tolist(), run.rows("scalars/train_loss", 0, len(steps)).tolist(), strict=True))
 
 
-def _check_mean(run: Trajectory, step: int, mean: float, logged: dict[int, float]) -> None:
+def _check_mean(run: Trajectory, step: int, mean: float, logged: dict[int, float], agrees: float) -> None:
     expected = logged.get(step)
-    if expected is not None and abs(mean - expected) > AGREES * abs(expected) + 1e-6:
+    if expected is not None and abs(mean - expected) > agrees * abs(expected) + 1e-6:
         raise OpsigError(
             f"{run.path}: at step {step} the task's mean loss is {mean:.6g} and training logged {expected:.6g}. "
             "The task, its data or its model is not the one that was trained"

@@ -85,7 +85,9 @@ def default_count(samples: int) -> int:
 
 
 def records(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
-    """One record for each mined sample, in order."""
+    """One record for each mined sample, in order. Raises OpsigError where a row that its score is from is damaged."""
+    around = np.arange(-mining.WIDTH, 2) if movers.score_name == "oscillation" else np.arange(-1, 1)
+    run.check("losses", (movers.row[:, None] + around).ravel())
     steps = run.steps("losses")
     ids = run.samples
     labels = run.read("samples/label") if run.has("samples/label") else None

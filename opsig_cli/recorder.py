@@ -10,7 +10,7 @@ import numpy as np
 
 from opsig_cli.backends import State, Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory import Trajectory, create_trajectory, open_trajectory
+from opsig_cli.trajectory import Trajectory, create_trajectory, open_trajectory, to_bfloat16
 
 
 class Recorder:
@@ -19,7 +19,8 @@ class Recorder:
     `samples`: their number, or their indices in the dataset. `labels`: text a sample; `classes`: names behind
     predictions; `layout`: names and shapes of the parameters, for checkpoints. `resume` continues a file that
     exists; what it already has at a step is not written again. Steps become durable together, every `commit_every`
-    calls of `record`, with each checkpoint, and at the end. Raises OpsigError where the file cannot be written, or
+    calls of `record`, with each checkpoint, and at the end. `bfloat16` keeps checkpoints at half the size: parameters
+    alone, rounded, from which a run cannot be continued. Raises OpsigError where the file cannot be written, or
     holds another number of samples.
     """
 
@@ -35,6 +36,7 @@ class Recorder:
         resume: bool = False,
         replace: bool = False,
         commit_every: int = 10,
+        bfloat16: bool = False,
     ):
         ids = np.arange(samples) if isinstance(samples, int) else np.asarray(samples)
         if resume:
@@ -49,6 +51,7 @@ class Recorder:
             if layout is not None:
                 write_layout(self.run, list(layout))
         self._commit_every = commit_every
+        self._bfloat16 = bfloat16
         self._uncommitted = 0
         self._have = {group: set(self.run.steps(group).tolist()) for group in ("scalars", "losses", "checkpoints")}
 
@@ -81,14 +84,19 @@ class Recorder:
                 "losses", step, {"loss": losses} | ({} if predictions is None else {"prediction": predictions})
             )
         if state is not None:
-            columns: dict[str, np.ndarray] = {"params": state.params}
-            if state.buffers.size:
-                columns["buffers"] = state.buffers
-            self._append("checkpoints", step, columns | {f"optimizer__{k}": row for k, row in state.optimizer.items()})
+            self._append("checkpoints", step, self._checkpoint(state))
         self._uncommitted += 1
         if state is not None or self._uncommitted >= self._commit_every:
             self.run.commit()
             self._uncommitted = 0
+
+    def _checkpoint(self, state: State) -> dict[str, np.ndarray]:
+        columns: dict[str, np.ndarray] = {"params": to_bfloat16(state.params) if self._bfloat16 else state.params}
+        if state.buffers.size:
+            columns["buffers"] = state.buffers
+        if not self._bfloat16:
+            columns |= {f"optimizer__{name}": row for name, row in state.optimizer.items()}
+        return columns
 
     def _append(self, group: str, step: int, columns: Mapping[str, Any]) -> None:
         if step not in self._have[group]:

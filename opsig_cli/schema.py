@@ -39,7 +39,8 @@ def _fields(*fields: Field) -> dict[str, Field]:
 
 ROW_CHECKSUM = "exclusive or, over the row's measured columns, of crc32(column name, bytes of the row)"
 
-# "S*" is a fixed-length UTF-8 string as wide as the longest value; "u1|i4" is u1 where 254 classes suffice.
+# "S*" is a fixed-length UTF-8 string as wide as the longest value; "u1|i4" is u1 where 254 classes suffice,
+# and "f4|u2" is float32 or, as u2, the bits of bfloat16.
 FIELDS = _fields(
     Field("sample", ("sample",), "i8", "1", "index of the sample in the task's dataset"),
     Field("class_name", ("class",), "S*", "1", "name of the class that a prediction's integer stands for"),
@@ -64,7 +65,7 @@ FIELDS = _fields(
     Field("losses/prediction", ("step", "sample"), "u1|i4", "1", "predicted class of every sample", "opsig track"),
     Field("checkpoints/step", ("step",), "i8", "1", "optimizer steps taken before the checkpoint"),
     Field("checkpoints/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
-    Field("checkpoints/params", ("step", "parameter"), "f4", "1", "all parameters, flattened in layout order"),
+    Field("checkpoints/params", ("step", "parameter"), "f4|u2", "1", "all parameters, flattened in layout order"),
     Field("checkpoints/buffers", ("step", "buffer"), "f8", "1", "all buffers of the model, flattened in layout order"),
     Field("checkpoints/optimizer/momentum_buffer", ("step", "parameter"), "f4", "1", "heavy-ball momentum"),
     Field("checkpoints/optimizer/exp_avg", ("step", "parameter"), "f4", "1", "Adam's first moment"),

@@ -9,6 +9,8 @@ from typing import Any, Self
 from opsig_cli.errors import OpsigError, UsageError
 
 SGD_BATCH_SIZE = 128
+DTYPES = ("float32", "bfloat16")
+"""What checkpoints can be kept in."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Settings:
     track_every: int = 0
     checkpoint_every: int = 0
     checkpoint_pairs: bool = False
+    checkpoint_dtype: str = "float32"
     sharpness_every: int = 0
 
     @classmethod
@@ -49,6 +52,8 @@ class Settings:
             raise UsageError("gd is full batch. Use --optimizer sgd with --batch-size, or --chunk-size to bound memory")
         if settings.optimizer == "sgd" and settings.batch_size is None:
             settings = replace(settings, batch_size=SGD_BATCH_SIZE)
+        if settings.checkpoint_dtype not in DTYPES:
+            raise UsageError(f"--checkpoint-dtype is one of {', '.join(DTYPES)}, not '{settings.checkpoint_dtype}'")
         if settings.checkpoint_every == 0:
             settings = replace(settings, checkpoint_every=max(1, settings.steps // 20))
         if settings.statistics is None:
@@ -80,7 +85,13 @@ class Settings:
         return self.of(kept | changed)
 
     def resumed(self, given: Mapping[str, Any], path: str) -> Self:
-        """These settings with more steps where asked. Raises UsageError where another option contradicts them."""
+        """These settings with more steps where asked. Raises UsageError where another option contradicts them, and
+        OpsigError where the run cannot be continued from its checkpoints."""
+        if self.checkpoint_dtype == "bfloat16":
+            raise OpsigError(
+                f"{path} keeps its checkpoints rounded to bfloat16, from which a run cannot be continued as it was. "
+                "Begin again with --replace"
+            )
         for key, value in given.items():
             if value is not None and key not in ("steps", "backend", "task") and value != getattr(self, key):
                 option = key.replace("_", "-")

@@ -96,6 +96,7 @@ def new_recorder(
         attributes=_provenance(settings, session, spec),
         replace=replace,
         commit_every=commit_every,
+        bfloat16=settings.checkpoint_dtype == "bfloat16",
     )
     truth = getattr(task, "truth", None)
     if truth is not None:

@@ -210,6 +210,12 @@ class Trajectory:
             back[ascending] = np.arange(len(ascending))
             return self._missing(name, values[back])
 
+    def check(self, group: str, positions: np.ndarray) -> None:
+        """Hold rows, given by their place in order of step, (N,), against their checksums; OpsigError where they differ."""
+        rows = self._rows(group)
+        for position in np.unique(positions).tolist():
+            self._check_row(group, rows.place(position))
+
     def series(self, name: str, positions: np.ndarray, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Columns of chosen samples over time, (T, M); `positions` index the file's samples, (M,)."""
         self.require(name)
@@ -266,14 +272,15 @@ class Trajectory:
         given |= {f"{group}/step": np.asarray(step)}
         checksum = 0
         for name, value in given.items():
-            dataset = self._column(FIELDS[name], value.shape, place)
+            dataset = self._column(FIELDS[name], value, place)
             value = np.asarray(value, dataset.dtype, order="C")
             _write_row(dataset, place, value)
             if not _is_fill(value):
                 checksum ^= _column_checksum(name, value)
         for name in rows.columns(self._file, group).keys() - given.keys() - {f"{group}/checksum"}:
             _write_fill(rows.columns(self._file, group)[name], place)
-        _write_row(self._column(FIELDS[f"{group}/checksum"], (), place), place, np.asarray(checksum, np.uint32))
+        crc = np.asarray(checksum, np.uint32)
+        _write_row(self._column(FIELDS[f"{group}/checksum"], crc, place), place, crc)
         rows.add(step)
 
     def write(self, name: str, values: np.ndarray, replace: bool = False) -> None:
@@ -455,20 +462,24 @@ class Trajectory:
         return self._chunks[name]
 
     def _missing(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Unsigned integers become int64 with -1 for the fill."""
+        """bfloat16 becomes float32, and unsigned integers int64 with -1 for the fill."""
         if values.dtype.kind != "u" or "|" not in FIELDS[name].dtype:
             return values
+        if FIELDS[name].dtype == "f4|u2":
+            return from_bfloat16(values)
         return np.where(values == _fill(values.dtype), np.int64(-1), values.astype(np.int64))
 
-    def _column(self, field: Field, shape: tuple[int, ...], place: int) -> Any:
-        """The dataset of a row group's column, made where it is new: the rows before `place` hold the fill."""
+    def _column(self, field: Field, value: np.ndarray, place: int) -> Any:
+        """The dataset for rows like `value`, made where it is new: the rows before `place` hold the fill."""
         rows = self._rows(field.path.split("/")[0])
         known = rows.columns(self._file, field.path.split("/")[0])
         if field.path in known:
             return known[field.path]
-        width = math.prod(shape)
+        shape, width = value.shape, value.size
         dtype = field.dtype
-        if "|" in dtype:
+        if dtype == "f4|u2":
+            dtype = "u2" if value.dtype == np.uint16 else "f4"
+        elif "|" in dtype:
             dtype = "u1" if self.has("class_name") and self.shape("class_name")[0] < 255 else "i4"
         if "sample" in field.dims:
             chunks = (64, min(1024, width)) if width < WIDE else (16, 16384)
@@ -589,6 +600,22 @@ def _is_fill(value: Any) -> bool:
         first = value if value.ndim == 0 else value.flat[0] if value.size else fill
         return bool(np.isnan(first)) and bool(np.isnan(value).all())
     return bool(np.all(value == fill))
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest bfloat16, ties to even, as its 16 bits in uint16.
+
+    >>> from_bfloat16(to_bfloat16(np.array([1.0, 3.14159265], np.float32))).tolist()
+    [1.0, 3.140625]
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0xFFFF, rounded).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of bfloat16 bits, uint16."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _group_of(name: str) -> str:

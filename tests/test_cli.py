@@ -293,6 +293,13 @@ def test_mistakes_about_probes(opsig, digits_run, tiny_run, tmp_path):
 # -- mistakes
 
 
+def test_a_damaged_row_is_named_before_it_is_reported(opsig, tiny_run, tmp_path):
+    path = shutil.copy(tiny_run, tmp_path)
+    with h5py.File(path, "r+") as file:
+        file["losses/loss"][30, 7] += 100
+    opsig("mine", path, "--score", "change").fails(1, "losses at step 3", "checksum", "opsig verify")
+
+
 def test_no_such_file(opsig):
     for command in ("track", "mine", "cluster", "info"):
         opsig(command, "nowhere.h5").fails(1, "nowhere.h5 does not exist")

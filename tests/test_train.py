@@ -8,7 +8,11 @@ import time
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import TASKS, start_opsig, train_tiny
+
+from opsig_cli.recorder import read_state
+from opsig_cli.trajectory import open_trajectory
 
 
 def arrays(path):
@@ -144,3 +148,23 @@ def test_a_changed_task_file_is_a_warning(tmp_path, opsig):
     outcome = opsig("track", tmp_path / "run.h5", "--task", f"{tmp_path}/mine.py:Tiny")
     assert outcome.code == 0
     assert "has changed since" in outcome.err
+
+
+def test_checkpoints_in_bfloat16_are_half_the_size_and_rounded_to_nearest(tmp_path, opsig):
+    opsig(*train_tiny(tmp_path / "whole.h5", "--checkpoint-every", 10))
+    rounded = tmp_path / "rounded.h5"
+    assert opsig(*train_tiny(rounded, "--checkpoint-every", 10, "--checkpoint-dtype", "bfloat16")).code == 0
+    with open_trajectory(tmp_path / "whole.h5") as whole, open_trajectory(rounded) as run:
+        for step in run.steps("checkpoints"):
+            exact = torch.from_numpy(read_state(whole, step).params)
+            np.testing.assert_array_equal(read_state(run, step).params, exact.bfloat16().float().numpy())
+        np.testing.assert_array_equal(run.row("losses/loss", 60), whole.row("losses/loss", 60))
+    with h5py.File(rounded) as file:
+        assert file["checkpoints/params"].dtype == np.uint16
+    assert opsig("repack", rounded, "-o", tmp_path / "packed.h5").code == 0
+    for path in (rounded, tmp_path / "packed.h5"):
+        assert opsig("verify", path).code == 0
+        assert opsig("sharpness", path, "--task", f"{TASKS}:Tiny", "--steps", "60", "--tolerance", "1e-2").code == 0
+    opsig("train", "-o", rounded, "--resume", "--task", f"{TASKS}:Tiny", "--steps", 80).fails(1, "bfloat16")
+    arguments = train_tiny(tmp_path / "other.h5", "--checkpoint-dtype", "float16")
+    opsig(*arguments).fails(2, "float32, bfloat16", "float16")

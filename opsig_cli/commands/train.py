@@ -44,6 +44,10 @@ def train(
     checkpoint_pairs: Annotated[
         bool, typer.Option("--checkpoint-pairs", help="Checkpoint the step after each, too.")
     ] = False,
+    checkpoint_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="float32|bfloat16", help="bfloat16: half the size, rounded; the run cannot be resumed."),
+    ] = None,
     sharpness_every: Annotated[
         int | None, typer.Option(min=1, help="Measure the top Hessian eigenvalue every N steps.")
     ] = None,
@@ -81,7 +85,8 @@ def train(
         momentum=momentum, beta1=beta1, beta2=beta2, sign_learning_rate=sign_learning_rate, dampening=dampening,
         radius=radius, weight_decay=weight_decay, seed=seed, chunk_size=chunk_size,
         track_every=track_every or (1 if track else None), checkpoint_every=checkpoint_every,
-        checkpoint_pairs=checkpoint_pairs or None, sharpness_every=sharpness_every, statistics=statistics,
+        checkpoint_pairs=checkpoint_pairs or None, checkpoint_dtype=checkpoint_dtype,
+        sharpness_every=sharpness_every, statistics=statistics,
         backend=backend,
     )  # fmt: skip
     if resume:
