@@ -211,7 +211,7 @@ class Trajectory:
             return self._missing(name, values[back])
 
     def check(self, group: str, positions: np.ndarray) -> None:
-        """Hold rows, given by their place in order of step, (N,), against their checksums; OpsigError where they differ."""
+        """Hold rows, by their place in order of step, (N,), against their checksums; OpsigError where they differ."""
         rows = self._rows(group)
         for position in np.unique(positions).tolist():
             self._check_row(group, rows.place(position))
