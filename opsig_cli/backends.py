@@ -120,8 +120,8 @@ class GradientCosines(Protocol):
         """Cosines of the chosen samples' gradients over all parameters, (M, M) float64; NaN where a gradient is 0."""
         ...
 
-    def mean_cosines(self, state: State, sets: list[np.ndarray]) -> np.ndarray:
-        """Mean cosine of every sample's gradient with those of each set of samples, (S, G) float64; NaN as above."""
+    def mean_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
+        """Mean cosine of chosen samples' gradients with those of each set of samples, (M, G) float64; NaN as above."""
         ...
 
 

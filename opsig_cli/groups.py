@@ -16,7 +16,7 @@ from opsig_cli import backends
 from opsig_cli.analysis import grouping
 from opsig_cli.analysis.grouping import Evidence, Grouping
 from opsig_cli.backends import Session
-from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.errors import OpsigError
 from opsig_cli.movers import Movers
 from opsig_cli.recorder import read_state
 from opsig_cli.trajectory import Trajectory
@@ -55,10 +55,12 @@ NOBODY = Joined(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
 
 @dataclass(frozen=True)
 class Trust:
-    """How far a pair can be trusted: `stability` under resampling, 0 to 1, and `p_value` against no structure."""
+    """How far a pair can be trusted: `stability` under resampling, 0 to 1, `p_value` against no structure, and
+    `p_value_losses` of its losses' correlation against phase-shuffled series."""
 
     stability: float
     p_value: float
+    p_value_losses: float
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,20 @@ def window_of(run: Trajectory, movers: Movers) -> Window:
     return Window(first, stop, run.steps("losses")[first:stop], rise_row, float(rises.max()) * len(run.samples))
 
 
-def cosines(
+def mean_similarity(
     run: Trajectory, session: Session, backend: str, position: np.ndarray, window: Window, advance: Callable[..., None]
 ) -> np.ndarray:
-    """Gradient cosines of the samples at checkpoints spread over the window, (C, M, M) float64."""
+    """Gradient cosines of the samples, averaged over checkpoints spread over the window, (M, M) float32."""
     backends.require(session, backends.GradientCosines, backend, "gradient cosines")
     steps = checkpoints_in(run, window)
     samples = run.samples[position]
-    found = []
+    total = np.zeros((len(samples), len(samples)), np.float32)
     for step in steps.tolist():
-        found.append(np.nan_to_num(session.gradient_cosines(read_state(run, step), samples)))  # pyright: ignore
+        found = session.gradient_cosines(read_state(run, step), samples)  # pyright: ignore
+        np.add(total, np.nan_to_num(found, copy=False), out=total, casting="same_kind")
         advance(note=f"step {step}")
-    return np.stack(found)
+    total /= len(steps)
+    return total
 
 
 def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
@@ -111,53 +115,75 @@ def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
     return grouping.spread(int(window.steps_T[0]), int(window.steps_T[-1]), run.steps("checkpoints"), CHECKPOINTS)
 
 
-def cluster(run: Trajectory, position: np.ndarray, by: str, window: Window, cosines_CMM: np.ndarray | None) -> Clusters:
-    """Group the samples by gradient cosines, by the correlation of their loss changes, or by cosines with the losses as
-    second evidence ("both"): a pair whose mean loss changes correlate above 0 stays, and is marked."""
-    if by not in BY:
-        raise UsageError(f"--by is one of {', '.join(BY)}, not '{by}'")
+def by_gradient(
+    run: Trajectory, session: Session, position: np.ndarray, by: str, window: Window, similarity_MM: np.ndarray,
+    joining: bool, advance: Callable[..., None],
+) -> Clusters:  # fmt: skip
+    """Group the samples by their mean gradient cosines; with `by` "both" a pair's losses are its second evidence.
+
+    Every pair is scored anew at each checkpoint from the mean gradients of its groups. With `joining`, samples that
+    were not mined join the group with which they align as well as its own members do.
+    """
+    found = grouping.group_by_similarity(similarity_MM, _smallest(position))
+    sets = [run.samples[position[found.members(group)]] for group in range(len(found.partner_G))]
+    everybody = np.arange(len(run.samples)) if joining else position
+    means_CNG = np.zeros((0, len(everybody), 0))
+    if sets:
+        rows = []
+        for step in checkpoints_in(run, window).tolist():
+            rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore
+            advance(note=f"step {step}")
+        means_CNG = np.nan_to_num(np.stack(rows))
+    place = position if joining else np.arange(len(position))
+    across = {(a, b): means_CNG[:, place[found.members(a)], b].mean(1) for a, b in found.pairs()}
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
-    tested_CMM = cosines_CMM
-    if cosines_CMM is None:  # groups of the first half of the window are tested on the second
-        half = len(losses_TM) // 2
-        cosines_CMM, tested_CMM = (
-            np.nan_to_num(grouping.change_correlation(part))[None] for part in (losses_TM[: half + 1], losses_TM[half:])
-        )
-    assert tested_CMM is not None
-    similarity_MM = cosines_CMM.mean(0)
-    smallest = grouping.SMALLEST if len(position) >= 10 * grouping.SMALLEST else 2
-    found = grouping.group_by_similarity(similarity_MM, smallest)
-    weighed = {
-        (a, b): grouping.evidence(
-            tested_CMM, losses_TM, window.rise_row, window.rise, found.members(a), found.members(b)
-        )
-        for a, b in found.pairs()
-    }
-    stability = grouping.pair_stability(similarity_MM, found, smallest)
-    null = grouping.null_strengths(tested_CMM.mean(0), smallest=smallest) if weighed else np.empty(0)
-    p_values = {
-        (a, b): grouping.p_value(grouping.strength(e.opposition, len(found.members(a)), len(found.members(b))), null)
-        for (a, b), e in weighed.items()
-    }
-    trusted = [Trust(stability[pair], p_values[pair]) for pair in weighed]
-    return Clusters(by, position, found, list(weighed.values()), trusted, similarity_MM, losses_TM, window)
-
-
-def join(run: Trajectory, session: Session, clusters: Clusters, advance: Callable[..., None]) -> Clusters:
-    """The same groups with the samples that were not mined but align with one as well as its own members do."""
-    found = clusters.grouping
-    outside = np.setdiff1d(np.arange(len(run.samples)), clusters.position)
-    if not len(found.partner_G) or not len(outside):
+    clusters = _weigh(by, position, found, similarity_MM, similarity_MM, across, losses_TM, window)
+    outside = np.setdiff1d(everybody, position)
+    if not sets or not len(outside):
         return clusters
-    sets = [run.samples[clusters.position[found.members(group)]] for group in range(len(found.partner_G))]
-    steps = checkpoints_in(run, clusters.window)
-    total = np.zeros((len(run.samples), len(sets)))
-    for step in steps.tolist():
-        total += np.nan_to_num(session.mean_cosines(read_state(run, step), sets))[run.samples]  # pyright: ignore
-        advance(note=f"step {step}")
-    group, alignment = grouping.join(total / len(steps), found, outside)
+    group, alignment = grouping.join(means_CNG.mean(0), found, outside)
     inside = group >= 0
     return replace(clusters, joined=Joined(outside[inside], group[inside], alignment[inside]))
+
+
+def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
+    """Group the samples by the correlation of their loss changes in the first half of the window, and test the groups
+    on the second."""
+    losses_TM = run.series("losses/loss", position, window.first, window.stop)
+    half = len(losses_TM) // 2
+    first_MM, second_MM = (
+        np.nan_to_num(grouping.change_correlation(part)) for part in (losses_TM[: half + 1], losses_TM[half:])
+    )
+    found = grouping.group_by_similarity(first_MM, _smallest(position))
+    across = {
+        (a, b): second_MM[np.ix_(found.members(a), found.members(b))].mean(keepdims=True)[0] for a, b in found.pairs()
+    }
+    return _weigh("loss", position, found, first_MM, second_MM, across, losses_TM, window)
+
+
+def _smallest(position: np.ndarray) -> int:
+    return grouping.SMALLEST if len(position) >= 10 * grouping.SMALLEST else 2
+
+
+def _weigh(
+    by: str, position: np.ndarray, found: Grouping, similarity_MM: np.ndarray, tested_MM: np.ndarray,
+    across: dict[tuple[int, int], np.ndarray], losses_TM: np.ndarray, window: Window,
+) -> Clusters:  # fmt: skip
+    """The groups with their pairs' evidence from `tested_MM` and the similarity `across` a pair at each checkpoint."""
+    smallest = _smallest(position)
+    stability = grouping.pair_stability(similarity_MM, found, smallest)
+    null = grouping.null_strengths(tested_MM, smallest=smallest) if across else np.empty(0)
+    evidence, trust = [], []
+    for a, b in found.pairs():
+        members = found.members(a), found.members(b)
+        weighed = grouping.evidence(tested_MM, across[a, b], losses_TM, window.rise_row, window.rise, *members)
+        strength = grouping.strength(weighed.opposition, *map(len, members))
+        changes = [np.diff(losses_TM[:, side].mean(1, dtype=np.float64)) for side in members]
+        evidence.append(weighed)
+        trust.append(
+            Trust(stability[a, b], grouping.p_value(strength, null), grouping.series_p_value(changes[0], changes[1]))
+        )
+    return Clusters(by, position, found, evidence, trust, similarity_MM, losses_TM, window)
 
 
 def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
@@ -189,6 +215,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "share": evidence.share,
             "stability": trust.stability,
             "p_value": trust.p_value,
+            "p_value_losses": trust.p_value_losses,
             "rise_step": rise_step,
             "changes": evidence.changes,
             "sentence": _sentence((a, b), sizes, (mixes[a], mixes[b]), evidence, rise_step),

@@ -42,15 +42,17 @@ def test_mean_cosines_are_means_of_the_cosines(task):
     everybody = np.arange(session.samples)
     cosines = session.gradient_cosines(state, everybody)
     sets = [np.array([3, 1, 20]), np.array([5]), everybody[::2]]
-    expected = np.stack([cosines[:, chosen].mean(1) for chosen in sets], 1)
-    np.testing.assert_allclose(session.mean_cosines(state, sets), expected, atol=1e-12)
+    chosen = np.array([4, 20, 7])
+    expected = np.stack([cosines[chosen][:, members].mean(1) for members in sets], 1)
+    np.testing.assert_allclose(session.mean_cosines(state, chosen, sets), expected, atol=1e-12)
 
 
 def test_gradient_cosines_do_not_depend_on_the_memory_they_may_use(monkeypatch):
     session, state = open_double(tiny.Conv())
     samples = np.arange(12)
     whole = session.gradient_cosines(state, samples)
-    monkeypatch.setattr("opsig_torch.alignment.MEMORY_BYTES", 1)
+    for bound in ("MEMORY_BYTES", "PIECE_BYTES", "TILE"):
+        monkeypatch.setattr(f"opsig_torch.captured.{bound}", 1)
     np.testing.assert_allclose(session.gradient_cosines(state, samples), whole, atol=1e-12)
 
 

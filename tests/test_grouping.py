@@ -65,7 +65,8 @@ def test_evidence_of_two_exact_groups_is_exact():
     sides = np.array([1, 1, -1, -1])
     similarity = np.stack([np.outer(sides, sides) * c for c in (0.5, 0.7)])
     losses = np.array([[1, 1, 1, 1], [2, 2, 0, 0], [1.5, 1.5, 1, 1]], np.float32)
-    found = grouping.evidence(similarity, losses, 1, 8.0, np.array([0, 1]), np.array([2, 3]))
+    across = similarity[:, :2, 2:].mean((1, 2))
+    found = grouping.evidence(similarity.mean(0), across, losses, 1, 8.0, np.array([0, 1]), np.array([2, 3]))
     assert found.cohesion == pytest.approx(0.6)
     assert found.opposition == pytest.approx(-0.6)
     assert found.opposition_error == pytest.approx(0.1)
@@ -115,3 +116,27 @@ def test_a_pair_that_resampling_breaks_is_unstable():
     found = grouping.group_by_similarity(similarity, smallest=2)
     for stability in grouping.pair_stability(similarity, found, smallest=2).values():
         assert stability < 0.9
+
+
+def test_the_silhouette_is_scikit_learns():
+    from sklearn.metrics import silhouette_score
+
+    generator = np.random.default_rng(0)
+    similarity, groups = planted_similarity(generator, noise=0.4)
+    groups[generator.random(len(groups)) < 0.2] = -1
+    inside = groups >= 0
+    distance = np.clip(1 - similarity[np.ix_(inside, inside)], 0, 2)
+    np.fill_diagonal(distance, 0)
+    expected = silhouette_score(distance, groups[inside], metric="precomputed")
+    assert grouping.silhouette(similarity, groups) == pytest.approx(expected)
+
+
+def test_series_that_share_more_than_their_period_are_significant():
+    generator = np.random.default_rng(3)
+    shared = generator.standard_normal(200)
+    a, b = (shared + 0.5 * generator.standard_normal(200) for _ in range(2))
+    assert grouping.series_p_value(a, -b) <= 0.01
+    assert grouping.series_p_value(a, b) > 0.9
+    p_values = [grouping.series_p_value(*generator.standard_normal((2, 101)), seed=i) for i in range(200)]
+    assert 0.4 < np.mean(p_values) < 0.6
+    assert 1 <= np.sum(np.array(p_values) <= 0.05) <= 22

@@ -19,6 +19,10 @@ SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 OPPOSES = -0.15
 """Two groups can be a pair where their mean similarity is below this."""
+MOST_DRAWN = 2000
+"""Samples that are grouped anew at a time to see whether a pair comes back."""
+ROWS = 512
+"""Rows of a similarity that are worked on at a time."""
 BELONGS = 0.3
 """A member stays where its mean similarity with its group, and minus that with the opposing group, is above this."""
 
@@ -59,12 +63,11 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
     count = len(similarity_MM)
     if count < 2:
         raise ValueError(f"{count} samples cannot be grouped: at least two are needed")
-    similarity = np.nan_to_num(similarity_MM)
-    distance = _distance(similarity)
-    groups, _ = _best_cut(distance, smallest)
+    similarity = similarity_MM if np.isfinite(similarity_MM).all() else np.nan_to_num(similarity_MM)
+    groups, _ = _best_cut(similarity, smallest)
     for group in range(groups.max() + 1):  # several pairs on one class look like one side from afar
         members = np.flatnonzero(groups == group)
-        parts, quality = _best_cut(distance[np.ix_(members, members)], smallest)
+        parts, quality = _best_cut(similarity[np.ix_(members, members)], smallest)
         if quality >= SPLITS:
             groups[members] = np.where(parts > 0, parts + groups.max(), np.where(parts == 0, group, -1))
     while True:  # leaving members out changes the means that others are held against
@@ -76,27 +79,32 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
         groups = kept
 
 
-def _distance(similarity: np.ndarray) -> np.ndarray:
-    distance = np.clip(1 - similarity, 0, 2)
-    np.fill_diagonal(distance, 0)
-    return distance
-
-
-def _cut_tree(distance: np.ndarray, smallest: int) -> Iterator[np.ndarray]:
+def _cut_tree(similarity: np.ndarray, smallest: int) -> Iterator[np.ndarray]:
     """Groups of at least `smallest` by average linkage, (M,) with -1 for none, at each height of CUTS."""
     from scipy.cluster.hierarchy import fcluster, linkage
-    from scipy.spatial.distance import squareform
 
-    tree = linkage(squareform(distance, checks=False), "average")
+    tree = linkage(_distances(similarity), "average")
     for cut in CUTS:
         yield _drop_small(fcluster(tree, cut, "distance"), smallest)
 
 
-def _best_cut(distance: np.ndarray, smallest: int) -> tuple[np.ndarray, float]:
+def _distances(similarity: np.ndarray) -> np.ndarray:
+    """1 - S of every two samples, as scipy condenses it: (M (M - 1) / 2,)."""
+    count = len(similarity)
+    found = np.empty(count * (count - 1) // 2)
+    first = 0
+    for i in range(count - 1):
+        last = first + count - 1 - i
+        np.subtract(1, similarity[i, i + 1 :], out=found[first:last])
+        first = last
+    return np.clip(found, 0, 2, out=found)
+
+
+def _best_cut(similarity: np.ndarray, smallest: int) -> tuple[np.ndarray, float]:
     """The groups with the best silhouette, (M,), and that silhouette."""
-    best, best_quality = np.full(len(distance), -1), -np.inf
-    for groups in _cut_tree(distance, smallest) if len(distance) > 1 else ():
-        quality = _silhouette(distance, groups)
+    best, best_quality = np.full(len(similarity), -1), -np.inf
+    for groups in _cut_tree(similarity, smallest) if len(similarity) > 1 else ():
+        quality = silhouette(similarity, groups)
         if quality > best_quality:
             best, best_quality = groups, quality
     return best, best_quality
@@ -110,26 +118,40 @@ def _drop_small(groups: np.ndarray, smallest: int) -> np.ndarray:
     return new[inverse]
 
 
-def _silhouette(distance: np.ndarray, groups: np.ndarray) -> float:
-    """Mean silhouette of the grouped samples times their number's share; -1 where there are not two groups."""
-    from sklearn.metrics import silhouette_score
+def silhouette(similarity_MM: np.ndarray, groups_M: np.ndarray) -> float:
+    """Mean silhouette, on the distance 1 - S, of the samples in groups 0, 1, ... (-1 is none); -1 for fewer than two.
 
-    inside = np.flatnonzero(groups >= 0)
-    if len(np.unique(groups[inside])) < 2 or len(np.unique(groups[inside])) >= len(inside):
+    Rousseeuw 1987. Groups have two members or more. It comes from sums over groups, so that no matrix is copied.
+    """
+    inside = np.flatnonzero(groups_M >= 0)
+    sums_MG, sizes = _sums(similarity_MM, groups_M)
+    if len(sizes) < 2 or len(sizes) >= len(inside):
         return -1.0
-    return float(silhouette_score(distance[np.ix_(inside, inside)], groups[inside], metric="precomputed"))
+    own = groups_M[inside]
+    rows = np.arange(len(inside))
+    within = 1 - (sums_MG[inside, own] - np.diagonal(similarity_MM)[inside]) / (sizes[own] - 1)
+    between = 1 - sums_MG[inside] / sizes
+    between[rows, own] = np.inf
+    nearest = between.min(1)
+    return float(np.mean((nearest - within) / np.maximum(np.maximum(nearest, within), 1e-12)))
 
 
-def _means(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of every sample's similarity over each group, (M, G), and the groups' sizes, (G,)."""
-    count = groups.max(initial=-1) + 1
-    indicator = (groups[:, None] == np.arange(count)).astype(float)
-    return similarity @ indicator, indicator.sum(0)
+def _sums(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of every sample's similarity over each group, (M, G) float64, and the groups' sizes, (G,)."""
+    sizes = np.bincount(groups[groups >= 0], minlength=groups.max(initial=-1) + 1)
+    sums = np.zeros((len(groups), len(sizes)))
+    if len(sizes):
+        members = np.argsort(groups, kind="stable")[len(groups) - sizes.sum() :]
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        for first in range(0, len(groups), ROWS):
+            rows = similarity[first : first + ROWS]
+            sums[first : first + ROWS] = np.add.reduceat(rows[:, members], starts, axis=1, dtype=np.float64)
+    return sums, sizes
 
 
 def _oppose(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Each group's partner: pairs are taken in order of mean similarity, the most negative first."""
-    sums_MG, sizes = _means(similarity, groups)
+    sums_MG, sizes = _sums(similarity, groups)
     partner = np.full(len(sizes), -1)
     if len(sizes) == 0:
         return partner
@@ -144,14 +166,16 @@ def _oppose(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _alignment(similarity: np.ndarray, groups: np.ndarray, partner_G: np.ndarray) -> np.ndarray:
-    sums_MG, sizes = _means(similarity, groups)
+    sums_MG, sizes = _sums(similarity, groups)
     alignment = np.full(len(groups), np.nan)
-    for i in np.flatnonzero(groups >= 0):
-        own, other = groups[i], partner_G[groups[i]]
-        total, number = sums_MG[i, own] - similarity[i, i], sizes[own] - 1
-        if other >= 0:
-            total, number = total - sums_MG[i, other], number + sizes[other]
-        alignment[i] = total / max(number, 1)
+    inside = np.flatnonzero(groups >= 0)
+    own = groups[inside]
+    other = partner_G[own]
+    paired = other >= 0
+    total = sums_MG[inside, own] - np.diagonal(similarity)[inside]
+    total[paired] -= sums_MG[inside[paired], other[paired]]
+    number = sizes[own] - 1 + np.where(paired, sizes[other], 0)
+    alignment[inside] = total / np.maximum(number, 1)
     return alignment
 
 
@@ -195,15 +219,15 @@ class Evidence:
 
 
 def evidence(
-    similarity_CMM: np.ndarray, losses_TM: np.ndarray, rise_at: int, whole_rise: float, a: np.ndarray, b: np.ndarray
-) -> Evidence:
+    similarity_MM: np.ndarray, across_C: np.ndarray, losses_TM: np.ndarray, rise_at: int, whole_rise: float,
+    a: np.ndarray, b: np.ndarray,
+) -> Evidence:  # fmt: skip
     """Evidence for the groups with these positions.
 
-    `whole_rise` is the rise of all samples' summed loss from row `rise_at - 1` to `rise_at`, in nats.
+    `across_C`: mean similarity between the two at each checkpoint. `whole_rise`: the rise of all samples' summed loss
+    from row `rise_at - 1` to `rise_at`, in nats.
     """
-    across_C = similarity_CMM[:, a][:, :, b].mean((1, 2))
-    mean_MM = similarity_CMM.sum(0) / len(similarity_CMM)
-    within = [_within(mean_MM, members) for members in (a, b)]
+    within = [_within(similarity_MM, members) for members in (a, b)]
     error = float(across_C.std(ddof=1) / np.sqrt(len(across_C))) if len(across_C) > 1 else float("nan")
     changes = np.diff(np.stack([losses_TM[:, a].mean(1), losses_TM[:, b].mean(1)]).astype(np.float64), axis=1)
     rises = [
@@ -292,7 +316,7 @@ def null_strengths(
         shuffled = np.eye(count)
         shuffled[upper] = generator.permutation(values)
         shuffled.T[upper] = shuffled[upper]
-        for groups in _cut_tree(_distance(shuffled), smallest):
+        for groups in _cut_tree(shuffled, smallest):
             for a, b in _pairs(_oppose(shuffled, groups)):
                 inside_a, inside_b = groups == a, groups == b
                 across = float(shuffled[np.ix_(inside_a, inside_b)].mean())
@@ -309,10 +333,32 @@ def p_value(value: float, null: np.ndarray) -> float:
     return float((1 + (null >= value).sum()) / (1 + len(null)))
 
 
+def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = 199, seed: int = 0) -> float:
+    """Share of phase-shuffled a, (T,), itself included, that correlate with b at least as negatively as a does.
+
+    A surrogate keeps the power of every frequency of a and loses its phase (Theiler et al. 1992). Two series that do
+    nothing but alternate at period two are at +1 or -1 whatever their phase: the answer is then a half, not small.
+
+    >>> swing = np.resize([1.0, -1.0], 64)
+    >>> series_p_value(swing, -swing) > 0.3
+    True
+    """
+    generator = np.random.default_rng(seed)
+    a, b = changes_a - changes_a.mean(), changes_b - changes_b.mean()
+    spectrum = np.fft.rfft(a)
+    phases = np.exp(2j * np.pi * generator.random((rounds, len(spectrum))))
+    phases[:, 0] = 1
+    if len(a) % 2 == 0:  # the highest frequency stays real
+        phases[:, -1] = np.where(generator.random(rounds) < 0.5, -1, 1)
+    products = np.fft.irfft(spectrum * phases, len(a)) @ b
+    observed = float(a @ b)
+    return float((1 + (products <= observed + 1e-9 * abs(observed)).sum()) / (1 + rounds))
+
+
 def pair_stability(
     similarity_MM: np.ndarray, grouping: Grouping, smallest: int = SMALLEST, rounds: int = 10, seed: int = 0
 ) -> dict[tuple[int, int], float]:
-    """How well each pair comes back when four fifths of the samples are grouped anew, 0 to 1, by pair.
+    """How well each pair comes back when four fifths of the samples (at most MOST_DRAWN) are grouped anew, 0 to 1.
 
     For every round the best match among the new pairs: the smaller Jaccard index of its two sides, each among the
     samples drawn (Hennig 2007, Computational Statistics & Data Analysis 52).
@@ -321,7 +367,7 @@ def pair_stability(
     count = len(similarity_MM)
     totals = {pair: 0.0 for pair in grouping.pairs()}
     for _ in range(rounds if totals else 0):
-        drawn = np.sort(generator.choice(count, max(2, count * 4 // 5), replace=False))
+        drawn = np.sort(generator.choice(count, min(MOST_DRAWN, max(2, count * 4 // 5)), replace=False))
         again = group_by_similarity(similarity_MM[np.ix_(drawn, drawn)], smallest)
         for a, b in totals:
             old = [grouping.group_M[drawn] == side for side in (a, b)]

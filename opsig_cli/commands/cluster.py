@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from opsig_cli import options
-from opsig_cli.errors import OpsigError
+from opsig_cli.errors import OpsigError, UsageError
 
 
 def cluster(
@@ -42,6 +42,8 @@ def cluster(
     from opsig_cli import groups, measure, movers, records
     from opsig_cli.trajectory import open_trajectory
 
+    if by not in groups.BY:
+        raise UsageError(f"--by is one of {', '.join(groups.BY)}, not '{by}'")
     mined = records.read(sys.stdin) if run == "-" else None
     path = options.trajectory_of(mined) if mined else run
     with open_trajectory(path) as trajectory:
@@ -54,16 +56,14 @@ def cluster(
         if len(position) < 2:
             raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {path} --top 200")
         window = groups.window_of(trajectory, found)
-        if by != "loss":
+        if by == "loss":
+            clusters = groups.by_loss(trajectory, position, window)
+        else:
             steps = groups.checkpoints_in(trajectory, window)
             session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
             with options.progress("gradients", 2 * len(steps), quiet) as advance:
-                cosines = groups.cosines(trajectory, session, backend, position, window, advance)
-                clusters = groups.cluster(trajectory, position, by, window, cosines)
-                if join:
-                    clusters = groups.join(trajectory, session, clusters, advance)
-        else:
-            clusters = groups.cluster(trajectory, position, by, window, None)
+                similarity = groups.mean_similarity(trajectory, session, backend, position, window, advance)
+                clusters = groups.by_gradient(trajectory, session, position, by, window, similarity, join, advance)
         written = groups.records(trajectory, clusters)
         agreement = groups.agreement(trajectory, clusters) if truth else None
         explained = groups.explain(trajectory, clusters, explain) if explain is not None else []

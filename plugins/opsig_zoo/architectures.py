@@ -119,14 +119,15 @@ class _ViT(nn.Module):
     def __init__(self, channels: int, size: int, classes: int, patch: int, width: int, depth: int, heads: int):
         super().__init__()
         self.embed = nn.Conv2d(channels, width, patch, patch)
-        self.place = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
+        self.place = nn.Embedding((size // patch) ** 2, width)
+        nn.init.normal_(self.place.weight, std=0.02)
         self.layers = nn.Sequential(*(Layer(width, heads, causal=False) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.place
-        return self.head(self.norm(self.layers(tokens)).mean(1))
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.layers(tokens + self.place(_places(tokens)))).mean(1))
 
 
 def vit(
@@ -156,8 +157,12 @@ class GPT(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.head(self.norm(self.layers(self.embed(tokens) + self.place(places))))
+        return self.head(self.norm(self.layers(self.embed(tokens) + self.place(_places(tokens)))))
+
+
+def _places(tokens: torch.Tensor) -> torch.Tensor:
+    """The place of every token of (B, N, ...), sample by sample, so that each sample's gradient stays apart: (B, N)."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
 
 
 def _at_least(size: int, smallest: int, name: str) -> None:

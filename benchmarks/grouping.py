@@ -1,0 +1,85 @@
+"""What grouping costs: gradient cosines against passes over the same samples, and clustering in seconds and memory.
+
+    python benchmarks/grouping.py [--samples 10000] [--large]
+
+The cosines' part trains nothing: it takes fresh models on Fashion-MNIST. `--large` adds a vision transformer and an MLP
+of ten million parameters (some minutes). The clustering's part plants eight pairs of groups in a similarity of
+`--samples` rows, most of which belong nowhere, and weighs what it finds as `opsig cluster` does.
+"""
+
+import argparse
+import resource
+import time
+
+import numpy as np
+import torch
+from opsig_torch import TorchBackend
+from opsig_zoo import FashionMnist
+
+from opsig_cli.analysis import grouping
+
+
+def peak() -> int:
+    """The most memory this process has used so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def cosines(model: str, count: int) -> None:
+    """Cost of all cosines of `count` samples in forward and backward passes over them."""
+    task = FashionMnist(model=model, samples=count)
+    session = TorchBackend().open(task, "cpu")
+    state, everybody = session.initial(0), np.arange(count)
+    rows = []
+    for _ in range(1 if len(state.params) > 1e6 else 4):
+        begin = time.perf_counter()
+        session.gradient_cosines(state, everybody)
+        middle = time.perf_counter()
+        with session.at(state):
+            for _, batch in session.batches.in_pieces(session.inference_batch()):
+                torch.autograd.grad(task.losses(session.flat.model, batch).sum(), session.flat.parameters)
+        rows.append((middle - begin, time.perf_counter() - middle))
+    own, passes = np.median(rows, axis=0)
+    print(
+        f"{model} ({len(state.params):,} parameters): cosines of {count} samples cost {own / passes:.2f} passes; ",
+        end="",
+    )
+    print(f"M x P would take {4 * count * len(state.params) >> 20:,} MB; peak {peak():,} MB", flush=True)
+
+
+def clustering(count: int) -> None:
+    """Seconds and memory of grouping and of its evidence, without making the similarity."""
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((count, 64)).astype(np.float32)
+    for group in range(16):  # eight directions, both ways
+        rows[group * 50 : (group + 1) * 50, group // 2] += 20 * (-1) ** group
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    similarity = rows @ rows.T
+    begin, before = time.perf_counter(), peak()
+    found = grouping.group_by_similarity(similarity)
+    middle = time.perf_counter()
+    stability = grouping.pair_stability(similarity, found)
+    grouping.null_strengths(similarity)
+    end = time.perf_counter()
+    truth = np.where(np.arange(count) < 800, np.arange(count) // 50, -1)
+    right = [(truth[found.members(a)[0]], truth[found.members(b)[0]]) for a, b in found.pairs()]
+    planted = sum(a >= 0 and a // 2 == b // 2 for a, b in right)
+    print(f"{count} samples: grouped in {middle - begin:.1f} s, stability and null {end - middle:.1f} s; ", end="")
+    print(f"peak {peak():,} MB, {before:,} MB before; {planted} of 8 planted pairs among {len(right)}, ", end="")
+    print(f"stability of the planted ones at least {min(sorted(stability.values())[-8:]):.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--large", action="store_true")
+    options = parser.parse_args()
+    clustering(options.samples)
+    cosines("mlp", 512)
+    cosines("cnn", 512)
+    if options.large:
+        cosines("mlp:width=2300,depth=3", 2000)
+        cosines("vit:width=384,depth=6", 512)
+
+
+if __name__ == "__main__":
+    main()

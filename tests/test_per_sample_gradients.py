@@ -1,0 +1,119 @@
+"""Per-sample gradients from what enters and leaves layers, against autograd one sample at a time, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from opsig_torch import TorchBackend
+from opsig_zoo.models import image_model
+from opsig_zoo.text import Text
+from tasks import tiny
+from torch import nn
+
+
+class Images(tiny.Conv):
+    """Few small pictures through a model of the zoo."""
+
+    def __init__(self, model: str, size: int = 8):
+        self.name, self.size = model, size
+        self.x = torch.randn(6, 2, size, size, generator=torch.Generator().manual_seed(2))
+        self.y = torch.arange(6) % 4
+
+    def model(self):
+        return image_model(self.name, 2, self.size, 4)
+
+
+class Odd(tiny.Tiny):
+    """A model in which layers do not see samples one by one, or not all of a weight's use goes through its layer."""
+
+    class Model(nn.Module):
+        def __init__(self, kind: str):
+            super().__init__()
+            self.kind = kind
+            self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.scale = nn.Parameter(torch.randn(1, 6))
+
+        def forward(self, x):
+            x = torch.tanh(self.first(x))
+            if self.kind == "used outside of its layer":
+                x = x + nn.functional.linear(x, self.second.weight)
+            if self.kind == "entered three times":
+                x = self.second(torch.tanh(self.second(x)))
+            if self.kind == "samples along another axis":
+                x = torch.stack([x, x.square(), x.cos()])
+            if self.kind == "samples and tokens folded":
+                x = torch.stack([x, x.square()], 1).flatten(0, 1)
+            x = self.second(x)
+            if self.kind == "samples along another axis":
+                x = x.sum(0)
+            if self.kind == "samples and tokens folded":
+                x = x.view(-1, 2, 6).sum(1)
+            return self.last(torch.relu(x) * self.scale)
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def model(self):
+        return Odd.Model(self.kind)
+
+
+@pytest.fixture
+def gpt(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat; the dog sat on the log. " * 3)
+    return Text(str(tmp_path), context=6, samples=9, model="gpt:depth=1,width=8,heads=2")
+
+
+def check(task, loose=()):
+    """Norms, inner products and mean cosines of a session's samples are those of autograd."""
+    session = TorchBackend().open(task, "cpu", 4, "running", double=True)
+    state = session.initial(0)
+    samples = np.array([4, 0, 3, 5, 1])
+    with session.at(state):
+        rows = []
+        for i in range(session.samples):
+            loss = session.task.losses(session.flat.model, session.batches.take([i])).sum()
+            gradients = torch.autograd.grad(loss, session.flat.parameters, materialize_grads=True)
+            rows.append(torch.cat([g.reshape(-1) for g in gradients]).numpy())
+        assert set(session.gradient_plan().loose) == set(loose)
+    norms = np.linalg.norm(rows, axis=1)
+    np.testing.assert_allclose(session.gradient_norms(state), norms, rtol=1e-9)
+    unit = np.array(rows) / norms[:, None]
+    cosines = unit @ unit.T
+    np.testing.assert_allclose(session.gradient_cosines(state, samples), cosines[np.ix_(samples, samples)], atol=1e-9)
+    sets = [np.array([0, 2]), np.array([1, 5, 3])]
+    means = np.stack([cosines[samples][:, s].mean(1) for s in sets], 1)
+    np.testing.assert_allclose(session.mean_cosines(state, samples, sets), means, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mlp:width=7", "cnn:width=3", "resnet20:width=3", "vit:width=8,depth=1"])
+def test_every_parameter_of_the_zoo_is_captured(name):
+    check(Images(name))
+
+
+def test_small_pictures_of_many_channels_go_by_products_of_positions():
+    check(Images("vgg11-bn:width=2", 16))
+
+
+def test_tied_embeddings_are_summed_before_the_norm(gpt):
+    check(gpt)
+    check(tiny.Attend())
+
+
+@pytest.mark.parametrize(
+    ("kind", "loose"),
+    [
+        ("used outside of its layer", ["second.weight"]),
+        ("entered three times", []),
+        ("samples along another axis", ["second.weight", "second.bias"]),
+        ("samples and tokens folded", ["second.weight", "second.bias"]),
+    ],
+)
+def test_what_cannot_be_captured_is_found_out_and_still_right(kind, loose):
+    check(Odd(kind), [*loose, "scale"])
+
+
+def test_float32_norms_are_exact_to_five_digits():
+    for name in ("cnn", "vit", "resnet20"):
+        single, double = (TorchBackend().open(Images(name, 16), "cpu", 4, "running", double=d) for d in (False, True))
+        norms = [session.gradient_norms(single.initial(0)) for session in (single, double)]
+        np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
