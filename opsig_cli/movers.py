@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,12 @@ from opsig_cli.analysis.mining import Movement
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.trajectory import Trajectory
 
-SCORES = ("change", "oscillation")
+SCORES = {
+    "change": mining.largest_changes,
+    "oscillation": mining.oscillation,
+    "variation": mining.variation,
+    "surprise": mining.surprise,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ def find(
 ) -> Movers:  # fmt: skip
     """Mine `count` samples by one step's change, or over a window of steps by `score`.
 
-    Without a score it is the oscillation where the run alternates at period two, and the one-step change elsewhere.
+    Without a score it is the oscillation where the run alternates at period two, and the one-step change elsewhere;
+    the note then says which, and from where on.
     Raises OpsigError for a step that was not recorded, or too few of them.
     """
     if score not in (None, *SCORES):
@@ -46,8 +52,8 @@ def find(
     run.require("losses/loss")
     steps = run.steps("losses")
     if step is not None:
-        if score == "oscillation":
-            raise UsageError("--step is about one change; oscillation is measured over a window. Use --window A:B")
+        if score not in (None, "change"):
+            raise UsageError(f"--step is about one change; {score} is measured over a window. Use --window A:B")
         last = _row_of(run, steps, step)
         if last == 0:
             raise OpsigError(f"{run.path}: step {step} is the first with losses, so nothing changed before it")
@@ -55,17 +61,29 @@ def find(
     first, stop = window_rows(run, steps, window)
     if stop - first < 2:
         raise OpsigError(f"{run.path} has {stop - first} steps with losses in this window; at least two are needed")
-    if score == "change":
-        return _movers(run, first, stop, "change", count)
+    if score == "surprise" and stop - first < mining.WIDTH + 2:
+        raise OpsigError(f"{run.path} has {stop - first} steps here, and surprise needs {mining.WIDTH + 2}")
+    if score not in (None, "oscillation"):
+        return _movers(run, first, stop, score, count)
     reason = _why_not_oscillation(steps[first:stop])
     if reason is None:
         movers = _movers(run, first, stop, "oscillation", count)
-        if score == "oscillation" or movers.movement.first_alternation is not None:
+        begin = movers.movement.first_alternation
+        if begin is not None:
+            words = f"from step {steps[first + begin]} on the losses alternate at period two (the edge of stability)"
+            return replace(movers, note=f"{words}; {_worst(steps[first:stop], movers)}. Ranked by oscillation")
+        if score == "oscillation":
             return movers
         reason = "the losses do not alternate at period two: this run has not reached the edge of stability"
     elif score == "oscillation":
         raise OpsigError(f"{run.path}: oscillation cannot be scored: {reason}")
-    return _movers(run, first, stop, "change", count, f"{reason}. Ranked by the one-step change")
+    movers = _movers(run, first, stop, "change", count)
+    return replace(movers, note=f"{reason}; {_worst(steps[first:stop], movers)}. Ranked by the one-step change")
+
+
+def _worst(steps: np.ndarray, movers: Movers) -> str:
+    rise = int(np.diff(movers.movement.mean_T).argmax()) + 1
+    return f"the whole loss rose most at step {steps[rise]}"
 
 
 def window_rows(run: Trajectory, steps: np.ndarray, window: tuple[int | None, int | None]) -> tuple[int, int]:
@@ -86,14 +104,15 @@ def default_count(samples: int) -> int:
 
 def records(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
     """One record for each mined sample, in order. Raises OpsigError where a row that its score is from is damaged."""
-    around = np.arange(-mining.WIDTH, 2) if movers.score_name == "oscillation" else np.arange(-1, 1)
-    run.check("losses", (movers.row[:, None] + around).ravel())
+    around = {"oscillation": np.arange(-mining.WIDTH, 2), "surprise": np.arange(-mining.WIDTH - 1, 1)}
+    run.check("losses", (movers.row[:, None] + around.get(movers.score_name, np.arange(-1, 1))).ravel())
     steps = run.steps("losses")
     ids = run.samples
     labels = run.read("samples/label") if run.has("samples/label") else None
     before, after = predictions_around(run, movers)
     moved = movers.movement
     rise_T = np.diff(moved.mean_T) * len(ids)
+    rising = _rising(run, movers)
     found = []
     for rank, (position, row) in enumerate(zip(movers.position.tolist(), movers.row.tolist(), strict=True)):
         change = float(moved.after[position]) - float(moved.before[position])
@@ -114,7 +133,17 @@ def records(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
             "prediction_before": before[rank],
             "prediction_after": after[rank],
             "share": change / whole if whole else None,
+            "rising": rising[row],
         })  # fmt: skip
+    return found
+
+
+def _rising(run: Trajectory, movers: Movers) -> dict[int, float]:
+    """The share of all samples whose loss rose, for every row that a mined sample is placed at."""
+    found = {}
+    for row in np.unique(movers.row).tolist():
+        before, after = run.rows("losses/loss", row - 1, row + 1)
+        found[row] = float(np.mean(after > before))
     return found
 
 
@@ -169,11 +198,10 @@ def _why_not_oscillation(steps: np.ndarray) -> str | None:
     return None
 
 
-def _movers(run: Trajectory, first: int, stop: int, score: str, count: int, note: str | None = None) -> Movers:
-    scan = mining.oscillation if score == "oscillation" else mining.largest_changes
-    movement = scan(_blocks(run, first, stop))
+def _movers(run: Trajectory, first: int, stop: int, score: str, count: int) -> Movers:
+    movement = SCORES[score](_blocks(run, first, stop))
     chosen = mining.top(movement.score, count)
-    return Movers(chosen, movement.place[chosen] + first, movement, first, score, note)
+    return Movers(chosen, movement.place[chosen] + first, movement, first, score)
 
 
 def _blocks(run: Trajectory, first: int, stop: int) -> Iterator[np.ndarray]:

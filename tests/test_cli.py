@@ -67,6 +67,7 @@ def test_records_are_json_lines_in_a_pipe_and_nan_is_null(opsig, tiny_run):
     assert set(first) == {
         "trajectory", "rank", "sample", "step", "previous_step", "direction", "loss_before", "loss_after", "change",
         "score", "score_name", "label", "prediction_before", "prediction_after", "share",
+            "rising",
     }  # fmt: skip
     assert first["change"] == pytest.approx(first["loss_after"] - first["loss_before"])
     assert first["direction"] == ("up" if first["change"] > 0 else "down")
@@ -80,6 +81,26 @@ def test_shares_of_all_samples_at_a_step_sum_to_the_whole_change(opsig, tiny_run
         losses = file["losses/loss"][8:10]
     for record in records:
         assert record["change"] == pytest.approx(float(np.diff(losses[:, record["sample"]])[0]))
+
+
+@pytest.mark.parametrize("score", ["change", "oscillation", "variation", "surprise"])
+def test_scores_by_name(opsig, tiny_run, score):
+    found = opsig("mine", tiny_run, "--score", score, "--top", 60)
+    assert found.code == 0, found.err
+    assert {r["score_name"] for r in found.records} == {score}
+    with h5py.File(tiny_run) as file:
+        losses = file["losses/loss"][()]
+    for record in found.records[:5]:
+        before, after = losses[record["previous_step"]], losses[record["step"]]
+        assert record["change"] == after[record["sample"]] - before[record["sample"]]
+        assert record["rising"] == np.mean(after > before)
+    opsig("mine", tiny_run, "--score", "other").fails(2, "change, oscillation, variation, surprise")
+
+
+def test_the_window_is_chosen_by_the_run_and_said(opsig, tiny_run):
+    err = opsig("mine", tiny_run).err
+    assert re.search(r"the whole loss rose most at step \d+. Ranked by", err)
+    assert "oscillation" in err or "one-step change" in err
 
 
 def test_mine_and_cluster_chain(opsig, tiny_run):
@@ -157,7 +178,7 @@ def test_info_says_what_is_there(opsig, tiny_run):
 
 
 def test_a_closed_pipe_is_silent(tiny_run):
-    command = f"{sys.executable} -m opsig_cli.main mine {tiny_run} --top 60 | head -c 10"
+    command = f"{sys.executable} -m opsig_cli.main mine {tiny_run} --top 60 --quiet | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -53,10 +53,11 @@ def test_the_score_is_the_mean_of_second_differences_over_sixteen_steps_relative
 def test_blocks_of_any_height_give_the_same_answer(cuts):
     losses = planted(steps=120, samples=9)
     blocks = np.split(losses, sorted(cuts))
-    for scan in (mining.oscillation, mining.largest_changes):
+    for scan in (mining.oscillation, mining.largest_changes, mining.variation, mining.surprise):
         whole, pieces = scan([losses]), scan(blocks)
         for name in ("score", "place", "before", "after", "mean_T", "alternation_T"):
-            np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name))
+            rounding = 1e-6 if name == "score" else 0
+            np.testing.assert_allclose(getattr(whole, name), getattr(pieces, name), rtol=rounding)
 
 
 def test_the_largest_change_is_found_by_size_whatever_its_sign():
@@ -73,3 +74,22 @@ def test_too_few_rows_are_refused():
         mining.largest_changes([np.zeros((1, 3), np.float32)])
     with pytest.raises(ValueError, match="17 rows are too few: at least 18"):
         mining.oscillation([np.zeros((17, 3), np.float32)])
+
+
+def test_variation_sums_all_changes():
+    losses = planted(steps=120, samples=9).astype(np.float64)
+    moved = mining.variation([losses.astype(np.float32)])
+    np.testing.assert_allclose(moved.score, np.abs(np.diff(losses, axis=0)).sum(0), rtol=1e-5)
+
+
+def test_surprise_finds_what_a_sample_did_not_do_before():
+    losses = 1e-3 * np.random.default_rng(0).standard_normal((200, 20)).astype(np.float32)
+    losses[:, 3] += 0.4 * (-1.0) ** np.arange(200)  # always moves, and more than any other
+    losses[150:, 11] += 0.3
+    moved = mining.surprise([losses])
+    assert mining.top(moved.score, 1).tolist() == [11]
+    assert moved.place[11] == 150
+    changes = np.abs(np.diff(losses.astype(np.float64), axis=0))
+    history = changes[149 - mining.WIDTH : 149].mean(0)
+    assert moved.score[11] == pytest.approx(changes[149, 11] / (history[11] + history.mean()), rel=1e-4)
+    assert mining.top(mining.largest_changes([losses]).score, 1).tolist() != [11]

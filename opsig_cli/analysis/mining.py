@@ -7,7 +7,7 @@ is bounded by a few blocks and does not depend on T.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,6 +57,54 @@ def largest_changes(blocks: Iterable[np.ndarray]) -> Movement:
     for rows, start in _overlapping(blocks, 1, means):
         best.update(np.abs(np.diff(rows, axis=0)), rows[1:], rows[:-1], start + 1)
     return best.movement(means, np.full(sum(map(len, means)), np.nan))
+
+
+def variation(blocks: Iterable[np.ndarray]) -> Movement:
+    """Score every sample by the sum of the sizes of all its one-step changes, in nats; it is placed at the largest.
+
+    Raises ValueError where there are fewer than two rows.
+
+    >>> moved = variation([np.array([[1, 5], [1.5, 4], [1, 4]], np.float32)])
+    >>> moved.score.tolist(), moved.place.tolist()
+    ([1.0, 1.0], [1, 1])
+    """
+    best = _Best()
+    means: list[np.ndarray] = []
+    total: np.ndarray | None = None
+    for rows, start in _overlapping(blocks, 1, means):
+        sizes = np.abs(np.diff(rows, axis=0))
+        total = sizes.sum(0, dtype=np.float64) + (0 if total is None else total)
+        best.update(sizes, rows[1:], rows[:-1], start + 1)
+    assert total is not None
+    movement = best.movement(means, np.full(sum(map(len, means)), np.nan))
+    return replace(movement, score=total.astype(np.float32))
+
+
+def surprise(blocks: Iterable[np.ndarray]) -> Movement:
+    """Score every sample by its largest one-step change in units of how much it moved in the W steps before.
+
+    The unit is the mean size of its own W changes before, plus the mean of that over all samples, so that a sample
+    that always moves does not lead and one that hardly ever does needs a real change to. Raises ValueError where there
+    are fewer than W + 2 rows.
+    """
+    best = _Best()
+    means: list[np.ndarray] = []
+    for rows, start in _overlapping(blocks, WIDTH + 1, means):
+        sizes = np.abs(np.diff(rows, axis=0))
+        history = _moving_sums(sizes[:-1]) / WIDTH
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scores = np.nan_to_num(sizes[WIDTH:] / (history + history.mean(1, keepdims=True)), posinf=0)
+        best.update(scores, rows[WIDTH + 1 :], rows[WIDTH:-1], start + WIDTH + 1)
+    return best.movement(means, np.full(sum(map(len, means)), np.nan))
+
+
+def _moving_sums(e: np.ndarray) -> np.ndarray:
+    """Sums over W rows, (R - W + 1, S), by 2, 4, ... rows: exact in order, wherever a block begins."""
+    reach = 1
+    while reach < WIDTH:
+        e = e[reach:] + e[:-reach]
+        reach *= 2
+    return e
 
 
 def oscillation(blocks: Iterable[np.ndarray]) -> Movement:
@@ -114,11 +162,7 @@ def _swings(rows: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
         e -= 2 * tile[1:-1]
         e *= sign
         movement += np.einsum("ts,ts->t", e, e)
-        reach = 1
-        while reach < WIDTH:  # sums over 2, 4, ... steps: exact in order, wherever a block begins
-            e = e[reach:] + e[:-reach]
-            reach *= 2
-        swings[:, first : first + _TILE] = e
+        swings[:, first : first + _TILE] = _moving_sums(e)
     swings /= WIDTH
     power = np.einsum("ts,ts->t", swings, swings, dtype=np.float64)
     total = np.convolve(movement, np.full(WIDTH, 1 / WIDTH), "valid")

@@ -15,14 +15,18 @@ def mine(
     top: Annotated[int, typer.Option("--top", min=1, help="Samples to print.")] = 40,
     step: Annotated[int | None, typer.Option(min=0, help="Rank by the change of this one step.")] = None,
     window: Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")] = None,
-    score: Annotated[str | None, typer.Option(metavar="change|oscillation", help="Default: chosen by the run.")] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(metavar="change|oscillation|variation|surprise", help="Default: chosen by the run, and said."),
+    ] = None,
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
     quiet: options.QuietOption = False,
 ) -> None:
     """The samples whose loss moves most.
 
-    `change` ranks by the largest one-step change of the loss, `oscillation` by its amplitude at period two.
+    `change` ranks by the largest one-step change of the loss, `oscillation` by its amplitude at period two,
+    `variation` by the sum of all changes, and `surprise` by the largest change against the sample's own history.
 
     Example: opsig mine run.h5 --top 20 --figure movers.png
     """
