@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
@@ -140,3 +142,31 @@ def test_series_that_share_more_than_their_period_are_significant():
     p_values = [grouping.series_p_value(*generator.standard_normal((2, 101)), seed=i) for i in range(200)]
     assert 0.4 < np.mean(p_values) < 0.6
     assert 1 <= np.sum(np.array(p_values) <= 0.05) <= 22
+
+
+def test_the_strongest_opposition_does_not_leave_others_without_a_partner():
+    """Four groups on one feature: 1 against 3 is strongest, and would leave 0 and 2, which do not oppose."""
+    between = np.array(
+        [[0.9, -0.3, -0.1, -0.3], [-0.3, 0.9, 0.1, -0.6], [-0.1, 0.1, 0.9, -0.55], [-0.3, -0.6, -0.55, 0.9]]
+    )
+    groups = np.repeat(np.arange(4), 6)
+    found = grouping.group_by_similarity(between[np.ix_(groups, groups)])
+    assert {frozenset(groups[found.members(g)[0]] for g in pair) for pair in found.pairs()} == {
+        frozenset({0, 1}),
+        frozenset({2, 3}),
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_exchange_of_partners_would_lower_the_sum(seed):
+    generator = np.random.default_rng(seed)
+    between = generator.uniform(-1, 0.3, (7, 7))
+    between = (between + between.T) / 2
+    partner = grouping._oppose(between, np.arange(7))
+    assert all(partner[partner[g]] == g for g in range(7) if partner[g] >= 0)
+    assert all(between[a, b] <= grouping.OPPOSES for a, b in grouping._pairs(partner))
+    best = min(
+        sum(min(between[a, b], 0) * (between[a, b] <= grouping.OPPOSES) for a, b in zip(p[:6:2], p[1:6:2], strict=True))
+        for p in itertools.permutations(range(7))
+    )
+    assert sum(between[a, b] for a, b in grouping._pairs(partner)) <= 0.9 * best

@@ -51,9 +51,9 @@ class Grouping:
 def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> Grouping:
     """Sides by average linkage on the signed distance 1 - S, then each side matched with the one it opposes most.
 
-    The cut is the one of CUTS with the best silhouette over groups of `smallest` or more; a group whose parts stand
-    clearly apart is cut once more. Weak members are left out, and groups that become smaller than `smallest` with
-    them. NaN similarities count as 0. Raises ValueError for fewer than two samples.
+    The cut is the one of CUTS with the best silhouette over groups of `smallest` or more, times their share of the
+    samples; a group whose parts stand clearly apart is cut once more. Weak members are left out, and groups that become
+    smaller than `smallest` with them. NaN similarities count as 0. Raises ValueError for fewer than two samples.
 
     >>> two = np.repeat([1.0, -1.0], 4)
     >>> grouping = group_by_similarity(np.outer(two, two))
@@ -101,10 +101,10 @@ def _distances(similarity: np.ndarray) -> np.ndarray:
 
 
 def _best_cut(similarity: np.ndarray, smallest: int) -> tuple[np.ndarray, float]:
-    """The groups with the best silhouette, (M,), and that silhouette."""
+    """The groups with the best silhouette times the share of samples in them, (M,), and that product."""
     best, best_quality = np.full(len(similarity), -1), -np.inf
     for groups in _cut_tree(similarity, smallest) if len(similarity) > 1 else ():
-        quality = silhouette(similarity, groups)
+        quality = silhouette(similarity, groups) * float(np.mean(groups >= 0))
         if quality > best_quality:
             best, best_quality = groups, quality
     return best, best_quality
@@ -150,7 +150,11 @@ def _sums(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _oppose(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Each group's partner: pairs are taken in order of mean similarity, the most negative first."""
+    """Each group's partner, -1 for none: the pairs whose mean similarities are the most negative in sum.
+
+    Pairs are taken greedily, the most negative first, and then exchanged two by two as long as that lowers the sum:
+    where several groups share a feature, the strongest opposition must not leave the others without a partner.
+    """
     sums_MG, sizes = _sums(similarity, groups)
     partner = np.full(len(sizes), -1)
     if len(sizes) == 0:
@@ -162,7 +166,31 @@ def _oppose(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
             break
         if a != b and partner[a] < 0 and partner[b] < 0:
             partner[a], partner[b] = b, a
+    weight = np.where(between <= OPPOSES, -between, 0)
+    np.fill_diagonal(weight, 0)
+    while _exchange(weight, partner):
+        pass
     return partner
+
+
+def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
+    """Let one pair (a, b) and two groups c, d, a pair or both free, become (a, c) and (b, d) where that weighs more."""
+    for a, b in _pairs(partner):
+        gain = weight[a][:, None] + weight[b] - weight[a, b]  # by c and d
+        free = partner < 0
+        paired = np.zeros_like(gain, bool)
+        paired[np.flatnonzero(~free), partner[~free]] = True
+        gain -= np.where(paired, weight, 0)
+        allowed = paired | (free[:, None] & free)
+        np.fill_diagonal(allowed, False)
+        allowed[[a, b]] = allowed[:, [a, b]] = False
+        gain = np.where(allowed, gain, 0)
+        c, d = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[c, d] > 1e-9:
+            for x, y in ((a, c), (b, d)):
+                partner[x], partner[y] = (y, x) if weight[x, y] else (-1, -1)
+            return True
+    return False
 
 
 def _alignment(similarity: np.ndarray, groups: np.ndarray, partner_G: np.ndarray) -> np.ndarray:
