@@ -47,7 +47,8 @@ FIELDS = _fields(
     Field("samples/label", ("sample",), "S*", "1", "label of the sample, as a person reads it"),
     Field("samples/thumbnail", ("sample", "row", "column", "channel"), "u1", "1", "small picture of the sample"),
     Field("samples/text", ("sample",), "S*", "1", "the sample as text"),
-    Field("samples/truth", ("sample",), "i4", "1", "planted side: 2*feature + side, or -1 outside every group"),
+    Field("samples/truth", ("sample",), "i4", "1", "planted side: 2*pair + side, or -1 outside every group"),
+    Field("samples/feature", ("sample",), "i4", "1", "planted feature, which two pairs may share, or -1 for none"),
     Field("scalars/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
     Field("scalars/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field(

@@ -98,9 +98,10 @@ def new_recorder(
         commit_every=commit_every,
         bfloat16=settings.checkpoint_dtype == "bfloat16",
     )
-    truth = getattr(task, "truth", None)
-    if truth is not None:
-        recorder.run.write("samples/truth", np.asarray(truth()))
+    for name in ("truth", "feature"):
+        planted = getattr(task, name, None)
+        if planted is not None:
+            recorder.run.write(f"samples/{name}", np.asarray(planted()))
     _write_pictures(recorder, task, count)
     recorder.run.commit()
     return recorder

@@ -39,7 +39,7 @@ def cluster(
 
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
-    from opsig_cli import groups, measure, movers, records
+    from opsig_cli import agreement, groups, measure, movers, records
     from opsig_cli.trajectory import open_trajectory
 
     if by not in groups.BY:
@@ -65,7 +65,7 @@ def cluster(
                 similarity = groups.mean_similarity(trajectory, session, backend, position, window, advance)
                 clusters = groups.by_gradient(trajectory, session, position, by, window, similarity, join, advance)
         written = groups.records(trajectory, clusters)
-        agreement = groups.agreement(trajectory, clusters) if truth else None
+        agreed = agreement.agreement(trajectory, clusters) if truth else None
         explained = groups.explain(trajectory, clusters, explain) if explain is not None else []
         if figure:
             from opsig_cli import pictures
@@ -80,8 +80,8 @@ def cluster(
     if explained:
         written += explained
         tables.append(records.Table(f"the change at step {explain}, in nats", groups.explain_table(explained)))
-    if agreement:
-        written.append(agreement)
-        shown = [{"measure": key.replace("_", " "), "value": value} for key, value in list(agreement.items())[2:]]
+    if agreed:
+        written.append(agreed)
+        shown = [{"measure": key.replace("_", " "), "value": value} for key, value in list(agreed.items())[2:]]
         tables.append(records.Table("agreement with the planted truth", shown))
     records.write(written, format, tables)

@@ -47,7 +47,7 @@ class Planted(ImageTask):
         planted = sum(sizes) + distractors * side
         if planted > len(pixels):
             raise ValueError(f"{planted} planted images are more than the {len(pixels)} there are")
-        truth = np.full(len(pixels), -1)
+        truth, planted_feature = (np.full(len(pixels), -1) for _ in range(2))
         free = np.ones(len(pixels), bool)
         classes = self._classes(pairs, same_classes, generator)
 
@@ -67,17 +67,22 @@ class Planted(ImageTask):
         for pair in range(pairs):
             feature = max(0, pair - 1) if shared else pair
             for half in (0, 1):
-                truth[plant(sizes[2 * pair + half], feature, classes[pair][half])] = 2 * pair + half
+                chosen = plant(sizes[2 * pair + half], feature, classes[pair][half])
+                truth[chosen], planted_feature[chosen] = 2 * pair + half, feature
         for distractor in range(distractors):
             plant(side, features + distractor, int(generator.integers(10)))
         noisy = np.flatnonzero(free)[generator.random(int(free.sum())) < label_noise]
         labels[noisy] = generator.integers(0, 10, len(noisy))
-        self._truth = truth
+        self._truth, self._feature = truth, planted_feature
         super().__init__(pixels, labels, FASHION_CLASSES, model, loss, label_smoothing)
 
     def truth(self) -> np.ndarray:
         """Planted side of every image, (S,): 2 * pair + side, or -1."""
         return self._truth
+
+    def feature(self) -> np.ndarray:
+        """Patch in every image of a side, (S,), or -1."""
+        return self._feature
 
     @staticmethod
     def _corners(
