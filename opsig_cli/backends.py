@@ -129,13 +129,14 @@ class GradientCosines(Protocol):
 class Eigenpairs:
     """The most positive eigenpairs of a Hessian: `values` (K,) decreasing, `vectors` (K, P) of unit length,
     `residuals` |Hv - av| / |a| (K,), the Hessian-vector `products` spent, and whether all residuals met the
-    tolerance."""
+    tolerance. `memory` is what the backend keeps for a checkpoint near by."""
 
     values: np.ndarray
     vectors: np.ndarray
     residuals: np.ndarray
     products: int
     converged: bool
+    memory: Any = None
 
 
 @runtime_checkable

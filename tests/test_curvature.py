@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from opsig_torch import TorchBackend, sample_curvature
-from opsig_torch.eigen import random_start, top_eigenpairs
+from opsig_torch.eigen import Memory, random_start, top_eigenpairs
 from opsig_torch.hessian import Hessian
 from tasks import tiny
 
@@ -26,18 +26,20 @@ def open_double(name, batch_size=None):
 
 
 def dense(session, state, weights=None):
-    """The Hessian of the weighted sum of losses, one row after the other, by reverse over reverse."""
+    """The Hessian of the weighted sum of losses, (P, P), and its gradient, (P,), by reverse over reverse."""
     with session.at(state), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         losses = torch.cat([session.task.losses(session.flat.model, batch) for _, batch in session.batches])
         weights = torch.full_like(losses, 1 / len(losses)) if weights is None else weights
         parameters = session.flat.parameters
         gradients = torch.autograd.grad((losses * weights).sum(), parameters, create_graph=True)
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        rows = []
-        for entry in flat:
-            parts = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
-            rows.append(torch.cat([part.reshape(-1) for part in parts]))
-        return torch.stack(rows), flat.detach()
+        unit = torch.eye(len(flat), dtype=flat.dtype)
+        if any(isinstance(module, torch.nn.Conv2d) for module in session.flat.model.modules()):
+            rows = [torch.autograd.grad(flat, parameters, u, retain_graph=True, materialize_grads=True) for u in unit]
+            parts = [torch.stack(part) for part in zip(*rows, strict=True)]
+        else:  # convolutions cannot be batched here
+            parts = torch.autograd.grad(flat, parameters, unit, materialize_grads=True, is_grads_batched=True)
+        return torch.cat([part.flatten(1) for part in parts], 1), flat.detach()
 
 
 # -- the solver
@@ -55,14 +57,62 @@ def test_a_negative_eigenvalue_of_larger_size_is_not_the_sharpness():
     assert found.converged
 
 
-def test_an_eigenvalue_that_overtakes_the_last_one_is_found():
-    values = np.linspace(0, 1, 500)
-    values[[7, 9]] = 10, 12
-    last = torch.zeros(500, dtype=torch.float64)
-    last[7] = 1
-    start = last + random_start(last, 1)  # as the session starts from a checkpoint near by
-    found = solve_diagonal(values, start, tolerance=1e-3)
-    assert found.values[0] == pytest.approx(12, rel=1e-5)
+def test_two_eigenvalues_that_cross_are_followed():
+    """The second one becomes the first while the first one stays an exact eigenvector."""
+    generator = np.random.default_rng(0)
+    values = generator.uniform(-1, 1, 3000)
+    memory = None
+    for step, (first, second) in enumerate([(12, 10), (11.5, 10.7), (11, 11.4), (10, 12), (9, 13)]):
+        values[[7, 9]] = first, second
+        diagonal = torch.from_numpy(values)
+        noise = random_start(diagonal, step)
+        start = noise if memory is None else memory.start(1) + 0.1 * noise
+        found = top_eigenpairs(lambda v, d=diagonal: d * v, start, 1, 1e-3, memory=memory)
+        memory = found.memory
+        assert found.values[0] == pytest.approx(max(first, second), rel=1e-5)
+        assert found.converged
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_memory_saves_products_and_changes_no_result(count):
+    generator = np.random.default_rng(0)
+    size = 400
+    matrix = np.diag(np.concatenate([[-40, 9, 8, 7, 6.5], generator.uniform(-1, 5, size - 5)]))
+    memory, cold, warm = None, [], []
+    for step in range(6):
+        turn = np.linalg.qr(np.eye(size) + 0.003 * generator.standard_normal((size, size)))[0]
+        matrix = turn @ matrix @ turn.T
+        true = np.linalg.eigvalsh(matrix)[::-1][:count]
+        operator = torch.from_numpy(matrix)
+        noise = random_start(operator[0], step)
+        anew = top_eigenpairs(lambda v, m=operator: m @ v, noise, count, 1e-3)
+        start = noise if memory is None else memory.start(count) + 0.1 * noise
+        found = top_eigenpairs(lambda v, m=operator: m @ v, start, count, 1e-3, memory=memory)
+        memory = found.memory
+        for solution in (anew, found):
+            np.testing.assert_allclose(solution.values, true, rtol=1e-5)
+        cold.append(anew.products)
+        warm.append(found.products)
+    assert np.mean(warm[1:]) < 0.9 * np.mean(cold[1:])
+
+
+def test_a_wrong_memory_misleads_nobody():
+    generator = np.random.default_rng(1)
+    diagonal = torch.from_numpy(np.concatenate([[9.0, 7.0], generator.uniform(-1, 1, 500)]))
+    elsewhere = torch.linalg.qr(torch.from_numpy(generator.standard_normal((502, 4))))[0].T
+    found = top_eigenpairs(
+        lambda v: diagonal * v, random_start(diagonal, 0), 2, 1e-6, memory=Memory(elsewhere, np.full(4, 50.0))
+    )
+    np.testing.assert_allclose(found.values, [9, 7], rtol=1e-8)
+
+
+def test_a_basis_that_is_cut_back_still_finds_them():
+    generator = np.random.default_rng(2)
+    diagonal = torch.from_numpy(np.sort(generator.uniform(0, 1, 2000)))
+    found = top_eigenpairs(lambda v: diagonal * v, random_start(diagonal, 0), 2, 1e-4, limit=400)
+    assert found.converged
+    assert found.products > 48  # more than there is room for
+    np.testing.assert_allclose(found.values, diagonal.numpy()[::-1][:2], rtol=1e-4)
 
 
 def test_a_solve_that_runs_out_of_products_says_so():
@@ -79,9 +129,10 @@ def test_a_tolerance_below_the_precision_is_refused():
 
 
 def test_a_space_that_is_exhausted_ends_the_solve():
-    found = solve_diagonal([2.0, 2.0, 2.0])
-    assert found.values[0] == pytest.approx(2)
-    assert found.products == 1
+    found = solve_diagonal([2.0, 2.0, 2.0], count=2)
+    np.testing.assert_allclose(found.values, [2, 2])
+    assert found.products == 3
+    assert found.converged
 
 
 @pytest.mark.parametrize("name", TASKS)

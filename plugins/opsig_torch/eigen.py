@@ -1,8 +1,11 @@
 """The most positive eigenpairs of a symmetric operator that is known only by its products.
 
-P parameters, K eigenpairs, m steps taken. Single-vector Lanczos with full, double reorthogonalisation. Order is
-algebraic: an eigenvalue that is largest in size but negative is never taken for the sharpness. Sums over parameters are
-float64, because float32 sums of long vectors lose digits that the residual needs.
+P parameters, K eigenpairs, N basis vectors, R remembered vectors. A Davidson method whose next direction is an
+eigenvector of a model of the operator: of what its products have shown, and, away from those, of what was remembered
+from a checkpoint near by. Without a memory the model sees nothing but the products, and the method is Lanczos's, fully
+reorthogonalised. Order is algebraic: an eigenvalue that is largest in size but negative is never taken
+for the sharpness. Sums over parameters are float64, because float32 sums of long vectors lose digits that the residual
+needs.
 """
 
 from __future__ import annotations
@@ -15,11 +18,35 @@ import torch
 
 LIMIT = 200
 """Products after which a solve gives up and says so."""
+ROOM = 40
+"""Basis vectors, beyond four for each eigenpair, at which the basis is cut back to the best ones."""
 PIECE = 1 << 20
 SMALLEST_TOLERANCE = 1e-5
 """A float32 product is good to about 5e-7; residuals below this would be noise."""
 LOOK_ABOUT = 3
 """Products beyond the number of eigenpairs before a solve may end."""
+REMEMBERED = 16
+"""R: vectors of the model that are kept for the next checkpoint."""
+REMEMBERED_BYTES = 1 << 30
+"""Bound on what they take."""
+DEPENDENT = 1e-7
+"""Directions whose share in the Gram matrix is below this are rounding."""
+ROUNDING = 1e3
+"""A unit vector's rest outside of the basis is rounding where it is shorter than so many units of precision."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A low-rank model of the operator: orthonormal `vectors` (R, P) and `values` (R,)."""
+
+    vectors: torch.Tensor
+    values: np.ndarray
+
+    def start(self, count: int) -> torch.Tensor:
+        """Where to look for `count` eigenpairs and for the one that may overtake them: the model's, by their values."""
+        best = np.argsort(-self.values)[: count + 1]
+        weights = np.maximum(self.values[best], 0) / max(self.values[best[0]], 1e-300)
+        return torch.from_numpy(weights).to(self.vectors) @ self.vectors[best]
 
 
 @dataclass(frozen=True)
@@ -27,7 +54,7 @@ class Solution:
     """The K most positive eigenpairs: `values` (K,) decreasing, `vectors` (K, P) of unit length, `residuals` (K,).
 
     A residual is |Hv - av| / |a|. `products` is what the solve cost; `converged` whether all residuals reached the
-    tolerance.
+    tolerance. `memory` is for a solve near by.
     """
 
     values: np.ndarray
@@ -35,15 +62,17 @@ class Solution:
     residuals: np.ndarray
     products: int
     converged: bool
+    memory: Memory
 
 
 def top_eigenpairs(
     product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, count: int, tolerance: float,
-    limit: int = LIMIT,
+    limit: int = LIMIT, memory: Memory | None = None,
 ) -> Solution:  # fmt: skip
     """Solve for the `count` most positive eigenpairs to the relative `tolerance`, from a nonzero (P,) `start`.
 
-    Raises ValueError for a tolerance that the start's precision cannot reach.
+    Memory: two vectors for each of ROOM + 4 K basis vectors at the most, and R. Raises ValueError for a tolerance that
+    the start's precision cannot reach.
 
     >>> diagonal = torch.tensor([3.0, -9.0, 1.0, 2.0], dtype=torch.float64)
     >>> found = top_eigenpairs(lambda v: diagonal * v, torch.ones(4, dtype=torch.float64), 2, 1e-8)
@@ -54,37 +83,144 @@ def top_eigenpairs(
         raise ValueError(f"a tolerance of {tolerance:g} cannot be met in float32. Use {SMALLEST_TOLERANCE:g} or more")
     size = start.numel()
     count = min(count, size)
-    room = min(limit, size, max(16, 4 * count))
-    basis = start.new_empty(room, size)
-    basis[0] = start / _norm(start)
-    diagonal: list[float] = []
-    beside: list[float] = []
+    search = _Search(start, memory, min(size, ROOM + 4 * count))
+    direction = start / _norm(start)
     while True:
-        step = len(diagonal)
-        image = product(basis[step])
-        scale = _norm(image)
-        diagonal.append(float(_products(basis[step : step + 1], image)[0]))
-        for _ in range(2):  # once leaves what float32 rounds off
-            _remove(basis[: step + 1], image)
-        remainder = _norm(image)
-        exhausted = step + 1 == size or remainder <= 10 * torch.finfo(start.dtype).eps * scale
-        values, ritz = _ritz(diagonal, beside, count + 1)
-        errors = np.zeros(len(values)) if exhausted else remainder * np.abs(ritz[-1])
+        search.add(direction, product)
+        values, residuals, errors = search.pairs(count + 1)
+        exhausted = search.size == size
         # the next eigenvalue must not be on its way past these: a warm start hardly sees what overtook the last one
         overtaken = len(values) > count and values[count] + errors[count] > values[count - 1]
-        values, ritz, errors = values[:count], ritz[:, :count], errors[:count]
-        residuals = errors / np.maximum(np.abs(values), 1e-300)
+        values, residuals = values[:count], residuals[:count]
         converged = len(values) == count and bool((residuals <= tolerance).all()) and not overtaken
-        if (converged and step >= count + LOOK_ABOUT) or step + 1 == limit or exhausted:
+        enough = search.products > count + LOOK_ABOUT
+        if (converged and enough) or search.products == limit or exhausted:
             break
-        beside.append(remainder)
-        if step + 1 == len(basis):
-            basis = torch.cat([basis, basis.new_empty(min(len(basis), limit - len(basis), size - len(basis)), size)])
-        basis[step + 1] = image / remainder
-    weights = torch.from_numpy(ritz.T.copy()).to(basis)
-    vectors = weights @ basis[: len(diagonal)]
-    vectors /= torch.stack([torch.as_tensor(_norm(v)) for v in vectors]).to(vectors)[:, None]
-    return Solution(values, vectors, residuals, len(diagonal), converged)
+        wanted = np.flatnonzero(residuals > tolerance)
+        direction = search.next_direction(wanted if len(wanted) else np.arange(count + 1))
+    vectors = search.vectors(count)
+    return Solution(values, vectors, residuals, search.products, converged or exhausted, search.remember())
+
+
+class _Search:
+    """A remembered model (Q, q), the basis V and its images W = H V, and the Gram matrix of them all in float64.
+
+    Rows lie in the order Q, v_1, w_1, v_2, w_2, ..., so that V and W are views.
+    """
+
+    def __init__(self, like: torch.Tensor, memory: Memory | None, room: int):
+        known = like.new_empty(0, like.numel()) if memory is None else memory.vectors.to(like)
+        self._known = len(known)
+        self._values = np.empty(0) if memory is None else memory.values
+        self._room = room
+        self._rows = like.new_empty(len(known) + 16, like.numel())
+        self._gram = np.zeros((0, 0))
+        for row in known:
+            self._put(row)
+        self._generator = torch.Generator().manual_seed(2311)  # not one that a start is drawn from
+        self.products = 0
+
+    @property
+    def size(self) -> int:
+        """N, the number of basis vectors."""
+        return (len(self._gram) - self._known) // 2
+
+    def add(self, direction: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Take what of the direction (P,), of about unit length, is orthogonal to the basis into it, as it is or, where
+        that is rounding, a random one."""
+        if self.size == self._room:
+            self._cut_back()
+        vector = self._apart(direction)
+        while vector is None:
+            noise = torch.randn(direction.shape, generator=self._generator, dtype=torch.float64)
+            vector = self._apart((noise / noise.norm()).to(direction))
+        self._put(vector)
+        self._put(product(vector))
+        self.products += 1
+        self._ritz_values, self._ritz = np.linalg.eigh((self._vw + self._vw.T) / 2)
+
+    def pairs(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The largest Ritz values, decreasing, with their residuals, relative and absolute."""
+        values, ritz = self._ritz_values[::-1][:count].copy(), self._ritz[:, ::-1][:, :count]
+        coefficients = np.zeros((len(self._gram), len(values)))
+        coefficients[self._known :: 2] = -values * ritz
+        coefficients[self._known + 1 :: 2] = ritz
+        errors = np.array([_norm(row) for row in self._combine(coefficients)])
+        return values, errors / np.maximum(np.abs(values), 1e-300), errors
+
+    def next_direction(self, ranks: np.ndarray) -> torch.Tensor:
+        """Of the model's eigenvectors of these ranks the one that is least in the basis: what it has outside, (P,)."""
+        coordinates, _, vectors = self._model()
+        ranks = ranks[ranks < vectors.shape[1]]
+        found = coordinates @ vectors[:, vectors.shape[1] - 1 - ranks]
+        found[self._known :: 2] -= self._gram[self._known :: 2] @ found
+        outside = np.einsum("nk,nm,mk->k", found, self._gram, found)
+        return self._combine(found[:, [outside.argmax()]])[0]
+
+    def vectors(self, count: int) -> torch.Tensor:
+        """The largest Ritz vectors, (K, P), of unit length."""
+        found = self._lift(self._known, self._ritz[:, ::-1][:, :count])
+        return found / torch.stack([torch.as_tensor(_norm(v)) for v in found]).to(found)[:, None]
+
+    def remember(self) -> Memory:
+        """The model's eigenpairs of largest size."""
+        coordinates, values, vectors = self._model()
+        rank = max(1, min(REMEMBERED, REMEMBERED_BYTES // (self._rows.element_size() * self._rows.shape[1])))
+        kept = np.argsort(-np.abs(values))[:rank]
+        return Memory(self._combine(coordinates @ vectors[:, kept]), values[kept])
+
+    @property
+    def _vw(self) -> np.ndarray:
+        return self._gram[self._known :: 2, self._known + 1 :: 2]
+
+    def _model(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Coordinates (n, u) of an orthonormal basis of all rows, and the model's eigenpairs in it.
+
+        The model is W V' + V W' - V V'W V' + (I - V V') Q q Q' (I - V V'): the operator itself on V.
+        """
+        gram, first = self._gram, self._known
+        scale = np.sqrt(np.maximum(np.diag(gram), 1e-300))
+        shares, directions = np.linalg.eigh(gram / np.outer(scale, scale))
+        kept = shares > DEPENDENT
+        coordinates = directions[:, kept] / np.sqrt(shares[kept]) / scale[:, None]
+        along = gram @ coordinates
+        v, w = along[first::2], along[first + 1 :: 2]
+        rest = along[:first] - gram[:first, first::2] @ v
+        model = rest.T @ (self._values[:, None] * rest) + w.T @ v + v.T @ w - v.T @ self._vw @ v
+        values, vectors = np.linalg.eigh((model + model.T) / 2)
+        return coordinates, values, vectors
+
+    def _apart(self, vector: torch.Tensor) -> torch.Tensor | None:
+        """What of the vector is orthogonal to the basis, of unit length, or None where that is rounding."""
+        basis = self._rows[self._known : len(self._gram) : 2]
+        vector = vector - _products(basis, vector).to(vector) @ basis
+        length = _norm(vector)
+        return vector / length if length > ROUNDING * torch.finfo(vector.dtype).eps else None
+
+    def _cut_back(self) -> None:
+        """Keep the best half of the basis."""
+        kept = self._ritz[:, ::-1][:, : self._room // 2]
+        pairs = list(zip(*(self._lift(self._known + i, kept) for i in (0, 1)), strict=True))
+        self._gram = self._gram[: self._known, : self._known]
+        for row in (row for pair in pairs for row in pair):
+            self._put(row)
+
+    def _put(self, row: torch.Tensor) -> None:
+        place = len(self._gram)
+        if place == len(self._rows):
+            self._rows = torch.cat([self._rows, self._rows.new_empty(16, self._rows.shape[1])])
+        self._rows[place] = row
+        products = _products(self._rows[: place + 1], self._rows[place]).cpu().numpy()
+        self._gram = np.block([[self._gram, products[:-1, None]], [products[None]]])
+
+    def _combine(self, coefficients: np.ndarray) -> torch.Tensor:
+        """Combinations of all rows, (k, P), by coefficients (n, k)."""
+        return torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(self._rows) @ self._rows[: len(self._gram)]
+
+    def _lift(self, first: int, coefficients: np.ndarray) -> torch.Tensor:
+        """The same of every other row from `first` on: of V, or of W."""
+        rows = self._rows[first : len(self._gram) : 2]
+        return torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(rows) @ rows
 
 
 def lanczos_matrix(
@@ -113,16 +249,6 @@ def random_start(like: torch.Tensor, seed: int) -> torch.Tensor:
     """A random unit vector of this shape, drawn on the CPU."""
     noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (noise / noise.norm()).to(like)
-
-
-def _ritz(diagonal: list[float], beside: list[float], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest eigenvalues of the tridiagonal matrix, decreasing, and its eigenvectors (m, K)."""
-    from scipy.linalg import eigh_tridiagonal
-
-    size = len(diagonal)
-    first = max(0, size - count)
-    values, vectors = eigh_tridiagonal(np.array(diagonal), np.array(beside), select="i", select_range=(first, size - 1))
-    return values[::-1].copy(), vectors[:, ::-1].copy()
 
 
 def _remove(basis: torch.Tensor, vector: torch.Tensor) -> None:

@@ -15,13 +15,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opsig_cli.errors import OpsigError
-from opsig_torch.eigen import Solution, random_start, top_eigenpairs
+from opsig_torch.eigen import Memory, Solution, random_start, top_eigenpairs
 
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
 
 GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
+NOVELTY = 0.3
+"""Random part of a start, against a length of 1 for the rest: what neither memory nor gradient shows must be seen."""
 
 
 class Hessian:
@@ -54,6 +56,12 @@ class Hessian:
                 [pieces[i] for i in differentiable], retain_graph=keep, materialize_grads=True,
             )  # fmt: skip
             total += torch.cat([part.reshape(-1) for part in parts])
+        return total if self._scale is None else total * self._scale
+
+    def gradient(self) -> torch.Tensor:
+        """Gradient of the mean training loss, (P,), times the scale; its graphs serve the products where they fit."""
+        total = sum(torch.cat([part.detach().reshape(-1) for part in parts]) for parts, _ in self._gradients())
+        assert isinstance(total, torch.Tensor)
         return total if self._scale is None else total * self._scale
 
     def _gradients(self) -> Iterator[tuple[tuple[torch.Tensor, ...], bool]]:
@@ -114,17 +122,19 @@ def _saved_bytes() -> Iterator[_Saved]:
 
 
 def solve(
-    session: TorchSession, count: int, tolerance: float, start: torch.Tensor | None = None,
+    session: TorchSession, count: int, tolerance: float, seed: int, memory: Memory | None = None,
     scale: torch.Tensor | None = None,
 ) -> Solution:  # fmt: skip
-    """The `count` most positive eigenpairs of the loaded parameters' Hessian; the start defaults to a random vector.
+    """The `count` most positive eigenpairs of the loaded parameters' Hessian.
 
-    Raises OpsigError for a tolerance that cannot be met.
+    The start is what `memory` of a checkpoint near by names, else the gradient, which lies largely along the top
+    eigenvectors; with a random part from `seed`. Raises OpsigError for a tolerance that cannot be met.
     """
-    flat = session.flat.vector
-    if start is None:
-        start = random_start(flat.detach(), 0)
+    hessian = Hessian(session, scale)
+    start = hessian.gradient() if memory is None else memory.start(count)
+    noise = random_start(session.flat.vector.detach(), seed)
+    start = start / torch.linalg.vector_norm(start).clamp_min(1e-30) + NOVELTY * noise
     try:
-        return top_eigenpairs(Hessian(session, scale), start.to(flat), count, tolerance)
+        return top_eigenpairs(hessian, start, count, tolerance, memory=memory)
     except ValueError as error:
         raise OpsigError(str(error)) from error

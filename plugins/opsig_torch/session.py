@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 500
 CONVOLUTION_BATCH = 50
-NOVELTY = 1.0
-"""Random part of a warm start, against the last eigenvector's length of 1: what has overtaken it must be seen."""
 STATISTICS = ("chunk", "running")
 OPTIMIZERS = ("gd", "sgd", "momentum", "adam", "splitsgd")
 
@@ -198,18 +196,14 @@ class TorchSession:
         scale: np.ndarray | None = None,
     ) -> Eigenpairs:  # fmt: skip
         """The most positive eigenpairs of the training loss's Hessian; see `opsig_torch.hessian`."""
-        from opsig_torch.eigen import random_start
         from opsig_torch.hessian import solve
 
         with self.at(state):
-            like = self.flat.vector.detach()
-            start = random_start(like, state.step)
-            # Several eigenpairs begin from scratch: from the sum of the last ones a single-vector solve can miss one.
-            if previous is not None and count == 1:
-                start = torch.from_numpy(previous.vectors[0]).to(like) + NOVELTY * start
-            found = solve(self, count, tolerance, start, None if scale is None else torch.from_numpy(scale).to(like))
+            scaled = None if scale is None else torch.from_numpy(scale).to(self.flat.vector.detach())
+            memory = None if previous is None else previous.memory
+            found = solve(self, count, tolerance, state.step, memory, scaled)
         vectors = found.vectors.cpu().numpy()
-        return Eigenpairs(found.values, vectors, found.residuals, found.products, found.converged)
+        return Eigenpairs(found.values, vectors, found.residuals, found.products, found.converged, found.memory)
 
     def hessian_vectors(self, state: State, vectors: np.ndarray) -> np.ndarray:
         """Products of the training loss's Hessian with vectors, (K, P); see `opsig_torch.hessian`."""
