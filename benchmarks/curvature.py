@@ -26,9 +26,9 @@ from opsig_cli.trajectory import open_trajectory
 TOLERANCE = 1e-3
 
 
-def checkpoints(path: Path, steps: int):
+def checkpoints(path: Path, steps: int, samples: int = 5000):
     """A session on the task and its states every ten steps of gradient descent, the first left out."""
-    task = "fashion-mnist"
+    task = f"fashion-mnist:samples={samples}"
     settings = Settings.of({"task": task, "learning_rate": 0.1, "steps": steps, "checkpoint_every": 10})
     loaded, spec = tasks.load(tasks.parse_spec(task))
     session = TorchBackend().open(loaded)

@@ -20,7 +20,8 @@ LIMIT = 200
 """Products after which a solve gives up and says so."""
 ROOM = 40
 """Basis vectors, beyond four for each eigenpair, at which the basis is cut back to the best ones."""
-PIECE = 1 << 20
+PIECE = 1 << 14
+"""Columns that are turned into float64 at a time: a basis of so many fits a processor's cache."""
 SMALLEST_TOLERANCE = 1e-5
 """A float32 product is good to about 5e-7; residuals below this would be noise."""
 LOOK_ABOUT = 3
@@ -114,9 +115,8 @@ class _Search:
         self._values = np.empty(0) if memory is None else memory.values
         self._room = room
         self._rows = like.new_empty(len(known) + 16, like.numel())
-        self._gram = np.zeros((0, 0))
-        for row in known:
-            self._put(row)
+        self._rows[: len(known)] = known
+        self._gram = np.eye(len(known))
         self._generator = torch.Generator().manual_seed(2311)  # not one that a start is drawn from
         self.products = 0
 
