@@ -269,3 +269,17 @@ def test_without_the_library_the_message_says_what_to_install(opsig, folder, mon
     opsig(*command, "--task", f"text:path={folder},vocabulary=300").fails(1, "pip install 'opsig[text]'")
     with pytest.raises(OpsigError):
         split(b"abc", 300)
+
+
+def test_a_text_that_was_edited_since_is_told(opsig, tmp_path):
+    path, run = planted(tmp_path / "a.txt", 20), tmp_path / "run.h5"
+    task = f"text:path={path},context=4,samples=100"
+    model = ("--model", "gpt:width=4,depth=1,heads=1")
+    assert opsig("train", "--task", task, *model, "--steps", 2, "--track", "-o", run).code == 0
+    clustered = opsig("cluster", run, "--by", "gradient")
+    assert "has the task's data changed" not in clustered.err.lower()
+    text = path.read_text()
+    path.write_text(text.replace("red wine", "wet rain"))
+    clustered = opsig("cluster", run, "--by", "gradient")
+    assert clustered.code == 0
+    assert re.search(r"sample \d+ was '.' and is '.'\. Has the task's data changed\?", clustered.err)
