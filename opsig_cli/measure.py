@@ -30,8 +30,8 @@ def open_session(
 ) -> tuple[Session, tasks.Task]:
     """Open the run's task on a backend, as it was trained: same options, model, chunks and batch-norm convention.
 
-    A person's own task must be named again by `task`; code or labels that have changed since are warnings. Raises OpsigError where
-    the task is not given or its dataset has another length.
+    A person's own task must be named again by `task`; code or labels that have changed since are warnings. Raises
+    OpsigError where the task is not given or its dataset has another length.
     """
     attributes = run.attributes
     stored = Settings.stored(attributes, run.path) if task is None or "settings_json" in attributes else Settings(task)

@@ -106,7 +106,7 @@ def test_samples_are_tokens_with_their_context(folder, vocabulary):
         assert [task._pieces[token] for token in contexts[i].tolist()] == pieces[place - 8 : place]
         assert task._pieces[int(targets[i])] == pieces[place]
         assert task.label(i) == quoted(pieces[place])
-        shown = b"".join(pieces[place - 8 : place]).decode(errors="replace").replace("\n", "\u21b5")
+        shown = b"".join(pieces[place - 8 : place]).decode(errors="backslashreplace").replace("\n", "\u21b5")
         assert texts.context(task.render(i), task.label(i)) == shown
 
 

@@ -82,7 +82,9 @@ class Text:
         """The end of the context, its line breaks visible, and the target in brackets."""
         place = int(self.targets[i])
         before = b"".join(self._pieces[token] for token in self.tokens[max(0, place - self._context) : place])
-        shown = before.decode(errors="replace")[-SHOWN:].replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+        shown = before.decode(errors="backslashreplace")[-SHOWN:].replace(
+            "\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+        )
         return f"{shown}[{self.label(i).removeprefix('b')[1:-1]}]"
 
 
