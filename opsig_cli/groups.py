@@ -19,6 +19,7 @@ from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.movers import Movers
 from opsig_cli.recorder import read_state
+from opsig_cli.texts import Texts, clause
 from opsig_cli.trajectory import Trajectory
 
 BY = ("gradient", "loss", "both")
@@ -192,6 +193,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     pairs = found.pairs()
     labels = run.read("samples/label")[clusters.position] if run.has("samples/label") else None
     mixes = [_mix(labels, found.members(group)) for group in range(len(found.partner_G))]
+    texts = Texts(run)
     rise_step = int(clusters.window.steps_T[clusters.window.rise_row])
     written: list[dict[str, Any]] = []
     number, side = {}, {}
@@ -199,6 +201,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
         number |= {a: pair, b: pair}
         side |= {a: 1, b: -1}
         sizes = [len(found.members(a)), len(found.members(b))]
+        after = texts.after(*(clusters.position[found.members(group)] for group in (a, b)))
         written.append({
             "kind": "pair",
             "trajectory": run.path,
@@ -207,6 +210,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "sizes": sizes,
             "joined": [int((clusters.joined.group == group).sum()) for group in (a, b)],
             "labels": [mixes[a], mixes[b]],
+            "after": after,
             "cohesion": evidence.cohesion,
             "opposition": evidence.opposition,
             "opposition_error": evidence.opposition_error,
@@ -218,7 +222,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "p_value_losses": trust.p_value_losses,
             "rise_step": rise_step,
             "changes": evidence.changes,
-            "sentence": _sentence((a, b), sizes, (mixes[a], mixes[b]), evidence, rise_step),
+            "sentence": _sentence((a, b), sizes, (mixes[a], mixes[b]), evidence, rise_step, clause(after)),
         })  # fmt: skip
     position = np.concatenate([clusters.position, clusters.joined.position])
     group_of = np.concatenate([found.group_M, clusters.joined.group])
@@ -237,6 +241,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
                 "alignment": float(alignment[i]),
                 "label": None if labels is None else str(labels[position[i]]),
                 "mined": bool(i < len(clusters.position)),
+                **texts.field(int(position[i])),
             })  # fmt: skip
     return written
 
@@ -254,6 +259,7 @@ def table(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "pair": pair["pair"],
             "one side": sides[0],
             "against": sides[1],
+            **({} if pair["after"] is None else {"after": repr(pair["after"]["text"])}),
             "cosine": f"{pair['opposition']:.2f}" + (f"+-{error:.2f}" if np.isfinite(error) else ""),
             "losses": f"{pair['loss_correlation']:.2f}",
             "p": f"{pair['p_value']:.3f}",
@@ -286,9 +292,10 @@ def _sentence(
     mixes: tuple[dict[str, int] | None, ...],
     evidence: Evidence,
     rise_step: int,
+    where: str,
 ) -> str:
     sides = [f"G{g + 1} ({describe(mix, size)})" for g, size, mix in zip(groups, sizes, mixes, strict=True)]
-    text = f"{sides[0]} and {sides[1]} pull against each other: cosine {evidence.opposition:.2f}"
+    text = f"{sides[0]} and {sides[1]} pull against each other{where}: cosine {evidence.opposition:.2f}"
     if np.isfinite(evidence.opposition_error):
         text += f" +- {evidence.opposition_error:.2f}"
     text += (

@@ -30,8 +30,8 @@ def open_session(
 ) -> tuple[Session, tasks.Task]:
     """Open the run's task on a backend, as it was trained: same options, model, chunks and batch-norm convention.
 
-    A person's own task must be named again by `task`; code that has changed since is a warning. Raises OpsigError where
-    the task is not given or its dataset has another length.
+    A person's own task must be named again by `task`; code or labels that have changed since are warnings. Raises
+    OpsigError where the task is not given or its dataset has another length.
     """
     attributes = run.attributes
     stored = Settings.stored(attributes, run.path) if task is None or "settings_json" in attributes else Settings(task)
@@ -45,8 +45,22 @@ def open_session(
         warn(f"{spec.name} has changed since {run.path} was recorded")
     session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
     check_samples(run, session.samples)
+    if changed := _changed_label(run, loaded):
+        warn(f"{run.path}: {changed}. Has the task's data changed?")
     warn(f"device: {session.device_name}")
     return session, loaded
+
+
+def _changed_label(run: Trajectory, task: tasks.Task) -> str | None:
+    """What differs where a sample has another label than when it was recorded, such as in a text that was edited."""
+    now = tasks.labels(task, len(run.samples))
+    if now is None or not run.has("samples/label"):
+        return None
+    kept = run.read("samples/label").tolist()
+    for position, sample in enumerate(run.samples.tolist()):
+        if sample < len(now) and kept[position] != now[sample]:
+            return f"sample {sample} was {kept[position]} and is {now[sample]}"
+    return None
 
 
 def missing_losses(run: Trajectory) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from opsig_cli.analysis import mining
 from opsig_cli.analysis.mining import Movement
 from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.texts import Texts
 from opsig_cli.trajectory import Trajectory
 
 SCORES = {
@@ -113,6 +114,7 @@ def records(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
     moved = movers.movement
     rise_T = np.diff(moved.mean_T) * len(ids)
     rising = _rising(run, movers)
+    texts = Texts(run)
     found = []
     for rank, (position, row) in enumerate(zip(movers.position.tolist(), movers.row.tolist(), strict=True)):
         change = float(moved.after[position]) - float(moved.before[position])
@@ -134,6 +136,7 @@ def records(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
             "prediction_after": after[rank],
             "share": change / whole if whole else None,
             "rising": rising[row],
+            **texts.field(position),
         })  # fmt: skip
     return found
 

@@ -13,6 +13,7 @@ from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 from opsig_cli.groups import Clusters, describe
 from opsig_cli.movers import Movers
+from opsig_cli.texts import clause
 from opsig_cli.trajectory import Trajectory
 
 TILES = 20
@@ -68,7 +69,9 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
             ]
             sides.append((f"G{group + 1}: {describe(mix, size)}", tiles, clusters.losses_TM[:, members].mean(1)))
         across, together = record["opposition"], record["loss_correlation"]
-        title = f"pair {record['pair']}: similarity {across:.2f}, loss changes correlate {together:.2f}"
+        title = f"pair {record['pair']}: similarity {across:.2f}, loss changes correlate {together:.2f}" + clause(
+            record["after"]
+        )
         panels.append(PairPanel(title, *sides))
     whole = np.concatenate(
         [rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss", window.first, window.stop)]

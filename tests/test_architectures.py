@@ -1,28 +1,108 @@
 """Architectures have their reference's number of parameters, take any size they can, and leave each sample alone."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
-from opsig_torch import TorchBackend
-from opsig_zoo.architectures import ARCHITECTURES, GPT
+from opsig_zoo.architectures import ARCHITECTURES
 from opsig_zoo.models import image_model
-from opsig_zoo.text import Text
+from opsig_zoo.transformers import GPT
 
 from opsig_cli.errors import OpsigError
 
 COUNTS = {  # three channels, ten classes
-    "resnet18": 11_173_962, "resnet20": 269_722, "resnet56": 853_018, "resnet110": 1_727_962,
-    "vgg11": 9_225_610, "vgg11-bn": 9_231_114,
-}  # fmt: skip
+    "resnet18": 11_173_962,
+    "resnet20": 269_722,  # He et al. 2016, table 6: 0.27, 0.85 and 1.7 million
+    "resnet56": 853_018,
+    "resnet110": 1_727_962,
+    "resnet56:project=true": 855_770,  # option B, as libraries count it
+    "resnet110:project=true": 1_730_714,
+    "vgg11": 9_225_610,
+    "vgg11-bn": 9_231_114,
+    "mlp:width=200,depth=2,activation=tanh": 3 * 32 * 32 * 200 + 200 + 200 * 200 + 200 + 200 * 10 + 10,
+}
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_are_as_many_as_in_the_reference(name):
-    assert sum(p.numel() for p in ARCHITECTURES[name](3, 32, 10).parameters()) == COUNTS[name]
+    assert count(image_model(name, 3, 32, 10)) == COUNTS[name]
 
 
-def test_gpt_has_gpt2s_parameters():
+def convolution(inputs, outputs, side=3, bias=True):
+    return inputs * outputs * side**2 + bias * outputs
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_parameters_are_as_many_as_the_layers_of_the_papers_have(channels):
+    widths = [channels, 64, 128, 256, 256, 512, 512, 512, 512]  # configuration A of Simonyan & Zisserman
+    vgg = sum(convolution(a, b) for a, b in pairwise(widths)) + 512 * 7 + 7
+    assert count(image_model("vgg11", channels, 32, 7)) == vgg
+    assert count(image_model("vgg11-bn", channels, 32, 7)) == vgg + 2 * sum(widths[1:])
+    for n in (9, 18):  # 6n + 2 layers: three stages of n blocks of two convolutions, each with batch norm
+        total = convolution(channels, 16, bias=False) + 2 * 16 + 64 * 7 + 7
+        for first, width in ((16, 16), (16, 32), (32, 64)):
+            total += convolution(first, width, bias=False) + (2 * n - 1) * convolution(width, width, bias=False)
+            total += 2 * n * 2 * width
+        assert count(image_model(f"resnet{6 * n + 2}", channels, 32, 7)) == total
+
+
+@pytest.mark.parametrize(("channels", "size", "patch", "width", "depth"), [(3, 32, 4, 64, 4), (1, 28, 7, 48, 2)])
+def test_a_vit_has_as_many_as_its_formula(channels, size, patch, width, depth):
+    model = image_model(f"vit:patch={patch},width={width},depth={depth}", channels, size, 10)
+    embedding = convolution(channels, width, patch) + (size // patch) ** 2 * width
+    layer = 12 * width**2 + 13 * width  # attention 4 D^2, perceptron 8 D^2, their biases 9 D, two norms 4 D
+    assert count(model) == embedding + depth * layer + 2 * width + width * 10 + 10
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "bias", "total"),
+    [(50257, True, 124_439_808), (50304, False, 123_587_328 + 1024 * 768)],  # nanoGPT prints 123.59M without places
+)
+def test_gpt_has_gpt2s_parameters(vocabulary, bias, total):
     with torch.device("meta"):
-        assert sum(p.numel() for p in GPT(50257, 1024, 12, 768, 12).parameters()) == 124_439_808
+        assert count(GPT(vocabulary, 1024, 12, 768, 12, bias)) == total
+
+
+def test_gpt_starts_as_gpt2_does():
+    depth = 8
+    torch.manual_seed(0)
+    for name, parameter in GPT(5000, 512, depth, 128, 4).named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            assert (parameter == 1).all()
+        elif name.endswith("bias"):
+            assert (parameter == 0).all()
+        else:
+            residual = "out" in name or "contract" in name
+            expected = 0.02 / math.sqrt(2 * depth) if residual else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+            assert abs(parameter.mean().item()) < 0.02 * expected + 1e-4, name
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_last_token_alone_is_as_in_the_whole_window(depth, bias):
+    model = GPT(11, 7, depth, 8, 2, bias).double()
+    tokens = torch.randint(11, (5, 7))
+    whole, last = model(tokens)[:, -1], model(tokens, last=True)
+    torch.testing.assert_close(last, whole, rtol=1e-12, atol=1e-12)
+    direction = torch.randn(5, 11).double()
+    parameters = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad((y * direction).sum(), parameters) for y in (last, whole)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_token_does_not_see_those_after_it():
+    model = GPT(11, 7, 2, 8, 2).double()
+    tokens = torch.randint(11, (1, 7))
+    changed = tokens.clone()
+    changed[0, 4] = (tokens[0, 4] + 1) % 11
+    different = (model(tokens) - model(changed)).abs().amax(2)[0] > 1e-12
+    assert different.tolist() == [False] * 4 + [True] * 3
 
 
 @pytest.mark.parametrize("name", ["resnet18:width=8", "resnet20", "vgg11:width=8", "vgg11-bn:width=8", "vit:width=16"])
@@ -35,50 +115,27 @@ def test_images_of_any_size_and_channels(name, channels, size):
     torch.testing.assert_close(model(x[1:2]), y[1:2], rtol=1e-4, atol=1e-5)
 
 
-def test_images_that_are_too_small_are_refused():
-    for name, words in (("vgg11", "16 pixels"), ("resnet18", "8 pixels"), ("vit:patch=5", "patches of 5")):
-        with pytest.raises(OpsigError, match=words):
-            image_model(name, 1, 7, 10)
-    with pytest.raises(OpsigError, match="not divisible"):
-        image_model("vit:width=10,heads=4", 1, 28, 10)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vgg11", "16 pixels"),
+        ("resnet18", "8 pixels"),
+        ("vit:patch=5", "patches of 5"),
+        ("vit:patch=0", "patch must be at least 1"),
+        ("vit:patch=7,heads=0", "heads must be at least 1"),
+        ("vit:patch=7,width=10,heads=4", "not divisible"),
+        ("vit:patch=7,depth=0", "depth must be at least 1"),
+        ("resnet20:width=0", "width must be at least 1"),
+        ("resnet56:depth=3", "no option 'depth'. Known: project, width"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_in_one_line(name, words):
+    with pytest.raises(OpsigError, match=words) as refused:
+        image_model(name, 1, 7, 10)
+    assert "\n" not in str(refused.value)
 
 
-@pytest.fixture
-def text(tmp_path):
-    (tmp_path / "b.txt").write_bytes(b"second \xff file: a\nb\n" * 20)
-    (tmp_path / "a.md").write_bytes(b"first file\n" * 20)
-    return tmp_path
-
-
-def test_text_samples_are_bytes_with_their_context(text):
-    task = Text(str(text), context=8, samples=50)
-    assert bytes(task.data[:5]) == b"first"  # in order of name
-    contexts, targets = task.dataset()[:]
-    for i in (0, 20, len(targets) - 1):
-        place = int(task.targets[i])
-        assert bytes(task.data[place - 8 : place]) == bytes(contexts[i].tolist())
-        assert task.data[place] == targets[i]
-        assert task.render(i).endswith(f"[{task.label(i)}]")
-
-
-def test_text_losses_do_not_depend_on_the_batch_and_fall(text):
-    session = TorchBackend().open(Text(str(text), context=8, samples=60, model="gpt:width=16,depth=1"), "cpu", 7)
-    state = session.initial(0)
-    other = TorchBackend().open(session.task, "cpu", 60)
-    other.initial(0)
-    torch.testing.assert_close(
-        *(torch.from_numpy(s.losses([state])[0][0]) for s in (session, other)), rtol=1e-4, atol=1e-5
-    )
-    from opsig_cli.backends import Training
-
-    snapshots = list(session.train(Training("adam", 0.01, 30), state))
-    assert snapshots[-1].train_loss < 0.6 * snapshots[0].train_loss
-
-
-def test_text_that_cannot_be_read(tmp_path):
-    (tmp_path / "empty.txt").write_text("")
-    for path, words in (("none.txt", "does not exist"), ("empty.txt", "too few"), ("", "no text files")):
-        folder = tmp_path / "folder" if not path else tmp_path
-        folder.mkdir(exist_ok=True)
-        with pytest.raises(OpsigError, match=words):
-            Text(str(folder / path))
+def test_every_architecture_is_reached_by_name(opsig):
+    for name in ARCHITECTURES:
+        outcome = opsig("train", "--task", "digits", "--model", f"{name}:none=1", "-o", "never.h5")
+        outcome.fails(2, f"model {name} has no option 'none'")

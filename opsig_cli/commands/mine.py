@@ -9,6 +9,9 @@ import typer
 from opsig_cli import options
 from opsig_cli.errors import UsageError
 
+TEXT = 40
+"""Characters of a text sample that fit into a table."""
+
 
 def mine(
     run: options.RunArgument,
@@ -48,7 +51,7 @@ def mine(
         {
             "rank": r["rank"],
             "sample": r["sample"],
-            "label": r["label"],
+            **({"text": r["text"][-TEXT:]} if "text" in r else {"label": r["label"]}),
             "predicted": f"{r['prediction_before']} -> {r['prediction_after']}",
             "step": r["step"],
             "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",

@@ -17,7 +17,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME[:key=value,...]",
-            help="mlp, cnn, resnet18, resnet20|56|110, vgg11, vgg11-bn, vit; with options.",
+            help="mlp, cnn, resnet18, resnet20|56|110, vgg11, vgg11-bn, vit; gpt for text. With options.",
         ),
     ] = None,
     optimizer: Annotated[

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, WRONG, Area, visible
+from opsig_cli.figures.text_lines import TextLine, draw_lines, lines_height
 
 PITCH = 1.05
 """Inches from tile to tile; longer class names are cut."""
@@ -44,6 +45,8 @@ class Tile:
 
 def sheet_height(tiles: Sequence[Tile], columns: int) -> float:
     """Inches that a sheet of this many columns takes, its title included."""
+    if listed := text_lines(tiles):
+        return 0.3 + lines_height(listed)
     rows = -(-len(tiles) // columns)
     return 0.3 + max(1, rows) * (PITCH + _text_height(tiles)) if tiles else 0.6
 
@@ -53,6 +56,9 @@ def draw_sheet(area: Area, left: float, title: str, tiles: Sequence[Tile], colum
     area.text(left, 0.02, title, color=colour, fontweight="bold")
     if not tiles:
         area.text(left, 0.3, "none", color=FAINT)
+        return
+    if listed := text_lines(tiles):
+        draw_lines(area, left, 0.28, columns * PITCH, listed, colour)
         return
     text = _text_height(tiles)
     rows = -(-len(tiles) // columns)
@@ -70,6 +76,17 @@ def draw_sheet(area: Area, left: float, title: str, tiles: Sequence[Tile], colum
                 x + 0.03, y + inner + 0.08 + line * LINE, visible(words), color=ink, fontweight=weight, fontsize=7,
                 va="top", parse_math=False,
             )  # fmt: skip
+
+
+def text_lines(tiles: Sequence[Tile]) -> list[TextLine]:
+    """The tiles as lines where all of them are text of one line; none elsewhere."""
+    found = []
+    for tile in tiles:
+        if not isinstance(tile.picture, str) or "\n" in tile.picture:
+            return []
+        notes = tile.lines()[tile.label is not None :]  # the target says what the label does
+        found.append(TextLine(tile.picture, [(words, ink) for words, ink, _ in notes]))
+    return found
 
 
 def _draw_picture(axes, picture: np.ndarray | str | None, x: float, y: float, side: float, colour: str) -> None:

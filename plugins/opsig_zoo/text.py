@@ -1,4 +1,7 @@
-"""Next-byte prediction over a text of one's own: every sample is a token with the context before it (App. B)."""
+"""Next-token prediction over a text of one's own: every sample is a token with the context before it (App. B).
+
+S samples, B a batch's size, N tokens of the text.
+"""
 
 from __future__ import annotations
 
@@ -14,68 +17,75 @@ from torch.utils.data import TensorDataset
 
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.tasks import build, parse_spec
-from opsig_zoo.architectures import GPT
+from opsig_zoo.tokens import BYTES, quoted, split
+from opsig_zoo.transformers import GPT
 
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".tex")
-BYTES = 256
-SHOWN = 24
+SHOWN = 80
+"""Characters of a context that a person is shown, its last ones."""
 
 
-def _gpt(context: int, depth: int = 2, width: int = 64, heads: int = 2) -> nn.Module:
-    return GPT(BYTES, context, depth, width, heads)
+def _gpt(
+    vocabulary: int, context: int, depth: int = 2, width: int = 64, heads: int = 2, bias: bool = True
+) -> nn.Module:
+    return GPT(vocabulary, context, depth, width, heads, bias)
 
 
 class Text:
-    """Bytes of a file, or of a folder's text files in order of name, predicted from the `context` bytes before them.
+    """Tokens of a file, or of a folder's text files in order of name, predicted from the `context` tokens before them.
 
-    `samples` targets are spread evenly over the text. A sample's loss is that of its target byte, in nats.
+    `vocabulary`: 256 for bytes, more for a byte-pair encoding of so many tokens, trained on the text. `samples` targets
+    are spread evenly over the text; 0 means every token. A sample's loss is that of its target, in nats.
     """
 
-    classes = tuple(repr(bytes([i]))[2:-1] for i in range(BYTES))
-
-    def __init__(self, path: str, context: int = 32, samples: int = 4000, model: str = "gpt"):
-        if context < 1 or samples < 1:
-            raise ValueError("context and samples must be at least 1")
-        data = np.frombuffer(_read(Path(path)), np.uint8)
-        if len(data) <= context:
-            raise OpsigError(f"{path} holds {len(data)} bytes, too few for a context of {context}")
+    def __init__(
+        self, path: str, vocabulary: int = BYTES, context: int = 32, samples: int = 4000, model: str = "gpt"
+    ):  # fmt: skip
+        if context < 1 or samples < 0:
+            raise ValueError("context must be at least 1, and samples too, or 0 for all")
+        self.tokens, self._pieces = split(_read(Path(path)), vocabulary)
+        if len(self.tokens) <= context:
+            raise OpsigError(f"{path} holds {len(self.tokens)} tokens, too few for a context of {context}")
         spec = parse_spec(model)
         if spec.name != "gpt":
             raise UsageError(f"task text has no model '{spec.name}'. Known: gpt")
-        self._options = spec.options
-        self._context = context
-        self.targets = np.unique(np.linspace(context, len(data) - 1, samples).round().astype(np.int64))
-        self.data = data
-        self.model()
+        self._options, self._context = spec.options, context
+        self.classes = tuple(quoted(piece) for piece in self._pieces)
+        last = len(self.tokens) - 1
+        count = min(samples or last, last - context + 1)
+        self.targets = np.linspace(context, last, count).round().astype(np.int64)
+        self.model()  # an unknown option is an error now, before a file is made
 
     def model(self) -> nn.Module:
-        """A GPT over bytes."""
-        return build(partial(_gpt, self._context), self._options, "model gpt")
+        """A GPT over the vocabulary."""
+        return build(partial(_gpt, len(self._pieces), self._context), self._options, "model gpt")
 
     def dataset(self) -> TensorDataset:
         """Contexts (S, context) and targets (S,)."""
-        windows = np.stack([self.data[t - self._context : t] for t in self.targets])
-        return TensorDataset(
-            torch.from_numpy(windows.astype(np.int64)), torch.from_numpy(self.data[self.targets].astype(np.int64))
-        )
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, self._context)
+        contexts = windows[self.targets - self._context]
+        return TensorDataset(torch.from_numpy(contexts), torch.from_numpy(self.tokens[self.targets]))
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
-        """Loss of every target byte, (B,)."""
-        return cross_entropy(model(batch[0])[:, -1].double(), batch[1], reduction="none")
+        """Loss of every target, (B,)."""
+        return cross_entropy(model(batch[0], last=True).double(), batch[1], reduction="none")
 
     def predictions(self, model: nn.Module, batch: Any) -> Tensor:
-        """The likeliest next byte, (B,)."""
-        return model(batch[0])[:, -1].argmax(1)
+        """The likeliest next token, (B,)."""
+        return model(batch[0], last=True).argmax(1)
 
     def label(self, i: int) -> str:
-        """The target byte."""
-        return self.classes[int(self.data[self.targets[i]])]
+        """The target, in quotes."""
+        return self.classes[self.tokens[self.targets[i]]]
 
     def render(self, i: int) -> str:
-        """The end of the context and the target."""
-        target = int(self.targets[i])
-        before = self.data[max(0, target - min(SHOWN, self._context)) : target].tobytes().decode(errors="replace")
-        return f"{before.replace(chr(10), chr(0x21B5))} [{self.label(i)}]"
+        """The end of the context, its line breaks visible, and the target in brackets."""
+        place = int(self.targets[i])
+        before = b"".join(self._pieces[token] for token in self.tokens[max(0, place - self._context) : place])
+        shown = before.decode(errors="backslashreplace")[-SHOWN:].replace(
+            "\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+        )
+        return f"{shown}[{self.label(i).removeprefix('b')[1:-1]}]"
 
 
 def _read(path: Path) -> bytes:
