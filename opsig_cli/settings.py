@@ -127,9 +127,14 @@ class Settings:
     def threshold(self) -> float:
         """The (preconditioned) sharpness at which full-batch training loses stability.
 
-        2/eta for gradient descent, (2 + 2 beta)/eta for heavy ball, (2 + 2 beta1)/((1 - beta1) eta) for Adam.
+        2/eta for gradient descent, (2 + 2 beta)/eta for heavy ball, (2 + 2 beta1)/((1 - beta1) eta) for Adam; infinite
+        for gradient flow, and NaN for steps by the sign, which no Hessian decides.
         """
+        if self.optimizer == "flow" or self.learning_rate == 0:
+            return float("inf")
         match self.optimizer:
+            case "splitsgd" | "signsgd":
+                return float("nan")
             case "momentum":
                 return (2 + 2 * self.momentum) / self.learning_rate
             case "adam":
