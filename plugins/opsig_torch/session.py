@@ -24,7 +24,7 @@ CONVOLUTION_BATCH = 50
 NOVELTY = 1.0
 """Random part of a warm start, against the last eigenvector's length of 1: what has overtaken it must be seen."""
 STATISTICS = ("chunk", "running")
-OPTIMIZERS = ("gd", "sgd", "momentum", "adam", "splitsgd")
+OPTIMIZERS = ("gd", "sgd", "momentum", "adam", "splitsgd", "signsgd")
 
 
 class TorchSession:
