@@ -175,3 +175,12 @@ def test_runs_are_compared_by_what_they_hold(opsig, runs, tmp_path):
 def test_a_run_like_one_of_your_own_task_needs_it_named_again(opsig, tiny_run, tmp_path):
     opsig("train", "--like", tiny_run, "-o", tmp_path / "x.h5").fails(1, "a task of your own", "--task")
     assert not (tmp_path / "x.h5").exists()
+
+
+def test_a_part_of_the_images_can_be_held_out(opsig, tmp_path):
+    from opsig_zoo import FashionMnist
+
+    whole, part = FashionMnist(size=14), FashionMnist(size=14, start=4000, samples=10)
+    np.testing.assert_array_equal(part.pixels, whole.pixels[4000:4010])
+    np.testing.assert_array_equal(part.labels, whole.labels[4000:4010])
+    opsig("train", "--task", "fashion-mnist:start=5000", "-o", tmp_path / "x.h5").fails(2, "between 0 and 4999")
