@@ -168,7 +168,7 @@ def draw_compared(path: Path, runs: Sequence[Trajectory], series: Sequence[Mappi
         have = {name: found[quantity] for name, found in zip(names, series, strict=True) if quantity in found}
         if have:
             panels.append((quantity, axis, {name: (line.steps, line.values) for name, line in have.items()}))
-    compared_page(path, panels, names, ", ".join(names))
+    compared_page(path, panels, names, f"{len(names)} runs")
 
 
 def _run_name(path: str) -> str:
