@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DOCUMENT = Path(__file__).with_name("paper.md")
-WIDTH, HEIGHT = 1000, 1150
+WIDTH, HEIGHT = 1000, 1060
 """Pixels of the pictures in the document."""
 
 
@@ -89,7 +89,7 @@ def shrink(folder: Path, pictures: Path) -> None:
             small = image.convert("RGB")
             small.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
             small = small.crop((0, 0, small.width, min(small.height, HEIGHT)))
-            small.quantize(48, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+            small.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
                 pictures / path.name, optimize=True
             )
 
