@@ -89,7 +89,7 @@ def _probe(name: str, picture: np.ndarray, runs: Sequence[Probe], classes: Seque
 
 def _bars(area: Area, run: Probe, colours: Mapping[int, str]) -> None:
     """Class probabilities at successive steps around the widest swing; over all steps where nothing swings."""
-    left, width = MARGIN + 4.45, WIDTH - 2 * MARGIN - 4.45 - 4.05
+    left, width = MARGIN + 4.6, WIDTH - 2 * MARGIN - 4.6 - 4.15
     burst = widest_swing(run)
     if burst is None:
         axes = area.axes(left, 0.75, width, HEIGHT - 1.25)
