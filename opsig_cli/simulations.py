@@ -256,7 +256,7 @@ def draw(run: Simulation, figure: Path) -> None:
 
 
 def _step(time: float, count: int) -> int:
-    if time != int(time) or not 0 <= time < count:
+    if not (0 <= time < count and time == int(time)):
         raise ValueError(f"{time:g} is not a step from 0 to {count - 1}")
     return int(time)
 

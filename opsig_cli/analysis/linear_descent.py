@@ -136,6 +136,7 @@ def population_descent(problem: Problem, learning_rate: float, steps: int) -> De
     )
 
 
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
 def sampled_descent(
     problem: Problem, learning_rate: float, steps: int, drawn: Samples, loss: str = "square"
 ) -> Descent:

@@ -29,8 +29,8 @@ class Problem:
     def __post_init__(self) -> None:
         if not 1 <= self.d1 < self.d2:
             raise ValueError("d1 must be at least 1 and below d2")
-        if not (self.alpha > 0 and self.beta_norm > 0):
-            raise ValueError("alpha and beta_norm must be positive")
+        if not (0 < self.alpha < np.inf and 0 < self.beta_norm < np.inf):
+            raise ValueError("alpha and beta_norm must be positive and finite")
 
     @property
     def start(self) -> tuple[float, float, float, float]:
