@@ -1,6 +1,6 @@
 """Run the commands of docs/paper.md, one after the other, in a folder.
 
-python docs/paper.py OUT                        everything, about a quarter of an hour on two cores
+python docs/paper.py OUT                        everything, half an hour at most on two cores
 python docs/paper.py OUT --only fig-5           the sections whose name begins so, after those that they need
 python docs/paper.py OUT --pictures docs/paper  and keep the pictures, made small, beside the document
 python docs/paper.py --list                     say what would run
