@@ -17,7 +17,13 @@ def seconds(optimizer: torch.optim.Optimizer) -> float:
 
 
 def main() -> None:
-    for name, shapes in (("ten layers", [(1000, 1000)] * 10), ("one flat vector", [(10_000_000,)])):
+    kinds = {
+        "ten layers": [(1000, 1000)] * 10,
+        "one flat vector": [(10_000_000,)],
+        "ResNet-110's number of tensors": [(192, 160)] * 330,
+    }
+    print(f"{torch.get_num_threads()} threads")
+    for name, shapes in kinds.items():
         pairs = []
         for make in (lambda p: SplitSGD(p), lambda p: torch.optim.Adam(p, foreach=True)):
             parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]

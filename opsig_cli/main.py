@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import cluster, info, mine, probe, repack, sharpness, simulate, track, train, verify
+from opsig_cli.commands import cluster, compare, info, mine, probe, repack, sharpness, simulate, track, train, verify
 from opsig_cli.errors import OpsigError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(sharpness.sharpness)
 app.command()(mine.mine)
 app.command()(probe.probe)
 app.command()(cluster.cluster)
+app.command()(compare.compare)
 app.command()(info.info)
 app.command()(verify.verify)
 app.command()(repack.repack)

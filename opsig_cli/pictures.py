@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opsig_cli import movers as finding
+from opsig_cli.comparing import QUANTITIES, Series
 from opsig_cli.figures.alignment import alignment_block
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
@@ -121,34 +123,59 @@ def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -
         raise ValueError("there is nothing to draw for these metrics")
 
 
-def draw_probe(path: Path, run: Trajectory, records: list[dict[str, Any]]) -> None:
-    """Save what `probe` measured: inputs through the checkpoints, or projected iterates."""
+def draw_probe(path: Path, runs: Sequence[Trajectory], records: list[dict[str, Any]], shown: np.ndarray) -> None:
+    """Save inputs (N, H, W, C) through the checkpoints of one or more runs."""
     from opsig_cli.figures import probed
 
-    name = Path(run.path).name
-    if "projection" in records[0]:
-        runs = {}
-        for other in dict.fromkeys(r["trajectory"] for r in records):
-            rows = [r for r in records if r["trajectory"] == other]
-            effective = np.array([r.get("effective_step", np.nan) for r in rows])
-            runs[Path(other).name] = (
-                np.array([r["step"] for r in rows]), np.array([r["projection"] for r in rows]),
-                effective if np.isfinite(effective).any() else None,
-            )  # fmt: skip
-        title = f"along the top eigenvector of {name} at step {records[0]['crossing_step']}"
-        probed.projection_page(path, runs, records[0]["crossing_step"], title)
-        return
-    steps = np.array(sorted({r["step"] for r in records}))
-    probes = {}
-    for chosen in dict.fromkeys(r["input"] for r in records):
-        rows = [r for r in records if r["input"] == chosen]
-        norms = np.array([np.nan if r["feature_norm"] is None else r["feature_norm"] for r in rows])
-        probes[chosen] = (np.stack([r["probabilities"] for r in rows]), norms)
-    first = next(iter(probes))
-    mean = np.array([r["mean_feature_norm"] or np.nan for r in records if r["input"] == first], float)
-    names = run.read("class_name").tolist() if run.has("class_name") else None
+    names = runs[0].read("class_name").tolist() if runs[0].has("class_name") else None
     classes = names or [str(i) for i in range(len(records[0]["logits"]))]
-    probed.probe_page(path, steps, probes, mean, classes, f"{name}: probes")
+    panels = []
+    for number, chosen in enumerate(dict.fromkeys(r["input"] for r in records)):
+        series = []
+        for run in runs:
+            rows = [r for r in records if r["input"] == chosen and r["trajectory"] == run.path]
+            columns = ("step", "time", "feature_norm", "mean_feature_norm", "logits", "probabilities")
+            values = {key: np.array([np.nan if r[key] is None else r[key] for r in rows], float) for key in columns}
+            swinging = np.array([r["oscillating"] is True for r in rows])
+            series.append(probed.Probe(_run_name(run.path), swinging=swinging, **values))
+        panels.append((chosen, shown[number], series))
+    probed.probe_page(path, panels, classes, f"{_run_name(runs[0].path)}: probes")
+
+
+def draw_projection(path: Path, run: Trajectory, records: list[dict[str, Any]]) -> None:
+    """Save iterates of runs along the first one's eigenvector, and Adam's effective steps."""
+    from opsig_cli.figures import probed
+
+    lines = []
+    for summary in (r for r in records if r["kind"] == "summary"):
+        rows = [r for r in records if r["kind"] == "iterate" and r["trajectory"] == summary["trajectory"]]
+        columns = ("step", "projection", "effective_step", "step_size_along")
+        values = {key: np.array([r.get(key, np.nan) for r in rows], float) for key in columns}
+        share = summary["reversals"]
+        words = "" if share is None else f": {share:.0%} of steps reverse"
+        lines.append(probed.Projection(f"{_run_name(summary['trajectory'])}{words}", **values))
+    crossing = records[0]["crossing_step"]
+    title = f"along the top eigenvector of {_run_name(run.path)} at step {crossing}"
+    probed.projection_page(path, lines, crossing, title)
+
+
+def draw_compared(path: Path, runs: Sequence[Trajectory], series: Sequence[Mapping[str, Series]]) -> None:
+    """Save what runs have, one panel a quantity that any of them has."""
+    from opsig_cli.figures.compared import compared_page
+
+    names = [_run_name(run.path) for run in runs]
+    if len(set(names)) < len(names):
+        names = [run.path for run in runs]
+    panels = []
+    for quantity, axis in QUANTITIES.items():
+        have = {name: found[quantity] for name, found in zip(names, series, strict=True) if quantity in found}
+        if have:
+            panels.append((quantity, axis, {name: (line.steps, line.values) for name, line in have.items()}))
+    compared_page(path, panels, names, f"{len(names)} runs")
+
+
+def _run_name(path: str) -> str:
+    return Path(path).name
 
 
 class Pictures:

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Session
-from opsig_cli.curvature import scale_of, settings_of
+from opsig_cli.curvature import scale_of, select_steps, settings_of
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.movers import positions_of
 from opsig_cli.recorder import read_state
+from opsig_cli.settings import Settings
 from opsig_cli.trajectory import Trajectory
 
 COLOURS = {"sky": "#87ceeb", "white": "#ffffff", "black": "#000000", "red": "#ff0000", "green": "#00ff00"}
 SWINGS = 0.05
-"""Change of a class's probability from checkpoint to checkpoint that counts as a swing."""
+"""Change of a class's probability from step to step that counts as a swing."""
 MAX_SIDE = 4096
 
 
@@ -95,36 +96,42 @@ def probe(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What the network makes of each input at each checkpoint, one record an input and step.
 
-    `oscillating`: the probability of some class changed by more than SWINGS, up and down again, over the last three
-    checkpoints.
+    `oscillating`: the probability of some class changed by more than SWINGS, up and down again, over the last two
+    steps; None without checkpoints at both. `time` is the step times the learning rate.
     """
+    settings = settings_of(run)
     found = []
     history: list[np.ndarray] = []
-    for step in steps:
+    for place, step in enumerate(steps):
         logits, norms, mean_norm = session.outputs(read_state(run, step), pictures)  # pyright: ignore
         shifted = np.exp(logits - logits.max(1, keepdims=True))
         probabilities = shifted / shifted.sum(1, keepdims=True)
         history = [*history[-2:], probabilities]
-        swing: Any = np.zeros(len(names), bool)
-        if len(history) == 3:
-            first, second = history[1] - history[0], history[2] - history[1]
-            swing = ((first * second < 0) & (np.minimum(abs(first), abs(second)) > SWINGS)).any(1)
+        known = place >= 2 and step - steps[place - 2] == 2
+        swinging = swings(np.stack(history)) if known else [None] * len(names)
         for number, name in enumerate(names):
             best = int(probabilities[number].argmax())
             found.append({
                 "trajectory": run.path,
                 "step": step,
+                "time": None if settings is None else step * settings.learning_rate,
                 "input": name,
                 "predicted": best if classes is None else classes[best],
                 "probability": float(probabilities[number, best]),
                 "feature_norm": None if norms is None else float(norms[number]),
                 "mean_feature_norm": mean_norm,
-                "oscillating": bool(swing[number]),
+                "oscillating": None if swinging[number] is None else bool(swinging[number]),
                 "logits": logits[number],
                 "probabilities": probabilities[number],
             })  # fmt: skip
         advance(note=f"step {step}")
     return found
+
+
+def swings(probabilities_3NC: np.ndarray) -> np.ndarray:
+    """Whether a class's probability goes up and down by more than SWINGS over three steps, for each input, (N,)."""
+    first, second = np.diff(probabilities_3NC, axis=0)
+    return ((first * second < 0) & (np.minimum(abs(first), abs(second)) > SWINGS)).any(1)
 
 
 def crossing(run: Trajectory) -> tuple[int, np.ndarray]:
@@ -143,31 +150,60 @@ def crossing(run: Trajectory) -> tuple[int, np.ndarray]:
     return step, run.row("sharpness/eigenvector", step)
 
 
-def project(run: Trajectory, runs: Sequence[Trajectory], advance: Callable[..., None]) -> list[dict[str, Any]]:
-    """Iterates of runs along the first one's top eigenvector u at its first crossing: <theta_t - theta*, u>.
+def project(
+    run: Trajectory, runs: Sequence[Trajectory], steps: str | None, advance: Callable[..., None]
+) -> list[dict[str, Any]]:
+    """Iterates of runs along the first one's top eigenvector u at its first crossing, <theta_t - theta*, u>, and for
+    each run the share of its steps that reverse (the paper's Fig. 6b).
 
-    theta* is the first run's state there. For Adam also its effective step along u, |<D m, u>|, and the paper's
-    |<D, u>| with D = eta / (sqrt(v) + epsilon), moments corrected for bias.
+    theta* is the first run's state there. For Adam also its effective step along u: |<D m, u>|, which falls near the
+    valley's floor, and the paper's |<D, u>|, with D = eta / (sqrt(v) + epsilon) and moments corrected for bias.
     """
     start, direction = crossing(run)
     origin = run.row("checkpoints/params", start).astype(np.float64)
-    found = []
+    found, summaries = [], []
     for other in runs:
         if other.shape("checkpoints/params")[1] != len(origin):
             raise OpsigError(f"{other.path} has another number of parameters than {run.path}")
         settings = settings_of(other)
-        for step in other.steps("checkpoints").tolist():
-            state = read_state(other, step)
-            record: dict[str, Any] = {
-                "trajectory": other.path, "step": step, "crossing_step": start,
-                "projection": float((state.params - origin) @ direction),
-            }  # fmt: skip
-            if settings is not None and scale_of(settings, state) is not None:
-                second = state.optimizer["exp_avg_sq"].astype(np.float64) / (1 - settings.beta2**step)
-                first = state.optimizer["exp_avg"].astype(np.float64) / (1 - settings.beta1**step)
-                steps = settings.learning_rate / (np.sqrt(second) + settings.epsilon)
-                record["effective_step"] = abs(float((steps * first) @ direction))
-                record["step_size_along"] = abs(float(steps @ direction))
-            found.append(record)
+        chosen = select_steps(other, steps)
+        rows = [_iterate(other, settings, step, origin, direction) for step in chosen]
+        found += [{"kind": "iterate", "trajectory": other.path, "crossing_step": start, **row} for row in rows]
+        projections = np.array([row["projection"] for row in rows])
+        share, counted = reversals(np.array(chosen), projections, start)
+        summaries.append({
+            "kind": "summary", "trajectory": other.path, "crossing_step": start,
+            "optimizer": None if settings is None else settings.optimizer, "reversals": share, "counted": counted,
+        })  # fmt: skip
         advance(note=other.path)
-    return found
+    return found + summaries
+
+
+def _iterate(
+    run: Trajectory, settings: Settings | None, step: int, origin: np.ndarray, direction: np.ndarray
+) -> dict[str, Any]:
+    state = read_state(run, step)
+    record: dict[str, Any] = {"step": step, "projection": float((state.params - origin) @ direction)}
+    if settings is not None and scale_of(settings, state) is not None:
+        second = state.optimizer["exp_avg_sq"].astype(np.float64) / (1 - settings.beta2**step)
+        first = state.optimizer["exp_avg"].astype(np.float64) / (1 - settings.beta1**step)
+        sizes = settings.learning_rate / (np.sqrt(second) + settings.epsilon)
+        record["effective_step"] = abs(float((sizes * first) @ direction))
+        record["step_size_along"] = abs(float(sizes @ direction))
+    return record
+
+
+def reversals(steps: np.ndarray, projections: np.ndarray, start: int) -> tuple[float | None, int]:
+    """Share of steps from `start` on that go the other way than the step before, and how many were counted.
+
+    Only successive steps count: None where no three checkpoints are one step apart.
+
+    >>> reversals(np.arange(5), np.array([0.0, 1.0, 0.0, 1.0, 2.0]), 0)
+    (0.6666666666666666, 3)
+    """
+    near = (np.diff(steps) == 1) & (steps[:-1] >= start)
+    counts = near[1:] & near[:-1]
+    moves = np.diff(projections)
+    turned = moves[1:] * moves[:-1] < 0
+    total = int(counts.sum())
+    return (float(turned[counts].mean()) if total else None), total

@@ -38,6 +38,7 @@ class Settings:
     track_every: int = 0
     checkpoint_every: int = 0
     checkpoint_pairs: bool = False
+    checkpoint_window: tuple[int, int] | None = None
     checkpoint_dtype: str = "float32"
     sharpness_every: int = 0
 
@@ -67,7 +68,10 @@ class Settings:
         if not isinstance(kept, dict) or "task" not in kept:
             raise OpsigError(f"{path} does not say how it was trained. Give --task")
         known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in kept.items() if key in known})
+        values = {key: value for key, value in kept.items() if key in known}
+        if values.get("checkpoint_window") is not None:
+            values["checkpoint_window"] = tuple(values["checkpoint_window"])  # JSON has no tuples
+        return cls(**values)
 
     def varied(self, given: Mapping[str, Any]) -> Self:
         """These settings with the options that a person gave in their place; UsageError where they contradict.
@@ -106,7 +110,10 @@ class Settings:
         return asdict(self)
 
     def checkpoint_at(self, step: int) -> bool:
-        """Whether a checkpoint is due at this step; with `checkpoint_pairs` the step after one has one too."""
+        """Whether a checkpoint is due at this step: on the schedule, the step after with `checkpoint_pairs`, or inside
+        of `checkpoint_window`."""
+        if self.checkpoint_window is not None and self.checkpoint_window[0] <= step <= self.checkpoint_window[1]:
+            return True
         due = step % self.checkpoint_every == 0 or step == self.steps
         return due or (self.checkpoint_pairs and step % self.checkpoint_every == 1)
 
@@ -127,9 +134,14 @@ class Settings:
     def threshold(self) -> float:
         """The (preconditioned) sharpness at which full-batch training loses stability.
 
-        2/eta for gradient descent, (2 + 2 beta)/eta for heavy ball, (2 + 2 beta1)/((1 - beta1) eta) for Adam.
+        2/eta for gradient descent, (2 + 2 beta)/eta for heavy ball, (2 + 2 beta1)/((1 - beta1) eta) for Adam; infinite
+        for gradient flow, and NaN for steps by the sign, which no Hessian decides.
         """
+        if self.optimizer == "flow" or self.learning_rate == 0:
+            return float("inf")
         match self.optimizer:
+            case "splitsgd" | "signsgd":
+                return float("nan")
             case "momentum":
                 return (2 + 2 * self.momentum) / self.learning_rate
             case "adam":

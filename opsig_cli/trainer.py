@@ -131,7 +131,7 @@ def run(
         ending = stop.asked and snapshot.state is not None
         sharpness = None
         if settings.sharpness_at(snapshot.step) and snapshot.state is not None:
-            pairs = _record_sharpness(recorder, session, snapshot.state, pairs)
+            pairs = _record_sharpness(recorder, session, settings, snapshot.state, pairs)
             sharpness = float(pairs.values[0])
         due = settings.checkpoint_at(snapshot.step) or ending
         recorder.record(
@@ -174,11 +174,16 @@ def _checkpoint_record(path: str, snapshot: Snapshot, sharpness: float | None) -
     return record if sharpness is None else record | {"sharpness": sharpness}
 
 
-def _record_sharpness(recorder: Recorder, session: Session, state: State, previous: Eigenpairs | None) -> Eigenpairs:
+def _record_sharpness(
+    recorder: Recorder, session: Session, settings: Settings, state: State, previous: Eigenpairs | None
+) -> Eigenpairs:
     backends.require(session, backends.Curvature, "of this run", "sharpness")
     found = session.top_eigenpairs(state, 1, SHARPNESS_TOLERANCE, previous)  # pyright: ignore
     if state.step not in recorder.run.steps("sharpness"):
-        recorder.run.append("sharpness", state.step, eigenvalue=found.values, residual=found.residuals)
+        threshold = float("nan") if settings.preconditioned else settings.threshold
+        recorder.run.append(
+            "sharpness", state.step, eigenvalue=found.values, residual=found.residuals, threshold=threshold
+        )
     return found
 
 

@@ -2,9 +2,12 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from opsig_torch import splitsgd
 from opsig_torch.splitsgd import SignSGD, SplitSGD
 
 
@@ -125,3 +128,35 @@ def test_closures_missing_gradients_and_bad_values():
     weight.grad = torch.sparse_coo_tensor([[0]], [1.0], (2,), check_invariants=True)
     with pytest.raises(RuntimeError, match="sparse"):
         SplitSGD([weight], radius=1.0).step()
+
+
+@pytest.mark.parametrize("shape", [(300_001,), (20, 30)])
+def test_every_step_is_the_papers_algorithm(shape):
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    if len(shape) == 2:
+        weight.data = weight.data.T.contiguous().T  # not contiguous
+    theta, m, r = weight.detach().double(), torch.zeros(shape, dtype=torch.float64), 0.05
+    optimizer = SplitSGD([weight], lr=0.3, sign_lr=0.02, momentum=0.8, dampening=0.7, radius=r)
+    for t in range(1, 5):
+        weight.grad = 0.1 * torch.randn(shape, generator=generator)
+        m = 0.8 * m + 0.3 * weight.grad.double()
+        mean = m / (1 - 0.7**t)
+        small = mean.abs() <= r
+        theta = theta - 0.3 * mean * small - 0.02 * mean.sign() * ~small
+        optimizer.step()
+        torch.testing.assert_close(weight.detach().double(), theta, rtol=0, atol=1e-6)
+        assert optimizer.signed_fraction == pytest.approx(1 - small.double().mean().item(), abs=1e-5)
+        assert 0.1 < optimizer.signed_fraction < 0.9
+
+
+def test_it_needs_nothing_of_opsig():
+    code = (
+        "import runpy, sys\n"
+        f"made = runpy.run_path({splitsgd.__file__!r})\n"
+        "import torch\n"
+        "weight = torch.nn.Parameter(torch.ones(3)); weight.grad = torch.ones(3)\n"
+        "made['SplitSGD']([weight]).step()\n"
+        "assert not any(name.startswith('opsig') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -2,7 +2,7 @@
 
 f = c (b'x + b_o'x_o) is fitted to y = beta'x + |x_o|'1 / sqrt(d2) by square loss. With B = |beta|, everything depends
 on epsilon = b'beta / B, delta, the norm of what of b lies across beta, q = 1'b_o / sqrt(d2), o = |b_o|^2 and c. Losses
-are exact: 2L = |cb - beta|^2 + alpha (c^2 q^2 + 1). T points of time, N samples.
+are exact: 2L = |cb - beta|^2 + alpha (c^2 q^2 + 1). T points of time, P = d1 + d2 + 1 parameters b, b_o, c.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Problem:
     def __post_init__(self) -> None:
         if not 1 <= self.d1 < self.d2:
             raise ValueError("d1 must be at least 1 and below d2")
-        if not (self.alpha > 0 and self.beta_norm > 0):
-            raise ValueError("alpha and beta_norm must be positive")
+        if not (0 < self.alpha < np.inf and 0 < self.beta_norm < np.inf):
+            raise ValueError("alpha and beta_norm must be positive and finite")
 
     @property
     def start(self) -> tuple[float, float, float, float]:
@@ -38,17 +38,49 @@ class Problem:
         total = self.d1 + self.d2
         return total**-0.5, ((self.d1 - 1) / total) ** 0.5, self.d2 / total, 1.0
 
-    def sharpness(self, epsilon: float, delta: float, o: float, c: float) -> float:
-        """Largest eigenvalue of the Hessian, that of its block on (beta, the rest of b, b_o, c) (corrected eq. 8)."""
-        beside = np.array([2 * c * epsilon - self.beta_norm, 2 * c * delta, 2 * self.alpha * c * o**0.5])
-        matrix = np.diag([c * c, c * c, self.alpha * c * c, epsilon**2 + delta**2 + self.alpha * o])
-        matrix[:3, 3] = matrix[3, :3] = beside
-        return float(np.linalg.eigvalsh(matrix)[-1])
+    @property
+    def invariant(self) -> float:
+        """K = c^2 - |b|^2 - |b_o|^2, which gradient flow keeps; 0 for the paper's start."""
+        epsilon, delta, o, c = self.start
+        return c * c - epsilon**2 - delta**2 - o
 
-    def loss(self, epsilon: float, delta: float, o: float, c: float) -> float:
+    @property
+    def limit(self) -> float:
+        """Sharpness where gradient flow ends, cb = beta, b_o = 0, c^2 - |b|^2 = K: max(alpha, 2) B for K = 0."""
+        c = ((self.invariant + (self.invariant**2 + 4 * self.beta_norm**2) ** 0.5) / 2) ** 0.5
+        return self.curvature(self.beta_norm / c, 0.0, 0.0, c)[0]
+
+    def curvature(self, epsilon: float, delta: float, q: float, c: float) -> tuple[float, np.ndarray]:
+        """Largest eigenvalue of the Hessian and its eigenvector on (beta, the rest of b, b_o, c), (4,).
+
+        Eq. 8 of the paper, whose block on b and c lacks -beta; q carries the sign of b_o.
+        """
+        beside = np.array([2 * c * epsilon - self.beta_norm, 2 * c * delta, 2 * self.alpha * c * q])
+        matrix = np.diag([c * c, c * c, self.alpha * c * c, epsilon**2 + delta**2 + self.alpha * q * q])
+        matrix[:3, 3] = matrix[3, :3] = beside
+        values, vectors = np.linalg.eigh(matrix)
+        return float(values[-1]), vectors[:, -1]
+
+    def loss(self, epsilon: float, delta: float, q: float, c: float) -> float:
         """The population loss L."""
         across = (c * epsilon - self.beta_norm) ** 2 + (c * delta) ** 2
-        return (across + self.alpha * (c * c * o + 1)) / 2
+        return (across + self.alpha * (c * c * q * q + 1)) / 2
+
+    def group_losses(self, epsilon: float, delta: float, q: float, c: float, probability: float) -> np.ndarray:
+        """Mean losses of the outliers of either sign, |cb - beta|^2 / 2 + alpha (1 -+ cq)^2 / (2p), and of the rest."""
+        rest = ((c * epsilon - self.beta_norm) ** 2 + (c * delta) ** 2) / 2
+        outliers = [self.alpha / (2 * probability) * (1 - sign * c * q) ** 2 for sign in (1, -1)]
+        return np.array([rest + outliers[0], rest + outliers[1], rest])
+
+    def embed(self, along: np.ndarray, across: np.ndarray, q: np.ndarray, c: np.ndarray) -> np.ndarray:
+        """Rows of all parameters (b, b_o, c), (T, P), for (T,) coordinates; beta is along the first axis of b."""
+        rows = np.zeros((len(along), self.d1 + self.d2 + 1))
+        rows[:, 0] = along
+        if self.d1 > 1:
+            rows[:, 1] = across
+        rows[:, self.d1 : -1] = q[:, None] / self.d2**0.5
+        rows[:, -1] = c
+        return rows
 
     @property
     def time_bound(self) -> float:
@@ -65,22 +97,25 @@ class Flow:
     end: float
     t1: float
 
+    def at(self, time: float) -> tuple[float, float, float, float]:
+        """epsilon, delta, q and c at a time."""
+        epsilon, delta, ln_o, c = map(float, self.state(time))
+        return epsilon, delta, float(np.exp(ln_o / 2)), c
+
     def sharpness(self, time: float) -> float:
         """Sharpness at a time."""
-        epsilon, delta, ln_o, c = self.state(time)
-        return self.problem.sharpness(epsilon, delta, float(np.exp(ln_o)), c)
+        return self.problem.curvature(*self.at(time))[0]
 
     def loss(self, time: float) -> float:
         """Population loss at a time."""
-        epsilon, delta, ln_o, c = self.state(time)
-        return self.problem.loss(epsilon, delta, float(np.exp(ln_o)), c)
+        return self.problem.loss(*self.at(time))
 
 
 def gradient_flow(problem: Problem, end: float | None = None) -> Flow:
     """Integrate gradient flow, ln o in the place of o, which underflows, up to `end` (default: 10 / B).
 
     epsilon' = -c^2 epsilon + cB, delta' = -c^2 delta, (ln o)' = -2 alpha c^2,
-    c' = -c (epsilon^2 + delta^2 + alpha o) + epsilon B; t1 is where c' first becomes 0.
+    c' = -c (epsilon^2 + delta^2 + alpha o) + epsilon B; t1 is where c begins to grow, else NaN.
     """
     from scipy.integrate import solve_ivp
 
@@ -95,11 +130,14 @@ def gradient_flow(problem: Problem, end: float | None = None) -> Flow:
     def turning(time: float, state: np.ndarray) -> float:
         return rates(time, state)[3]
 
+    turning.direction = 1  # pyright: ignore[reportFunctionMemberAccess]
     epsilon, delta, o, c = problem.start
     solved: Any = solve_ivp(
         rates, (0, end), [epsilon, delta, np.log(o), c], method="DOP853", rtol=1e-12, atol=1e-14, dense_output=True,
         events=turning,
     )  # fmt: skip
+    if turning(0, solved.y[:, 0]) >= 0:
+        return Flow(problem, solved.sol, end, 0.0)
     times = solved.t_events[0]
     return Flow(problem, solved.sol, end, float(times[0]) if len(times) else float("nan"))
 
@@ -122,176 +160,44 @@ def summarise_flow(flow: Flow) -> dict[str, Any]:
         time_of_bound = begin
         if flow.sharpness(begin) < goal:
             time_of_bound = float(brentq(lambda t: flow.sharpness(t) - goal, begin, end, xtol=1e-13))  # pyright: ignore
-    epsilon, delta, o, c = problem.start
     return {
-        "sharpness_initial": problem.sharpness(epsilon, delta, o, c),
+        "sharpness_initial": float(values[0]),
         "sharpness_min": float(found.fun),
         "time_of_min": float(found.x),
         "t1": flow.t1,
         "t1_bound": problem.time_bound,
         "time_of_bound": time_of_bound,
-        "sharpness_final": max(problem.alpha, 2.0) * problem.beta_norm,
-    } | theorems(flow, float(found.fun), time_of_bound)
+        "sharpness_final": problem.limit,
+    } | theorems(flow, time_of_bound)
 
 
-def theorems(flow: Flow, lowest: float, time_of_bound: float) -> dict[str, Any]:
-    """Each assumption and each conclusion of Theorems 3.1 and 3.2, true or false for this problem."""
+def theorems(flow: Flow, time_of_bound: float) -> dict[str, Any]:
+    """Assumptions and conclusions of Theorems 3.1 and 3.2, each true or false for this problem.
+
+    The paper states the assumption on alpha up to a constant. Here are the inequalities that its proof uses (App. G),
+    with k = d2 / d1: sqrt(alpha) >= (1 + k) ln(k) B / ln(B/2), and for eq. 67 sqrt(alpha) > 1 + k ln k.
+    """
     problem = flow.problem
-    ratio, size, alpha = problem.d2 / problem.d1, problem.beta_norm, problem.alpha
-    first = problem.sharpness(*problem.start)
-    wide = size > max(problem.d1 / (problem.d1 + problem.d2) ** 0.5, 24 / 5)
-    steep = size > 2 and alpha**0.5 >= (1 + ratio) * np.log(ratio) * size / np.log(size / 2)
+    k, size, alpha = problem.d2 / problem.d1, problem.beta_norm, problem.alpha
+    c2_bound = 1 / (1 + k)  # the proof's m, below which c^2 does not fall while c falls
+    first = flow.sharpness(0)
+    times = np.linspace(0, flow.t1 if np.isfinite(flow.t1) else flow.end, 1000)
+    falling = np.diff([flow.sharpness(time) for time in times])
+    ln_o = np.array([flow.state(time)[2] for time in times])
+    assumed = {
+        "assumption_beta_norm": bool(size > max(problem.d1 / (problem.d1 + problem.d2) ** 0.5, 24 / 5)),
+        "assumption_alpha": bool(size > 2 and alpha**0.5 >= (1 + k) * np.log(k) * size / np.log(size / 2)),
+    }
     return {
-        "theorem_3_1": {
-            "assumption_beta_norm": bool(wide),
-            "assumption_alpha": bool(steep),
+        "theorem_3_1": assumed | {
             "initial_sharpness_between_alpha_and_3_alpha": bool(alpha < first < 3 * alpha),
-            "sharpness_falls_first": bool(lowest < first),
+            "b_o_falls_exponentially_until_t1": bool((ln_o <= ln_o[0] - 2 * alpha * c2_bound * times + 1e-9).all()),
+            "sharpness_falls_until_t1": bool((falling < 0).all()),
             "t1_within_bound": bool(flow.t1 <= problem.time_bound),
         },
-        "theorem_3_2": {
-            "assumption_beta_norm": bool(wide),
-            "assumption_alpha": bool(steep),
+        "theorem_3_2": assumed | {
+            "assumption_alpha_for_the_tail": bool(alpha**0.5 > 1 + k * np.log(k)),
             "sharpness_rises_to_5_8_alpha_b": bool(np.isfinite(time_of_bound)),
+            "each_dimension_of_b_o_reaches_it": bool(flow.at(flow.end)[3] ** 2 >= 5 / 8 * size),
         },
-    }
-
-
-@dataclass(frozen=True)
-class Descent:
-    """Gradient descent: (T,) arrays with one entry a step, the start included; `diverged_at` is a step or None.
-
-    `losses_TN` are those of `names`: N samples, or groups of them.
-    """
-
-    epsilon: np.ndarray
-    delta: np.ndarray
-    q_sign: np.ndarray
-    q_log: np.ndarray
-    c: np.ndarray
-    sharpness: np.ndarray
-    loss: np.ndarray
-    losses_TN: np.ndarray
-    diverged_at: int | None
-
-    @property
-    def feature(self) -> np.ndarray:
-        """cq, the outlier feature's use, with its sign."""
-        with np.errstate(under="ignore"):
-            return self.c * self.q_sign * np.exp(self.q_log)
-
-
-def population_descent(problem: Problem, learning_rate: float, steps: int, probability: float = 0.05) -> Descent:
-    """Gradient descent on the population loss; q is carried as a sign and ln |q|, because it underflows.
-
-    The three samples are the two outlier groups, L+- = |cb - beta|^2 / 2 + alpha / (2p) (1 -+ cq)^2, and the rest.
-    """
-    alpha, size = problem.alpha, problem.beta_norm
-    epsilon, delta, o, c = problem.start
-    sign, log_q = 1.0, 0.5 * np.log(o)
-    rows = []
-    losses = []
-    diverged = None
-    for step in range(steps + 1):
-        q2 = float(np.exp(2 * log_q))
-        loss = problem.loss(epsilon, delta, q2, c)
-        if not np.isfinite(loss) or loss > 1e12:
-            diverged = step
-            break
-        rows.append((epsilon, delta, sign, log_q, c, problem.sharpness(epsilon, delta, q2, c), loss))
-        common = ((c * epsilon - size) ** 2 + (c * delta) ** 2) / 2
-        used = c * sign * float(np.exp(log_q))
-        outliers = [common + alpha / (2 * probability) * (1 - s * used) ** 2 for s in (1, -1)]
-        losses.append([*outliers, common])
-        slope = c * (epsilon**2 + delta**2 + alpha * q2) - epsilon * size
-        shrink = 1 - learning_rate * alpha * c * c
-        epsilon, delta, c = (
-            epsilon - learning_rate * (c * c * epsilon - c * size),
-            delta * (1 - learning_rate * c * c),
-            c - learning_rate * slope,
-        )
-        sign *= float(np.sign(shrink))
-        log_q += float(np.log(abs(shrink))) if shrink else -np.inf
-    columns = np.array(rows).T
-    return Descent(*columns, losses_TN=np.array(losses), diverged_at=diverged)
-
-
-def sampled_descent(
-    problem: Problem, learning_rate: float, steps: int, samples: int = 1000, probability: float = 0.05,
-    loss: str = "square", seed: int = 0,
-) -> tuple[Descent, np.ndarray]:  # fmt: skip
-    """Gradient descent over drawn samples, and each sample's side: +1 or -1 of the outliers, 0 for the rest, (N,).
-
-    x is normal, x_o = +-sqrt(alpha / (p d2)) 1 for a share p of the samples, as often + as -. `loss` is square, or
-    cross-entropy of the sign of y. Sharpness is that of the loss over the samples.
-    """
-    generator = np.random.default_rng(seed)
-    d1, alpha, size = problem.d1, problem.alpha, problem.beta_norm
-    half = round(samples * probability / 2)
-    side = np.zeros(samples)
-    side[: 2 * half] = np.repeat([1, -1], half)
-    x = generator.standard_normal((samples, d1))
-    beta = generator.standard_normal(d1)
-    beta *= size / np.linalg.norm(beta)
-    outlier = side * (alpha / probability) ** 0.5  # 1'x_o / sqrt(d2)
-    y = x @ beta + np.abs(outlier)
-    epsilon, delta, o, c = problem.start
-    across = generator.standard_normal(d1)
-    across -= across @ beta / size**2 * beta
-    b = epsilon * beta / size + (delta * across / np.linalg.norm(across) if d1 > 1 else 0)
-    q = o**0.5
-    rows, losses = [], []
-    diverged = None
-    inputs = np.concatenate([x, outlier[:, None]], 1)
-    target = np.sign(y)
-    for step in range(steps + 1):
-        weights = np.append(b, q)
-        hidden = inputs @ weights
-        if loss == "square":
-            errors = c * hidden - y
-            row, slope, bend = errors**2 / 2, errors, np.ones(samples)
-        else:
-            margin = target * c * hidden
-            row = np.logaddexp(0, -margin)
-            chance = 1 / (1 + np.exp(np.minimum(margin, 700)))
-            slope, bend = -target * chance, chance * (1 - chance)
-        mean = float(row.mean())
-        if not np.isfinite(mean) or mean > 1e12:
-            diverged = step
-            break
-        hessian = np.empty((d1 + 2, d1 + 2))
-        hessian[:-1, :-1] = c * c * inputs.T @ (bend[:, None] * inputs) / samples
-        hessian[:-1, -1] = hessian[-1, :-1] = inputs.T @ (bend * c * hidden + slope) / samples
-        hessian[-1, -1] = (bend * hidden**2).mean()
-        along = float(b @ beta / size)
-        rest = float(np.linalg.norm(b - along * beta / size))
-        log_q = float(np.log(abs(q))) if q else -np.inf
-        rows.append((along, rest, float(np.sign(q)), log_q, c, float(np.linalg.eigvalsh(hessian)[-1]), mean))
-        losses.append(row)
-        gradient = c * inputs.T @ slope / samples
-        c -= learning_rate * float((slope * hidden).mean())
-        weights = weights - learning_rate * gradient
-        b, q = weights[:-1], float(weights[-1])
-    columns = np.array(rows).T
-    return Descent(*columns, losses_TN=np.array(losses), diverged_at=diverged), side
-
-
-def summarise_descent(descent: Descent, learning_rate: float) -> dict[str, Any]:
-    """Sharpness at the start, its minimum and end, the step at which it crosses 2 / eta after the minimum, and the
-    largest |cq| from there on: how far the feature comes back."""
-    values = descent.sharpness
-    lowest = int(values.argmin())
-    crossed = np.flatnonzero(values[lowest:] >= 2 / learning_rate)
-    crossing = lowest + int(crossed[0]) if len(crossed) else None
-    feature = np.abs(descent.feature)
-    peak = None if crossing is None else crossing + int(feature[crossing:].argmax())
-    return {
-        "sharpness_initial": float(values[0]),
-        "sharpness_min": float(values[lowest]),
-        "time_of_min": lowest,
-        "sharpness_final": float(values[-1]),
-        "crossing_step": crossing,
-        "peak_feature": None if peak is None else float(feature[peak]),
-        "peak_step": peak,
-        "diverged_at": descent.diverged_at,
-    }
+    }  # fmt: skip

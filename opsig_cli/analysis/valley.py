@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+START = (1.0, 0.1)
+DIVERGED = 1e12
 
 
 @dataclass(frozen=True)
@@ -16,8 +20,8 @@ class Valley:
     scale: float = 20.0
     target: float = 2.0
 
-    def losses(self, u: float, v: float) -> tuple[float, float, float]:
-        """L_plane, L_other, and the loss of all other samples, (v - V)^2 / 2."""
+    def losses(self, u: Any, v: float) -> tuple[Any, Any, float]:
+        """L_plane, L_other, and the loss of all other samples, (v - V)^2 / 2; u is a number or (U,) of them."""
         g = self.scale * u * v
         return (1 - g) ** 2 / 2, (1 + g) ** 2 / 2, (v - self.target) ** 2 / 2
 
@@ -31,21 +35,23 @@ class Valley:
         pull = self.probability * self.scale * (self.scale * u * v)
         return pull * v, pull * u + (1 - self.probability) * (v - self.target)
 
-    def sharpness(self, u: float, v: float) -> float:
-        """Largest eigenvalue of the Hessian."""
+    def curvature(self, u: float, v: float) -> tuple[float, np.ndarray]:
+        """Largest eigenvalue of the Hessian, and its eigenvector (2,)."""
         pull = self.probability * self.scale**2
         matrix = [[pull * v * v, 2 * pull * u * v], [2 * pull * u * v, pull * u * u + 1 - self.probability]]
-        return float(np.linalg.eigvalsh(np.array(matrix))[-1])
+        values, vectors = np.linalg.eigh(np.array(matrix))
+        return float(values[-1]), vectors[:, -1]
 
 
-def descend(valley: Valley, learning_rate: float, steps: int, start: tuple[float, float] = (1.0, 0.1)) -> np.ndarray:
+def descend(valley: Valley, learning_rate: float, steps: int, start: tuple[float, float] = START) -> np.ndarray:
     """Gradient descent: u and v at every step, the start included, (T, 2); shorter where it diverges."""
-    u, v = start
+    u, v = map(np.float64, start)
     rows = []
-    for _ in range(steps + 1):
-        if not np.isfinite(valley.loss(u, v)):
-            break
-        rows.append((u, v))
-        by_u, by_v = valley.gradient(u, v)
-        u, v = u - learning_rate * by_u, v - learning_rate * by_v
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(steps + 1):
+            if not valley.loss(u, v) <= DIVERGED:
+                break
+            rows.append((u, v))
+            by_u, by_v = valley.gradient(u, v)
+            u, v = u - learning_rate * by_u, v - learning_rate * by_v
     return np.array(rows)

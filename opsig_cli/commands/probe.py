@@ -22,7 +22,7 @@ def probe(
         bool, typer.Option("--projection", help="Iterates along the top eigenvector at the first crossing.")
     ] = False,
     against: Annotated[
-        list[str] | None, typer.Option("--against", metavar="RUN", help="Project this run, too.")
+        list[str] | None, typer.Option("--against", metavar="RUN", help="Show this run, too, over the first.")
     ] = None,
     task: options.TaskOption = None,
     device: options.DeviceOption = None,
@@ -31,37 +31,52 @@ def probe(
     figure: options.FigureOption = None,
     quiet: options.QuietOption = False,
 ) -> None:
-    """What the network makes of chosen inputs at every checkpoint: class probabilities and feature norms.
+    """What the network makes of chosen inputs at every checkpoint: logits, class probabilities and feature norms.
 
-    With --projection, where runs go along the first one's top eigenvector (run `opsig sharpness` first).
+    Oscillation shows between checkpoints one step apart: `opsig train --checkpoint-window A:B`. With --projection,
+    where runs go along the first one's top eigenvector (run `opsig sharpness` first).
 
     Example: opsig probe run.h5 --input color:white --input color:black --figure probe.png
     """
-    from opsig_cli import curvature, measure, probing, records
+    from opsig_cli import pictures, records
     from opsig_cli.trajectory import open_trajectory
 
     if projection == bool(inputs):
         raise UsageError("give either --input or --projection")
     with ExitStack() as stack:
-        trajectory = stack.enter_context(open_trajectory(run))
+        runs = [stack.enter_context(open_trajectory(path)) for path in (run, *(against or []))]
         if projection:
-            runs = [trajectory, *(stack.enter_context(open_trajectory(path)) for path in against or [])]
-            with options.progress("projecting", len(runs), quiet) as advance:
-                written = probing.project(trajectory, runs, advance)
-        else:
-            chosen = curvature.select_steps(trajectory, steps)
-            session, loaded = measure.open_session(
-                trajectory, task, device, backend, lambda text: options.note(text, quiet)
-            )
-            names = inputs or []
-            pictures = probing.gather(loaded, trajectory, names)
-            classes = getattr(loaded, "classes", None)
-            with options.progress("probing", len(chosen), quiet) as advance:
-                written = probing.probe(trajectory, session, chosen, names, pictures, classes, advance)
-        if figure:
-            from opsig_cli import pictures as drawing
+            from opsig_cli import probing
 
-            options.save_figure(figure, drawing.draw_probe, trajectory, written)
-    hidden = ("trajectory", "logits", "probabilities")
-    rows = [{key: value for key, value in record.items() if key not in hidden} for record in written]
-    records.write(written, format, [records.Table(run, rows)])
+            with options.progress("projecting", len(runs), quiet) as advance:
+                written = probing.project(runs[0], runs, steps, advance)
+            summaries = [record for record in written if record["kind"] == "summary"]
+            if any(record["reversals"] is None for record in summaries):
+                options.note("note: reversals need checkpoints at every step: train --checkpoint-window A:B", quiet)
+            options.save_figure(figure, pictures.draw_projection, runs[0], written)
+            tables = [records.Table(run, summaries)]
+        else:
+            written, drawn = _inputs(runs, inputs or [], steps, task, device, backend, quiet)
+            options.save_figure(figure, pictures.draw_probe, runs, written, drawn)
+            hidden = ("trajectory", "logits", "probabilities")
+            rows = [{key: value for key, value in record.items() if key not in hidden} for record in written]
+            tables = [records.Table(run, rows)]
+    records.write(written, format, tables)
+
+
+def _inputs(runs, names: list[str], steps, task, device, backend, quiet: bool):
+    """Records of all runs, and the pictures that were shown to them."""
+    from opsig_cli import curvature, measure, probing
+
+    written, drawn = [], None
+    for trajectory in runs:
+        chosen = curvature.select_steps(trajectory, steps)
+        session, loaded = measure.open_session(
+            trajectory, task, device, backend, lambda text: options.note(text, quiet)
+        )
+        shown = probing.gather(loaded, trajectory, names)
+        drawn = shown if drawn is None else drawn
+        classes = getattr(loaded, "classes", None)
+        with options.progress("probing", len(chosen), quiet) as advance:
+            written += probing.probe(trajectory, session, chosen, names, shown, classes, advance)
+    return written, drawn

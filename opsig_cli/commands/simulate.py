@@ -13,6 +13,10 @@ app = typer.Typer(help="Simulate the theory: the two-layer linear model, and the
 OutputOption = Annotated[
     str | None, typer.Option("-o", "--output", metavar="RUN", help="Write a trajectory, too.", show_default=False)
 ]
+AtOption = Annotated[
+    list[float] | None,
+    typer.Option("--at", metavar="TIME", help="One more record: the state at this time, or after so many steps."),
+]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")]
 
 
@@ -27,6 +31,7 @@ def linear(
     steps: Annotated[int, typer.Option(min=1, help="Of descent.")] = 1000,
     loss: Annotated[str, typer.Option(metavar="square|cross-entropy", help="Of sampled descent.")] = "square",
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    at: AtOption = None,
     output: OutputOption = None,
     replace: ReplaceOption = False,
     format: options.FormatOption = None,
@@ -39,14 +44,17 @@ def linear(
     from opsig_cli import records, simulations
 
     run = simulations.linear(dynamics, d1, d2, alpha, beta_norm, learning_rate, steps, loss, seed)
-    _finish(run, output, replace, figure)
-    records.write([{"trajectory": output, **run.record}], format)
+    written = [{"kind": "run", **run.record}, *simulations.states(run, at or [])]
+    _save(run, output, replace, figure)
+    tables = [records.Table(run.title, _rows(run.record)), records.Table("", written[1:])]
+    records.write([{"trajectory": output, **record} for record in written], format, tables[: len(written)])
 
 
 @app.command()
 def valley(
     learning_rate: Annotated[float, typer.Option(min=0, help="Of gradient descent.")] = 0.08,
     steps: Annotated[int, typer.Option(min=1)] = 120,
+    at: AtOption = None,
     output: OutputOption = None,
     replace: ReplaceOption = False,
     format: options.FormatOption = None,
@@ -59,18 +67,27 @@ def valley(
     from opsig_cli import records, simulations
 
     run = simulations.valley(learning_rate, steps)
-    _finish(run, output, replace, figure)
-    records.write([{"trajectory": output, **run.record}], format)
+    written = [{"kind": "run", **run.record}, *simulations.states(run, at or [])]
+    _save(run, output, replace, figure)
+    tables = [records.Table(run.title, _rows(run.record)), records.Table("", written[1:])]
+    records.write([{"trajectory": output, **record} for record in written], format, tables[: len(written)])
 
 
-def _finish(run, output: str | None, replace: bool, figure) -> None:
+def _save(run, output: str | None, replace: bool, figure) -> None:
     from opsig_cli import simulations
 
     if output is not None:
         simulations.write(run, output, replace)
     if figure is not None:
-        from opsig_cli.figures.simulated import simulation_page
+        simulations.draw(run, figure)
 
-        options.save_figure(
-            figure, simulation_page, run.times, run.loss, run.groups, run.sharpness, run.threshold, run.title
-        )
+
+def _rows(record) -> list[dict]:
+    """A record as one row a number, what holds of a theorem among them; series are left to JSON."""
+    rows = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            rows += [{"quantity": f"{name}: {part}", "value": held} for part, held in value.items()]
+        elif not hasattr(value, "shape"):
+            rows.append({"quantity": name, "value": value})
+    return rows

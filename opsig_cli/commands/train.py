@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -21,7 +22,7 @@ def train(
         ),
     ] = None,
     optimizer: Annotated[
-        str | None, typer.Option(metavar="gd|sgd|momentum|adam|splitsgd", help="Default: gd, full batch.")
+        str | None, typer.Option(metavar="gd|sgd|momentum|adam|splitsgd|signsgd", help="Default: gd, full batch.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Default: 0.1.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps in all. Default: 1000.")] = None,
@@ -44,6 +45,9 @@ def train(
     checkpoint_pairs: Annotated[
         bool, typer.Option("--checkpoint-pairs", help="Checkpoint the step after each, too.")
     ] = False,
+    checkpoint_window: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Checkpoint every step from A to B, too.")
+    ] = None,
     checkpoint_dtype: Annotated[
         str | None,
         typer.Option(metavar="float32|bfloat16", help="bfloat16: half the size, rounded; the run cannot be resumed."),
@@ -80,12 +84,14 @@ def train(
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
     if resume and like is not None:
         raise UsageError("--resume continues a run and --like begins another. Give one of them")
+    first, last = options.parse_range(checkpoint_window, "--checkpoint-window")
+    window = None if checkpoint_window is None else (first or 0, sys.maxsize if last is None else last)
     given = dict(
         task=task, model=model, optimizer=optimizer, learning_rate=learning_rate, steps=steps, batch_size=batch_size,
         momentum=momentum, beta1=beta1, beta2=beta2, sign_learning_rate=sign_learning_rate, dampening=dampening,
         radius=radius, weight_decay=weight_decay, seed=seed, chunk_size=chunk_size,
         track_every=track_every or (1 if track else None), checkpoint_every=checkpoint_every,
-        checkpoint_pairs=checkpoint_pairs or None, checkpoint_dtype=checkpoint_dtype,
+        checkpoint_pairs=checkpoint_pairs or None, checkpoint_window=window, checkpoint_dtype=checkpoint_dtype,
         sharpness_every=sharpness_every, statistics=statistics,
         backend=backend,
     )  # fmt: skip
@@ -99,8 +105,9 @@ def train(
     else:
         settings = Settings.of(given)
     spec = tasks.parse_spec(task or settings.task, settings.model)
-    if resume and task is None and tasks.is_own(spec):
-        raise OpsigError(f"{output} was trained with a task of your own. Give it again: --task {settings.task}")
+    if task is None and tasks.is_own(spec):  # a file is never a reason to run code that the command does not name
+        of = output if resume else like
+        raise OpsigError(f"{of} was trained with a task of your own. Give it again: --task {settings.task}")
     loaded, spec = tasks.load(spec)
     session = load_backend(settings.backend).open(loaded, device, settings.chunk_size, settings.statistics)
     options.note(f"device: {session.device_name}", quiet)

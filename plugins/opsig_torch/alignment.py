@@ -130,7 +130,7 @@ def _loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str
     values = {name: parameter.detach() for name, parameter in loose.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be vmapped
         per_sample = vmap(grad(loss), (None, 0))(values, session.batches.take(samples))
-    return torch.cat([per_sample[name].flatten(1) for name in names], 1).double()
+    return torch.cat([per_sample[name].reshape(len(samples), -1) for name in names], 1).double()
 
 
 def _add_loose_gram(session: TorchSession, samples: np.ndarray, names: list[str], gram: torch.Tensor) -> None:

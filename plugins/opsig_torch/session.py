@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = 500
 CONVOLUTION_BATCH = 50
 STATISTICS = ("chunk", "running")
-OPTIMIZERS = ("gd", "sgd", "momentum", "adam", "splitsgd")
+OPTIMIZERS = ("gd", "sgd", "momentum", "adam", "splitsgd", "signsgd")
 
 
 class TorchSession:

@@ -15,7 +15,7 @@ import torch
 from opsig_cli.backends import Snapshot, State, Training
 from opsig_cli.errors import UsageError
 from opsig_torch.session import LossRow
-from opsig_torch.splitsgd import SplitSGD
+from opsig_torch.splitsgd import SignSGD, SplitSGD
 
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
@@ -105,9 +105,11 @@ def _optimizer(session: TorchSession, training: Training) -> torch.optim.Optimiz
             return torch.optim.SGD(vector, lr=rate, momentum=training.momentum, weight_decay=decay)
         case "adam":
             return torch.optim.Adam(vector, lr=rate, betas=training.betas, eps=training.epsilon, weight_decay=decay)
+        case "splitsgd" | "signsgd" if decay:
+            raise UsageError(f"{training.optimizer} has no weight decay. Leave --weight-decay out")
+        case "signsgd":
+            return SignSGD(vector, rate)
         case "splitsgd":
-            if decay:
-                raise UsageError("SplitSGD has no weight decay. Leave --weight-decay out")
             return SplitSGD(
                 vector, rate, training.sign_learning_rate, training.momentum, training.dampening, training.radius
             )

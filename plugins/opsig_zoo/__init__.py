@@ -4,5 +4,6 @@ from opsig_zoo.chebyshev import Chebyshev
 from opsig_zoo.images import Cifar10, Digits, FashionMnist
 from opsig_zoo.planted import Planted
 from opsig_zoo.text import Text
+from opsig_zoo.theory import LinearModel, Valley
 
-__all__ = ["Chebyshev", "Cifar10", "Digits", "FashionMnist", "Planted", "Text"]
+__all__ = ["Chebyshev", "Cifar10", "Digits", "FashionMnist", "LinearModel", "Planted", "Text", "Valley"]

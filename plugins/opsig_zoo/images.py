@@ -116,15 +116,18 @@ class Digits(ImageTask):
 class FashionMnist(ImageTask):
     """Fashion-MNIST: the 5,000 images that opsig ships, or with `root` a person's copy of the IDX files.
 
-    `samples`: the first so many; 0 means all. `size`: 28, or a divisor of it, to which images are averaged.
+    `samples`: so many of them from number `start` on; 0 means all that follow. `size`: 28, or a divisor of it, to which
+    images are averaged.
     """
 
     def __init__(
-        self, root: str = "", split: str = "train", samples: int = 0, size: int = 28, model: str = "mlp",
-        loss: str = "cross-entropy", label_smoothing: float = 0.0,
+        self, root: str = "", split: str = "train", samples: int = 0, start: int = 0, size: int = 28,
+        model: str = "mlp", loss: str = "cross-entropy", label_smoothing: float = 0.0,
     ):  # fmt: skip
         images, labels = fashion_mnist(root, split)
-        images, labels = first(samples, images, labels)
+        if not 0 <= start < len(images):
+            raise ValueError(f"start must be between 0 and {len(images) - 1}")
+        images, labels = first(samples, images[start:], labels[start:])
         super().__init__(shrunk(images, size), labels, FASHION_CLASSES, model, loss, label_smoothing)
 
 

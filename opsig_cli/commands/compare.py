@@ -1,0 +1,55 @@
+"""opsig compare"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Annotated
+
+import typer
+
+from opsig_cli import options
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Trajectory files.", show_default=False)],
+    test: Annotated[
+        str | None, typer.Option("--test", metavar="TASK", help="Accuracy of the last checkpoint on this task, too.")
+    ] = None,
+    device: options.DeviceOption = None,
+    backend: options.BackendOption = "torch",
+    format: options.FormatOption = None,
+    figure: options.FigureOption = None,
+    quiet: options.QuietOption = False,
+) -> None:
+    """How runs differ: loss, accuracy, share of samples that rise, sharpness against its threshold, signed share.
+
+    One record a run; the figure lays them over each other. `opsig train --like RUN` makes runs that share their
+    beginning.
+
+    Example: opsig compare gd.h5 adam.h5 --figure compared.png
+    """
+    from opsig_cli import comparing, pictures, records
+    from opsig_cli.trajectory import open_trajectory
+
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_trajectory(path)) for path in runs]
+        series = [comparing.series_of(run) for run in opened]
+        written = [comparing.summarise(run, found) for run, found in zip(opened, series, strict=True)]
+        if test is not None:
+            for run, record in zip(opened, written, strict=True):
+                record["test_accuracy"] = _test_accuracy(run, test, device, backend)
+        options.save_figure(figure, pictures.draw_compared, opened, series)
+    records.write(written, format)
+
+
+def _test_accuracy(run, test: str, device: str | None, backend: str) -> float:
+    from opsig_cli import backends, comparing, tasks
+    from opsig_cli.curvature import settings_of
+    from opsig_cli.errors import UsageError
+
+    settings = settings_of(run)
+    loaded, _ = tasks.load(tasks.parse_spec(test, None if settings is None else settings.model))
+    if not all(hasattr(loaded, name) for name in ("predictions", "label", "classes")):
+        raise UsageError(f"--test {test}: the task has no predictions, labels or classes")
+    session = backends.load_backend(backend).open(loaded, device, None, "running")
+    return comparing.accuracy_on(run, session, loaded)

@@ -1,0 +1,109 @@
+"""Runs laid over each other: their losses, sharpness and signed shares. T steps, S samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opsig_cli.backends import Session
+from opsig_cli.curvature import group_of, settings_of
+from opsig_cli.recorder import read_state
+from opsig_cli.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values (T,) at steps (T,)."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def last(self) -> float | None:
+        """The last value, or None where there is none."""
+        return float(self.values[-1]) if len(self.values) else None
+
+
+QUANTITIES = {
+    "loss": "training loss (nats)",
+    "accuracy": "accuracy on the training samples",
+    "rising": "share of samples whose loss rises",
+    "sharpness": "sharpness / stability threshold",
+    "signed_fraction": "share moved by the sign",
+}
+"""What is compared, and its axis."""
+
+
+def series_of(run: Trajectory) -> dict[str, Series]:
+    """All quantities that the file holds. The loss is that of all samples where it was tracked, else the logged one."""
+    found = tracked(run)
+    if "loss" not in found and run.has("scalars/train_loss"):
+        found["loss"] = _rows(run, "scalars", "train_loss")
+    if run.has("scalars/signed_fraction"):
+        signed = _rows(run, "scalars", "signed_fraction")
+        found["signed_fraction"] = Series(signed.steps[:-1], signed.values[:-1])  # no step follows the last row
+    group = group_of(settings_of(run))
+    if run.has(f"{group}/eigenvalue") and run.has(f"{group}/threshold"):
+        values, thresholds = _rows(run, group, "eigenvalue"), _rows(run, group, "threshold")
+        found["sharpness"] = Series(values.steps, values.values[:, 0] / thresholds.values)
+    return {name: series for name, series in found.items() if np.isfinite(series.values).any()}
+
+
+def tracked(run: Trajectory) -> dict[str, Series]:
+    """Mean loss, accuracy, and the share of samples whose loss is higher than one step before (the paper's Fig. 36)."""
+    if not run.has("losses/loss"):
+        return {}
+    steps = run.steps("losses")
+    means, shares, previous = [], [], None
+    for _, rows in run.blocks("losses/loss"):
+        for row in rows:
+            means.append(row.mean(dtype=np.float64))
+            shares.append(np.nan if previous is None else (row > previous).mean())
+            previous = row
+    found = {"loss": Series(steps, np.array(means))}
+    near = np.flatnonzero(np.diff(steps) == 1) + 1
+    found["rising"] = Series(steps[near], np.array(shares)[near])
+    if run.has("losses/prediction") and run.has("class_name") and run.has("samples/label"):
+        names = run.read("class_name").tolist()
+        label = np.array([names.index(text) if text in names else -2 for text in run.read("samples/label").tolist()])
+        right = [(rows == label).mean(1) for _, rows in run.blocks("losses/prediction")]
+        found["accuracy"] = Series(steps, np.concatenate(right))
+    return found
+
+
+def summarise(run: Trajectory, series: Mapping[str, Series]) -> dict[str, Any]:
+    """One record of a run: how it was trained, where it ended, and medians over its second half of what fluctuates."""
+    settings = settings_of(run)
+    record: dict[str, Any] = {"trajectory": run.path}
+    for name in ("optimizer", "learning_rate", "sign_learning_rate", "batch_size", "seed"):
+        record[name] = None if settings is None else getattr(settings, name)
+    if settings is not None and settings.optimizer != "splitsgd":
+        record["sign_learning_rate"] = None
+    steps = run.steps("scalars")
+    record["steps"] = int(steps[-1]) if len(steps) else None
+    for name in ("loss", "accuracy"):
+        record[name] = series[name].last if name in series else None
+    for name in ("rising", "sharpness", "signed_fraction"):
+        record[name] = _median_of_second_half(series[name]) if name in series else None
+    return record
+
+
+def accuracy_on(run: Trajectory, session: Session, task: Any) -> float:
+    """Share of a task's samples that the run's last checkpoint predicts as labelled."""
+    state = read_state(run, int(run.steps("checkpoints")[-1]))
+    predictions = session.losses([state])[0][1]
+    assert predictions is not None
+    return float(np.mean([task.classes[p] == task.label(i) for i, p in enumerate(predictions.tolist())]))
+
+
+def _rows(run: Trajectory, group: str, name: str) -> Series:
+    steps = run.steps(group)
+    return Series(steps, run.rows(f"{group}/{name}", 0, len(steps)))
+
+
+def _median_of_second_half(series: Series) -> float | None:
+    half = series.values[len(series.values) // 2 :]
+    return float(np.nanmedian(half)) if np.isfinite(half).any() else None

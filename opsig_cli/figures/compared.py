@@ -1,0 +1,41 @@
+"""Runs laid over each other (the paper's Figs. 36, 38 and 39 to 45). T steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, Area, Block, heading, quiet_axes, save_page
+from opsig_cli.figures.curvature import PALETTE
+from opsig_cli.figures.curves import log_scale
+
+HEIGHT = 2.6
+
+Lines = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""By the name of a run, steps and values, (T,) each."""
+
+
+def compared_page(path: Path, panels: Sequence[tuple[str, str, Lines]], names: Sequence[str], title: str) -> None:
+    """Save one panel a quantity (its name, its axis, and the lines); a run has the same colour in all of them."""
+    colours = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(names)}
+
+    def block(quantity: str, axis: str, lines: Lines) -> Block:
+        def draw(area: Area) -> None:
+            axes = area.axes(MARGIN + 0.6, 0.4, WIDTH - 2 * MARGIN - 0.8, HEIGHT - 0.9)
+            for name, (steps, values) in lines.items():
+                axes.plot(steps, values, color=colours[name], linewidth=0.9, label=name)
+            if quantity == "loss":
+                log_scale(axes, [values for _, values in lines.values()])
+            if quantity in ("sharpness", "rising"):
+                axes.axhline({"sharpness": 1.0, "rising": 0.5}[quantity], color=FAINT, linewidth=0.8, linestyle="--")
+            axes.set(xlabel="step", ylabel=axis)
+            quiet_axes(axes)
+            legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=6, frameon=False, fontsize=8)
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+
+        return HEIGHT, draw
+
+    save_page(path, [heading(title), *(block(*panel) for panel in panels)])
