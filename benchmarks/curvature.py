@@ -1,8 +1,9 @@
-"""What curvature costs: products to a residual of 1e-3 against scipy's solvers, and passes over the data.
+"""What curvature costs: products to a residual of 1e-3, and every sample's curvature and gradient norm in passes.
 
-    python benchmarks/curvature.py [--steps 200]
+    python benchmarks/curvature.py [--steps 200] [--only solver|passes]
 
-Trains an MLP on Fashion-MNIST by gradient descent with a checkpoint every ten steps, and solves at each of them.
+The solver's part trains an MLP on Fashion-MNIST by gradient descent with a checkpoint every ten steps, and solves at
+each of them. `peers.py` compares it with other programs.
 """
 
 import argparse
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 from opsig_torch import TorchBackend
 from opsig_torch.hessian import Hessian
-from opsig_zoo import FashionMnist
-from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
+from opsig_zoo import FashionMnist, Text
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opsig_cli import tasks, trainer
 from opsig_cli.recorder import read_state
 from opsig_cli.settings import Settings
+from opsig_cli.tasks import Task
 from opsig_cli.trajectory import open_trajectory
 
 TOLERANCE = 1e-3
@@ -40,25 +42,6 @@ def checkpoints(path: Path, steps: int, samples: int = 5000):
         return session, [read_state(run, step) for step in run.steps("checkpoints")[1:].tolist()]
 
 
-def scipy_products(session, state, count: int, solver: str) -> int:
-    """Products that a scipy solver spends from a random start until it has its tolerance."""
-    with session.at(state):
-        hessian = Hessian(session)
-        size = len(state.params)
-
-        def product(v: np.ndarray) -> np.ndarray:
-            columns = [hessian(torch.from_numpy(c.astype(np.float32))).numpy() for c in np.atleast_2d(v.T)]
-            return np.stack(columns, -1).reshape(v.shape).astype(np.float64)
-
-        operator = LinearOperator((size, size), matvec=product, matmat=product, dtype=np.float64)  # type: ignore
-        start = np.random.default_rng(state.step).standard_normal((size, count))
-        if solver == "eigsh":
-            eigsh(operator, k=count, which="LA", tol=TOLERANCE, v0=start[:, 0])
-        else:
-            lobpcg(operator, start, tol=TOLERANCE * 20, maxiter=40, largest=True)
-        return hessian.products
-
-
 def seconds(*calls: Callable[[], object]) -> np.ndarray:
     """Median seconds of each call, taken in turns."""
     rows = []
@@ -72,14 +55,18 @@ def seconds(*calls: Callable[[], object]) -> np.ndarray:
     return np.median(rows[1:], axis=0)
 
 
-def passes(model: str, samples: int) -> None:
-    """Costs of one product, of all curvatures and of all gradient norms in passes over the same data."""
-    task = FashionMnist(model=model, samples=samples)
-    session = TorchBackend().open(task)
+def passes(name: str, task: Task, batch_size: int | None = None, statistics: str | None = None) -> None:
+    """Costs of one product, of all curvatures and of all gradient norms in passes over the same data, and errors.
+
+    Curvature is held against the same in float64 and against a loop of products for single samples; its mean against
+    v'Hv.
+    """
+    session = TorchBackend().open(task, "cpu", batch_size, statistics)
     state = session.initial(0)
     vector = np.random.default_rng(0).standard_normal(len(state.params)).astype(np.float32)
     vector /= np.linalg.norm(vector)
     size = session.inference_batch()
+    few = range(8)
 
     def forward() -> None:
         with torch.inference_mode():
@@ -90,40 +77,70 @@ def passes(model: str, samples: int) -> None:
         for _, batch in session.batches:
             torch.autograd.grad(task.losses(session.flat.model, batch).sum(), session.flat.parameters)
 
+    def loop() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            for sample in few:
+                loss = task.losses(session.flat.model, session.batches.take([sample])).sum()
+                slope = torch.autograd.grad(loss, session.flat.parameters, create_graph=True)
+                inner = sum((g * p).sum() for g, p in zip(slope, pieces, strict=True))
+                torch.autograd.grad(inner, session.flat.parameters, materialize_grads=True)
+
     with session.at(state):
         hessian = Hessian(session)
         flat = torch.from_numpy(vector)
-        product, curvature, norms, one, two = seconds(
+        pieces = [flat[t.offset : t.offset + t.size].view(t.shape) for t in session.layout if t.kind == "parameter"]
+        product, curvature, norms, one, two, single = seconds(
             lambda: hessian(flat),
             lambda: session.curvature_along(state, vector),
             lambda: session.gradient_norms(state),
             forward,
             both,
+            loop,
         )
+        mean = float(hessian(flat).double() @ flat.double())
+    values = session.curvature_along(state, vector)[2]
+    exact_session = TorchBackend().open(task, "cpu", batch_size, statistics, double=True)
+    exact_session.initial(0)
+    exact = exact_session.curvature_along(state, vector)[2]
     print(
-        f"{model}: product {product / two:.2f} forward+backward, curvature of all {samples} samples "
-        f"{curvature / one:.2f} forward, gradient norms {norms / two:.2f} forward+backward"
+        f"{name} ({len(state.params):,} parameters, {session.samples} samples): product {product / two:.2f} "
+        f"forward+backward; curvature {curvature / one:.2f} forwards, a loop of products "
+        f"{single / len(few) * session.samples / curvature:.0f} times as much, error "
+        f"{np.abs(values - exact).max() / np.abs(exact).max():.0e} of the largest, mean off by "
+        f"{abs(values.mean() - mean) / abs(mean):.0e}; gradient norms {norms / two:.2f} forward+backward",
+        flush=True,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+def solver(steps: int) -> None:
+    """Products to a residual of TOLERANCE, from cold and along a run."""
     with tempfile.TemporaryDirectory() as folder:
-        session, states = checkpoints(Path(folder) / "run.h5", parser.parse_args().steps)
-        for count in (1, 5):
-            cold, warm, previous = [], [], None
-            for state in states:
-                cold.append(session.top_eigenpairs(state, count, TOLERANCE).products)
-                previous = session.top_eigenpairs(state, count, TOLERANCE, previous)
-                warm.append(previous.products)
-            line = f"k = {count}: cold {np.mean(cold):.1f} (at most {max(cold)}), along the run {np.mean(warm[1:]):.1f}"
-            for solver in ("eigsh", "lobpcg"):
-                spent = [scipy_products(session, state, count, solver) for state in states[::4]]
-                line += f", {solver} {np.mean(spent):.1f}"
-            print(line)
-    passes("mlp", 5000)
-    passes("cnn", 500)
+        session, states = checkpoints(Path(folder) / "run.h5", steps)
+    for count in (1, 5):
+        cold, warm, previous = [], [], None
+        for state in states:
+            cold.append(session.top_eigenpairs(state, count, TOLERANCE).products)
+            previous = session.top_eigenpairs(state, count, TOLERANCE, previous)
+            warm.append(previous.products)
+        print(f"k = {count}: cold {np.mean(cold):.1f} (at most {max(cold)}), along the run {np.mean(warm[1:]):.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", choices=("solver", "passes"))
+    options = parser.parse_args()
+    if options.only != "passes":
+        solver(options.steps)
+    if options.only != "solver":
+        passes("mlp", FashionMnist())
+        passes("cnn", FashionMnist(model="cnn", samples=500))
+        passes("resnet20", FashionMnist(model="resnet20", samples=200), 100, "running")
+        passes("vit", FashionMnist(model="vit", samples=300))
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(folder) / "text.txt"
+            text.write_text(" ".join(str(number**3) for number in range(5000)))
+            passes("gpt", Text(str(text), samples=500))
 
 
 if __name__ == "__main__":
