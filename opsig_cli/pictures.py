@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from opsig_cli import movers as finding
+from opsig_cli.cluster_records import describe
 from opsig_cli.figures.alignment import alignment_block
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
-from opsig_cli.groups import Clusters, describe
+from opsig_cli.groups import Clusters
 from opsig_cli.movers import Movers
 from opsig_cli.trajectory import Trajectory
 

@@ -109,12 +109,18 @@ def test_mine_and_cluster_chain(opsig, tiny_run):
     assert grouped.code == 0
     pairs = [r for r in grouped.records if r["kind"] == "pair"]
     members = [r for r in grouped.records if r["kind"] == "member"]
+    groups = [r for r in grouped.records if r["kind"] == "group"]
     assert pairs
+    assert {r["group"] for r in groups} == {m["group"] for m in members}
     for pair in pairs:
         for group, size, side in zip(pair["groups"], pair["sizes"], (1, -1), strict=True):
             found = [m for m in members if m["group"] == group]
             assert len(found) == size
-            assert {(m["pair"], m["side"]) for m in found} == {(pair["pair"], side)}
+            (record,) = [r for r in groups if r["group"] == group]
+            assert {(m["pair"], m["side"]) for m in found} == {(record["pair"], record["side"])}
+            if record["pair"] == pair["pair"]:
+                assert record["side"] == side
+                assert {record["partner"], group} == set(pair["groups"])
         assert pair["opposition"] < 0
         assert "pull against each other" in pair["sentence"]
 

@@ -31,6 +31,8 @@ def test_alternation_is_seen_where_it_begins_and_nowhere_in_smooth_losses():
     assert 100 <= mining.oscillation([planted()]).first_alternation <= 100 + mining.WIDTH
     smooth = np.exp(-np.arange(200)[:, None] / np.linspace(20, 90, 30)).astype(np.float32)
     assert mining.oscillation([smooth]).first_alternation is None
+    drifting = smooth + 1e-5 * (-1.0) ** np.arange(200)[:, None].astype(np.float32)
+    assert mining.oscillation([drifting]).first_alternation is None
     noise = np.random.default_rng(0).standard_normal((2000, 40)).astype(np.float32)
     assert mining.oscillation([noise]).first_alternation is None
 
@@ -39,10 +41,11 @@ def test_the_score_is_the_mean_of_second_differences_over_sixteen_steps_relative
     losses = planted(steps=120, samples=6, alternating=(1, 4)).astype(np.float64)
     sign = (-1.0) ** np.arange(120)
     e = sign[1:-1, None] * (losses[2:] - 2 * losses[1:-1] + losses[:-2]) / 4
+    changes = np.diff(losses, axis=0)[1:]
     means = np.array([e[t : t + 16].mean(0) for t in range(len(e) - 15)])
     scaled = np.abs(means) / np.sqrt((means**2).mean(1, keepdims=True))
     alternates = np.sqrt((means**2).sum(1)) > mining.ALTERNATES * np.sqrt(
-        np.array([(e[t : t + 16] ** 2).sum(1).mean() for t in range(len(e) - 15)])
+        np.array([(changes[t : t + 16] ** 2 / 4).sum(1).mean() for t in range(len(e) - 15)])
     )
     moved = mining.oscillation([losses.astype(np.float32)])
     assert moved.score == pytest.approx(scaled[alternates].max(0), rel=1e-4)

@@ -15,7 +15,7 @@ WIDTH = 16
 """W: steps that the oscillation score averages over; a power of two."""
 
 ALTERNATES = 0.7
-"""An alternation above this is period two: white noise gives 0.41 and a smooth curve next to 0."""
+"""An alternation above this is period two: white noise gives 0.35 and a smooth curve next to 0."""
 
 _TILE = 4096  # samples worked on at a time, so that a tile's arrays stay in the processor's cache
 
@@ -25,8 +25,9 @@ class Movement:
     """How each sample moved most: its score, and the losses around the row where it did.
 
     `score` (S,) float32, not negative; `place` (S,) int64, the row after the change; `before` and `after` (S,) float32
-    in nats. `mean_T` is the mean loss of every row, float64. `alternation_T` is the share of period two in all
-    movement, 0 to 1, over the W steps up to each row; NaN where it is not defined.
+    in nats. `mean_T` is the mean loss of every row, float64. `alternation_T` is the amplitude at period two over the
+    one that all one-step changes would have at period two, 0 to 1, over the W steps up to each row; NaN where it is not
+    defined. Drift counts against it: a run that learns smoothly does not alternate, however small its wiggles are.
     """
 
     score: np.ndarray
@@ -158,10 +159,10 @@ def _swings(rows: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
     movement = np.zeros(len(rows) - 2)
     for first in range(0, rows.shape[1], _TILE):
         tile = rows[:, first : first + _TILE]
-        e = tile[2:] + tile[:-2]
-        e -= 2 * tile[1:-1]
+        changes = tile[1:] - tile[:-1]
+        e = changes[1:] - changes[:-1]
         e *= sign
-        movement += np.einsum("ts,ts->t", e, e)
+        movement += np.einsum("ts,ts->t", changes[1:], changes[1:]) / 4  # at period two a change is twice the amplitude
         swings[:, first : first + _TILE] = _moving_sums(e)
     swings /= WIDTH
     power = np.einsum("ts,ts->t", swings, swings, dtype=np.float64)
