@@ -15,6 +15,8 @@ CUTS = np.linspace(0.3, 0.75, 10)
 """Heights of the dendrogram (distance 1 - S) that are tried."""
 SPLITS = 0.7
 """A group falls apart where its parts have a silhouette of at least this."""
+MERGES = 0.6
+"""Two groups are one where they are across at least this part as similar as within the looser of them."""
 SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 OPPOSES = -0.15
@@ -56,8 +58,10 @@ class Grouping:
 def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> Grouping:
     """Sides by average linkage on the signed distance 1 - S, then each side matched with the one it opposes most.
 
-    The cut is the one of CUTS with the best silhouette over groups of `smallest` or more, times their share of the
-    samples; a group whose parts stand clearly apart is cut once more. Weak members are left out, and groups that become
+    The tree is cut at the last of CUTS and then from above: a group is cut once more, at the height with the best
+    silhouette over parts of `smallest` or more, where these stand clearly apart (see SPLITS), and so on. One cut for
+    all would take apart a loose group where another is tight. Groups that are nearly as similar across as within are
+    one (see MERGES). Weak members are left out, and groups that become
     smaller than `smallest` with them. NaN similarities count as 0. Raises ValueError for fewer than two samples.
 
     >>> two = np.repeat([1.0, -1.0], 4)
@@ -69,12 +73,7 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
     if count < 2:
         raise ValueError(f"{count} samples cannot be grouped: at least two are needed")
     similarity = similarity_MM if np.isfinite(similarity_MM).all() else np.nan_to_num(similarity_MM)
-    groups, _ = _best_cut(similarity, smallest)
-    for group in range(groups.max() + 1):  # several pairs on one class look like one side from afar
-        members = np.flatnonzero(groups == group)
-        parts, quality = _best_cut(similarity[np.ix_(members, members)], smallest)
-        if quality >= SPLITS:
-            groups[members] = np.where(parts > 0, parts + groups.max(), np.where(parts == 0, group, -1))
+    groups = _merge(similarity, _split(similarity, smallest))
     while True:  # leaving members out changes the means that others are held against
         partner_G = oppose(similarity, groups)
         alignment = _alignment(similarity, groups, partner_G)
@@ -84,12 +83,54 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
         groups = kept
 
 
-def cut_tree(similarity: np.ndarray, smallest: int) -> Iterator[np.ndarray]:
-    """Groups of at least `smallest` by average linkage, (M,) with -1 for none, at each height of CUTS."""
+def _split(similarity: np.ndarray, smallest: int) -> np.ndarray:
+    """Groups from above, (M,) with -1 for none: several pairs on one class look like one side from afar."""
+    (groups,) = cut_tree(similarity, smallest, CUTS[-1:])
+    waiting, count = list(range(groups.max() + 1)), groups.max() + 1
+    while waiting:
+        group = waiting.pop()
+        members = np.flatnonzero(groups == group)
+        parts, quality = _best_cut(similarity[np.ix_(members, members)], smallest)
+        if quality >= SPLITS:
+            new = parts.max()
+            groups[members] = np.where(parts > 0, parts + count - 1, np.where(parts == 0, group, -1))
+            waiting += [group, *range(count, count + new)]
+            count += new
+    return groups
+
+
+def _merge(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Groups, (M,), of which those nearly as similar across as within are made one, the most similar first."""
+    groups = groups.copy()
+    sums_MG, sizes = _sums(similarity, groups)
+    if len(sizes) < 2:
+        return groups
+    totals = np.array([sums_MG[groups == group].sum(0) for group in range(len(sizes))])
+    own = np.bincount(groups[groups >= 0], weights=np.diagonal(similarity)[groups >= 0])
+    names = np.arange(len(sizes))
+    while len(sizes) > 1:
+        within = (np.diagonal(totals) - own) / np.maximum(sizes * (sizes - 1), 1)
+        likeness = totals / np.outer(sizes, sizes) / np.maximum(np.minimum.outer(within, within), 1e-12)
+        np.fill_diagonal(likeness, -np.inf)
+        a, b = sorted(np.unravel_index(likeness.argmax(), likeness.shape))
+        if likeness[a, b] < MERGES:
+            break
+        groups[groups == names[b]] = names[a]
+        totals[a] += totals[b]
+        totals[:, a] += totals[:, b]
+        totals = np.delete(np.delete(totals, b, 0), b, 1)
+        sizes[a] += sizes[b]
+        own[a] += own[b]
+        sizes, own, names = (np.delete(values, b) for values in (sizes, own, names))
+    return _drop_small(groups, 1)
+
+
+def cut_tree(similarity: np.ndarray, smallest: int, heights: np.ndarray = CUTS) -> Iterator[np.ndarray]:
+    """Groups of at least `smallest` by average linkage, (M,) with -1 for none, at each of these heights."""
     from scipy.cluster.hierarchy import fcluster, linkage
 
     tree = linkage(_distances(similarity), "average")
-    for cut in CUTS:
+    for cut in heights:
         yield _drop_small(fcluster(tree, cut, "distance"), smallest)
 
 
