@@ -51,6 +51,8 @@ def main() -> None:
                 false += bool(reported)
                 for r in reported:
                     print(f"{name} {seed}: {r['sizes']} {r['opposition']:.2f} shared {r['shared']}", flush=True)
+                if seed % 10 == 9:
+                    print(f"{name}: {false} of {seed + 1 - options.first} so far", flush=True)
             print(f"{name}: {false} of {options.runs} runs report a pair at p < 0.01", flush=True)
 
 

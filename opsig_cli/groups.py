@@ -220,12 +220,15 @@ def by_gradient(
     """
     smallest = _smallest(position)
     found = grouping.group_by_similarity(similarity_MM, smallest)
+    features_CGD = _features(run, session, window, _members(position, found))
+    if features_CGD is not None:
+        found = grouping.merge_alike(similarity_MM, found, features_CGD, smallest)
     members = [found.members(group) for group in range(len(found.partner_G))]
     everybody = np.arange(len(run.samples)) if joining else position
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
-    means_CNG, shared_GG = _exact_means(run, session, window, everybody, [position[m] for m in members], advance)
+    means_CNG, shared_GG = _exact_means(run, session, window, everybody, _members(position, found), advance)
     means_CMG = means_CNG[:, position if joining else np.arange(len(position))]
-    found = grouping.pair_leftovers(similarity_MM, found, _claimed(by, shared_GG, losses_TM, members))
+    found = grouping.pair_anew(similarity_MM, found, _claimed(by, shared_GG, losses_TM, members))
     null = significance.shuffled_null(similarity_MM, smallest=smallest) if members else Null(np.empty(0), np.empty(0))
     clusters = _weigh(
         run, Clusters(by, position, found, [], [], similarity_MM, losses_TM, window,
@@ -258,14 +261,29 @@ def _exact_means(
     if not count:
         return np.zeros((1, len(everybody), 0)), np.zeros((0, 0))
     sets = [run.samples[m] for m in members]
-    rows, shared = [], []
+    rows = []
     for step in checkpoints_in(run, window).tolist():
-        state = read_state(run, step)
-        rows.append(session.mean_cosines(state, run.samples[everybody], sets))  # pyright: ignore[reportAttributeAccessIssue]
-        features = session.mean_features(state, sets) if isinstance(session, backends.Features) else None
-        shared.append(np.full((count, count), np.nan) if features is None else features @ features.T)
+        rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore[reportAttributeAccessIssue]
         advance(note=f"step {step}")
-    return np.nan_to_num(np.stack(rows)), np.mean(shared, 0)
+    features = _features(run, session, window, members)
+    shared = np.full((count, count), np.nan)
+    if features is not None:
+        shared = np.einsum("cgd,chd->gh", features, features) / len(features)
+    return np.nan_to_num(np.stack(rows)), shared
+
+
+def _members(position: np.ndarray, found: Grouping) -> list[np.ndarray]:
+    """Columns in the file of every group's members."""
+    return [position[found.members(group)] for group in range(len(found.partner_G))]
+
+
+def _features(run: Trajectory, session: Session, window: Window, members: list[np.ndarray]) -> np.ndarray | None:
+    """Mean centred features of every group at each checkpoint, (C, G, D); None where there are none."""
+    if not members or not isinstance(session, backends.Features):
+        return None
+    sets = [run.samples[m] for m in members]
+    rows = [session.mean_features(read_state(run, step), sets) for step in checkpoints_in(run, window).tolist()]
+    return None if any(row is None for row in rows) else np.stack([row for row in rows if row is not None])
 
 
 def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:

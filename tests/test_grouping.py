@@ -178,21 +178,27 @@ def test_members_that_single_checkpoints_put_elsewhere_are_counted():
 
 
 def test_a_feature_can_have_two_partners():
-    between = np.array([[0.9, -0.8, -0.7, 0], [-0.8, 0.9, 0.2, 0], [-0.7, 0.2, 0.9, -0.3], [0, 0, -0.3, 0.9]])
+    between = np.array([[0.9, -0.8, -0.7, 0], [-0.8, 0.9, 0.2, 0], [-0.7, 0.2, 0.9, -0.1], [0, 0, -0.1, 0.9]])
     groups = np.repeat(np.arange(4), [9, 8, 7, 6])
     similarity = between[np.ix_(groups, groups)]
     matched = grouping.group_by_similarity(similarity)
-    alone = grouping.Grouping(matched.group_M, np.array([1, 0, -1, -1]), matched.alignment_M)
-    allowed = np.ones((4, 4), bool)
-    found = grouping.pair_leftovers(similarity, alone, allowed)
-    assert found.partner_G.tolist() == [1, 0, 0, 2]
-    assert found.pairs() == [(0, 1), (0, 2), (2, 3)]
+    found = grouping.pair_anew(similarity, matched, np.ones((4, 4), bool))
+    assert found.partner_G.tolist() == [1, 0, 0, -1]
+    assert found.pairs() == [(0, 1), (0, 2)]
+    assert found.own_pairs() == {0: 0, 1: 0, 2: 1}
+
+
+def test_preferred_pairs_come_before_stronger_ones():
+    between = np.array([[0.9, -0.5, -0.6, 0], [-0.5, 0.9, 0, -0.7], [-0.6, 0, 0.9, 0], [0, -0.7, 0, 0.9]])
+    groups = np.repeat(np.arange(4), [9, 8, 7, 6])
+    similarity = between[np.ix_(groups, groups)]
+    matched = grouping.group_by_similarity(similarity)
+    assert matched.pairs() == [(0, 2), (1, 3)]
+    preferred = np.zeros((4, 4), bool)
+    preferred[0, 1] = preferred[1, 0] = True
+    found = grouping.pair_anew(similarity, matched, preferred)
+    assert found.partner_G.tolist() == [1, 0, 0, 1]
     assert found.own_pairs() == {0: 0, 1: 0, 2: 1, 3: 2}
-    allowed[0, 2] = allowed[2, 0] = False
-    found = grouping.pair_leftovers(similarity, alone, allowed)
-    assert found.partner_G.tolist() == [1, 0, -1, 2]
-    assert found.pairs() == [(0, 1), (2, 3)]
-    assert found.own_pairs() == {0: 0, 1: 0, 2: 1, 3: 1}
 
 
 def test_the_silhouette_is_scikit_learns():
@@ -245,3 +251,16 @@ def test_no_exchange_of_partners_would_lower_the_sum(seed):
         for p in itertools.permutations(range(7))
     )
     assert sum(between[a, b] for a, b in grouping._pairs(partner)) <= 0.9 * best
+
+
+def test_parts_of_a_side_are_one_again_where_they_look_alike():
+    between = np.array([[0.8, 0.5, -0.6], [0.5, 0.8, -0.6], [-0.6, -0.6, 0.8]])
+    groups = np.repeat(np.arange(3), [9, 8, 7])
+    similarity = between[np.ix_(groups, groups)]
+    np.fill_diagonal(similarity, 1)
+    apart = grouping.Grouping(groups, np.array([2, -1, 0]), np.full(24, 0.7))
+    alike, different = np.array([[[3.0, 0], [2, 0.2], [1, 1]]]), np.array([[[3.0, 0], [0, 1], [1, 1]]])
+    assert grouping.merge_alike(similarity, apart, alike).group_M.tolist() == [0] * 17 + [1] * 7
+    assert grouping.merge_alike(similarity, apart, different).group_M.tolist() == groups.tolist()
+    similarity[groups[:, None] + groups == 1] = 0.3  # alike, but hardly moving together
+    assert grouping.merge_alike(similarity, apart, alike).group_M.tolist() == groups.tolist()

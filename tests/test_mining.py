@@ -96,3 +96,21 @@ def test_surprise_finds_what_a_sample_did_not_do_before():
     history = changes[149 - mining.WIDTH : 149].mean(0)
     assert moved.score[11] == pytest.approx(changes[149, 11] / (history[11] + history.mean()), rel=1e-4)
     assert mining.top(mining.largest_changes([losses]).score, 1).tolist() != [11]
+
+
+@pytest.mark.parametrize("scan", [mining.oscillation, mining.largest_changes, mining.variation, mining.surprise])
+def test_only_rises_or_only_falls_count_where_asked(scan):
+    losses = planted()
+    losses[150:, 11] += 3  # rises once, never falls by much
+    losses[160:, 12] -= 3
+    scores = {direction: scan([losses], direction) for direction in ("up", "down", "both")}
+    for direction, sign in (("up", 1), ("down", -1)):
+        found = scores[direction]
+        chosen = mining.top(found.score, 2)
+        assert (sign * (found.after - found.before)[chosen] > 0).all()
+        assert (found.score <= scores["both"].score * (1 + 1e-6)).all()
+    if scan is not mining.oscillation:
+        assert scores["up"].score[11] > 2 * scores["down"].score[11]
+        assert scores["down"].score[12] > 2 * scores["up"].score[12]
+    if scan is mining.variation:
+        np.testing.assert_allclose(scores["up"].score + scores["down"].score, scores["both"].score, rtol=1e-5)

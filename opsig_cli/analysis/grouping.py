@@ -15,8 +15,10 @@ CUTS = np.linspace(0.3, 0.75, 10)
 """Heights of the dendrogram (distance 1 - S) that are tried."""
 SPLITS = 0.7
 """A group falls apart where its parts have a silhouette of at least this."""
-MERGES = 0.6
-"""Two groups are one where they are across at least this part as similar as within the looser of them."""
+MERGES = 0.5
+"""Two groups can be one where they are across at least this part as similar as within the looser of them."""
+ALIKE = 0.8
+"""And where their mean features have at least this cosine."""
 SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 OPPOSES = -0.15
@@ -58,10 +60,8 @@ class Grouping:
 def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> Grouping:
     """Sides by average linkage on the signed distance 1 - S, then each side matched with the one it opposes most.
 
-    The tree is cut at the last of CUTS and then from above: a group is cut once more, at the height with the best
-    silhouette over parts of `smallest` or more, where these stand clearly apart (see SPLITS), and so on. One cut for
-    all would take apart a loose group where another is tight. Groups that are nearly as similar across as within are
-    one (see MERGES). Weak members are left out, and groups that become
+    The cut is the one of CUTS with the best silhouette over groups of `smallest` or more, times their share of the
+    samples; a group whose parts stand clearly apart is cut once more. Weak members are left out, and groups that become
     smaller than `smallest` with them. NaN similarities count as 0. Raises ValueError for fewer than two samples.
 
     >>> two = np.repeat([1.0, -1.0], 4)
@@ -73,7 +73,17 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
     if count < 2:
         raise ValueError(f"{count} samples cannot be grouped: at least two are needed")
     similarity = similarity_MM if np.isfinite(similarity_MM).all() else np.nan_to_num(similarity_MM)
-    groups = _merge(similarity, _split(similarity, smallest))
+    groups, _ = _best_cut(similarity, smallest)
+    for group in range(groups.max() + 1):  # several pairs on one class look like one side from afar
+        members = np.flatnonzero(groups == group)
+        parts, quality = _best_cut(similarity[np.ix_(members, members)], smallest)
+        if quality >= SPLITS:
+            groups[members] = np.where(parts > 0, parts + groups.max(), np.where(parts == 0, group, -1))
+    return _without_weak(similarity, groups, smallest)
+
+
+def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int) -> Grouping:
+    """The groups with partners, without the members that do not align with them."""
     while True:  # leaving members out changes the means that others are held against
         partner_G = oppose(similarity, groups)
         alignment = _alignment(similarity, groups, partner_G)
@@ -81,48 +91,6 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
         if np.array_equal(kept >= 0, groups >= 0):
             return _by_size(groups, partner_G, alignment)
         groups = kept
-
-
-def _split(similarity: np.ndarray, smallest: int) -> np.ndarray:
-    """Groups from above, (M,) with -1 for none: several pairs on one class look like one side from afar."""
-    (groups,) = cut_tree(similarity, smallest, CUTS[-1:])
-    waiting, count = list(range(groups.max() + 1)), groups.max() + 1
-    while waiting:
-        group = waiting.pop()
-        members = np.flatnonzero(groups == group)
-        parts, quality = _best_cut(similarity[np.ix_(members, members)], smallest)
-        if quality >= SPLITS:
-            new = parts.max()
-            groups[members] = np.where(parts > 0, parts + count - 1, np.where(parts == 0, group, -1))
-            waiting += [group, *range(count, count + new)]
-            count += new
-    return groups
-
-
-def _merge(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Groups, (M,), of which those nearly as similar across as within are made one, the most similar first."""
-    groups = groups.copy()
-    sums_MG, sizes = _sums(similarity, groups)
-    if len(sizes) < 2:
-        return groups
-    totals = np.array([sums_MG[groups == group].sum(0) for group in range(len(sizes))])
-    own = np.bincount(groups[groups >= 0], weights=np.diagonal(similarity)[groups >= 0])
-    names = np.arange(len(sizes))
-    while len(sizes) > 1:
-        within = (np.diagonal(totals) - own) / np.maximum(sizes * (sizes - 1), 1)
-        likeness = totals / np.outer(sizes, sizes) / np.maximum(np.minimum.outer(within, within), 1e-12)
-        np.fill_diagonal(likeness, -np.inf)
-        a, b = sorted(np.unravel_index(likeness.argmax(), likeness.shape))
-        if likeness[a, b] < MERGES:
-            break
-        groups[groups == names[b]] = names[a]
-        totals[a] += totals[b]
-        totals[:, a] += totals[:, b]
-        totals = np.delete(np.delete(totals, b, 0), b, 1)
-        sizes[a] += sizes[b]
-        own[a] += own[b]
-        sizes, own, names = (np.delete(values, b) for values in (sizes, own, names))
-    return _drop_small(groups, 1)
 
 
 def cut_tree(similarity: np.ndarray, smallest: int, heights: np.ndarray = CUTS) -> Iterator[np.ndarray]:
@@ -195,8 +163,10 @@ def _sums(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nd
     return sums, sizes
 
 
-def oppose(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None) -> np.ndarray:
     """Each group's partner, (G,), -1 for none: the pairs whose mean similarities are the most negative in sum.
+
+    `allowed_GG`: which groups may be a pair, None for all.
 
     Pairs are taken greedily, the most negative first, and then exchanged two by two as long as that lowers the sum:
     where several groups share a feature, the strongest opposition must not leave the others without a partner.
@@ -206,6 +176,8 @@ def oppose(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
     if len(sizes) == 0:
         return partner
     between = np.array([sums_MG[groups == a].mean(0) / sizes for a in range(len(sizes))])
+    if allowed_GG is not None:
+        between = np.where(allowed_GG, between, 0)
     for place in np.argsort(between, axis=None, kind="stable"):
         a, b = np.unravel_index(place, between.shape)
         if between[a, b] > OPPOSES:
@@ -239,20 +211,48 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
     return False
 
 
-def pair_leftovers(similarity_MM: np.ndarray, grouping: Grouping, allowed_GG: np.ndarray) -> Grouping:
-    """The same groups and pairs, with a partner for every group left over: the one that it opposes most.
+def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.ndarray) -> Grouping:
+    """The same groups, paired among those that are preferred first; each group left over gets the one it opposes most.
 
-    That one may have another partner: a feature can have two. Where `allowed_GG` forbids it, the group gets no other.
+    That one may have another partner: a feature can have two.
     """
     groups = grouping.group_M
-    partner_G = grouping.partner_G.copy()
+    partner_G = oppose(similarity_MM, groups, preferred_GG)
     sums_MG, sizes = _sums(similarity_MM, groups)
     for group in np.flatnonzero(partner_G < 0):
         between = sums_MG[groups == group].mean(0) / sizes
         opponent = int(between.argmin())
-        if between[opponent] <= OPPOSES and allowed_GG[group, opponent]:
+        if between[opponent] <= OPPOSES:
             partner_G[group] = opponent
     return Grouping(groups, partner_G, _alignment(similarity_MM, groups, partner_G))
+
+
+def merge_alike(
+    similarity_MM: np.ndarray, grouping: Grouping, features_CGD: np.ndarray, smallest: int = SMALLEST
+) -> Grouping:
+    """Groups of which those that move together and look alike (see MERGES and ALIKE) are made one.
+
+    A cut that is right for a tight group takes a loose one apart, and groups on one class may move together by their
+    label alone: the mean centred features of the groups at each checkpoint, `features_CGD`, tell these apart.
+    """
+    groups, features = grouping.group_M.copy(), features_CGD.copy()
+    while groups.max() > 0:
+        means_MG = group_means(similarity_MM, groups)
+        sizes = np.bincount(groups[groups >= 0])
+        between = np.array([means_MG[groups == group].mean(0) for group in range(len(sizes))])
+        within = (sizes * np.diagonal(between) - 1) / np.maximum(sizes - 1, 1)
+        likeness = between / np.maximum(np.minimum.outer(within, within), 1e-12)
+        unit = features / np.maximum(np.linalg.norm(features, axis=2, keepdims=True), 1e-300)
+        looks = np.einsum("cgd,chd->gh", unit, unit) / len(unit)
+        likeness = np.where((looks >= ALIKE) & ~np.eye(len(sizes), dtype=bool), likeness, -np.inf)
+        a, b = sorted(np.unravel_index(likeness.argmax(), likeness.shape))
+        if likeness[a, b] < MERGES:
+            break
+        features[:, a] = (sizes[a] * features[:, a] + sizes[b] * features[:, b]) / (sizes[a] + sizes[b])
+        features = np.delete(features, b, axis=1)
+        groups[groups == b] = a
+        groups[groups > b] -= 1
+    return _without_weak(similarity_MM, groups, smallest)
 
 
 def group_means(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
