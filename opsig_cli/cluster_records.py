@@ -9,7 +9,7 @@ import numpy as np
 
 from opsig_cli.analysis.mining import ALTERNATES
 from opsig_cli.errors import OpsigError
-from opsig_cli.groups import SHARES, Clusters, GroupWeight, PairWeight
+from opsig_cli.groups import Clusters, GroupWeight, PairWeight
 from opsig_cli.trajectory import Trajectory
 
 
@@ -138,9 +138,16 @@ def pair_sentence(names: tuple[str, str], weight: PairWeight, rise_step: int) ->
     text = f"{names[0]} and {names[1]} pull against each other: cosine {cosine}"
     up, down = weight.changes
     text += f"; at step {rise_step} their losses changed by {up:+.2g} and {down:+.2g} nats, together {_part(weight)}"
-    if weight.shared < SHARES:
-        text += f". They do not look alike to the network ({weight.shared:.2f}): it may be by their labels alone"
+    if weight.p_value == 1:
+        text += ". " + _why_not(weight)
     return text
+
+
+def _why_not(weight: PairWeight) -> str:
+    """Why a pair is not significant."""
+    if weight.loss_correlation >= 0:
+        return f"Their losses move together ({weight.loss_correlation:.2f}), so this is no opposition that can be seen"
+    return f"They do not look alike to the network ({weight.shared:.2f}): it may be by their labels alone"
 
 
 def group_sentence(name: str, against: str | None, weight: GroupWeight, rise_step: int) -> str:
@@ -182,10 +189,11 @@ def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "pair": pair["pair"],
             "one side": sides[0],
             "against": sides[1],
-            "cosine": plus_minus(pair["opposition"], pair["opposition_error"]).replace(" ", ""),
+            "cosine": f"{pair['opposition']:.2f}",
+            "+-": f"{pair['opposition_error']:.2f}" if np.isfinite(pair["opposition_error"]) else None,
             "losses": f"{pair['loss_correlation']:.2f}",
             "alike": f"{pair['shared']:.2f}" if np.isfinite(pair["shared"]) else None,
-            "movement": f"{pair['movement']:.0%}",
+            "moves": f"{pair['movement']:.0%}",
             "p": f"{pair['p_value']:.3f}",
             "stable": f"{pair['stability']:.2f}",
         })  # fmt: skip
@@ -197,8 +205,8 @@ def alone_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "group": f"G{group['group']}: {describe(group['labels'], group['size'])}",
-            "cosine": plus_minus(group["cohesion"], group["cohesion_error"]).replace(" ", ""),
-            "movement": f"{group['movement']:.0%}",
+            "cosine": plus_minus(group["cohesion"], group["cohesion_error"]),
+            "moves": f"{group['movement']:.0%}",
             "p": f"{group['p_value']:.3f}",
             "stable": f"{group['stability']:.2f}",
         }

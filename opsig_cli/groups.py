@@ -25,9 +25,12 @@ from opsig_cli.trajectory import Trajectory
 BY = ("gradient", "loss", "both")
 CHECKPOINTS = 6
 """C: checkpoints that gradient cosines are averaged over."""
-SHARES = 0.7
-"""Two groups look alike where their centred features have at least this mean cosine. Random labels, which make whole
-classes pull against each other, stay below; natural pairs of images lie above."""
+SHARES = 0.5
+"""Two large groups look alike where their centred features have at least this mean cosine. Random labels, which make
+whole classes pull against each other, stay below; natural pairs of images lie above."""
+SELECTED = 0.6
+"""What small groups must have more, divided by the root of the smaller one's size: a few of many look alike by
+selection."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,8 @@ def by_gradient(
 
 def _claimed(by: str, shared_GG: np.ndarray, losses_TM: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
     """Which groups may oppose by a feature that they share, (G, G); what is not known is not held against them."""
-    claimed = ~(shared_GG < SHARES)
+    sizes = np.array([len(side) for side in members])
+    claimed = ~(shared_GG < SHARES + SELECTED / np.sqrt(np.minimum.outer(sizes, sizes)))
     if by == "both":
         claimed &= ~(evidence.group_correlation(losses_TM, members) >= 0)
     return claimed
