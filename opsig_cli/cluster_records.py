@@ -190,7 +190,6 @@ def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "one side": sides[0],
             "against": sides[1],
             "cosine": f"{pair['opposition']:.2f}",
-            "+-": f"{pair['opposition_error']:.2f}" if np.isfinite(pair["opposition_error"]) else None,
             "losses": f"{pair['loss_correlation']:.2f}",
             "alike": f"{pair['shared']:.2f}" if np.isfinite(pair["shared"]) else None,
             "moves": f"{pair['movement']:.0%}",

@@ -192,23 +192,33 @@ def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | 
 
 
 def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
-    """Let one pair (a, b) and two groups c, d, a pair or both free, become (a, c) and (b, d) where that weighs more."""
+    """Let a pair (a, b) and two groups c, d, a pair or both free, become (a, c) and (b, d) where that weighs more.
+
+    Goes through all pairs once, and says whether any was exchanged.
+    """
+    changed = False
     for a, b in _pairs(partner):
-        gain = weight[a][:, None] + weight[b] - weight[a, b]  # by c and d
-        free = partner < 0
-        paired = np.zeros_like(gain, bool)
-        paired[np.flatnonzero(~free), partner[~free]] = True
-        gain -= np.where(paired, weight, 0)
-        allowed = paired | (free[:, None] & free)
+        if partner[a] != b:
+            continue
+        near = np.flatnonzero((weight[a] > 0) | (weight[b] > 0))  # others cannot gain anything
+        lone = np.setdiff1d(np.flatnonzero(partner < 0), near)[:1]  # one may be needed to leave a group alone
+        near = np.unique(np.concatenate([near, partner[near][partner[near] >= 0], lone]))
+        near = near[(near != a) & (near != b)]
+        if not len(near):
+            continue
+        own = partner[near]
+        paired = own[:, None] == near
+        allowed = paired | ((own < 0)[:, None] & (own < 0))
         np.fill_diagonal(allowed, False)
-        allowed[[a, b]] = allowed[:, [a, b]] = False
+        gain = weight[a, near][:, None] + weight[b, near] - weight[a, b]  # by c and d
+        gain -= np.where(paired, weight[np.ix_(near, near)], 0)
         gain = np.where(allowed, gain, 0)
         c, d = np.unravel_index(gain.argmax(), gain.shape)
         if gain[c, d] > 1e-9:
-            for x, y in ((a, c), (b, d)):
+            for x, y in ((a, near[c]), (b, near[d])):
                 partner[x], partner[y] = (y, x) if weight[x, y] else (-1, -1)
-            return True
-    return False
+            changed = True
+    return changed
 
 
 def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.ndarray) -> Grouping:
