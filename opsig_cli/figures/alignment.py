@@ -44,7 +44,7 @@ def alignment_block(
             left.axvline(edge, color="black", linewidth=0.4)
         room = np.flatnonzero(sizes * SIDE >= LINE * sizes.sum())
         left.set(yticks=(edges - sizes / 2)[room], xticks=[], xlabel="samples, in order of group")
-        _tick_names(left, [names[group] for group in room])
+        _tick_names(left, [names[group] for group in room.tolist()])
         right = area.axes(WIDTH - MARGIN - SIDE - 0.7, 0.1, SIDE, SIDE)
         image = right.imshow(means, **style)
         for a, b in pairs:
