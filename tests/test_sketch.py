@@ -52,3 +52,30 @@ def test_features_are_what_enters_the_last_layer_less_the_mean_of_all():
     centred /= centred.norm(dim=1, keepdim=True)
     expected = torch.stack([centred[torch.from_numpy(s)].mean(0) for s in sets]).numpy()
     np.testing.assert_allclose(session.mean_features(state, sets), expected, atol=1e-5)
+
+
+def test_entries_of_one_sign_do_not_add_up():
+    """Gradients that point everywhere upwards: without random signs the estimate of 1 would be 1 + P / K."""
+    from opsig_torch.sketch import _Places
+
+    height, fan_in, size = 40, 100, 64  # rows longer than a sketch
+    block = torch.full((1, height, fan_in), (height * fan_in) ** -0.5)
+    estimates = []
+    for seed in range(50):
+        sketch = torch.zeros(1, size)
+        _Places(height, fan_in, size, [seed]).scatter(sketch, slice(0, height), block)
+        estimates.append(float(sketch.square().sum()))
+    assert np.mean(estimates) == pytest.approx(1, abs=5 * np.sqrt(2 / size / 50))
+    assert np.std(estimates) < 1.6 * np.sqrt(2 / size)
+
+
+def test_a_linear_layer_is_sketched_without_its_outer_products():
+    from opsig_torch.sketch import _Places
+
+    outputs, inputs = torch.randn(5, 7), torch.randn(5, 30)
+    places = _Places(7, 30, 16, [3])
+    sketches = torch.zeros(2, 5, 16)
+    places.add_outer(sketches[0], outputs, inputs)
+    places.scatter(sketches[1], slice(0, 4), torch.einsum("mo,mf->mof", outputs, inputs)[:, :4])
+    places.scatter(sketches[1], slice(4, 7), torch.einsum("mo,mf->mof", outputs, inputs)[:, 4:])
+    torch.testing.assert_close(sketches[0], sketches[1])
