@@ -126,6 +126,8 @@ def describe(mix: dict[str, int] | None, size: int) -> str:
     """
     if not mix:
         return f"{size} samples"
+    if size > 2 and max(mix.values()) == 1:  # labels of their own, as the inputs of a regression have
+        return f"{size} samples, as {next(iter(mix))}"
     common = list(mix.items())[:2] if next(iter(mix.values())) < 0.9 * size else list(mix.items())[:1]
     rest = size - sum(count for _, count in common)
     words = [f"{count} x {label}" for label, count in common]
@@ -152,8 +154,8 @@ def _why_not(weight: PairWeight) -> str:
 
 def group_sentence(name: str, against: str | None, weight: GroupWeight, rise_step: int) -> str:
     """A group in one sentence."""
-    text = f"{name} move together: cosine {plus_minus(weight.cohesion, weight.cohesion_error)}"
-    text += f", against {against}" if against else ", and no group pulls against them"
+    text = f"{name} moves together: cosine {plus_minus(weight.cohesion, weight.cohesion_error)}"
+    text += f", against {against}" if against else ", and no group pulls against it"
     return f"{text}; at step {rise_step} their loss changed by {weight.change:+.2g} nats, {_part(weight)}"
 
 

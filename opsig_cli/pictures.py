@@ -20,7 +20,7 @@ TILES = 20
 """Pictures on a sheet of mined samples."""
 PAIR_TILES = 15
 """Pictures of each group of a pair."""
-PANELS = 6
+PANELS = 4
 """Pairs that are drawn, the significant ones first, then those that move most; all are in the matrix."""
 ZOOM = 40
 """Steps of the close-up."""

@@ -210,7 +210,7 @@ def test_every_group_carries_its_evidence(opsig, tiny_run):
         assert sum(group["labels"].values()) == group["size"]
         assert group["sentence"].startswith(f"G{group['group']} (")
         if group["pair"] is None:
-            assert "no group pulls against them" in group["sentence"]
+            assert "no group pulls against it" in group["sentence"]
     with h5py.File(tiny_run) as file:
         step = groups[0]["rise_step"]
         change = np.diff(file["losses/loss"][step - 1 : step + 1].astype(float), axis=0)[0]
