@@ -26,6 +26,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     names = [f"G{g + 1} ({describe(mix, len(members[g]))})" for g, mix in enumerate(mixes)]
     joined = [int((clusters.joined.group == group).sum()) for group in range(len(members))]
     rise_step = int(window.steps_T[window.rise_row])
+    measure = "loss correlation" if clusters.by == "loss" else "cosine"
     common = {"by": clusters.by, "caveat": caveat(clusters), "sketch_error": clusters.sketch_error}
     pairs = found.pairs()
     pair_of = {group: number + 1 for group, number in found.own_pairs().items()}
@@ -55,7 +56,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "p_value_losses": weight.p_value_losses,
             "rise_step": rise_step,
             "changes": weight.changes,
-            "sentence": pair_sentence((names[a], names[b]), weight, rise_step),
+            "sentence": pair_sentence((names[a], names[b]), weight, rise_step, measure),
             **common,
         })  # fmt: skip
     for group, weight in enumerate(clusters.groups):
@@ -81,7 +82,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "p_value_random": weight.p_value_random,
             "rise_step": rise_step,
             "change": weight.change,
-            "sentence": group_sentence(names[group], against, weight, rise_step),
+            "sentence": group_sentence(names[group], against, weight, rise_step, measure),
             **common,
         })  # fmt: skip
     position = np.concatenate([clusters.position, clusters.joined.position])
@@ -134,10 +135,10 @@ def describe(mix: dict[str, int] | None, size: int) -> str:
     return ", ".join(words + ([f"{rest} more"] if rest else []))
 
 
-def pair_sentence(names: tuple[str, str], weight: PairWeight, rise_step: int) -> str:
+def pair_sentence(names: tuple[str, str], weight: PairWeight, rise_step: int, measure: str = "cosine") -> str:
     """A pair in one sentence."""
     cosine = plus_minus(weight.opposition, weight.opposition_error)
-    text = f"{names[0]} and {names[1]} pull against each other: cosine {cosine}"
+    text = f"{names[0]} and {names[1]} pull against each other: {measure} {cosine}"
     up, down = weight.changes
     text += f"; at step {rise_step} their losses changed by {up:+.2g} and {down:+.2g} nats, together {_part(weight)}"
     if weight.p_value == 1:
@@ -152,9 +153,9 @@ def _why_not(weight: PairWeight) -> str:
     return f"They do not look alike to the network ({weight.shared:.2f}): it may be by their labels alone"
 
 
-def group_sentence(name: str, against: str | None, weight: GroupWeight, rise_step: int) -> str:
+def group_sentence(name: str, against: str | None, weight: GroupWeight, rise_step: int, measure: str = "cosine") -> str:
     """A group in one sentence."""
-    text = f"{name} moves together: cosine {plus_minus(weight.cohesion, weight.cohesion_error)}"
+    text = f"{name} moves together: {measure} {plus_minus(weight.cohesion, weight.cohesion_error)}"
     text += f", against {against}" if against else ", and no group pulls against it"
     return f"{text}; at step {rise_step} their loss changed by {weight.change:+.2g} nats, {_part(weight)}"
 
