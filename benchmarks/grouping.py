@@ -1,10 +1,11 @@
 """What grouping costs: gradient cosines against passes over the same samples, and clustering in seconds and memory.
 
-    python benchmarks/grouping.py [--samples 10000] [--large]
+    python benchmarks/grouping.py [--samples 10000] [--large] [--only clustering,cosines,sketch]
 
 The cosines' part trains nothing: it takes fresh models on Fashion-MNIST. `--large` adds a vision transformer and an MLP
 of ten million parameters (some minutes). The clustering's part plants eight pairs of groups in a similarity of
-`--samples` rows, most of which belong nowhere, and weighs what it finds as `opsig cluster` does.
+`--samples` rows, most of which belong nowhere, and weighs what it finds as `opsig cluster` does. The sketch's part
+holds sketched cosines against exact ones.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from opsig_torch import TorchBackend
 from opsig_zoo import FashionMnist
 
-from opsig_cli.analysis import grouping
+from opsig_cli.analysis import grouping, significance
 
 
 def peak() -> int:
@@ -57,26 +58,63 @@ def clustering(count: int) -> None:
     begin, before = time.perf_counter(), peak()
     found = grouping.group_by_similarity(similarity)
     middle = time.perf_counter()
-    stability = grouping.pair_stability(similarity, found)
-    grouping.null_strengths(similarity)
+    stable = significance.resampled(similarity, found)
+    significance.shuffled_null(similarity)
+    for group in range(len(found.partner_G)):
+        significance.random_group_p(similarity, 0.5, len(found.members(group)))
+    for a, b in found.pairs():
+        significance.random_pair_p(similarity, -0.5, len(found.members(a)), len(found.members(b)))
     end = time.perf_counter()
     truth = np.where(np.arange(count) < 800, np.arange(count) // 50, -1)
     right = [(truth[found.members(a)[0]], truth[found.members(b)[0]]) for a, b in found.pairs()]
     planted = sum(a >= 0 and a // 2 == b // 2 for a, b in right)
-    print(f"{count} samples: grouped in {middle - begin:.1f} s, stability and null {end - middle:.1f} s; ", end="")
+    print(f"{count} samples: grouped in {middle - begin:.1f} s, evidence {end - middle:.1f} s; ", end="")
     print(f"peak {peak():,} MB, {before:,} MB before; {planted} of 8 planted pairs among {len(right)}, ", end="")
-    print(f"stability of the planted ones at least {min(sorted(stability.values())[-8:]):.2f}", flush=True)
+    print(f"stability of the planted ones at least {min(sorted(stable.pair.values())[-8:]):.2f}", flush=True)
+
+
+def sketch(model: str, count: int) -> None:
+    """Error and cost of sketched cosines."""
+    task = FashionMnist(model=model, samples=count)
+    session = TorchBackend().open(task, "cpu")
+    state, everybody = session.initial(0), np.arange(count)
+    begin = time.perf_counter()
+    exact = session.gradient_cosines(state, everybody)
+    whole = time.perf_counter() - begin
+    upper = np.triu_indices(count, 1)
+    strongest = np.argsort(exact[upper])[: len(upper[0]) // 100]
+    for size in (1024, 4096, 16384):
+        begin = time.perf_counter()
+        rows = session.gradient_sketch(state, everybody, size, 0)
+        estimate = (rows @ rows.T)[upper]
+        own = time.perf_counter() - begin
+        errors = estimate - exact[upper]
+        band = 3 * np.sqrt(2 / size)
+        found = np.isin(strongest, np.argsort(estimate)[: len(strongest)]).mean()
+        print(
+            f"{model} ({len(state.params):,} parameters): sketch of {size}: root mean square error "
+            f"{np.sqrt((errors**2).mean()):.4f} = {np.sqrt((errors**2).mean() * size):.2f} / root of size; "
+            f"{(np.abs(errors) > band).mean():.2e} outside the band of {band:.3f}; finds {found:.0%} of the 1% most "
+            f"negative; {own / whole:.1f} x the time of exact cosines of {count} samples",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--only", default="clustering,cosines,sketch")
     options = parser.parse_args()
-    clustering(options.samples)
-    cosines("mlp", 512)
-    cosines("cnn", 512)
-    if options.large:
+    if "clustering" in options.only:
+        clustering(options.samples)
+    if "sketch" in options.only:
+        sketch("mlp", 512)
+        sketch("cnn", 512)
+    if "cosines" in options.only:
+        cosines("mlp", 512)
+        cosines("cnn", 512)
+    if "cosines" in options.only and options.large:
         cosines("mlp:width=2300,depth=3", 2000)
         cosines("vit:width=384,depth=6", 512)
 

@@ -10,14 +10,17 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.groups import Clusters
 from opsig_cli.trajectory import Trajectory
 
+SIGNIFICANT = 0.01
+"""Pairs with a smaller p-value count as reported."""
+
 
 def agreement(run: Trajectory, clusters: Clusters) -> dict[str, Any]:
     """Adjusted Rand index of the planted sides, and precision and recall of the planted pairs.
 
     The index is over all planted samples, those in no group counting as one more group, and over the mined ones. A
-    reported pair is right where it sets two sides with one planted feature against each other. Precision: the share of
-    right ones among the pairs with a side that is mostly planted; pairs of other samples may be real and are not
-    judged. Recall: the share of planted pairs both of whose sides are in a right pair.
+    pair at p < SIGNIFICANT is right where it sets two sides with one planted feature against each other. Precision: the
+    share of right ones among the pairs with a side that is mostly planted; pairs of other samples may be real and are
+    not judged. Recall: the share of planted pairs both of whose sides are in a right pair.
     """
     from sklearn.metrics import adjusted_rand_score
 
@@ -34,7 +37,12 @@ def agreement(run: Trajectory, clusters: Clusters) -> dict[str, Any]:
     mined = np.zeros(len(truth_S), bool)
     mined[clusters.position] = True
     feature_of = dict(zip(truth_S[planted].tolist(), feature_S[planted].tolist(), strict=True))
-    pairs = [[_planted_side(truth_S[group_S == group]) for group in pair] for pair in clusters.grouping.pairs()]
+    reported = [
+        pair
+        for pair, weight in zip(clusters.grouping.pairs(), clusters.pairs, strict=True)
+        if weight.p_value < SIGNIFICANT
+    ]
+    pairs = [[_planted_side(truth_S[group_S == group]) for group in pair] for pair in reported]
     concerned = [pair for pair in pairs if pair != [None, None]]
     right = [(a, b) for a, b in concerned if None not in (a, b) and a != b and feature_of[a] == feature_of[b]]
     opposed = {side for pair in right for side in pair}

@@ -125,6 +125,28 @@ class GradientCosines(Protocol):
         ...
 
 
+@runtime_checkable
+class Features(Protocol):
+    """The capability by which `cluster` sees whether two groups look alike to the network."""
+
+    def mean_features(self, state: State, sets: list[np.ndarray]) -> np.ndarray | None:
+        """Mean over each set of its samples' features (what enters the last layer), less the mean of all samples and of
+        length one, (G, D) float64; None for a task that has none."""
+        ...
+
+
+@runtime_checkable
+class GradientSketch(Protocol):
+    """The capability that `cluster --sketch` needs."""
+
+    def gradient_sketch(self, state: State, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
+        """A random projection of chosen samples' gradients of length one, (M, size) float32, the same for one seed.
+
+        Products of two rows estimate their cosine, with a standard error of at most the root of 2 / size.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Eigenpairs:
     """The most positive eigenpairs of a Hessian: `values` (K,) decreasing, `vectors` (K, P) of unit length,

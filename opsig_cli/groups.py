@@ -1,30 +1,36 @@
-"""From mined samples to groups and opposing pairs: similarities gathered, samples grouped, evidence put into words.
+"""From mined samples to groups and opposing pairs: similarities gathered, samples grouped, each group weighed.
 
-M mined samples, C checkpoints, T steps of the window.
+M mined samples, C checkpoints, T steps of the window, G groups.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from opsig_cli import backends
-from opsig_cli.analysis import grouping
-from opsig_cli.analysis.grouping import Evidence, Grouping
+from opsig_cli.analysis import evidence, grouping, significance
+from opsig_cli.analysis.evidence import Rise
+from opsig_cli.analysis.grouping import Grouping
+from opsig_cli.analysis.mining import WIDTH
+from opsig_cli.analysis.significance import Null
 from opsig_cli.backends import Session
-from opsig_cli.errors import OpsigError
+from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.movers import Movers
 from opsig_cli.recorder import read_state
-from opsig_cli.texts import Texts, clause
 from opsig_cli.trajectory import Trajectory
 
 BY = ("gradient", "loss", "both")
 CHECKPOINTS = 6
 """C: checkpoints that gradient cosines are averaged over."""
+SHARES = 0.5
+"""Two large groups look alike where their centred features have at least this mean cosine. Random labels, which make
+whole classes pull against each other, stay below; natural pairs of images lie above."""
+SELECTED = 0.6
+"""What small groups must have more, divided by the root of the smaller one's size: a few of many look alike by
+selection."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,13 @@ class Window:
     """The rows of `losses` that the evidence is taken from, and where in them the whole loss rose most.
 
     `first`, `stop`: rows of the file. `steps_T`: their steps. `rise_row`: the row after the largest rise of the mean
-    loss, counted from `first`; `rise`: that rise summed over all samples, in nats.
+    loss, counted from `first`.
     """
 
     first: int
     stop: int
     steps_T: np.ndarray
     rise_row: int
-    rise: float
 
 
 @dataclass(frozen=True)
@@ -55,111 +60,251 @@ NOBODY = Joined(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
 
 
 @dataclass(frozen=True)
-class Trust:
-    """How far a pair can be trusted: `stability` under resampling, 0 to 1, `p_value` against no structure, and
-    `p_value_losses` of its losses' correlation against phase-shuffled series."""
+class GroupWeight:
+    """What speaks for a group. `cohesion`: mean similarity within. `kept`: share of the members that single checkpoints
+    (by losses: halves of the window) put in this group; `stability` under resampling; `p_value` against no structure,
+    `p_value_random` against random groups of its size. `share` of the whole loss's rise, `movement` of all movement."""
 
+    cohesion: float
+    cohesion_error: float
     stability: float
+    kept: float
     p_value: float
+    p_value_random: float
+    share: float
+    movement: float
+    change: float
+
+
+@dataclass(frozen=True)
+class PairWeight:
+    """What speaks for a pair, as for a group, and: `opposition`, the mean similarity across; `shared`, the mean cosine
+    of the two groups' centred features, NaN where there are none; `p_value`, 1 where they do not look alike;
+    `loss_correlation` of their mean loss changes, and `p_value_losses`, its p-value against phase-shuffled series."""
+
+    cohesion: float
+    opposition: float
+    opposition_error: float
+    shared: float
+    loss_correlation: float
+    stability: float
+    kept: float
+    p_value: float
+    p_value_random: float
     p_value_losses: float
+    share: float
+    movement: float
+    changes: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """The grouping of the samples at `position`, the evidence of its pairs in order, what was grouped by (M, M), the
-    samples' losses (T, M), and who joined."""
+    """The grouping of the samples at `position`, the weight of its groups and pairs in order, what was grouped by
+    (M, M), the samples' losses (T, M), and who joined.
+
+    `period_two`: the share of the samples' movement that turns back in the next step. `sketch_error`: half the width of
+    the band in which sketched similarities lie, None for exact ones.
+    """
 
     by: str
     position: np.ndarray
     grouping: Grouping
-    evidence: list[Evidence]
-    trust: list[Trust]
+    groups: list[GroupWeight]
+    pairs: list[PairWeight]
     similarity_MM: np.ndarray
     losses_TM: np.ndarray
     window: Window
+    period_two: float
     joined: Joined = NOBODY
+    sketch_error: float | None = None
 
 
 def window_of(run: Trajectory, movers: Movers) -> Window:
-    """From the first alternation at period two (else from the start) to the end of what was mined."""
+    """From where the alternation at period two begins (else from the start) to the end of what was mined."""
     movement = movers.movement
-    begin = movement.first_alternation or 0
+    begin = max(0, (movement.first_alternation or 0) - WIDTH)  # it is seen only after that many steps
     if len(movement.mean_T) - begin < 3:
         begin = 0
     rises = np.diff(movement.mean_T[begin:])
     if len(rises) < 2:
         raise OpsigError(f"{run.path} has too few steps with losses to group samples. Record more: opsig train --track")
-    rise_row = int(rises.argmax()) + 1
     first, stop = movers.first + begin, movers.first + len(movement.mean_T)
-    return Window(first, stop, run.steps("losses")[first:stop], rise_row, float(rises.max()) * len(run.samples))
+    return Window(first, stop, run.steps("losses")[first:stop], int(rises.argmax()) + 1)
 
 
-def mean_similarity(
-    run: Trajectory, session: Session, backend: str, position: np.ndarray, window: Window, advance: Callable[..., None]
-) -> np.ndarray:
-    """Gradient cosines of the samples, averaged over checkpoints spread over the window, (M, M) float32."""
-    backends.require(session, backends.GradientCosines, backend, "gradient cosines")
-    steps = checkpoints_in(run, window)
-    samples = run.samples[position]
-    total = np.zeros((len(samples), len(samples)), np.float32)
-    for step in steps.tolist():
-        found = session.gradient_cosines(read_state(run, step), samples)  # pyright: ignore
-        np.add(total, np.nan_to_num(found, copy=False), out=total, casting="same_kind")
-        advance(note=f"step {step}")
-    total /= len(steps)
-    return total
+def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
+    """What to group by where a person did not say, and a note where it is less than all: losses alone without
+    checkpoints."""
+    if by is not None:
+        return by, None
+    if run.has("checkpoints/params") and len(run.steps("checkpoints")):
+        return "both", None
+    return "loss", f"{run.path} holds no checkpoints, so samples are grouped by their losses alone, as with --by loss"
 
 
 def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
     """The steps of the checkpoints whose gradients are compared. Raises OpsigError where the run has none."""
-    run.require("checkpoints/params")
+    if not run.has("checkpoints/params"):
+        raise OpsigError(f"{run.path} holds no checkpoints, which gradients need. Use --by loss")
     return grouping.spread(int(window.steps_T[0]), int(window.steps_T[-1]), run.steps("checkpoints"), CHECKPOINTS)
+
+
+def with_largest_gradients(
+    run: Trajectory, session: Session, position: np.ndarray, window: Window, advance: Callable[..., None]
+) -> np.ndarray:
+    """The positions, and as many samples whose gradients are the largest over the window's checkpoints.
+
+    Groups whose loss does not swing yet, as where a network gives both sides even odds, are found by their gradients
+    alone; outliers are outliers by either (the paper's Fig. 2). At each checkpoint norms count relative to their root
+    mean square. Positions alone for a backend without gradient norms.
+    """
+    if not isinstance(session, backends.Curvature):
+        return position
+    score = np.zeros(len(run.samples))
+    for step in checkpoints_in(run, window).tolist():
+        norms = np.nan_to_num(session.gradient_norms(read_state(run, step)))
+        score += norms / (np.sqrt(np.mean(norms**2)) or 1.0)
+        advance(note=f"step {step}")
+    largest = np.argsort(-score, kind="stable")[: len(position)]
+    return np.concatenate([position, largest[~np.isin(largest, position)]])
+
+
+def mean_similarity(
+    run: Trajectory, session: Session, backend: str, position: np.ndarray, window: Window, sketch: int | None,
+    advance: Callable[..., None],
+) -> np.ndarray:  # fmt: skip
+    """Gradient cosines of the samples, averaged over checkpoints spread over the window, (M, M) float32.
+
+    `sketch`: size of the sketches to estimate them from, each checkpoint's with a seed of its own; None is exact.
+    """
+    capability = backends.GradientCosines if sketch is None else backends.GradientSketch
+    backends.require(session, capability, backend, "gradient cosines" if sketch is None else "gradient sketches")
+    samples = run.samples[position]
+    total = np.zeros((len(samples), len(samples)), np.float32)
+    steps = checkpoints_in(run, window)
+    for step in steps.tolist():
+        state = read_state(run, step)
+        if sketch is None:
+            found = session.gradient_cosines(state, samples)  # pyright: ignore[reportAttributeAccessIssue]
+            np.add(total, np.nan_to_num(found, copy=False), out=total, casting="same_kind")
+        else:
+            rows = np.nan_to_num(session.gradient_sketch(state, samples, sketch, step))  # pyright: ignore[reportAttributeAccessIssue]
+            for first in range(0, len(rows), grouping.ROWS):
+                total[first : first + grouping.ROWS] += rows[first : first + grouping.ROWS] @ rows.T
+        advance(note=f"step {step}")
+    total /= len(steps)
+    if sketch is not None:
+        np.fill_diagonal(total, 1)
+    return total
+
+
+def sketch_band(run: Trajectory, window: Window, size: int) -> float:
+    """Three standard errors of a similarity from sketches of this size. Raises UsageError where it hides opposition."""
+    count = len(checkpoints_in(run, window))
+    band = 3 * float(np.sqrt(2 / (size * count)))
+    if band > -grouping.OPPOSES:
+        least = int(np.ceil(18 / (count * grouping.OPPOSES**2)))
+        raise UsageError(
+            f"--sketch {size} has an error band of +-{band:.2f}, in which opposition is lost. Give at least {least}"
+        )
+    return band
 
 
 def by_gradient(
     run: Trajectory, session: Session, position: np.ndarray, by: str, window: Window, similarity_MM: np.ndarray,
-    joining: bool, advance: Callable[..., None],
+    joining: bool, advance: Callable[..., None], sketch_error: float | None = None,
 ) -> Clusters:  # fmt: skip
-    """Group the samples by their mean gradient cosines; with `by` "both" a pair's losses are its second evidence.
+    """Group the samples by their mean gradient cosines.
 
-    Every pair is scored anew at each checkpoint from the mean gradients of its groups. With `joining`, samples that
-    were not mined join the group with which they align as well as its own members do.
+    A pair is significant only where its groups look alike (see SHARES), and with `by` "both" where their losses'
+    changes are anticorrelated: what pulls apart by labels alone is not a feature with opposing signals. Every group is
+    scored anew, exactly, at each checkpoint from the mean gradients of its members. With `joining`, samples that were
+    not mined join the group with which they align as well as its own members do.
     """
-    found = grouping.group_by_similarity(similarity_MM, _smallest(position))
-    sets = [run.samples[position[found.members(group)]] for group in range(len(found.partner_G))]
+    smallest = _smallest(position)
+    found = grouping.group_by_similarity(similarity_MM, smallest)
+    features_CGD = _features(run, session, window, _members(position, found))
+    if features_CGD is not None:
+        found = grouping.merge_alike(similarity_MM, found, features_CGD, smallest)
+    members = [found.members(group) for group in range(len(found.partner_G))]
     everybody = np.arange(len(run.samples)) if joining else position
-    means_CNG = np.zeros((0, len(everybody), 0))
-    if sets:
-        rows = []
-        for step in checkpoints_in(run, window).tolist():
-            rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore
-            advance(note=f"step {step}")
-        means_CNG = np.nan_to_num(np.stack(rows))
-    place = position if joining else np.arange(len(position))
-    across = {(a, b): means_CNG[:, place[found.members(a)], b].mean(1) for a, b in found.pairs()}
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
-    clusters = _weigh(by, position, found, similarity_MM, similarity_MM, across, losses_TM, window)
+    means_CNG, shared_GG = _exact_means(run, session, window, everybody, _members(position, found), advance)
+    means_CMG = means_CNG[:, position if joining else np.arange(len(position))]
+    found = grouping.pair_anew(similarity_MM, found, _claimed(by, shared_GG, losses_TM, members))
+    null = significance.shuffled_null(similarity_MM, smallest=smallest) if members else Null(np.empty(0), np.empty(0))
+    clusters = _weigh(
+        run, Clusters(by, position, found, [], [], similarity_MM, losses_TM, window,
+                      evidence.period_two(losses_TM), sketch_error=sketch_error),
+        similarity_MM, means_CMG, null, shared_GG,
+    )  # fmt: skip
     outside = np.setdiff1d(everybody, position)
-    if not sets or not len(outside):
+    if not members or not len(outside):
         return clusters
     group, alignment = grouping.join(means_CNG.mean(0), found, outside)
     inside = group >= 0
     return replace(clusters, joined=Joined(outside[inside], group[inside], alignment[inside]))
 
 
+def _claimed(by: str, shared_GG: np.ndarray, losses_TM: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
+    """Which groups may oppose by a feature that they share, (G, G); what is not known is not held against them."""
+    sizes = np.array([len(side) for side in members])
+    claimed = ~(shared_GG < SHARES + SELECTED / np.sqrt(np.minimum.outer(sizes, sizes)))
+    if by == "both":
+        claimed &= ~(evidence.group_correlation(losses_TM, members) >= 0)
+    return claimed
+
+
+def _exact_means(
+    run: Trajectory, session: Session, window: Window, everybody: np.ndarray, members: list[np.ndarray],
+    advance: Callable[..., None],
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """At each checkpoint everybody's mean cosine with every group, (C, N, G), and the mean cosine of every two groups'
+    centred features, (G, G), NaN where there are none."""
+    count = len(members)
+    if not count:
+        return np.zeros((1, len(everybody), 0)), np.zeros((0, 0))
+    sets = [run.samples[m] for m in members]
+    rows = []
+    for step in checkpoints_in(run, window).tolist():
+        rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore[reportAttributeAccessIssue]
+        advance(note=f"step {step}")
+    features = _features(run, session, window, members)
+    shared = np.full((count, count), np.nan)
+    if features is not None:
+        shared = np.einsum("cgd,chd->gh", features, features) / len(features)
+    return np.nan_to_num(np.stack(rows)), shared
+
+
+def _members(position: np.ndarray, found: Grouping) -> list[np.ndarray]:
+    """Columns in the file of every group's members."""
+    return [position[found.members(group)] for group in range(len(found.partner_G))]
+
+
+def _features(run: Trajectory, session: Session, window: Window, members: list[np.ndarray]) -> np.ndarray | None:
+    """Mean centred features of every group at each checkpoint, (C, G, D); None where there are none."""
+    if not members or not isinstance(session, backends.Features):
+        return None
+    sets = [run.samples[m] for m in members]
+    rows = [session.mean_features(read_state(run, step), sets) for step in checkpoints_in(run, window).tolist()]
+    return None if any(row is None for row in rows) else np.stack([row for row in rows if row is not None])
+
+
 def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     """Group the samples by the correlation of their loss changes in the first half of the window, and test the groups
     on the second."""
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
-    half = len(losses_TM) // 2
+    half = (len(losses_TM) - 1) // 2
     first_MM, second_MM = (
         np.nan_to_num(grouping.change_correlation(part)) for part in (losses_TM[: half + 1], losses_TM[half:])
     )
-    found = grouping.group_by_similarity(first_MM, _smallest(position))
-    across = {
-        (a, b): second_MM[np.ix_(found.members(a), found.members(b))].mean(keepdims=True)[0] for a, b in found.pairs()
-    }
-    return _weigh("loss", position, found, first_MM, second_MM, across, losses_TM, window)
+    smallest = _smallest(position)
+    found = grouping.group_by_similarity(first_MM, smallest)
+    means = np.stack([grouping.group_means(part, found.group_M) for part in (first_MM, second_MM)])
+    null = significance.phase_null(losses_TM, smallest=smallest) if len(found.partner_G) else Null(*np.empty((2, 0)))
+    clusters = Clusters("loss", position, found, [], [], first_MM, losses_TM, window, evidence.period_two(losses_TM))
+    count = len(found.partner_G)
+    return _weigh(run, clusters, second_MM, means, null, np.full((count, count), np.nan))
 
 
 def _smallest(position: np.ndarray) -> int:
@@ -167,198 +312,45 @@ def _smallest(position: np.ndarray) -> int:
 
 
 def _weigh(
-    by: str, position: np.ndarray, found: Grouping, similarity_MM: np.ndarray, tested_MM: np.ndarray,
-    across: dict[tuple[int, int], np.ndarray], losses_TM: np.ndarray, window: Window,
-) -> Clusters:  # fmt: skip
-    """The groups with their pairs' evidence from `tested_MM` and the similarity `across` a pair at each checkpoint."""
-    smallest = _smallest(position)
-    stability = grouping.pair_stability(similarity_MM, found, smallest)
-    null = grouping.null_strengths(tested_MM, smallest=smallest) if across else np.empty(0)
-    evidence, trust = [], []
+    run: Trajectory, clusters: Clusters, tested_MM: np.ndarray, means_CMG: np.ndarray, null: Null, shared_GG: np.ndarray
+) -> Clusters:
+    """With the weight of every group and pair, from `tested_MM` and the mean similarity of the samples with each group
+    at each checkpoint (by losses: in each half of the window, of which the last is weighed)."""
+    found, window = clusters.grouping, clusters.window
+    members = [found.members(group) for group in range(len(found.partner_G))]
+    stable = significance.resampled(clusters.similarity_MM, found, _smallest(clusters.position))
+    kept = significance.kept_at_checkpoints(means_CMG, found)
+    weighed_CMG = means_CMG[-1:] if clusters.by == "loss" else means_CMG
+    before, after = run.rows("losses/loss", window.first + window.rise_row - 1, window.first + window.rise_row + 1)
+    change_S = after.astype(np.float64) - before
+    rise = Rise(change_S[clusters.position], float(change_S.sum()), float(np.abs(change_S).sum()))
+    claimed_GG = _claimed(clusters.by, shared_GG, clusters.losses_TM, members)
+    groups, pairs = [], []
+    for group, inside in enumerate(members):
+        size = len(inside)
+        own = (size * weighed_CMG[:, inside, group] - 1) / max(1, size - 1)  # without a sample's similarity with itself
+        cohesion, error = evidence.mean_and_error(own.mean(1))
+        groups.append(GroupWeight(
+            cohesion, error, float(stable.group[group]), float(kept[group]),
+            significance.p_value(significance.group_strength(cohesion, size), null.group),
+            significance.random_group_p(tested_MM, cohesion, size),
+            rise.share(inside), rise.share_of_movement(inside), rise.mean(inside),
+        ))  # fmt: skip
     for a, b in found.pairs():
-        members = found.members(a), found.members(b)
-        weighed = grouping.evidence(tested_MM, across[a, b], losses_TM, window.rise_row, window.rise, *members)
-        strength = grouping.strength(weighed.opposition, *map(len, members))
-        changes = [np.diff(losses_TM[:, side].mean(1, dtype=np.float64)) for side in members]
-        evidence.append(weighed)
-        trust.append(
-            Trust(stability[a, b], grouping.p_value(strength, null), grouping.series_p_value(changes[0], changes[1]))
-        )
-    return Clusters(by, position, found, evidence, trust, similarity_MM, losses_TM, window)
-
-
-def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
-    """A record for every pair, then one for every member of a group. Numbers of groups and pairs start at 1."""
-    found = clusters.grouping
-    pairs = found.pairs()
-    labels = run.read("samples/label")[clusters.position] if run.has("samples/label") else None
-    mixes = [_mix(labels, found.members(group)) for group in range(len(found.partner_G))]
-    texts = Texts(run)
-    rise_step = int(clusters.window.steps_T[clusters.window.rise_row])
-    written: list[dict[str, Any]] = []
-    number, side = {}, {}
-    for pair, ((a, b), evidence, trust) in enumerate(zip(pairs, clusters.evidence, clusters.trust, strict=True), 1):
-        number |= {a: pair, b: pair}
-        side |= {a: 1, b: -1}
-        sizes = [len(found.members(a)), len(found.members(b))]
-        after = texts.after(*(clusters.position[found.members(group)] for group in (a, b)))
-        written.append({
-            "kind": "pair",
-            "trajectory": run.path,
-            "pair": pair,
-            "groups": [a + 1, b + 1],
-            "sizes": sizes,
-            "joined": [int((clusters.joined.group == group).sum()) for group in (a, b)],
-            "labels": [mixes[a], mixes[b]],
-            "after": after,
-            "cohesion": evidence.cohesion,
-            "opposition": evidence.opposition,
-            "opposition_error": evidence.opposition_error,
-            "loss_correlation": evidence.loss_correlation,
-            "losses_oppose": evidence.loss_correlation < 0 if clusters.by == "both" else None,
-            "share": evidence.share,
-            "stability": trust.stability,
-            "p_value": trust.p_value,
-            "p_value_losses": trust.p_value_losses,
-            "rise_step": rise_step,
-            "changes": evidence.changes,
-            "sentence": _sentence((a, b), sizes, (mixes[a], mixes[b]), evidence, rise_step, clause(after)),
-        })  # fmt: skip
-    position = np.concatenate([clusters.position, clusters.joined.position])
-    group_of = np.concatenate([found.group_M, clusters.joined.group])
-    alignment = np.concatenate([found.alignment_M, clusters.joined.alignment])
-    ids, labels = run.samples, run.read("samples/label") if run.has("samples/label") else None
-    for i in np.argsort(group_of, kind="stable"):
-        group = int(group_of[i])
-        if group >= 0:
-            written.append({
-                "kind": "member",
-                "trajectory": run.path,
-                "sample": int(ids[position[i]]),
-                "group": group + 1,
-                "pair": number.get(group),
-                "side": side.get(group),
-                "alignment": float(alignment[i]),
-                "label": None if labels is None else str(labels[position[i]]),
-                "mined": bool(i < len(clusters.position)),
-                **texts.field(int(position[i])),
-            })  # fmt: skip
-    return written
-
-
-def table(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of pairs, shortened to what a person reads in a row."""
-    rows = []
-    for pair in pairs:
-        sides = [
-            f"G{group}: {describe(mix, size)}"
-            for group, size, mix in zip(pair["groups"], pair["sizes"], pair["labels"], strict=True)
-        ]
-        error = pair["opposition_error"]
-        rows.append({
-            "pair": pair["pair"],
-            "one side": sides[0],
-            "against": sides[1],
-            **({} if pair["after"] is None else {"after": repr(pair["after"]["text"])}),
-            "cosine": f"{pair['opposition']:.2f}" + (f"+-{error:.2f}" if np.isfinite(error) else ""),
-            "losses": f"{pair['loss_correlation']:.2f}",
-            "p": f"{pair['p_value']:.3f}",
-            "stable": f"{pair['stability']:.2f}",
-        })  # fmt: skip
-    return rows
-
-
-def describe(mix: dict[str, int] | None, size: int) -> str:
-    """A group's members in words: the label that nine in ten share, or the two most common.
-
-    >>> describe({"Coat": 12, "Shirt": 9, "Bag": 2, "Dress": 1}, 24)
-    '12 x Coat, 9 x Shirt, 3 more'
-    """
-    if not mix:
-        return f"{size} samples"
-    common = list(mix.items())[:2] if next(iter(mix.values())) < 0.9 * size else list(mix.items())[:1]
-    rest = size - sum(count for _, count in common)
-    words = [f"{count} x {label}" for label, count in common]
-    return ", ".join(words + ([f"{rest} more"] if rest else []))
-
-
-def _mix(labels: np.ndarray | None, members: np.ndarray) -> dict[str, int] | None:
-    return None if labels is None else dict(Counter(labels[members].tolist()).most_common())
-
-
-def _sentence(
-    groups: tuple[int, int],
-    sizes: list[int],
-    mixes: tuple[dict[str, int] | None, ...],
-    evidence: Evidence,
-    rise_step: int,
-    where: str,
-) -> str:
-    sides = [f"G{g + 1} ({describe(mix, size)})" for g, size, mix in zip(groups, sizes, mixes, strict=True)]
-    text = f"{sides[0]} and {sides[1]} pull against each other{where}: cosine {evidence.opposition:.2f}"
-    if np.isfinite(evidence.opposition_error):
-        text += f" +- {evidence.opposition_error:.2f}"
-    text += (
-        f"; at step {rise_step} their losses changed by {evidence.changes[0]:+.2f} and {evidence.changes[1]:+.2f} nats"
-    )
-    if 0 < evidence.share <= 1:
-        text += f", {evidence.share:.0%} of the whole loss's rise"
-    return text
-
-
-def explain(run: Trajectory, clusters: Clusters, step: int) -> list[dict[str, Any]]:
-    """The change of the whole loss at a step taken apart into groups, the largest first, and what remains.
-
-    Members that joined count with their group. Changes are summed over samples, in nats. Raises OpsigError for a step
-    without losses, or the first.
-    """
-    steps = run.steps("losses")
-    row = int(np.searchsorted(steps, step))
-    if row == 0 or row == len(steps) or steps[row] != step:
-        raise OpsigError(f"{run.path} has no change of losses at step {step}. It has: {steps[1]} to {steps[-1]}")
-    before, after = run.rows("losses/loss", row - 1, row + 1).astype(np.float64)
-    change_S = after - before
-    whole = float(change_S.sum())
-    found = clusters.grouping
-    position = np.concatenate([clusters.position, clusters.joined.position])
-    group_of = np.concatenate([found.group_M, clusters.joined.group])
-    pair_of = {side: number for number, pair in enumerate(found.pairs(), 1) for side in pair}
-    parts = []
-    rest = np.ones(len(change_S), bool)
-    for group in range(len(found.partner_G)):
-        members = position[group_of == group]
-        rest[members] = False
-        parts.append((group + 1, pair_of.get(group), change_S[members]))
-    parts.sort(key=lambda part: -abs(float(part[2].sum())))
-    parts.append((None, None, change_S[rest]))
-    return [
-        {
-            "kind": "explain",
-            "trajectory": run.path,
-            "step": step,
-            "previous_step": int(steps[row - 1]),
-            "group": group,
-            "pair": pair,
-            "size": len(changes),
-            "change": float(changes.sum()),
-            "mean_change": float(changes.mean()) if len(changes) else None,
-            "share": float(changes.sum()) / whole if whole else None,
-            "rising": float((changes > 0).mean()) if len(changes) else None,
-        }
-        for group, pair, changes in parts
-    ]
-
-
-def explain_table(explained: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of `explain`, shortened to what a person reads in a row."""
-    return [
-        {
-            "group": "all others" if r["group"] is None else f"G{r['group']}",
-            "pair": r["pair"],
-            "samples": r["size"],
-            "change": r["change"],
-            "a sample": r["mean_change"],
-            "of the whole": None if r["share"] is None else f"{r['share']:.0%}",
-        }
-        for r in explained
-    ]
+        sides = members[a], members[b]
+        sizes = len(sides[0]), len(sides[1])
+        both = np.concatenate(sides)
+        opposition, error = evidence.mean_and_error(weighed_CMG[:, sides[0], b].mean(1))
+        p_value = significance.p_value(significance.pair_strength(opposition, *sizes), null.pair)
+        outside_band = opposition < -(clusters.sketch_error or 0)
+        p_value = p_value if claimed_GG[a, b] and outside_band else 1.0
+        changes = [evidence.mean_changes(clusters.losses_TM, side) for side in sides]
+        pairs.append(PairWeight(
+            (groups[a].cohesion + groups[b].cohesion) / 2, opposition, error, float(shared_GG[a, b]),
+            evidence.correlation(*changes), stable.pair[a, b], min(groups[a].kept, groups[b].kept),
+            p_value,
+            significance.random_pair_p(tested_MM, opposition, *sizes),
+            significance.series_p_value(changes[0], changes[1]),
+            rise.share(both), rise.share_of_movement(both), (groups[a].change, groups[b].change),
+        ))  # fmt: skip
+    return replace(clusters, groups=groups, pairs=pairs)

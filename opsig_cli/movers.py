@@ -22,6 +22,9 @@ SCORES = {
 }
 
 
+DIRECTIONS = ("both", "up", "down")
+
+
 @dataclass(frozen=True)
 class Movers:
     """Mined samples, the largest score first. All arrays are (M,).
@@ -40,16 +43,18 @@ class Movers:
 
 def find(
     run: Trajectory, count: int, score: str | None = None, step: int | None = None,
-    window: tuple[int | None, int | None] = (None, None),
+    window: tuple[int | None, int | None] = (None, None), direction: str = "both",
 ) -> Movers:  # fmt: skip
     """Mine `count` samples by one step's change, or over a window of steps by `score`.
 
-    Without a score it is the oscillation where the run alternates at period two, and the one-step change elsewhere;
-    the note then says which, and from where on.
+    `direction` "up" or "down" counts only rises or only falls. Without a score it is the oscillation where the run
+    alternates at period two, and the one-step change elsewhere; the note then says which, and from where on.
     Raises OpsigError for a step that was not recorded, or too few of them.
     """
     if score not in (None, *SCORES):
         raise UsageError(f"no score is called '{score}'. Known: {', '.join(SCORES)}")
+    if direction not in DIRECTIONS:
+        raise UsageError(f"--direction is one of {', '.join(DIRECTIONS)}, not '{direction}'")
     run.require("losses/loss")
     steps = run.steps("losses")
     if step is not None:
@@ -58,17 +63,18 @@ def find(
         last = _row_of(run, steps, step)
         if last == 0:
             raise OpsigError(f"{run.path}: step {step} is the first with losses, so nothing changed before it")
-        return _movers(run, last - 1, last + 1, "change", count)
+        return _movers(run, last - 1, last + 1, "change", count, direction)
     first, stop = window_rows(run, steps, window)
     if stop - first < 2:
         raise OpsigError(f"{run.path} has {stop - first} steps with losses in this window; at least two are needed")
     if score == "surprise" and stop - first < mining.WIDTH + 2:
         raise OpsigError(f"{run.path} has {stop - first} steps here, and surprise needs {mining.WIDTH + 2}")
     if score not in (None, "oscillation"):
-        return _movers(run, first, stop, score, count)
+        movers = _movers(run, first, stop, score, count, direction)
+        return replace(movers, note=f"{_worst(steps[first:stop], movers)}. Ranked by {score}")
     reason = _why_not_oscillation(steps[first:stop])
     if reason is None:
-        movers = _movers(run, first, stop, "oscillation", count)
+        movers = _movers(run, first, stop, "oscillation", count, direction)
         begin = movers.movement.first_alternation
         if begin is not None:
             words = f"from step {steps[first + begin]} on the losses alternate at period two (the edge of stability)"
@@ -78,7 +84,7 @@ def find(
         reason = "the losses do not alternate at period two: this run has not reached the edge of stability"
     elif score == "oscillation":
         raise OpsigError(f"{run.path}: oscillation cannot be scored: {reason}")
-    movers = _movers(run, first, stop, "change", count)
+    movers = _movers(run, first, stop, "change", count, direction)
     return replace(movers, note=f"{reason}; {_worst(steps[first:stop], movers)}. Ranked by the one-step change")
 
 
@@ -103,8 +109,11 @@ def default_count(samples: int) -> int:
     return min(samples, max(200, min(2000, samples // 5)))
 
 
-def records(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
-    """One record for each mined sample, in order. Raises OpsigError where a row that its score is from is damaged."""
+def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> list[dict[str, Any]]:
+    """One record for each mined sample, in order. Raises OpsigError where a row that its score is from is damaged.
+
+    With `share_step` each also has the sample's part of the whole loss's change at that step.
+    """
     around = {"oscillation": np.arange(-mining.WIDTH, 2), "surprise": np.arange(-mining.WIDTH - 1, 1)}
     run.check("losses", (movers.row[:, None] + around.get(movers.score_name, np.arange(-1, 1))).ravel())
     steps = run.steps("losses")
@@ -115,6 +124,8 @@ def records(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
     rise_T = np.diff(moved.mean_T) * len(ids)
     rising = _rising(run, movers)
     texts = Texts(run)
+    window = [int(steps[movers.first]), int(steps[movers.first + len(moved.mean_T) - 1])]
+    shares = None if share_step is None else _shares(run, steps, share_step, movers.position)
     found = []
     for rank, (position, row) in enumerate(zip(movers.position.tolist(), movers.row.tolist(), strict=True)):
         change = float(moved.after[position]) - float(moved.before[position])
@@ -137,8 +148,22 @@ def records(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
             "share": change / whole if whole else None,
             "rising": rising[row],
             **texts.field(position),
+            "window": window,
         })  # fmt: skip
+        if shares is not None:
+            found[-1] |= {"share_step": share_step, "share_at_step": shares[rank]}
     return found
+
+
+def _shares(run: Trajectory, steps: np.ndarray, step: int, position: np.ndarray) -> list[float | None]:
+    """The part of the whole loss's change at a step that each sample carries; None where the loss does not change."""
+    row = _row_of(run, steps, step)
+    if row == 0:
+        raise OpsigError(f"{run.path}: step {step} is the first with losses, so nothing changed before it")
+    run.check("losses", np.array([row - 1, row]))
+    before, after = run.rows("losses/loss", row - 1, row + 1).astype(np.float64)
+    whole = float((after - before).sum())
+    return [float(change) / whole if whole else None for change in (after - before)[position]]
 
 
 def _rising(run: Trajectory, movers: Movers) -> dict[int, float]:
@@ -201,9 +226,12 @@ def _why_not_oscillation(steps: np.ndarray) -> str | None:
     return None
 
 
-def _movers(run: Trajectory, first: int, stop: int, score: str, count: int) -> Movers:
-    movement = SCORES[score](_blocks(run, first, stop))
+def _movers(run: Trajectory, first: int, stop: int, score: str, count: int, direction: str) -> Movers:
+    movement = SCORES[score](_blocks(run, first, stop), direction)
     chosen = mining.top(movement.score, count)
+    if direction != "both":
+        rises = movement.after[chosen] - movement.before[chosen]
+        chosen = chosen[(rises > 0) if direction == "up" else (rises < 0)]
     return Movers(chosen, movement.place[chosen] + first, movement, first, score)
 
 

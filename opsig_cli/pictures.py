@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from opsig_cli import movers as finding
+from opsig_cli.cluster_records import describe, plus_minus
 from opsig_cli.comparing import QUANTITIES, Series
 from opsig_cli.figures.alignment import alignment_block
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
-from opsig_cli.groups import Clusters, describe
+from opsig_cli.groups import Clusters
 from opsig_cli.movers import Movers
 from opsig_cli.texts import clause
 from opsig_cli.trajectory import Trajectory
@@ -22,6 +23,8 @@ TILES = 20
 """Pictures on a sheet of mined samples."""
 PAIR_TILES = 15
 """Pictures of each group of a pair."""
+PANELS = 4
+"""Pairs that are drawn, the significant ones first, then those that move most; all are in the matrix."""
 ZOOM = 40
 """Steps of the close-up."""
 
@@ -57,9 +60,9 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
     centre = int(window.steps_T[window.rise_row])
     before, after = (_predictions(run, step) for step in (centre - 1, centre))
     panels = []
-    for record in records:
-        if record["kind"] != "pair":
-            continue
+    pairs = [record for record in records if record["kind"] == "pair"]
+    pairs.sort(key=lambda record: (record["p_value"], -record["movement"]))
+    for record in pairs[:PANELS]:
         groups = [group - 1 for group in record["groups"]]
         sides = []
         for group, size, mix in zip(groups, record["sizes"], record["labels"], strict=True):
@@ -70,15 +73,18 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
                 for p in clusters.position[strongest].tolist()
             ]
             sides.append((f"G{group + 1}: {describe(mix, size)}", tiles, clusters.losses_TM[:, members].mean(1)))
-        across, together = record["opposition"], record["loss_correlation"]
-        title = f"pair {record['pair']}: similarity {across:.2f}, loss changes correlate {together:.2f}" + clause(
-            record["after"]
-        )
+        cosine = plus_minus(record["opposition"], record["opposition_error"])
+        title = f"pair {record['pair']}: cosine {cosine}, loss changes correlate {record['loss_correlation']:.2f}"
+        if np.isfinite(record["shared"]):
+            title += f", alike {record['shared']:.2f}"
+        title += f", p = {record['p_value']:.3g}" + clause(record["after"])
         panels.append(PairPanel(title, *sides))
     whole = np.concatenate(
         [rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss", window.first, window.stop)]
     )
     title = f"{Path(run.path).name}: opposing pairs"
+    if len(pairs) > PANELS:
+        title += f" ({PANELS} of {len(pairs)})"
     mixes = {record["group"]: [] for record in records if record["kind"] == "member"}
     for record in records:
         if record["kind"] == "member":

@@ -69,7 +69,7 @@ def test_records_are_json_lines_in_a_pipe_and_nan_is_null(opsig, tiny_run):
     assert set(first) == {
         "trajectory", "rank", "sample", "step", "previous_step", "direction", "loss_before", "loss_after", "change",
         "score", "score_name", "label", "prediction_before", "prediction_after", "share",
-            "rising",
+            "rising", "window",
     }  # fmt: skip
     assert first["change"] == pytest.approx(first["loss_after"] - first["loss_before"])
     assert first["direction"] == ("up" if first["change"] > 0 else "down")
@@ -99,6 +99,26 @@ def test_scores_by_name(opsig, tiny_run, score):
     opsig("mine", tiny_run, "--score", "other").fails(2, "change, oscillation, variation, surprise")
 
 
+def test_rises_and_falls_are_mined_apart(opsig, tiny_run):
+    for score in ("change", "oscillation", "variation", "surprise"):
+        for direction in ("up", "down"):
+            found = opsig("mine", tiny_run, "--score", score, "--direction", direction).records
+            assert found, (score, direction)
+            assert {r["direction"] for r in found} == {direction}
+    opsig("mine", tiny_run, "--direction", "left").fails(2, "--direction is one of both, up, down, not 'left'")
+
+
+def test_each_sample_has_its_share_of_the_change_at_a_stated_step(opsig, tiny_run):
+    found = opsig("mine", tiny_run, "--share", 9, "--top", 60, "--score", "variation")
+    assert sum(r["share_at_step"] for r in found.records) == pytest.approx(1)
+    assert {r["share_step"] for r in found.records} == {9}
+    assert "carry 100% of the change at step 9" in found.err
+    at_step = {r["sample"]: r["share"] for r in opsig("mine", tiny_run, "--step", 9, "--top", 60).records}
+    assert {r["sample"]: r["share_at_step"] for r in found.records} == pytest.approx(at_step)
+    opsig("mine", tiny_run, "--share", 99).fails(1, "no losses at step 99")
+    opsig("mine", tiny_run, "--share", 0).fails(1, "the first with losses")
+
+
 def test_the_window_is_chosen_by_the_run_and_said(opsig, tiny_run):
     err = opsig("mine", tiny_run).err
     assert re.search(r"the whole loss rose most at step \d+. Ranked by", err)
@@ -111,12 +131,18 @@ def test_mine_and_cluster_chain(opsig, tiny_run):
     assert grouped.code == 0
     pairs = [r for r in grouped.records if r["kind"] == "pair"]
     members = [r for r in grouped.records if r["kind"] == "member"]
+    groups = [r for r in grouped.records if r["kind"] == "group"]
     assert pairs
+    assert {r["group"] for r in groups} == {m["group"] for m in members}
     for pair in pairs:
         for group, size, side in zip(pair["groups"], pair["sizes"], (1, -1), strict=True):
             found = [m for m in members if m["group"] == group]
             assert len(found) == size
-            assert {(m["pair"], m["side"]) for m in found} == {(pair["pair"], side)}
+            (record,) = [r for r in groups if r["group"] == group]
+            assert {(m["pair"], m["side"]) for m in found} == {(record["pair"], record["side"])}
+            if record["pair"] == pair["pair"]:
+                assert record["side"] == side
+                assert {record["partner"], group} == set(pair["groups"])
         assert pair["opposition"] < 0
         assert "pull against each other" in pair["sentence"]
 
@@ -126,10 +152,78 @@ def test_cluster_twice_gives_the_same_bytes(opsig, tiny_run):
     assert first.out == second.out
 
 
-def test_losses_alone_can_be_grouped_without_the_task(opsig, tiny_run):
+def test_losses_alone_can_be_grouped_without_the_task_and_say_what_they_cannot_tell(opsig, tiny_run):
     outcome = opsig("cluster", tiny_run, "--by", "loss")
     assert outcome.code == 0
-    assert any(r["kind"] == "pair" for r in outcome.records)
+    pairs = [r for r in outcome.records if r["kind"] == "pair"]
+    assert pairs
+    for record in outcome.records:
+        if record["kind"] in ("pair", "group"):
+            assert record["by"] == "loss"
+            assert "of the movement here is period two" in record["caveat"]
+    assert "Gradients tell" in outcome.err
+
+
+def test_a_file_with_losses_alone_is_grouped_by_them_and_says_so(opsig, tmp_path):
+    from opsig_cli import Recorder
+
+    generator = np.random.default_rng(0)
+    shared = np.cumsum(generator.standard_normal(300))
+    sides = np.repeat([1.0, -1.0, 0.0], [10, 10, 20])
+    losses = 60 + np.outer(shared, sides) + 0.3 * generator.standard_normal((300, 40))
+    with Recorder(tmp_path / "run.h5", samples=40) as recorder:
+        for step, row in enumerate(losses):
+            recorder.record(step, losses=row.astype(np.float32))
+    found = opsig("cluster", tmp_path / "run.h5")
+    assert found.code == 0, found.err
+    assert "holds no checkpoints, so samples are grouped by their losses alone" in found.err
+    assert found.out == opsig("cluster", tmp_path / "run.h5", "--by", "loss").out
+    (pair,) = [r for r in found.records if r["kind"] == "pair"]
+    members = [r for r in found.records if r["kind"] == "member"]
+    sides = {frozenset(r["sample"] for r in members if r["group"] == group) for group in pair["groups"]}
+    assert sides == {frozenset(range(10)), frozenset(range(10, 20))}
+    assert pair["p_value"] < 0.01
+    assert "move together by chance" in pair["caveat"]
+    opsig("cluster", tmp_path / "run.h5", "--by", "gradient").fails(1, "holds no checkpoints", "Use --by loss")
+
+
+def test_a_sketch_says_its_band_and_what_is_found_is_exact(opsig, tiny_run):
+    exact = opsig("cluster", tiny_run, *OWN).records
+    found = opsig("cluster", tiny_run, *OWN, "--sketch", 4096).records
+    sides = [[(r["sample"], r["group"]) for r in records if r["kind"] == "member"] for records in (exact, found)]
+    assert sides[0] == sides[1]
+    for one, other in zip(exact, found, strict=True):
+        if one["kind"] == "pair":
+            assert other["sketch_error"] == pytest.approx(3 * (2 / 4096 / 6) ** 0.5)
+            assert other["opposition"] == pytest.approx(one["opposition"], abs=1e-9)
+    opsig("cluster", tiny_run, *OWN, "--sketch", 9).fails(2, "--sketch 9 has an error band", "Give at least")
+    opsig("cluster", tiny_run, "--by", "loss", "--sketch", 999).fails(2, "--sketch is of gradients")
+
+
+def test_every_group_carries_its_evidence(opsig, tiny_run):
+    records = opsig("cluster", tiny_run, *OWN).records
+    groups = [r for r in records if r["kind"] == "group"]
+    assert [g["group"] for g in groups] == list(range(1, len(groups) + 1))
+    for group in groups:
+        assert 0 < group["p_value"] <= 1
+        assert 0 < group["p_value_random"] <= 1
+        assert 0 <= group["stability"] <= 1
+        assert 0 <= group["stability_checkpoints"] <= 1
+        assert sum(group["labels"].values()) == group["size"]
+        assert group["sentence"].startswith(f"G{group['group']} (")
+        if group["pair"] is None:
+            assert "no group pulls against it" in group["sentence"]
+    with h5py.File(tiny_run) as file:
+        step = groups[0]["rise_step"]
+        change = np.diff(file["losses/loss"][step - 1 : step + 1].astype(float), axis=0)[0]
+    for group in groups:
+        members = [
+            r["sample"] for r in records if r["kind"] == "member" and r["group"] == group["group"] and r["mined"]
+        ]
+        assert group["change"] == pytest.approx(change[members].mean())
+        assert group["movement"] == pytest.approx(np.abs(change[members]).sum() / np.abs(change).sum())
+        if change.sum() > 0:
+            assert group["share"] == pytest.approx(change[members].sum() / change.sum())
 
 
 def test_pairs_carry_their_evidence(opsig, tiny_run):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from opsig_cli.analysis import grouping
+from opsig_cli.analysis import evidence, grouping, significance
 
 
 def cosines_of_pairs(sizes, dimensions=400, noise=0.6, strays=20, seed=0):
@@ -63,17 +63,25 @@ def test_change_correlation_is_pearsons():
     assert np.isnan(grouping.change_correlation(still)).all()
 
 
-def test_evidence_of_two_exact_groups_is_exact():
-    sides = np.array([1, 1, -1, -1])
-    similarity = np.stack([np.outer(sides, sides) * c for c in (0.5, 0.7)])
+def test_evidence_of_exact_groups_is_exact():
+    similarity = np.array([[1, 0.6, 0.2], [0.6, 1, 0.4], [0.2, 0.4, 1]])
+    assert evidence.within(similarity, np.array([0, 1, 2])) == pytest.approx(0.4)
+    rise = evidence.Rise(np.array([2.0, -1.0, 1.0]), whole=4.0, movement=8.0)
+    members = np.array([0, 1])
+    assert (rise.share(members), rise.share_of_movement(members), rise.mean(members)) == (0.25, 0.375, 0.5)
+    assert np.isnan(evidence.Rise(np.array([-1.0]), whole=-1.0, movement=1.0).share(np.array([0])))
     losses = np.array([[1, 1, 1, 1], [2, 2, 0, 0], [1.5, 1.5, 1, 1]], np.float32)
-    across = similarity[:, :2, 2:].mean((1, 2))
-    found = grouping.evidence(similarity.mean(0), across, losses, 1, 8.0, np.array([0, 1]), np.array([2, 3]))
-    assert found.cohesion == pytest.approx(0.6)
-    assert found.opposition == pytest.approx(-0.6)
-    assert found.opposition_error == pytest.approx(0.1)
-    assert found.loss_correlation == pytest.approx(-1)
-    assert found.share == 0  # two samples rise by one nat and two fall by one
+    found = evidence.group_correlation(losses, [np.array([0, 1]), np.array([2, 3])])
+    assert found[0, 1] == pytest.approx(-1)
+
+
+def test_movement_that_turns_back_is_told_from_drift_and_noise():
+    generator = np.random.default_rng(0)
+    drift = np.linspace(2, 1, 400)[:, None] * np.ones(5)
+    assert evidence.period_two(drift) == pytest.approx(-1)
+    assert evidence.period_two(generator.standard_normal((4000, 5))) == pytest.approx(0.5, abs=0.03)
+    swing = np.outer(np.resize([1.0, -1.0], 400), generator.standard_normal(5))
+    assert evidence.period_two(drift + swing) > 0.99
 
 
 def planted_similarity(generator, sizes=(12, 10, 8, 8), noise=0.1):
@@ -89,35 +97,108 @@ def test_planted_pairs_are_significant_and_stable():
     similarity, _ = planted_similarity(np.random.default_rng(0))
     found = grouping.group_by_similarity(similarity)
     assert found.pairs() == [(0, 1), (2, 3)]
-    null = grouping.null_strengths(similarity)
-    stable = grouping.pair_stability(similarity, found)
+    null = significance.shuffled_null(similarity)
+    stable = significance.resampled(similarity, found)
     for a, b in found.pairs():
+        sizes = len(found.members(a)), len(found.members(b))
         across = similarity[np.ix_(found.members(a), found.members(b))].mean()
-        strength = grouping.strength(across, len(found.members(a)), len(found.members(b)))
-        assert grouping.p_value(strength, null) < 0.01
-        assert stable[a, b] > 0.9
+        assert significance.p_value(significance.pair_strength(across, *sizes), null.pair) < 0.01
+        assert significance.random_pair_p(similarity, across, *sizes) < 0.01
+        assert stable.pair[a, b] > 0.9
+    for group in range(4):
+        members = found.members(group)
+        cohesion = evidence.within(similarity, members)
+        strength = significance.group_strength(cohesion, len(members))
+        assert significance.p_value(strength, null.group) < 0.01
+        assert significance.random_group_p(similarity, cohesion, len(members)) < 0.01
+        assert stable.group[group] > 0.9
 
 
-def test_white_noise_series_give_no_significant_pair():
+@pytest.mark.parametrize("null", ["shuffled", "phase"])
+def test_white_noise_series_give_no_significant_pair(null):
     """Groups of the first half of the series are tested on the second, as `cluster --by loss` does."""
     significant = 0
-    for seed in range(100):
+    for seed in range(100 if null == "shuffled" else 30):
         series = np.random.default_rng(seed).standard_normal((60, 24))
         first, second = (np.nan_to_num(grouping.change_correlation(half)) for half in (series[:31], series[30:]))
         found = grouping.group_by_similarity(first, smallest=2)
-        null = grouping.null_strengths(second, rounds=99, smallest=2)
+        if not found.pairs():
+            continue
+        by_chance = (
+            significance.shuffled_null(second, 99, 2) if null == "shuffled" else significance.phase_null(series, 99, 2)
+        )
         for a, b in found.pairs():
             across = second[np.ix_(found.members(a), found.members(b))].mean()
-            strength = grouping.strength(across, len(found.members(a)), len(found.members(b)))
-            significant += grouping.p_value(strength, null) <= 0.01
+            strength = significance.pair_strength(across, len(found.members(a)), len(found.members(b)))
+            significant += significance.p_value(strength, by_chance.pair) <= 0.01
     assert significant <= 1
 
 
+def test_random_groups_of_random_vectors_have_uniform_p_values():
+    generator = np.random.default_rng(0)
+    similarity, _ = cosines_of_pairs([], strays=120)
+    p_values = []
+    for seed in range(200):
+        both = generator.choice(120, 12, replace=False)
+        across = similarity[np.ix_(both[:5], both[5:])].mean()
+        p_values.append(significance.random_pair_p(similarity, across, 5, 7, seed=seed))
+    assert 0.4 < np.mean(p_values) < 0.6
+    assert np.mean(np.array(p_values) <= 0.1) < 0.2
+
+
+def test_series_that_only_alternate_are_no_evidence_against_shuffled_phases():
+    generator = np.random.default_rng(0)
+    sides = np.where(np.arange(24) < 12, 1.0, -1.0)
+    losses = np.outer(np.resize([1.0, -1.0], 65), sides * generator.uniform(0.5, 1.5, 24))
+    second = np.nan_to_num(grouping.change_correlation(losses))
+    found = grouping.group_by_similarity(second, smallest=2)
+    assert found.pairs() == [(0, 1)]
+    null = significance.phase_null(losses, 99, 2)
+    assert significance.p_value(significance.pair_strength(-1.0, 12, 12), null.pair) > 0.05
+
+
 def test_a_pair_that_resampling_breaks_is_unstable():
-    similarity, _ = planted_similarity(np.random.default_rng(1), sizes=(6, 6), noise=0.9)
+    similarity, _ = planted_similarity(np.random.default_rng(0), sizes=(6, 6), noise=0.5)
     found = grouping.group_by_similarity(similarity, smallest=2)
-    for stability in grouping.pair_stability(similarity, found, smallest=2).values():
+    assert found.pairs()
+    for stability in significance.resampled(similarity, found, smallest=2).pair.values():
         assert stability < 0.9
+
+
+def test_members_that_single_checkpoints_put_elsewhere_are_counted():
+    similarity, _ = planted_similarity(np.random.default_rng(0))
+    found = grouping.group_by_similarity(similarity)
+    means = grouping.group_means(similarity, found.group_M)
+    swapped = means.copy()
+    member = found.members(0)[0]
+    swapped[member] = means[found.members(1)[0]]
+    kept = significance.kept_at_checkpoints(np.stack([means, swapped]), found)
+    assert kept[1:].tolist() == [1, 1, 1]
+    assert kept[0] == pytest.approx(1 - 0.5 / len(found.members(0)))
+
+
+def test_a_feature_can_have_two_partners():
+    between = np.array([[0.9, -0.8, -0.7, 0], [-0.8, 0.9, 0.2, 0], [-0.7, 0.2, 0.9, -0.1], [0, 0, -0.1, 0.9]])
+    groups = np.repeat(np.arange(4), [9, 8, 7, 6])
+    similarity = between[np.ix_(groups, groups)]
+    matched = grouping.group_by_similarity(similarity)
+    found = grouping.pair_anew(similarity, matched, np.ones((4, 4), bool))
+    assert found.partner_G.tolist() == [1, 0, 0, -1]
+    assert found.pairs() == [(0, 1), (0, 2)]
+    assert found.own_pairs() == {0: 0, 1: 0, 2: 1}
+
+
+def test_preferred_pairs_come_before_stronger_ones():
+    between = np.array([[0.9, -0.5, -0.6, 0], [-0.5, 0.9, 0, -0.7], [-0.6, 0, 0.9, 0], [0, -0.7, 0, 0.9]])
+    groups = np.repeat(np.arange(4), [9, 8, 7, 6])
+    similarity = between[np.ix_(groups, groups)]
+    matched = grouping.group_by_similarity(similarity)
+    assert matched.pairs() == [(0, 2), (1, 3)]
+    preferred = np.zeros((4, 4), bool)
+    preferred[0, 1] = preferred[1, 0] = True
+    found = grouping.pair_anew(similarity, matched, preferred)
+    assert found.partner_G.tolist() == [1, 0, 0, 1]
+    assert found.own_pairs() == {0: 0, 1: 0, 2: 1, 3: 2}
 
 
 def test_the_silhouette_is_scikit_learns():
@@ -137,9 +218,9 @@ def test_series_that_share_more_than_their_period_are_significant():
     generator = np.random.default_rng(3)
     shared = generator.standard_normal(200)
     a, b = (shared + 0.5 * generator.standard_normal(200) for _ in range(2))
-    assert grouping.series_p_value(a, -b) <= 0.01
-    assert grouping.series_p_value(a, b) > 0.9
-    p_values = [grouping.series_p_value(*generator.standard_normal((2, 101)), seed=i) for i in range(200)]
+    assert significance.series_p_value(a, -b) <= 0.01
+    assert significance.series_p_value(a, b) > 0.9
+    p_values = [significance.series_p_value(*generator.standard_normal((2, 101)), seed=i) for i in range(200)]
     assert 0.4 < np.mean(p_values) < 0.6
     assert 1 <= np.sum(np.array(p_values) <= 0.05) <= 22
 
@@ -162,7 +243,7 @@ def test_no_exchange_of_partners_would_lower_the_sum(seed):
     generator = np.random.default_rng(seed)
     between = generator.uniform(-1, 0.3, (7, 7))
     between = (between + between.T) / 2
-    partner = grouping._oppose(between, np.arange(7))
+    partner = grouping.oppose(between, np.arange(7))
     assert all(partner[partner[g]] == g for g in range(7) if partner[g] >= 0)
     assert all(between[a, b] <= grouping.OPPOSES for a, b in grouping._pairs(partner))
     best = min(
@@ -170,3 +251,16 @@ def test_no_exchange_of_partners_would_lower_the_sum(seed):
         for p in itertools.permutations(range(7))
     )
     assert sum(between[a, b] for a, b in grouping._pairs(partner)) <= 0.9 * best
+
+
+def test_parts_of_a_side_are_one_again_where_they_look_alike():
+    between = np.array([[0.8, 0.5, -0.6], [0.5, 0.8, -0.6], [-0.6, -0.6, 0.8]])
+    groups = np.repeat(np.arange(3), [9, 8, 7])
+    similarity = between[np.ix_(groups, groups)]
+    np.fill_diagonal(similarity, 1)
+    apart = grouping.Grouping(groups, np.array([2, -1, 0]), np.full(24, 0.7))
+    alike, different = np.array([[[3.0, 0], [2, 0.2], [1, 1]]]), np.array([[[3.0, 0], [0, 1], [1, 1]]])
+    assert grouping.merge_alike(similarity, apart, alike).group_M.tolist() == [0] * 17 + [1] * 7
+    assert grouping.merge_alike(similarity, apart, different).group_M.tolist() == groups.tolist()
+    similarity[groups[:, None] + groups == 1] = 0.3  # alike, but hardly moving together
+    assert grouping.merge_alike(similarity, apart, alike).group_M.tolist() == groups.tolist()

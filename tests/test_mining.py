@@ -31,6 +31,8 @@ def test_alternation_is_seen_where_it_begins_and_nowhere_in_smooth_losses():
     assert 100 <= mining.oscillation([planted()]).first_alternation <= 100 + mining.WIDTH
     smooth = np.exp(-np.arange(200)[:, None] / np.linspace(20, 90, 30)).astype(np.float32)
     assert mining.oscillation([smooth]).first_alternation is None
+    drifting = smooth + 1e-5 * (-1.0) ** np.arange(200)[:, None].astype(np.float32)
+    assert mining.oscillation([drifting]).first_alternation is None
     noise = np.random.default_rng(0).standard_normal((2000, 40)).astype(np.float32)
     assert mining.oscillation([noise]).first_alternation is None
 
@@ -39,10 +41,11 @@ def test_the_score_is_the_mean_of_second_differences_over_sixteen_steps_relative
     losses = planted(steps=120, samples=6, alternating=(1, 4)).astype(np.float64)
     sign = (-1.0) ** np.arange(120)
     e = sign[1:-1, None] * (losses[2:] - 2 * losses[1:-1] + losses[:-2]) / 4
+    changes = np.diff(losses, axis=0)[1:]
     means = np.array([e[t : t + 16].mean(0) for t in range(len(e) - 15)])
     scaled = np.abs(means) / np.sqrt((means**2).mean(1, keepdims=True))
     alternates = np.sqrt((means**2).sum(1)) > mining.ALTERNATES * np.sqrt(
-        np.array([(e[t : t + 16] ** 2).sum(1).mean() for t in range(len(e) - 15)])
+        np.array([(changes[t : t + 16] ** 2 / 4).sum(1).mean() for t in range(len(e) - 15)])
     )
     moved = mining.oscillation([losses.astype(np.float32)])
     assert moved.score == pytest.approx(scaled[alternates].max(0), rel=1e-4)
@@ -93,3 +96,21 @@ def test_surprise_finds_what_a_sample_did_not_do_before():
     history = changes[149 - mining.WIDTH : 149].mean(0)
     assert moved.score[11] == pytest.approx(changes[149, 11] / (history[11] + history.mean()), rel=1e-4)
     assert mining.top(mining.largest_changes([losses]).score, 1).tolist() != [11]
+
+
+@pytest.mark.parametrize("scan", [mining.oscillation, mining.largest_changes, mining.variation, mining.surprise])
+def test_only_rises_or_only_falls_count_where_asked(scan):
+    losses = planted()
+    losses[150:, 11] += 3  # rises once, never falls by much
+    losses[160:, 12] -= 3
+    scores = {direction: scan([losses], direction) for direction in ("up", "down", "both")}
+    for direction, sign in (("up", 1), ("down", -1)):
+        found = scores[direction]
+        chosen = mining.top(found.score, 2)
+        assert (sign * (found.after - found.before)[chosen] > 0).all()
+        assert (found.score <= scores["both"].score * (1 + 1e-6)).all()
+    if scan is not mining.oscillation:
+        assert scores["up"].score[11] > 2 * scores["down"].score[11]
+        assert scores["down"].score[12] > 2 * scores["up"].score[12]
+    if scan is mining.variation:
+        np.testing.assert_allclose(scores["up"].score + scores["down"].score, scores["both"].score, rtol=1e-5)

@@ -15,12 +15,14 @@ CUTS = np.linspace(0.3, 0.75, 10)
 """Heights of the dendrogram (distance 1 - S) that are tried."""
 SPLITS = 0.7
 """A group falls apart where its parts have a silhouette of at least this."""
+MERGES = 0.5
+"""Two groups can be one where they are across at least this part as similar as within the looser of them."""
+ALIKE = 0.8
+"""And where their mean features have at least this cosine."""
 SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 OPPOSES = -0.15
 """Two groups can be a pair where their mean similarity is below this."""
-MOST_DRAWN = 2000
-"""Samples that are grouped anew at a time to see whether a pair comes back."""
 ROWS = 512
 """Rows of a similarity that are worked on at a time."""
 BELONGS = 0.3
@@ -31,8 +33,9 @@ BELONGS = 0.3
 class Grouping:
     """Which group each sample is in, and which groups oppose.
 
-    `group_M` int64, -1 for none, 0 to G - 1 by size, largest first; `partner_G` int64, the opposing group or -1;
-    `alignment_M` float64, mean similarity of a member with its group and minus that with its partner; NaN for none.
+    `group_M` int64, -1 for none, 0 to G - 1 by size, largest first; `partner_G` int64, the opposing group or -1, which
+    may have another partner itself: a feature can have two; `alignment_M` float64, mean similarity of a member with its
+    group and minus that with its partner; NaN for none.
     """
 
     group_M: np.ndarray
@@ -43,8 +46,14 @@ class Grouping:
         """Positions of a group's members, increasing."""
         return np.flatnonzero(self.group_M == group)
 
+    def own_pairs(self) -> dict[int, int]:
+        """The place in `pairs` of every group's pair: the one with its partner, else the first that it is in."""
+        place = {pair: number for number, pair in enumerate(self.pairs())}
+        found = {group: number for pair, number in reversed(place.items()) for group in pair}
+        return found | {a: place[min(a, int(b)), max(a, int(b))] for a, b in enumerate(self.partner_G) if b >= 0}
+
     def pairs(self) -> list[tuple[int, int]]:
-        """Opposing groups, the lower number first, each pair once, in order."""
+        """Groups that oppose, the lower number first, each pair once, in order."""
         return _pairs(self.partner_G)
 
 
@@ -70,8 +79,13 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
         parts, quality = _best_cut(similarity[np.ix_(members, members)], smallest)
         if quality >= SPLITS:
             groups[members] = np.where(parts > 0, parts + groups.max(), np.where(parts == 0, group, -1))
+    return _without_weak(similarity, groups, smallest)
+
+
+def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int) -> Grouping:
+    """The groups with partners, without the members that do not align with them."""
     while True:  # leaving members out changes the means that others are held against
-        partner_G = _oppose(similarity, groups)
+        partner_G = oppose(similarity, groups)
         alignment = _alignment(similarity, groups, partner_G)
         kept = _drop_small(np.where(alignment >= BELONGS, groups, -1), smallest)
         if np.array_equal(kept >= 0, groups >= 0):
@@ -79,12 +93,12 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
         groups = kept
 
 
-def _cut_tree(similarity: np.ndarray, smallest: int) -> Iterator[np.ndarray]:
-    """Groups of at least `smallest` by average linkage, (M,) with -1 for none, at each height of CUTS."""
+def cut_tree(similarity: np.ndarray, smallest: int, heights: np.ndarray = CUTS) -> Iterator[np.ndarray]:
+    """Groups of at least `smallest` by average linkage, (M,) with -1 for none, at each of these heights."""
     from scipy.cluster.hierarchy import fcluster, linkage
 
     tree = linkage(_distances(similarity), "average")
-    for cut in CUTS:
+    for cut in heights:
         yield _drop_small(fcluster(tree, cut, "distance"), smallest)
 
 
@@ -103,7 +117,7 @@ def _distances(similarity: np.ndarray) -> np.ndarray:
 def _best_cut(similarity: np.ndarray, smallest: int) -> tuple[np.ndarray, float]:
     """The groups with the best silhouette times the share of samples in them, (M,), and that product."""
     best, best_quality = np.full(len(similarity), -1), -np.inf
-    for groups in _cut_tree(similarity, smallest) if len(similarity) > 1 else ():
+    for groups in cut_tree(similarity, smallest) if len(similarity) > 1 else ():
         quality = silhouette(similarity, groups) * float(np.mean(groups >= 0))
         if quality > best_quality:
             best, best_quality = groups, quality
@@ -149,8 +163,10 @@ def _sums(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nd
     return sums, sizes
 
 
-def _oppose(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Each group's partner, -1 for none: the pairs whose mean similarities are the most negative in sum.
+def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None) -> np.ndarray:
+    """Each group's partner, (G,), -1 for none: the pairs whose mean similarities are the most negative in sum.
+
+    `allowed_GG`: which groups may be a pair, None for all.
 
     Pairs are taken greedily, the most negative first, and then exchanged two by two as long as that lowers the sum:
     where several groups share a feature, the strongest opposition must not leave the others without a partner.
@@ -160,6 +176,8 @@ def _oppose(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
     if len(sizes) == 0:
         return partner
     between = np.array([sums_MG[groups == a].mean(0) / sizes for a in range(len(sizes))])
+    if allowed_GG is not None:
+        between = np.where(allowed_GG, between, 0)
     for place in np.argsort(between, axis=None, kind="stable"):
         a, b = np.unravel_index(place, between.shape)
         if between[a, b] > OPPOSES:
@@ -174,23 +192,87 @@ def _oppose(similarity: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
-    """Let one pair (a, b) and two groups c, d, a pair or both free, become (a, c) and (b, d) where that weighs more."""
+    """Let a pair (a, b) and two groups c, d, a pair or both free, become (a, c) and (b, d) where that weighs more.
+
+    Goes through all pairs once, and says whether any was exchanged.
+    """
+    changed = False
     for a, b in _pairs(partner):
-        gain = weight[a][:, None] + weight[b] - weight[a, b]  # by c and d
-        free = partner < 0
-        paired = np.zeros_like(gain, bool)
-        paired[np.flatnonzero(~free), partner[~free]] = True
-        gain -= np.where(paired, weight, 0)
-        allowed = paired | (free[:, None] & free)
+        if partner[a] != b:
+            continue
+        near = np.flatnonzero((weight[a] > 0) | (weight[b] > 0))  # others cannot gain anything
+        lone = np.setdiff1d(np.flatnonzero(partner < 0), near)[:1]  # one may be needed to leave a group alone
+        near = np.unique(np.concatenate([near, partner[near][partner[near] >= 0], lone]))
+        near = near[(near != a) & (near != b)]
+        if not len(near):
+            continue
+        own = partner[near]
+        paired = own[:, None] == near
+        allowed = paired | ((own < 0)[:, None] & (own < 0))
         np.fill_diagonal(allowed, False)
-        allowed[[a, b]] = allowed[:, [a, b]] = False
+        gain = weight[a, near][:, None] + weight[b, near] - weight[a, b]  # by c and d
+        gain -= np.where(paired, weight[np.ix_(near, near)], 0)
         gain = np.where(allowed, gain, 0)
         c, d = np.unravel_index(gain.argmax(), gain.shape)
         if gain[c, d] > 1e-9:
-            for x, y in ((a, c), (b, d)):
+            for x, y in ((a, near[c]), (b, near[d])):
                 partner[x], partner[y] = (y, x) if weight[x, y] else (-1, -1)
-            return True
-    return False
+            changed = True
+    return changed
+
+
+def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.ndarray) -> Grouping:
+    """The same groups, paired among those that are preferred first; each group left over gets the one it opposes most.
+
+    That one may have another partner: a feature can have two.
+    """
+    groups = grouping.group_M
+    partner_G = oppose(similarity_MM, groups, preferred_GG)
+    sums_MG, sizes = _sums(similarity_MM, groups)
+    for group in np.flatnonzero(partner_G < 0):
+        between = sums_MG[groups == group].mean(0) / sizes
+        opponent = int(between.argmin())
+        if between[opponent] <= OPPOSES:
+            partner_G[group] = opponent
+    return Grouping(groups, partner_G, _alignment(similarity_MM, groups, partner_G))
+
+
+def merge_alike(
+    similarity_MM: np.ndarray, grouping: Grouping, features_CGD: np.ndarray, smallest: int = SMALLEST
+) -> Grouping:
+    """Groups of which those that move together and look alike (see MERGES and ALIKE) are made one.
+
+    A cut that is right for a tight group takes a loose one apart, and groups on one class may move together by their
+    label alone: the mean centred features of the groups at each checkpoint, `features_CGD`, tell these apart.
+    """
+    groups, features = grouping.group_M.copy(), features_CGD.copy()
+    while groups.max() > 0:
+        means_MG = group_means(similarity_MM, groups)
+        sizes = np.bincount(groups[groups >= 0])
+        between = np.array([means_MG[groups == group].mean(0) for group in range(len(sizes))])
+        within = (sizes * np.diagonal(between) - 1) / np.maximum(sizes - 1, 1)
+        likeness = between / np.maximum(np.minimum.outer(within, within), 1e-12)
+        unit = features / np.maximum(np.linalg.norm(features, axis=2, keepdims=True), 1e-300)
+        looks = np.einsum("cgd,chd->gh", unit, unit) / len(unit)
+        likeness = np.where((looks >= ALIKE) & ~np.eye(len(sizes), dtype=bool), likeness, -np.inf)
+        a, b = sorted(np.unravel_index(likeness.argmax(), likeness.shape))
+        if likeness[a, b] < MERGES:
+            break
+        features[:, a] = (sizes[a] * features[:, a] + sizes[b] * features[:, b]) / (sizes[a] + sizes[b])
+        features = np.delete(features, b, axis=1)
+        groups[groups == b] = a
+        groups[groups > b] -= 1
+    return _without_weak(similarity_MM, groups, smallest)
+
+
+def group_means(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
+    """Every sample's mean similarity with each group's members, itself among them, (M, G) float64.
+
+    >>> group_means(np.eye(3), np.array([0, 0, -1])).tolist()
+    [[0.5], [0.5], [0.0]]
+    """
+    sums_MG, sizes = _sums(similarity_MM, group_M)
+    return sums_MG / np.maximum(sizes, 1)
 
 
 def _alignment(similarity: np.ndarray, groups: np.ndarray, partner_G: np.ndarray) -> np.ndarray:
@@ -226,57 +308,6 @@ def change_correlation(losses_TM: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         changes /= np.linalg.norm(changes, axis=0)
     return changes.T @ changes
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What speaks for a pair of groups a and b.
-
-    `cohesion`: mean similarity within the two groups. `opposition`: mean similarity across, with `opposition_error`,
-    its standard error over checkpoints (NaN for one). `loss_correlation`: of the groups' mean loss changes.
-    At the step where the whole loss rose most: `share`, the part of its rise that the two groups carry (below 0 or
-    above 1 where others make up for it), and `changes`, the mean loss change of each group in nats.
-    """
-
-    cohesion: float
-    opposition: float
-    opposition_error: float
-    loss_correlation: float
-    share: float
-    changes: tuple[float, float]
-
-
-def evidence(
-    similarity_MM: np.ndarray, across_C: np.ndarray, losses_TM: np.ndarray, rise_at: int, whole_rise: float,
-    a: np.ndarray, b: np.ndarray,
-) -> Evidence:  # fmt: skip
-    """Evidence for the groups with these positions.
-
-    `across_C`: mean similarity between the two at each checkpoint. `whole_rise`: the rise of all samples' summed loss
-    from row `rise_at - 1` to `rise_at`, in nats.
-    """
-    within = [_within(similarity_MM, members) for members in (a, b)]
-    error = float(across_C.std(ddof=1) / np.sqrt(len(across_C))) if len(across_C) > 1 else float("nan")
-    changes = np.diff(np.stack([losses_TM[:, a].mean(1), losses_TM[:, b].mean(1)]).astype(np.float64), axis=1)
-    rises = [
-        losses_TM[rise_at, side].astype(np.float64) - losses_TM[rise_at - 1, side].astype(np.float64) for side in (a, b)
-    ]
-    rise = float(rises[0].sum() + rises[1].sum())
-    with np.errstate(invalid="ignore", divide="ignore"):
-        correlation = float(np.asarray(np.corrcoef(changes))[0, 1])
-    return Evidence(
-        float(np.mean(within)),
-        float(across_C.mean()),
-        error,
-        correlation,
-        rise / whole_rise if whole_rise > 0 else float("nan"),
-        (float(rises[0].mean()), float(rises[1].mean())),
-    )
-
-
-def _within(similarity: np.ndarray, members: np.ndarray) -> float:
-    block = similarity[np.ix_(members, members)]
-    return float((block.sum() - np.trace(block)) / max(1, len(members) * (len(members) - 1)))
 
 
 def spread(first: int, last: int, available: np.ndarray, count: int) -> np.ndarray:
@@ -321,97 +352,5 @@ def join(
     return np.where(reached >= weakest[best], best, -1), reached
 
 
-def strength(opposition: float, size_a: int, size_b: int) -> float:
-    """Opposition of two groups in units in which groups of any size compare: times the root of sizes' product."""
-    return -opposition * float(np.sqrt(size_a * size_b))
-
-
-def null_strengths(
-    similarity_MM: np.ndarray, rounds: int = 199, most: int = 200, smallest: int = SMALLEST, seed: int = 0
-) -> np.ndarray:
-    """Strength of the strongest pair that the same grouping finds where there is no structure, (rounds,).
-
-    Each round shuffles the similarities of at most `most` samples, which keeps their distribution and nothing else, and
-    takes the strongest pair at any cut. A p-value held against this accounts for the search over groups.
-    """
-    generator = np.random.default_rng(seed)
-    found = np.zeros(rounds)
-    count = min(most, len(similarity_MM))
-    upper = np.triu_indices(count, 1)
-    for number in range(rounds):
-        chosen = generator.choice(len(similarity_MM), count, replace=False)
-        values = np.nan_to_num(similarity_MM[np.ix_(chosen, chosen)][upper])
-        shuffled = np.eye(count)
-        shuffled[upper] = generator.permutation(values)
-        shuffled.T[upper] = shuffled[upper]
-        for groups in _cut_tree(shuffled, smallest):
-            for a, b in _pairs(_oppose(shuffled, groups)):
-                inside_a, inside_b = groups == a, groups == b
-                across = float(shuffled[np.ix_(inside_a, inside_b)].mean())
-                found[number] = max(found[number], strength(across, inside_a.sum(), inside_b.sum()))
-    return found
-
-
-def p_value(value: float, null: np.ndarray) -> float:
-    """Share of the null, the value itself included, that is at least as large.
-
-    >>> p_value(3.0, np.array([1.0, 2.0, 4.0]))
-    0.5
-    """
-    return float((1 + (null >= value).sum()) / (1 + len(null)))
-
-
-def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = 199, seed: int = 0) -> float:
-    """Share of phase-shuffled a, (T,), itself included, that correlate with b at least as negatively as a does.
-
-    A surrogate keeps the power of every frequency of a and loses its phase (Theiler et al. 1992). Two series that do
-    nothing but alternate at period two are at +1 or -1 whatever their phase: the answer is then a half, not small.
-
-    >>> swing = np.resize([1.0, -1.0], 64)
-    >>> series_p_value(swing, -swing) > 0.3
-    True
-    """
-    generator = np.random.default_rng(seed)
-    a, b = changes_a - changes_a.mean(), changes_b - changes_b.mean()
-    spectrum = np.fft.rfft(a)
-    phases = np.exp(2j * np.pi * generator.random((rounds, len(spectrum))))
-    phases[:, 0] = 1
-    if len(a) % 2 == 0:  # the highest frequency stays real
-        phases[:, -1] = np.where(generator.random(rounds) < 0.5, -1, 1)
-    products = np.fft.irfft(spectrum * phases, len(a)) @ b
-    observed = float(a @ b)
-    return float((1 + (products <= observed + 1e-9 * abs(observed)).sum()) / (1 + rounds))
-
-
-def pair_stability(
-    similarity_MM: np.ndarray, grouping: Grouping, smallest: int = SMALLEST, rounds: int = 10, seed: int = 0
-) -> dict[tuple[int, int], float]:
-    """How well each pair comes back when four fifths of the samples (at most MOST_DRAWN) are grouped anew, 0 to 1.
-
-    For every round the best match among the new pairs: the smaller Jaccard index of its two sides, each among the
-    samples drawn (Hennig 2007, Computational Statistics & Data Analysis 52).
-    """
-    generator = np.random.default_rng(seed)
-    count = len(similarity_MM)
-    totals = {pair: 0.0 for pair in grouping.pairs()}
-    for _ in range(rounds if totals else 0):
-        drawn = np.sort(generator.choice(count, min(MOST_DRAWN, max(2, count * 4 // 5)), replace=False))
-        again = group_by_similarity(similarity_MM[np.ix_(drawn, drawn)], smallest)
-        for a, b in totals:
-            old = [grouping.group_M[drawn] == side for side in (a, b)]
-            best = 0.0
-            for x, y in again.pairs():
-                new = [again.group_M == side for side in (x, y)]
-                for first, second in (new, new[::-1]):
-                    best = max(best, min(_jaccard(old[0], first), _jaccard(old[1], second)))
-            totals[a, b] += best / rounds
-    return totals
-
-
-def _jaccard(left: np.ndarray, right: np.ndarray) -> float:
-    either = (left | right).sum()
-    return float((left & right).sum() / either) if either else 0.0
-
-
 def _pairs(partner_G: np.ndarray) -> list[tuple[int, int]]:
-    return [(a, int(b)) for a, b in enumerate(partner_G) if b > a]
+    return sorted({(min(a, int(b)), max(a, int(b))) for a, b in enumerate(partner_G) if b >= 0})

@@ -15,7 +15,7 @@ WIDTH = 16
 """W: steps that the oscillation score averages over; a power of two."""
 
 ALTERNATES = 0.7
-"""An alternation above this is period two: white noise gives 0.41 and a smooth curve next to 0."""
+"""An alternation above this is period two: white noise gives 0.35 and a smooth curve next to 0."""
 
 _TILE = 4096  # samples worked on at a time, so that a tile's arrays stay in the processor's cache
 
@@ -25,8 +25,9 @@ class Movement:
     """How each sample moved most: its score, and the losses around the row where it did.
 
     `score` (S,) float32, not negative; `place` (S,) int64, the row after the change; `before` and `after` (S,) float32
-    in nats. `mean_T` is the mean loss of every row, float64. `alternation_T` is the share of period two in all
-    movement, 0 to 1, over the W steps up to each row; NaN where it is not defined.
+    in nats. `mean_T` is the mean loss of every row, float64. `alternation_T` is the amplitude at period two over the
+    one that all one-step changes would have at period two, 0 to 1, over the W steps up to each row; NaN where it is not
+    defined. Drift counts against it: a run that learns smoothly does not alternate, however small its wiggles are.
     """
 
     score: np.ndarray
@@ -43,10 +44,22 @@ class Movement:
         return int(found[0]) if found.size else None
 
 
-def largest_changes(blocks: Iterable[np.ndarray]) -> Movement:
+def sizes_of(changes: np.ndarray, direction: str) -> np.ndarray:
+    """Sizes of changes that count: of all, or only of those "up" or "down", 0 elsewhere.
+
+    >>> sizes_of(np.array([-2.0, 1.0]), "up").tolist()
+    [0.0, 1.0]
+    """
+    if direction == "both":
+        return np.abs(changes)
+    return np.maximum(changes if direction == "up" else -changes, 0)
+
+
+def largest_changes(blocks: Iterable[np.ndarray], direction: str = "both") -> Movement:
     """Score every sample by its largest change between two consecutive rows, in nats (the paper's section 2).
 
-    Raises ValueError where there are fewer than two rows.
+    `direction` "up" or "down" counts only rises or only falls, in all the scores. Raises ValueError where there are
+    fewer than two rows.
 
     >>> moved = largest_changes([np.array([[1, 5], [1.5, 4]], np.float32), np.array([[1.5, 6]], np.float32)])
     >>> moved.score.tolist(), moved.place.tolist()
@@ -55,11 +68,11 @@ def largest_changes(blocks: Iterable[np.ndarray]) -> Movement:
     best = _Best()
     means: list[np.ndarray] = []
     for rows, start in _overlapping(blocks, 1, means):
-        best.update(np.abs(np.diff(rows, axis=0)), rows[1:], rows[:-1], start + 1)
+        best.update(sizes_of(np.diff(rows, axis=0), direction), rows[1:], rows[:-1], start + 1)
     return best.movement(means, np.full(sum(map(len, means)), np.nan))
 
 
-def variation(blocks: Iterable[np.ndarray]) -> Movement:
+def variation(blocks: Iterable[np.ndarray], direction: str = "both") -> Movement:
     """Score every sample by the sum of the sizes of all its one-step changes, in nats; it is placed at the largest.
 
     Raises ValueError where there are fewer than two rows.
@@ -72,7 +85,7 @@ def variation(blocks: Iterable[np.ndarray]) -> Movement:
     means: list[np.ndarray] = []
     total: np.ndarray | None = None
     for rows, start in _overlapping(blocks, 1, means):
-        sizes = np.abs(np.diff(rows, axis=0))
+        sizes = sizes_of(np.diff(rows, axis=0), direction)
         total = sizes.sum(0, dtype=np.float64) + (0 if total is None else total)
         best.update(sizes, rows[1:], rows[:-1], start + 1)
     assert total is not None
@@ -80,7 +93,7 @@ def variation(blocks: Iterable[np.ndarray]) -> Movement:
     return replace(movement, score=total.astype(np.float32))
 
 
-def surprise(blocks: Iterable[np.ndarray]) -> Movement:
+def surprise(blocks: Iterable[np.ndarray], direction: str = "both") -> Movement:
     """Score every sample by its largest one-step change in units of how much it moved in the W steps before.
 
     The unit is the mean size of its own W changes before, plus the mean of that over all samples, so that a sample
@@ -90,8 +103,9 @@ def surprise(blocks: Iterable[np.ndarray]) -> Movement:
     best = _Best()
     means: list[np.ndarray] = []
     for rows, start in _overlapping(blocks, WIDTH + 1, means):
-        sizes = np.abs(np.diff(rows, axis=0))
-        history = _moving_sums(sizes[:-1]) / WIDTH
+        changes = np.diff(rows, axis=0)
+        history = _moving_sums(np.abs(changes[:-1])) / WIDTH
+        sizes = sizes_of(changes, direction)
         with np.errstate(invalid="ignore", divide="ignore"):
             scores = np.nan_to_num(sizes[WIDTH:] / (history + history.mean(1, keepdims=True)), posinf=0)
         best.update(scores, rows[WIDTH + 1 :], rows[WIDTH:-1], start + WIDTH + 1)
@@ -107,21 +121,25 @@ def _moving_sums(e: np.ndarray) -> np.ndarray:
     return e
 
 
-def oscillation(blocks: Iterable[np.ndarray]) -> Movement:
+def oscillation(blocks: Iterable[np.ndarray], direction: str = "both") -> Movement:
     """Score every sample by its amplitude at period two, relative to that of all samples at the same time.
 
     With dd_t = (L_{t+1} - 2 L_t + L_{t-1}) / 4 and e_t = (-1)^t dd_t, the score is the largest size over time of the
     moving mean of e over W steps, divided at each time by its root mean square over samples: one spike does not
     decide everything. Only times at which the run alternates count (see ALTERNATES), as there is nothing but
     rounding and curvature to divide elsewhere. Rows must be one step apart. Raises ValueError where there are fewer
-    than W + 2 rows.
+    than W + 2 rows. With a `direction` only times count at which the sample's swing is up, or down.
     """
     best = _Best()
     means: list[np.ndarray] = []
     alternation: list[np.ndarray] = []
     for rows, start in _overlapping(blocks, WIDTH + 1, means):
         swings, ratio = _swings(rows, start)
-        sizes = np.abs(swings, out=swings)
+        if direction == "both":
+            sizes = np.abs(swings, out=swings)
+        else:  # the last change in a mean goes up where the second difference behind its last e is negative
+            last = (start + WIDTH + np.arange(len(swings))) % 2 * 2 - 1
+            sizes = sizes_of(swings * last[:, None].astype(np.float32), direction)
         # The last e in a mean is centred one row before the newest: that row is the change that is reported.
         best.update(sizes, rows[WIDTH : WIDTH + len(sizes)], rows[WIDTH - 1 : WIDTH - 1 + len(sizes)], start + WIDTH)
         alternation.append(ratio)
@@ -158,10 +176,10 @@ def _swings(rows: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
     movement = np.zeros(len(rows) - 2)
     for first in range(0, rows.shape[1], _TILE):
         tile = rows[:, first : first + _TILE]
-        e = tile[2:] + tile[:-2]
-        e -= 2 * tile[1:-1]
+        changes = tile[1:] - tile[:-1]
+        e = changes[1:] - changes[:-1]
         e *= sign
-        movement += np.einsum("ts,ts->t", e, e)
+        movement += np.einsum("ts,ts->t", changes[1:], changes[1:]) / 4  # at period two a change is twice the amplitude
         swings[:, first : first + _TILE] = _moving_sums(e)
     swings /= WIDTH
     power = np.einsum("ts,ts->t", swings, swings, dtype=np.float64)

@@ -14,14 +14,24 @@ from opsig_cli.errors import OpsigError, UsageError
 def cluster(
     run: options.RunOrRecords,
     by: Annotated[
-        str, typer.Option(metavar="gradient|loss|both", help="What must align: gradients, loss changes, or both.")
-    ] = "both",
+        str | None,
+        typer.Option(
+            metavar="gradient|loss|both",
+            help="What must align: gradients, loss changes, or both. Default: both; without checkpoints, loss.",
+        ),
+    ] = None,
     top: Annotated[
         int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
     ] = None,
     join: Annotated[
         bool, typer.Option("--join/--no-join", help="Add samples that were not mined but align with a group.")
     ] = True,
+    sketch: Annotated[
+        int | None,
+        typer.Option(
+            "--sketch", metavar="K", min=1, help="Estimate cosines from K numbers a sample; what is found is re-scored."
+        ),
+    ] = None,
     explain: Annotated[
         int | None, typer.Option("--explain", metavar="STEP", help="Take the change at this step apart into groups.")
     ] = None,
@@ -35,19 +45,23 @@ def cluster(
 ) -> None:
     """Group the samples that move most, and name the groups that pull against each other.
 
-    Takes a run, which it mines itself, or the records of `opsig mine` on stdin.
+    Takes a run, which it mines itself (the samples whose loss moves most, and as many with the largest gradients), or
+    the records of `opsig mine` on stdin.
 
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
-    from opsig_cli import agreement, groups, measure, movers, records
+    from opsig_cli import agreement, cluster_records, groups, measure, movers, records
     from opsig_cli.trajectory import open_trajectory
 
-    if by not in groups.BY:
+    if by not in (None, *groups.BY):
         raise UsageError(f"--by is one of {', '.join(groups.BY)}, not '{by}'")
+    if by == "loss" and sketch is not None:
+        raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
     mined = records.read(sys.stdin) if run == "-" else None
     path = options.trajectory_of(mined) if mined else run
     with open_trajectory(path) as trajectory:
         trajectory.require("losses/loss")
+        by, fallback = groups.choose_by(trajectory, by)
         found = movers.find(trajectory, top or movers.default_count(len(trajectory.samples)))
         position = found.position
         if mined:
@@ -60,26 +74,35 @@ def cluster(
             clusters = groups.by_loss(trajectory, position, window)
         else:
             steps = groups.checkpoints_in(trajectory, window)
+            band = None if sketch is None else groups.sketch_band(trajectory, window, sketch)
             session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
-            with options.progress("gradients", 2 * len(steps), quiet) as advance:
-                similarity = groups.mean_similarity(trajectory, session, backend, position, window, advance)
-                clusters = groups.by_gradient(trajectory, session, position, by, window, similarity, join, advance)
-        written = groups.records(trajectory, clusters)
+            with options.progress("gradients", (2 if mined else 3) * len(steps), quiet) as advance:
+                if not mined:
+                    position = groups.with_largest_gradients(trajectory, session, position, window, advance)
+                similarity = groups.mean_similarity(trajectory, session, backend, position, window, sketch, advance)
+                clusters = groups.by_gradient(
+                    trajectory, session, position, by, window, similarity, join, advance, band
+                )
+        written = cluster_records.records(trajectory, clusters)
         agreed = agreement.agreement(trajectory, clusters) if truth else None
-        explained = groups.explain(trajectory, clusters, explain) if explain is not None else []
+        explained = cluster_records.explain(trajectory, clusters, explain) if explain is not None else []
         if figure:
             from opsig_cli import pictures
 
             options.save_figure(figure, pictures.draw_pairs, trajectory, clusters, written)
-    if found.note:
-        options.note(f"note: {found.note}", quiet)
-    pairs = [record for record in written if record["kind"] == "pair"]
-    if not pairs:
+    caveat = cluster_records.caveat(clusters)
+    for words in (fallback, found.note, caveat):
+        if words:
+            options.note(f"note: {words}", quiet)
+    if not clusters.pairs:
         options.note(f"no opposing pair was found among {len(position)} samples", quiet)
-    tables = [records.Table(f"{path}: opposing pairs", groups.table(pairs))]
+    tables = [records.Table(f"{path}: opposing pairs", cluster_records.pair_table(written))]
+    if alone := cluster_records.alone_table(written):
+        tables.append(records.Table("groups that no other opposes", alone))
     if explained:
         written += explained
-        tables.append(records.Table(f"the change at step {explain}, in nats", groups.explain_table(explained)))
+        shown = cluster_records.explain_table(explained)
+        tables.append(records.Table(f"the change at step {explain}, summed over samples, in nats", shown))
     if agreed:
         written.append(agreed)
         shown = [{"measure": key.replace("_", " "), "value": value} for key, value in list(agreed.items())[2:]]

@@ -22,6 +22,12 @@ def mine(
         str | None,
         typer.Option(metavar="change|oscillation|variation|surprise", help="Default: chosen by the run, and said."),
     ] = None,
+    direction: Annotated[
+        str, typer.Option(metavar="up|down|both", help="Count only rises, only falls, or both by their size.")
+    ] = "both",
+    share: Annotated[
+        int | None, typer.Option("--share", metavar="STEP", help="Add each sample's part of the change at this step.")
+    ] = None,
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
     quiet: options.QuietOption = False,
@@ -39,14 +45,17 @@ def mine(
     if step is not None and window is not None:
         raise UsageError("--step and --window exclude each other. Give one of them")
     with open_trajectory(run) as trajectory:
-        found = movers.find(trajectory, top, score, step, options.parse_range(window, "--window"))
-        mined = movers.records(trajectory, found)
+        found = movers.find(trajectory, top, score, step, options.parse_range(window, "--window"), direction)
+        mined = movers.records(trajectory, found, share)
         if figure:
             from opsig_cli import pictures
 
             options.save_figure(figure, pictures.draw_movers, trajectory, found, mined)
     if found.note:
         options.note(f"note: {found.note}", quiet)
+    if share is not None:
+        carried = sum(r["share_at_step"] or 0 for r in mined)
+        options.note(f"note: these {len(mined)} samples carry {carried:.0%} of the change at step {share}", quiet)
     shown = [
         {
             "rank": r["rank"],
@@ -56,6 +65,7 @@ def mine(
             "step": r["step"],
             "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
             "score": r["score"],
+            "share": None if r["share"] is None else f"{r['share']:.1%}",
         }
         for r in mined
     ]

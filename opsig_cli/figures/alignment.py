@@ -8,7 +8,11 @@ import numpy as np
 
 from opsig_cli.figures.canvas import MARGIN, WIDTH, Area, Block, heading, visible
 
-SIDE = 4.3
+SIDE = 4.1
+LINE = 0.12
+"""Inches that a name needs; groups that are smaller have none in the matrix of samples."""
+MOST_NUMBERS = 20
+"""Groups up to which the cosines of opposing pairs are written."""
 
 
 def alignment_block(
@@ -38,20 +42,23 @@ def alignment_block(
         for edge in edges[:-1]:
             left.axhline(edge, color="black", linewidth=0.4)
             left.axvline(edge, color="black", linewidth=0.4)
-        left.set(yticks=edges - sizes / 2, xticks=[], xlabel="samples, in order of group")
-        _tick_names(left, names)
+        room = np.flatnonzero(sizes * SIDE >= LINE * sizes.sum())
+        left.set(yticks=(edges - sizes / 2)[room], xticks=[], xlabel="samples, in order of group")
+        _tick_names(left, [names[group] for group in room.tolist()])
         right = area.axes(WIDTH - MARGIN - SIDE - 0.7, 0.1, SIDE, SIDE)
         image = right.imshow(means, **style)
         for a, b in pairs:
             for x, y in ((a, b), (b, a)):
                 right.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
-        right.set(yticks=range(groups), xticks=[], xlabel="groups; opposing pairs are framed")
-        _tick_names(right, [name.split()[0] for name in names])
+                if groups <= MOST_NUMBERS:
+                    right.text(x, y, f"{means[a, b]:.1f}".replace("0.", "."), ha="center", va="center", fontsize=6)
+        right.set(yticks=range(groups), xticks=[], xlabel="mean over two groups; opposing pairs are framed")
+        _tick_names(right, names)
         bar = area.axes(WIDTH - MARGIN - 0.45, 0.1, 0.15, SIDE)
         area.figure.colorbar(image, cax=bar)
         bar.tick_params(labelsize=7)
 
-    return [heading("similarity of samples, and of groups", 10), (SIDE + 0.5, draw)]
+    return [heading("who aligns with whom, and who opposes whom (cosine)", 10), (SIDE + 0.5, draw)]
 
 
 def _tick_names(axes, names: Sequence[str]) -> None:

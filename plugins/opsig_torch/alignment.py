@@ -51,12 +51,12 @@ def gradient_norms(session: TorchSession, samples: np.ndarray | None = None) -> 
     plan = session.gradient_plan()
     everybody = np.arange(session.samples) if samples is None else samples
     squares = []
-    for part in _batches(session, everybody):
+    for part in sample_batches(session, everybody):
         total = torch.zeros(len(part), dtype=torch.float64, device=session.flat.vector.device)
         for parameter in captured.capture(session, part, plan, list(plan.covered)):
             total += parameter.squares()
         if plan.loose:
-            total += _loose_gradients(session, part, plan.loose).square().sum(1)
+            total += loose_gradients(session, part, plan.loose).square().sum(1)
         squares.append(total)
     return torch.cat(squares).sqrt().cpu().numpy()
 
@@ -86,18 +86,19 @@ def _products(session: TorchSession, samples: np.ndarray, sets: list[np.ndarray]
     }
     del directions
     products = []
-    for part in _batches(session, samples):
+    for part in sample_batches(session, samples):
         total = torch.zeros(len(part), len(sets), dtype=torch.float64, device=session.flat.vector.device)
         for parameter in captured.capture(session, part, plan, list(plan.covered)):
             total += parameter.products(by_parameter[parameter.parameter])
         if plan.loose:
             flat = torch.cat([by_parameter[model.get_parameter(name)] for name in plan.loose], 1)
-            total += _loose_gradients(session, part, plan.loose) @ flat.double().T
+            total += loose_gradients(session, part, plan.loose) @ flat.double().T
         products.append(total)
     return torch.cat(products).cpu().numpy()
 
 
-def _batches(session: TorchSession, samples: np.ndarray) -> Iterator[np.ndarray]:
+def sample_batches(session: TorchSession, samples: np.ndarray) -> Iterator[np.ndarray]:
+    """Chosen samples in pieces that go through the network at a time."""
     size = session.inference_batch()
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
@@ -107,7 +108,7 @@ def _mean_unit_gradient(session: TorchSession, samples: np.ndarray, norms: np.nd
     """Mean over the samples of their gradients of length one, for each parameter."""
     parameters = session.flat.parameters
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    for chosen in _batches(session, samples):
+    for chosen in sample_batches(session, samples):
         losses = session.task.losses(session.flat.model, session.batches.take(chosen))
         weights = torch.from_numpy(1 / (norms[chosen] * len(samples))).to(losses)
         gradients = torch.autograd.grad((losses * weights).sum(), parameters, materialize_grads=True)
@@ -116,7 +117,7 @@ def _mean_unit_gradient(session: TorchSession, samples: np.ndarray, norms: np.nd
     return total
 
 
-def _loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str]) -> torch.Tensor:
+def loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str]) -> torch.Tensor:
     """Per-sample gradients over the parameters of these names, by vmap, (M, their number) float64."""
     model = session.flat.model
     loose = {name: model.get_parameter(name) for name in names}
@@ -139,7 +140,7 @@ def _add_loose_gram(session: TorchSession, samples: np.ndarray, names: list[str]
     height = max(1, min(len(samples), captured.MEMORY_BYTES // (64 * size)))
     starts = range(0, len(samples), height)
     for i in starts:
-        left = _loose_gradients(session, samples[i : i + height], names)
+        left = loose_gradients(session, samples[i : i + height], names)
         for j in starts[: i // height + 1]:
-            right = left if i == j else _loose_gradients(session, samples[j : j + height], names)
+            right = left if i == j else loose_gradients(session, samples[j : j + height], names)
             gram[i : i + len(left), j : j + len(right)] += left @ right.T

@@ -116,7 +116,7 @@ class Captured:
     def squares(self) -> torch.Tensor:
         """Squared norms, (M,) float64."""
         if not self.is_weight:
-            return self._all_rows().square().sum(1, dtype=torch.float64)
+            return self.all_rows().square().sum(1, dtype=torch.float64)
         use = self.uses[0][0]
         outputs = use.outputs_MTO
         positions = outputs.shape[1]
@@ -132,14 +132,14 @@ class Captured:
                 products = torch.bmm(part, part.transpose(1, 2)) * use.similar_mTT(chosen)
                 squares[chosen] = products.flatten(1).sum(1, dtype=torch.float64).clamp_(min=0)
             return squares
-        for chosen, _, block in self._blocks():
+        for chosen, _, block in self.blocks():
             squares[chosen] += torch.linalg.vector_norm(block.flatten(1), dim=1).double().square()
         return squares
 
     def products(self, directions_GP: torch.Tensor) -> torch.Tensor:
         """Inner products with directions of the parameter's size, (M, G) float64."""
         if not self.is_weight:
-            return (self._all_rows() @ directions_GP.T).double()
+            return (self.all_rows() @ directions_GP.T).double()
         use = self.uses[0][0]
         if len(self.uses) == 1 and isinstance(use.module, nn.Linear) and use.outputs_MTO.shape[1] == 1:
             images = use.inputs.flatten(1) @ directions_GP.reshape(-1, self.fan_in).T
@@ -147,14 +147,14 @@ class Captured:
             return torch.einsum("mgo,mo->mg", images, use.outputs_MTO[:, 0]).double()
         total = torch.zeros(self.samples, len(directions_GP), dtype=torch.float64, device=directions_GP.device)
         directions = directions_GP.view(len(directions_GP), self.height, self.fan_in)
-        for chosen, rows, block in self._blocks():
+        for chosen, rows, block in self.blocks():
             total[chosen] += block.flatten(1) @ directions[:, rows].flatten(1).T
         return total
 
     def add_gram(self, gram: torch.Tensor) -> None:
         """Add the inner products of every two samples to the lower triangle of `gram`, (M, M) float64."""
         if not self.is_weight:
-            add_gram(gram, self._all_rows())
+            add_gram(gram, self.all_rows())
             return
         use = self.uses[0][0]
         positions = use.outputs_MTO.shape[1]
@@ -176,7 +176,7 @@ class Captured:
     def sample_gradient(self, sample: int) -> torch.Tensor:
         """One sample's gradient, shaped as the parameter."""
         if not self.is_weight:
-            return self._all_rows()[sample].view_as(self.parameter)
+            return self.all_rows()[sample].view_as(self.parameter)
         return self._block(slice(sample, sample + 1), [slice(0, self.height)])[0][0].view_as(self.parameter)
 
     def _positions_are_few(self, use: Use) -> bool:
@@ -200,7 +200,8 @@ class Captured:
                 products = products.view(last - first, positions, last, positions).sum((1, 3))
             gram[first:last, :last] += products
 
-    def _all_rows(self) -> torch.Tensor:
+    def all_rows(self) -> torch.Tensor:
+        """Gradients of a parameter that is no weight, (M, its size)."""
         total = self.uses[0][0].rows(self.uses[0][1])
         for use, name in self.uses[1:]:
             total = total + use.rows(name)
@@ -209,7 +210,7 @@ class Captured:
     def _positions(self) -> int:
         return max(use.outputs_MTO.shape[1] for use, _ in self.uses)
 
-    def _blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    def blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """Weight gradients piece by piece: the samples, the output rows, and (m, o, F)."""
         height = max(1, PIECE_BYTES // (4 * self.fan_in))
         heights = [slice(a, min(a + height, self.height)) for a in range(0, self.height, height)]

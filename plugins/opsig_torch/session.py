@@ -176,6 +176,21 @@ class TorchSession:
         with self.at(state):
             return mean_cosines(self, samples, sets)
 
+    def gradient_sketch(self, state: State, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
+        """Sketches of chosen samples' gradients of length one, (M, size) float32; see `opsig_torch.sketch`."""
+        from opsig_torch.sketch import gradient_sketch
+
+        self._need_separate_samples()
+        with self.at(state):
+            return gradient_sketch(self, samples, size, seed)
+
+    def mean_features(self, state: State, sets: list[np.ndarray]) -> np.ndarray | None:
+        """Mean centred features of each set of samples, (G, D), or None; see `opsig_torch.features`."""
+        from opsig_torch.features import mean_features
+
+        with self.at(state):
+            return mean_features(self, sets)
+
     def gradient_plan(self) -> Plan:
         """How each parameter's per-sample gradients are had, found at the first call; see `opsig_torch.captured`."""
         from opsig_torch.captured import plan
