@@ -102,11 +102,12 @@ def passes(name: str, task: Task, batch_size: int | None = None, statistics: str
     exact_session = TorchBackend().open(task, "cpu", batch_size, statistics, double=True)
     exact_session.initial(0)
     exact = exact_session.curvature_along(state, vector)[2]
+    errors = np.abs(values - exact) / np.abs(exact).max()  # a ReLU at rounding can make one sample's large
     print(
         f"{name} ({len(state.params):,} parameters, {session.samples} samples): product {product / two:.2f} "
         f"forward+backward; curvature {curvature / one:.2f} forwards, a loop of products "
         f"{single / len(few) * session.samples / curvature:.0f} times as much, error "
-        f"{np.abs(values - exact).max() / np.abs(exact).max():.0e} of the largest, mean off by "
+        f"{np.quantile(errors, 0.99):.0e} of the largest for 99 in 100, {errors.max():.0e} for all, mean off by "
         f"{abs(values.mean() - mean) / abs(mean):.0e}; gradient norms {norms / two:.2f} forward+backward",
         flush=True,
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from opsig_torch import TorchBackend
+from opsig_torch import TorchBackend, captured
 from opsig_zoo.models import image_model
 from opsig_zoo.text import Text
 from tasks import tiny
@@ -117,3 +117,15 @@ def test_float32_norms_are_exact_to_five_digits():
         single, double = (TorchBackend().open(Images(name, 16), "cpu", 4, "running", double=d) for d in (False, True))
         norms = [session.gradient_norms(single.initial(0)) for session in (single, double)]
         np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2, (1, 3)])
+@pytest.mark.parametrize("padding", [0, 1, (2, 0)])
+@pytest.mark.parametrize("dilation", [1, (2, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_unfolded_inputs_are_those_of_torch(stride, padding, dilation, layout):
+    layer = torch.nn.Conv2d(3, 1, (3, 2), stride, padding, dilation)
+    whole = torch.randn(5, 3, 9, 8).contiguous(memory_format=layout)
+    for inputs in (whole, whole[1:4], whole[::2]):
+        expected = torch.nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        assert torch.equal(captured._unfolded(inputs, layer), expected)

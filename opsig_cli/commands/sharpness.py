@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from opsig_cli import options
-from opsig_cli.errors import UsageError
+from opsig_cli.errors import OpsigError, UsageError
 
 
 def sharpness(
@@ -106,6 +106,11 @@ def chosen_samples(trajectory, piped: list, random: int, seed: int) -> dict:
 
     chosen = {}
     ids = [r["sample"] for r in piped if isinstance(r.get("sample"), int)]
+    if piped and not ids:
+        raise OpsigError(
+            "records on stdin name no samples. Pipe those that mine prints, or cluster's members: "
+            "jq -c 'select(.kind==\"member\")'"
+        )
     if ids:
         chosen["chosen"] = movers.positions_of(trajectory, list(dict.fromkeys(ids)))
     if random:
@@ -122,6 +127,8 @@ def curvature_groups(trajectory, piped: list) -> dict:
     for record in piped:
         if isinstance(record.get("sample"), int) and record.get("group") is not None:
             members.setdefault(f"G{record['group']}", []).append(record["sample"])
+    if piped and not members:
+        raise OpsigError("records on stdin name no members of groups. Pipe those that opsig cluster prints")
     return {name: movers.positions_of(trajectory, ids) for name, ids in members.items()}
 
 

@@ -55,7 +55,7 @@ class Use:
         """What each position of the layer sees, for some of the samples; not for an embedding."""
         inputs, module = self.inputs[chosen], self.module
         if isinstance(module, nn.Conv2d):
-            unfolded = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)  # pyright: ignore[reportArgumentType]
+            unfolded = _unfolded(inputs, module)
             return unfolded.transpose(1, 2)
         return inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None]
 
@@ -384,6 +384,22 @@ def _normalised(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         return F.group_norm(inputs, module.num_groups, eps=module.eps)
     assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
     return F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
+
+
+def _unfolded(inputs: torch.Tensor, module: nn.Conv2d) -> torch.Tensor:
+    """What a convolution sees at every position, (M, C kh kw, T), as F.unfold gives it but several times faster."""
+    (down, right), (pad_y, pad_x) = module.stride, module.padding
+    padded = F.pad(inputs, (int(pad_x), int(pad_x), int(pad_y), int(pad_y)))
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    height, width = (
+        (size - far - 1) // step + 1 for size, far, step in zip(padded.shape[2:], reach, (down, right), strict=True)
+    )
+    a, b, y, x = padded.stride()
+    windows = padded.as_strided(
+        (*padded.shape[:2], *module.kernel_size, height, width),
+        (a, b, y * module.dilation[0], x * module.dilation[1], y * down, x * right),
+    )
+    return windows.reshape(len(inputs), -1, height * width)
 
 
 def _slices(count: int, floats: int) -> list[slice]:
