@@ -20,8 +20,9 @@ def cluster(
         int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
     ] = None,
     join: Annotated[
-        bool, typer.Option("--join/--no-join", help="Add samples that were not mined but align with a group.")
-    ] = True,
+        bool | None,
+        typer.Option("--join/--no-join", help="Add samples that were not mined but align with a group. Default: join."),
+    ] = None,
     explain: Annotated[
         int | None, typer.Option("--explain", metavar="STEP", help="Take the change at this step apart into groups.")
     ] = None,
@@ -61,6 +62,8 @@ def cluster(
         else:
             steps = groups.checkpoints_in(trajectory, window)
             session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
+            if join is None and not (join := not getattr(session, "couples_samples", False)):
+                options.note("note: nobody joins: with batch norm in chunks each costs a chunk; see --join", quiet)
             with options.progress("gradients", 2 * len(steps), quiet) as advance:
                 similarity = groups.mean_similarity(trajectory, session, backend, position, window, advance)
                 clusters = groups.by_gradient(trajectory, session, position, by, window, similarity, join, advance)

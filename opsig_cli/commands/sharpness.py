@@ -64,6 +64,8 @@ def sharpness(
         session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
         backends.require(session, backends.Curvature, backend, "curvature")
         samples = [name for name in wanted if name in curvature.SAMPLE_METRICS]
+        if "gradient_norm" in samples and getattr(session, "couples_samples", False):
+            options.note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed", quiet)
         if slice_step is not None:
             curvature.select_steps(trajectory, str(slice_step))
             groups = curvature_groups(trajectory, piped)
