@@ -240,7 +240,16 @@ def test_a_slice_shows_groups_along_the_top_eigenvector(opsig, tiny_run, tmp_pat
     assert records[20]["losses"]["all samples"] == pytest.approx(middle, rel=1e-4)
 
 
-def test_cheap_curvature_and_mistakes_about_metrics(opsig, tiny_run):
+def test_cheap_curvature_and_mistakes_about_metrics(opsig, tiny_run, tmp_path):
+    for metrics, words in (
+        ("trace,critical_sharpness", ("standard error", "spectral density at step 30", "2 / learning rate")),
+        ("critical_sharpness", ("2 / learning rate",)),
+        ("trace", ("standard error", "spectral density at step 30")),
+    ):
+        figure = tmp_path / f"{metrics}.svg"
+        drawn = ("--figure", figure, "--steps", "27:30")
+        assert opsig("sharpness", tiny_run, *OWN, "--metrics", metrics, *drawn).code == 0
+        assert all(word in figure.read_text() for word in words)
     (record,) = opsig("sharpness", tiny_run, *OWN, "--metrics", "trace,critical_sharpness", "--steps", "30").records
     assert record["trace"] > record["trace_error"] > 0
     assert record["critical_sharpness"] > 0
