@@ -84,7 +84,11 @@ class Snapshot:
 
 
 class Session(Protocol):
-    """A task opened on a device. Samples are named by their index in the task's dataset."""
+    """A task opened on a device. Samples are named by their index in the task's dataset.
+
+    A session may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as with batch
+    norm by a chunk's statistics.
+    """
 
     samples: int
     optimizers: Sequence[str]

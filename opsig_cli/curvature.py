@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Eigenpairs, Session, State
+from opsig_cli.critical import critical_sharpness
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.recorder import read_state
 from opsig_cli.settings import Settings
@@ -169,10 +170,15 @@ def sample_records(
 
 
 def step_records(
-    run: Trajectory, session: Session, steps: Sequence[int], metrics: Sequence[str], advance: Callable[..., None]
-) -> list[dict[str, Any]]:
-    """Cheap measures of the whole loss's curvature at checkpoints, one record a step."""
-    found = []
+    run: Trajectory, session: Session, steps: Sequence[int], metrics: Sequence[str], advance: Callable[..., None],
+    warn: Callable[[str], None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Cheap measures of the whole loss's curvature at checkpoints, one record a step.
+
+    `threshold`: 2 over the learning rate, which critical sharpness stays below while updates lower the loss.
+    """
+    settings = settings_of(run)
+    found, unknown = [], []
     for step in steps:
         state = read_state(run, step)
         record: dict[str, Any] = {"trajectory": run.path, "step": step}
@@ -181,37 +187,15 @@ def step_records(
             record |= {"trace": float(nodes.ravel() @ weights.ravel()), "trace_error": error}
             record |= {"density_nodes": nodes.ravel(), "density_weights": weights.ravel()}
         if "critical_sharpness" in metrics:
-            record["critical_sharpness"] = critical_sharpness(session, state)
+            record["critical_sharpness"], known = critical_sharpness(session, state, settings)
+            record["threshold"] = 2 / settings.learning_rate if settings and settings.learning_rate else None
+            unknown += [] if known else [step]
         found.append(record)
         advance(note=f"step {step}")
+    if unknown:
+        lacks = "does not say how it was trained" if settings is None else "does not hold the optimizer's update"
+        warn(f"note: {run.path} {lacks}: critical sharpness is along the negative gradient at {len(unknown)} steps")
     return found
-
-
-def critical_sharpness(session: Session, state: State, tolerance: float = 0.01) -> float:
-    """2 over the smallest step along the negative gradient that raises the mean loss; 0 where none does.
-
-    For a quadratic it is the curvature along the gradient. Costs one gradient and some ten forward passes.
-    """
-    gradient = session.gradient(state)  # pyright: ignore
-
-    def rises(rate: float) -> bool:
-        moved = State(state.step, (state.params - rate * gradient).astype(state.params.dtype), state.buffers)
-        losses = session.losses([moved])[0][0]
-        mean = losses.mean(dtype=np.float64)
-        return not mean <= start
-
-    start = session.losses([state])[0][0].mean(dtype=np.float64)
-    low, high = 0.0, 1e-3
-    while not rises(high):
-        low, high = high, 4 * high
-        if high > 1e8:
-            return 0.0
-    while high - low > tolerance * high:
-        middle = (low * high) ** 0.5 if low else high / 4
-        low, high = (low, middle) if rises(middle) else (middle, high)
-        if high < 1e-12:
-            return float("inf")
-    return 2 / high
 
 
 def slice_records(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli import movers as finding
+from opsig_cli.analysis.density import smoothed_density
 from opsig_cli.cluster_records import describe, plus_minus
 from opsig_cli.comparing import QUANTITIES, Series
 from opsig_cli.figures.alignment import alignment_block
@@ -95,7 +96,7 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
 
 
 def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -> None:
-    """Save what `sharpness` measured: eigenvalues, metrics of samples, or a slice."""
+    """Save what `sharpness` measured: eigenvalues, metrics of samples or of the whole loss, or a slice."""
     from opsig_cli.figures import curvature
 
     name = Path(run.path).name
@@ -125,8 +126,23 @@ def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -
             }
             panels.append((metric, np.array(steps), by_set))
         curvature.samples_page(path, panels, f"{name}: curvature of single samples")
+    elif records:
+        steps = np.array([r["step"] for r in records])
+        panels = []
+        if "critical_sharpness" in records[0]:
+            keys = ("critical_sharpness", "threshold")
+            panels.append(
+                curvature.critical_panel(steps, *(np.array([r[key] for r in records], float) for key in keys))
+            )
+        if "trace" in records[0]:
+            keys = ("trace", "trace_error")
+            panels.append(curvature.trace_panel(steps, *(np.array([r[key] for r in records]) for key in keys)))
+            last = records[-1]
+            density = smoothed_density(last["density_nodes"], last["density_weights"])
+            panels.append(curvature.density_panel(last["step"], *density))
+        curvature.loss_page(path, panels, f"{name}: curvature of the whole loss")
     else:
-        raise ValueError("there is nothing to draw for these metrics")
+        raise ValueError("there is nothing to draw: no step was measured")
 
 
 def draw_probe(path: Path, runs: Sequence[Trajectory], records: list[dict[str, Any]], shown: np.ndarray) -> None:

@@ -144,8 +144,8 @@ def test_batch_norm_measures_with_the_chunks_it_trained_on():
     training = Training("gd", 0.3, 5, wants_losses=lambda step: True, wants_state=lambda step: True)
     last = list(session.train(training, start))[-1]
     np.testing.assert_allclose(session.losses([last.state])[0][0], last.losses, rtol=1e-6)
-    with pytest.raises(OpsigError, match="batch norm"):
-        session.gradient_cosines(last.state, np.arange(4))
+    with pytest.raises(OpsigError, match="batch norm goes by chunks"):
+        session.sample_sharpness(last.state, np.arange(4))
 
 
 def test_a_dataset_that_changes_its_items_is_refused():

@@ -336,14 +336,35 @@ def test_a_slice_shows_groups_along_the_top_eigenvector(opsig, tiny_run, tmp_pat
     assert records[20]["losses"]["all samples"] == pytest.approx(middle, rel=1e-4)
 
 
-def test_cheap_curvature_and_mistakes_about_metrics(opsig, tiny_run):
+def test_cheap_curvature_and_mistakes_about_metrics(opsig, tiny_run, tmp_path):
+    for metrics, words in (
+        ("trace,critical_sharpness", ("standard error", "spectral density at step 30", "2 / learning rate")),
+        ("critical_sharpness", ("2 / learning rate",)),
+        ("trace", ("standard error", "spectral density at step 30")),
+    ):
+        figure = tmp_path / f"{metrics}.svg"
+        drawn = ("--figure", figure, "--steps", "27:30")
+        assert opsig("sharpness", tiny_run, *OWN, "--metrics", metrics, *drawn).code == 0
+        assert all(word in figure.read_text() for word in words)
     (record,) = opsig("sharpness", tiny_run, *OWN, "--metrics", "trace,critical_sharpness", "--steps", "30").records
     assert record["trace"] > record["trace_error"] > 0
     assert record["critical_sharpness"] > 0
+    assert record["threshold"] == 4
     assert sum(record["density_weights"]) == pytest.approx(419)
     opsig("sharpness", tiny_run, *OWN, "--metrics", "beauty").fails(2, "no metric is called 'beauty'", "curvature")
     opsig("sharpness", tiny_run, *OWN, "--steps", "70:80").fails(1, "no checkpoint at --steps 70:80", "0 to 60")
     opsig("sharpness", tiny_run, *OWN, "--steps", "a:b").fails(2, "is not a range of steps")
+
+
+def test_critical_sharpness_says_when_it_does_not_go_along_the_update(opsig, tiny_run, tmp_path):
+    run = shutil.copy(tiny_run, tmp_path / "run.h5")
+    arguments = ("sharpness", run, *OWN, "--metrics", "critical_sharpness", "--steps", "30")
+    assert "negative gradient" not in opsig(*arguments).err
+    with h5py.File(run, "r+") as file:
+        del file.attrs["settings_json"]
+    found = opsig(*arguments)
+    assert "does not say how it was trained: critical sharpness is along the negative gradient" in found.err
+    assert found.records[0]["threshold"] is None
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Curvature against dense Hessians and autograd in float64; the ways in which simpler code is wrong, planted."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from opsig_torch.eigen import Memory, random_start, top_eigenpairs
 from opsig_torch.hessian import Hessian
 from tasks import tiny
 
-from opsig_cli.curvature import critical_sharpness, scale_of
+from opsig_cli.backends import State, Training
+from opsig_cli.critical import critical_sharpness, update_direction
+from opsig_cli.curvature import scale_of
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 
@@ -301,11 +305,60 @@ def test_the_spectral_density_gives_the_trace():
     assert nodes.max() == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-6)
 
 
-def test_critical_sharpness_of_a_quadratic_is_its_curvature_along_the_gradient():
-    session = TorchBackend().open(tiny.Quadratic(), "cpu", 7, double=True)
-    state = session.initial(0)
-    gradient = session.gradient(state)
-    matrix, exact = dense(session, state)
-    np.testing.assert_allclose(gradient, exact.numpy(), rtol=1e-9, atol=1e-12)
-    along = gradient @ matrix.numpy() @ gradient / (gradient @ gradient)
-    assert critical_sharpness(session, state) == pytest.approx(along, rel=0.02)
+# -- along the update
+
+
+OPTIMIZERS = {
+    "gd": {},
+    "decayed": {"weight_decay": 0.1},
+    "momentum": {"momentum": 0.8, "weight_decay": 0.1},
+    "adam": {"beta1": 0.7, "beta2": 0.95, "epsilon": 1e-4, "weight_decay": 0.1},
+    "splitsgd": {"momentum": 0.8, "dampening": 0.6, "sign_learning_rate": 0.01},
+    "split by radius": {"momentum": 0.0, "dampening": 0.0, "radius": 0.02},
+}
+
+
+def trained(task, name, steps=4):
+    """A run's session, its settings and its states, in float64."""
+    optimizer = {"decayed": "gd", "split by radius": "splitsgd"}.get(name, name)
+    settings = Settings("t", optimizer=optimizer, learning_rate=0.05, **OPTIMIZERS[name])
+    session = TorchBackend().open(task, "cpu", 25, double=True)
+    training = Training(
+        optimizer, 0.05, steps, momentum=settings.momentum, betas=(settings.beta1, settings.beta2),
+        epsilon=settings.epsilon, sign_learning_rate=settings.sign_learning_rate, dampening=settings.dampening,
+        radius=settings.radius, weight_decay=settings.weight_decay, wants_state=lambda step: True,
+    )  # fmt: skip
+    return session, settings, [snapshot.state for snapshot in session.train(training, session.initial(0))]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_update_direction_is_what_torch_adds_to_the_parameters(name):
+    session, settings, states = trained(tiny.Tiny(), name)
+    for before, after in itertools.pairwise(states):
+        found = update_direction(settings, before, session.gradient(before))
+        np.testing.assert_allclose(found, (after.params - before.params) / 0.05, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "splitsgd"])
+def test_an_update_is_not_known_without_the_optimizers_state(name):
+    session, settings, states = trained(tiny.Tiny(), name, 1)
+    bare = [State(state.step, state.params, state.buffers) for state in states]
+    gradient = session.gradient(states[0])
+    assert update_direction(settings, bare[0], gradient) is not None
+    assert update_direction(settings, bare[1], gradient) is None
+    assert update_direction(None, states[1], gradient) is None
+    assert not critical_sharpness(session, bare[1], settings)[1]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_critical_sharpness_of_a_quadratic_is_its_curvature_along_the_update(name):
+    session, settings, states = trained(tiny.Quadratic(), name)
+    matrix, exact = dense(session, session.initial(0))
+    np.testing.assert_allclose(session.gradient(session.initial(0)), exact.numpy(), rtol=1e-9, atol=1e-12)
+    for state in states[1:]:
+        gradient = session.gradient(state)
+        u = update_direction(settings, state, gradient)
+        expected = u @ matrix.numpy() @ u / -(u @ gradient) if u @ gradient < 0 else np.inf
+        assert critical_sharpness(session, state, settings) == (pytest.approx(expected, rel=0.02), True)
+        along = gradient @ matrix.numpy() @ gradient / (gradient @ gradient)
+        assert critical_sharpness(session, state, None) == (pytest.approx(along, rel=0.02), False)

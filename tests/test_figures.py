@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from opsig_cli.analysis.density import smoothed_density
+from opsig_cli.figures import curvature
 from opsig_cli.figures.canvas import heading, save_page
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
@@ -71,3 +73,34 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path):
         save_page(path, [heading("t"), (1.0, fail)])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_the_smoothed_density_keeps_the_number_of_eigenvalues_and_their_sum():
+    nodes, weights = np.array([-1.0, 0.0, 0.0, 9.0]), np.array([2.0, 60.0, 30.0, 1.0])
+    grid, density, width = smoothed_density(nodes, weights)
+    step = grid[1] - grid[0]
+    assert density.sum() * step == pytest.approx(93)
+    assert (grid * density).sum() * step == pytest.approx(7)
+    assert width == pytest.approx(0.1)
+    last = grid > 5  # an eigenvalue by itself is a Gaussian of area 1
+    np.testing.assert_allclose(
+        density[last], np.exp(-0.5 * ((grid[last] - 9) / width) ** 2) / (width * np.sqrt(2 * np.pi)), atol=1e-12
+    )
+    assert np.isfinite(smoothed_density(np.zeros(3), np.ones(3))[1]).all()
+
+
+@pytest.mark.parametrize("threshold", [4.0, np.nan])
+def test_the_whole_losses_curvature_is_drawn_with_what_it_is_held_against(tmp_path, threshold):
+    critical = np.array([0.0, 1.0, 3.0, np.inf, np.nan])
+    panels = [
+        curvature.critical_panel(STEPS[:5], critical, np.full(5, threshold)),
+        curvature.trace_panel(STEPS[:5], np.arange(5.0), np.ones(5)),
+        curvature.density_panel(4, *smoothed_density(np.array([0.0, 1]), np.array([9.0, 1]))),
+    ]
+    curvature.loss_page(tmp_path / "a.svg", panels, "a run")
+    text = (tmp_path / "a.svg").read_text()
+    assert ("2 / learning rate" in text) == np.isfinite(threshold)
+    for words in ("any step along the update raises the loss", "standard error", "spectral density at step 4"):
+        assert words in text
+    curvature.loss_page(tmp_path / "b.svg", [curvature.critical_panel(STEPS[:1], critical[:1], critical[:1])], "t")
+    assert "any step" not in (tmp_path / "b.svg").read_text()

@@ -24,8 +24,9 @@ def cluster(
         int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
     ] = None,
     join: Annotated[
-        bool, typer.Option("--join/--no-join", help="Add samples that were not mined but align with a group.")
-    ] = True,
+        bool | None,
+        typer.Option("--join/--no-join", help="Add samples that were not mined but align with a group. Default: join."),
+    ] = None,
     sketch: Annotated[
         int | None,
         typer.Option(
@@ -76,6 +77,8 @@ def cluster(
             steps = groups.checkpoints_in(trajectory, window)
             band = None if sketch is None else groups.sketch_band(trajectory, window, sketch)
             session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
+            if join is None and not (join := not getattr(session, "couples_samples", False)):
+                options.note("note: nobody joins: with batch norm in chunks each costs a chunk; see --join", quiet)
             with options.progress("gradients", (2 if mined else 3) * len(steps), quiet) as advance:
                 if not mined:
                     position = groups.with_largest_gradients(trajectory, session, position, window, advance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -52,6 +53,7 @@ def sharpness(
     from opsig_cli import backends, curvature, measure, records
     from opsig_cli.trajectory import open_trajectory
 
+    note = partial(options.note, quiet=quiet)
     piped = records.read(sys.stdin) if run == "-" else []
     path = options.trajectory_of(piped) if piped else run
     wanted = [name for name in (metrics or "").split(",") if name]
@@ -61,9 +63,11 @@ def sharpness(
             raise UsageError(f"no metric is called '{name}'. Known: {', '.join(known)}")
     with open_trajectory(path, "r+" if not wanted and slice_step is None else "r") as trajectory:
         chosen_steps = curvature.select_steps(trajectory, steps)
-        session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
+        session, _ = measure.open_session(trajectory, task, device, backend, note)
         backends.require(session, backends.Curvature, backend, "curvature")
         samples = [name for name in wanted if name in curvature.SAMPLE_METRICS]
+        if "gradient_norm" in samples and getattr(session, "couples_samples", False):
+            note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
         if slice_step is not None:
             curvature.select_steps(trajectory, str(slice_step))
             groups = curvature_groups(trajectory, piped)
@@ -74,7 +78,7 @@ def sharpness(
                 written = curvature.sample_records(trajectory, session, chosen_steps, chosen, samples, advance)
         elif wanted:
             with options.progress("curvature", len(chosen_steps), quiet) as advance:
-                written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance)
+                written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
         else:
             group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
             if replace:
@@ -83,7 +87,7 @@ def sharpness(
             have = set(trajectory.steps(group).tolist())
             missing = [step for step in chosen_steps if step not in have]
             if len(missing) < len(chosen_steps):
-                options.note(f"{len(chosen_steps) - len(missing)} checkpoints are measured already", quiet)
+                note(f"{len(chosen_steps) - len(missing)} checkpoints are measured already")
             with options.progress("sharpness", len(missing), quiet) as advance:
                 for step in curvature.measure(trajectory, session, group, missing, count, tolerance):
                     advance(note=f"step {step}")
@@ -95,7 +99,7 @@ def sharpness(
     records.write(written, format, [records.Table(path, [_row(record) for record in written])])
     unmet = [r for r in written if r.get("converged") is False]
     if unmet:
-        options.note(f"note: {len(unmet)} eigenvalues did not reach the tolerance; see their residuals", quiet)
+        note(f"note: {len(unmet)} eigenvalues did not reach the tolerance; see their residuals")
 
 
 def chosen_samples(trajectory, piped: list, random: int, seed: int) -> dict:

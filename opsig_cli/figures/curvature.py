@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from opsig_cli.figures.canvas import FAINT, MARGIN, SIDES, WHOLE, WIDTH, Area, Block, heading, quiet_axes, save_page
+from opsig_cli.figures.curves import log_scale
 
 HEIGHT = 3.6
+FAINTEST = 1e-2
+"""Part of an eigenvalue whose peak is the least that a spectral density shows."""
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 
 
@@ -68,6 +71,72 @@ def samples_page(path: Path, panels: Sequence[tuple[str, np.ndarray, Mapping[str
         return HEIGHT, panel
 
     save_page(path, [heading(title), *(draw(*panel) for panel in panels)])
+
+
+def loss_page(path: Path, panels: Sequence[Block], title: str) -> None:
+    """Save panels of the whole loss's curvature, one under the other."""
+    save_page(path, [heading(title), *panels])
+
+
+def trace_panel(steps: np.ndarray, trace_T: np.ndarray, error_T: np.ndarray) -> Block:
+    """The Hessian's trace over steps, with a band of its standard error."""
+
+    def draw(area: Area) -> None:
+        axes = _axes(area)
+        low, high = trace_T - error_T, trace_T + error_T
+        axes.plot(steps, trace_T, ".-", color=SIDES[0], label="trace")
+        if len(steps) == 1:  # too few for a band
+            axes.vlines(steps, low, high, color=SIDES[0], alpha=0.5, label="standard error")
+        else:
+            axes.fill_between(steps, low, high, color=SIDES[0], alpha=0.25, linewidth=0, label="standard error")
+        axes.axhline(0, color=FAINT, linewidth=0.8)
+        axes.set(xlabel="step", ylabel="trace of the Hessian")
+        _legend(axes)
+
+    return HEIGHT, draw
+
+
+def critical_panel(steps: np.ndarray, critical_T: np.ndarray, threshold_T: np.ndarray) -> Block:
+    """Critical sharpness over steps against 2 over the learning rate; infinite where the update climbs."""
+
+    def draw(area: Area) -> None:
+        axes = _axes(area)
+        finite = np.where(np.isfinite(critical_T) & (critical_T > 0), critical_T, np.nan)
+        axes.plot(steps, finite, ".-", color=SIDES[0], label="critical sharpness")
+        shown = [finite]
+        if np.isfinite(threshold_T).any():
+            axes.plot(steps, threshold_T, "--", color=WHOLE, label="2 / learning rate")
+            shown.append(threshold_T)
+        log_scale(axes, shown)
+        climbs = np.isposinf(critical_T)
+        if climbs.any():
+            top = np.full(int(climbs.sum()), 0.98)
+            axes.plot(
+                steps[climbs], top, "^", color=SIDES[1], clip_on=False, transform=axes.get_xaxis_transform(),
+                label="any step along the update raises the loss",
+            )  # fmt: skip
+        axes.set(xlabel="step", ylabel="critical sharpness")
+        _legend(axes)
+
+    return HEIGHT, draw
+
+
+def density_panel(step: int, eigenvalues_X: np.ndarray, density_X: np.ndarray, width: float) -> Block:
+    """The Hessian's spectral density at a step: how many eigenvalues a unit, smoothed by Gaussians of this width."""
+
+    def draw(area: Area) -> None:
+        axes = _axes(area)
+        one = 1 / (width * np.sqrt(2 * np.pi))
+        axes.fill_between(eigenvalues_X, density_X, FAINTEST * one, color=SIDES[0], alpha=0.25, linewidth=0)
+        label = f"spectral density at step {step}, smoothed over {width:.2g}"
+        axes.plot(eigenvalues_X, density_X, color=SIDES[0], label=label)
+        axes.axhline(one, linestyle=":", color=WHOLE, label="peak of a single eigenvalue")
+        axes.axvline(0, color=FAINT, linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set(xlabel="eigenvalue", ylabel="eigenvalues per unit", ylim=(FAINTEST * one, 3 * density_X.max()))
+        _legend(axes)
+
+    return HEIGHT, draw
 
 
 def slice_page(path: Path, positions: np.ndarray, curves: Mapping[str, np.ndarray], title: str) -> None:

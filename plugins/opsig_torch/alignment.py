@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from opsig_torch import captured
 from opsig_torch.flat import replaced
+from opsig_torch.frozen import frozen_statistics
 
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
@@ -47,17 +48,22 @@ def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
 
 
 def gradient_norms(session: TorchSession, samples: np.ndarray | None = None) -> np.ndarray:
-    """Norm of every (chosen) sample's loss gradient at the loaded parameters, (M,) float64."""
-    plan = session.gradient_plan()
+    """Norm of every (chosen) sample's loss gradient at the loaded parameters, (M,) float64.
+
+    With batch norm by chunks a proxy: the chunks' statistics are held fixed, and all samples must be asked for.
+    """
     everybody = np.arange(session.samples) if samples is None else samples
     squares = []
-    for part in sample_batches(session, everybody):
-        total = torch.zeros(len(part), dtype=torch.float64, device=session.flat.vector.device)
-        for parameter in captured.capture(session, part, plan, list(plan.covered)):
-            total += parameter.squares()
-        if plan.loose:
-            total += loose_gradients(session, part, plan.loose).square().sum(1)
-        squares.append(total)
+    with frozen_statistics(session) as frozen:
+        plan = session.gradient_plan()
+        for part in sample_batches(session, everybody):
+            total = torch.zeros(len(part), dtype=torch.float64, device=session.flat.vector.device)
+            for parameter in captured.capture(session, part, plan, list(plan.covered)):
+                total += parameter.squares()
+            if plan.loose:
+                with frozen.held(part):
+                    total += loose_gradients(session, part, plan.loose).square().sum(1)
+            squares.append(total)
     return torch.cat(squares).sqrt().cpu().numpy()
 
 

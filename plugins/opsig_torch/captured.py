@@ -121,10 +121,8 @@ class Captured:
         outputs = use.outputs_MTO
         positions = outputs.shape[1]
         if len(self.uses) == 1 and positions == 1 and isinstance(use.module, nn.Linear):
-            return (
-                use.inputs.flatten(1).square().sum(1, dtype=torch.float64)
-                * outputs.flatten(1).square().sum(1, dtype=torch.float64)
-            )  # fmt: skip
+            inputs = use.inputs.flatten(1).square().sum(1, dtype=torch.float64)
+            return inputs * outputs.flatten(1).square().sum(1, dtype=torch.float64)
         squares = torch.zeros(self.samples, dtype=torch.float64, device=outputs.device)
         if len(self.uses) == 1 and self._positions_are_few(use):
             for chosen in _slices(self.samples, positions * (positions + self.fan_in)):
@@ -195,7 +193,7 @@ class Captured:
         for first in range(0, self.samples, tile):
             last = min(first + tile, self.samples)
             here, before = slice(first * positions, last * positions), slice(0, last * positions)
-            products = _inner(inputs[here], inputs[before]) * _inner(outputs[here], outputs[before])
+            products = inner(inputs[here], inputs[before]) * inner(outputs[here], outputs[before])
             if positions > 1:
                 products = products.view(last - first, positions, last, positions).sum((1, 3))
             gram[first:last, :last] += products
@@ -408,7 +406,7 @@ def _slices(count: int, floats: int) -> list[slice]:
     return [slice(first, min(first + width, count)) for first in range(0, count, width)]
 
 
-def _inner(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def inner(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Inner products of rows, summed in float64 beyond COLUMNS columns."""
     if left.shape[1] <= COLUMNS:
         return left @ right.T

@@ -74,10 +74,14 @@ class TorchSession:
         """The device as a person knows it."""
         return torch.cuda.get_device_name() if self.device == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
 
+    def batch_norms(self) -> list[nn.Module]:
+        """The model's batch norm layers."""
+        return [m for m in self.flat.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
     @property
-    def has_batch_norm(self) -> bool:
-        """Whether a sample's loss depends on the batch it is in."""
-        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.flat.model.modules())
+    def couples_samples(self) -> bool:
+        """Whether a sample's loss depends on the others of its chunk."""
+        return self.statistics == "chunk" and bool(self.batch_norms())
 
     def initial(self, seed: int) -> State:
         """The run's first state: the task's model built after seeding torch with `seed`."""
@@ -109,9 +113,8 @@ class TorchSession:
         """Everything in evaluation mode, batch norm excepted where its statistics are the chunk's."""
         self.flat.model.eval()
         if self.statistics == "chunk":
-            for module in self.flat.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.train()
+            for layer in self.batch_norms():
+                layer.train()
 
     def train(self, training: Training, start: State) -> Iterator[Snapshot]:
         """Snapshots of every step from `start.step` to `training.steps`, both included; see `opsig_torch.training`."""
@@ -141,7 +144,7 @@ class TorchSession:
     def inference_batch(self) -> int:
         """Convolutions on the CPU run up to three times faster in small batches; batch norm needs its own."""
         convolves = any(isinstance(module, nn.Conv2d) for module in self.flat.model.modules())
-        if self.device == "cpu" and convolves and not (self.has_batch_norm and self.statistics == "chunk"):
+        if self.device == "cpu" and convolves and not self.couples_samples:
             return min(self.batch_size, CONVOLUTION_BATCH)
         return self.batch_size
 
@@ -156,12 +159,14 @@ class TorchSession:
             return losses, predict(model, batch)
 
     def gradient_cosines(self, state: State, samples: np.ndarray) -> np.ndarray:
-        """Cosines of the chosen samples' gradients, (M, M) float64; see `opsig_torch.alignment`."""
-        from opsig_torch.alignment import gradient_gram
+        """Cosines of the chosen samples' gradients, (M, M) float64; see `opsig_torch.alignment`.
 
-        self._need_separate_samples()
+        Where samples are coupled, a gradient is that through the sample's whole chunk; see `opsig_torch.coupled`.
+        """
+        from opsig_torch import alignment, coupled
+
         with self.at(state):
-            gram = gradient_gram(self, samples)
+            gram = (coupled if self.couples_samples else alignment).gradient_gram(self, samples)
         with np.errstate(invalid="ignore", divide="ignore"):
             norms = np.sqrt(np.diag(gram))
             gram /= norms[:, None]
@@ -169,18 +174,18 @@ class TorchSession:
         return gram
 
     def mean_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
-        """Mean cosine of samples' gradients with those of each set, (M, G); see `opsig_torch.alignment`."""
-        from opsig_torch.alignment import mean_cosines
+        """Mean cosine of samples' gradients with those of each set, (M, G); where, see `gradient_cosines`."""
+        from opsig_torch import alignment, coupled
 
-        self._need_separate_samples()
         with self.at(state):
-            return mean_cosines(self, samples, sets)
+            return (coupled if self.couples_samples else alignment).mean_cosines(self, samples, sets)
 
     def gradient_sketch(self, state: State, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
         """Sketches of chosen samples' gradients of length one, (M, size) float32; see `opsig_torch.sketch`."""
         from opsig_torch.sketch import gradient_sketch
 
-        self._need_separate_samples()
+        if self.couples_samples:
+            raise OpsigError("with batch norm in chunks gradients are not sketched. Leave --sketch out")
         with self.at(state):
             return gradient_sketch(self, samples, size, seed)
 
@@ -198,13 +203,6 @@ class TorchSession:
         if self._plan is None:
             self._plan = plan(self)
         return self._plan
-
-    def _need_separate_samples(self) -> None:
-        if self.has_batch_norm and self.statistics == "chunk":
-            raise OpsigError(
-                "with batch norm and chunk statistics a sample's gradient is not its own: gradients of single samples "
-                "are not measured. Use --by loss in cluster, or train with --statistics running"
-            )
 
     def top_eigenpairs(
         self, state: State, count: int, tolerance: float, previous: Eigenpairs | None = None,
@@ -261,7 +259,11 @@ class TorchSession:
         """The most positive eigenvalue of chosen samples' Hessians, (M,) float64; see `opsig_torch.spectrum`."""
         from opsig_torch.spectrum import sample_sharpness
 
-        self._need_separate_samples()
+        if self.couples_samples:
+            raise OpsigError(
+                "sample_sharpness is not measured where batch norm goes by chunks: a sample's Hessian has no part of "
+                "its own there. Measure curvature instead, or train with --statistics running"
+            )
         with self.at(state):
             return sample_sharpness(self, samples)
 
@@ -273,10 +275,9 @@ class TorchSession:
             return spectral_density(self)
 
     def gradient_norms(self, state: State) -> np.ndarray:
-        """Norm of every sample's gradient, (S,) float64; see `opsig_torch.alignment`."""
+        """Norm of every sample's gradient, (S,) float64, a proxy if coupled; see `opsig_torch.alignment`."""
         from opsig_torch.alignment import gradient_norms
 
-        self._need_separate_samples()
         with self.at(state):
             return gradient_norms(self)
 

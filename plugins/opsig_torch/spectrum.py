@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROBES, STEPS = 4, 30
 SAMPLE_STEPS = 10
-BLOCK_BYTES = 512 << 20
+BLOCK_BYTES = 64 << 20
 """Bound on the bases of a block of samples."""
 
 
