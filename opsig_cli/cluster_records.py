@@ -15,7 +15,7 @@ from opsig_cli.trajectory import Trajectory
 
 
 def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
-    """A record for every pair, one for every group, then one for every member of a group.
+    """A record for every pair, one for every group, then one for every member of a group, in each pair of the group's.
 
     Numbers of groups and pairs start at 1.
     """
@@ -93,16 +93,20 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     group_of = np.concatenate([found.group_M, clusters.joined.group])
     alignment = np.concatenate([found.alignment_M, clusters.joined.alignment])
     ids = run.samples
+    places: dict[int, list[tuple[int | None, int | None]]] = {}  # of a group: its pairs, with its side in each
+    for number, pair in enumerate(pairs, 1):
+        for group, side in zip(pair, (1, -1), strict=True):
+            places.setdefault(group, []).append((number, side))
     for i in np.argsort(group_of, kind="stable"):
         group = int(group_of[i])
-        if group >= 0:
+        for number, side in places.get(group, [(None, None)]) if group >= 0 else []:
             written.append({
                 "kind": "member",
                 "trajectory": run.path,
                 "sample": int(ids[position[i]]),
                 "group": group + 1,
-                "pair": pair_of.get(group),
-                "side": side_of.get(group),
+                "pair": number,
+                "side": side,
                 "alignment": float(alignment[i]),
                 "label": None if labels_S is None else str(labels_S[position[i]]),
                 "mined": bool(i < len(clusters.position)),

@@ -86,11 +86,8 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
     title = f"{Path(run.path).name}: opposing pairs"
     if len(pairs) > PANELS:
         title += f" ({PANELS} of {len(pairs)})"
-    mixes = {record["group"]: [] for record in records if record["kind"] == "member"}
-    for record in records:
-        if record["kind"] == "member":
-            mixes[record["group"]].append(record["label"])
-    names = [f"G{group} {max(set(labels), key=labels.count) or ''}" for group, labels in sorted(mixes.items())]
+    mixes = {record["group"]: record["labels"] or {"": 1} for record in records if record["kind"] == "group"}
+    names = [f"G{group} {next(iter(mix))}".strip() for group, mix in sorted(mixes.items())]
     matrix = alignment_block(clusters.similarity_MM, found.group_M, names, found.pairs())
     pairs_figure(path, panels, window.steps_T, whole, title, _zoom(window.steps_T, centre), matrix if names else [])
 

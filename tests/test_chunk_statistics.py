@@ -141,10 +141,10 @@ def test_commands_say_what_batch_norm_in_chunks_does_to_their_numbers(opsig, tmp
     assert "gradient norms hold each chunk's statistics fixed" in found.err
     assert "statistics fixed" not in opsig(*norms, "curvature").err
     opsig(*norms, "sample_sharpness").fails(1, "sample_sharpness is not measured where batch norm goes by chunks")
-    clustered = opsig("cluster", run, *task, "--top", 30)
+    clustered = opsig("cluster", run, *task, "--top", 10)
     assert clustered.code == 0
     assert "note: nobody joins" in clustered.err
     assert all(r["mined"] for r in clustered.records if r["kind"] == "member")
-    joined = opsig("cluster", run, *task, "--top", 30, "--join")
+    joined = opsig("cluster", run, *task, "--top", 10, "--join")
     assert "nobody joins" not in joined.err
     assert not all(r["mined"] for r in joined.records if r["kind"] == "member")

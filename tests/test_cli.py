@@ -136,10 +136,10 @@ def test_mine_and_cluster_chain(opsig, tiny_run):
     assert {r["group"] for r in groups} == {m["group"] for m in members}
     for pair in pairs:
         for group, size, side in zip(pair["groups"], pair["sizes"], (1, -1), strict=True):
-            found = [m for m in members if m["group"] == group]
+            found = [m for m in members if m["group"] == group and m["pair"] == pair["pair"]]
             assert len(found) == size
             (record,) = [r for r in groups if r["group"] == group]
-            assert {(m["pair"], m["side"]) for m in found} == {(record["pair"], record["side"])}
+            assert {m["side"] for m in found} == {side}
             if record["pair"] == pair["pair"]:
                 assert record["side"] == side
                 assert {record["partner"], group} == set(pair["groups"])
@@ -217,9 +217,9 @@ def test_every_group_carries_its_evidence(opsig, tiny_run):
         step = groups[0]["rise_step"]
         change = np.diff(file["losses/loss"][step - 1 : step + 1].astype(float), axis=0)[0]
     for group in groups:
-        members = [
+        members = list({
             r["sample"] for r in records if r["kind"] == "member" and r["group"] == group["group"] and r["mined"]
-        ]
+        })  # fmt: skip
         assert group["change"] == pytest.approx(change[members].mean())
         assert group["movement"] == pytest.approx(np.abs(change[members]).sum() / np.abs(change).sum())
         if change.sum() > 0:

@@ -133,7 +133,7 @@ def curvature_groups(trajectory, piped: list) -> dict:
             members.setdefault(f"G{record['group']}", []).append(record["sample"])
     if piped and not members:
         raise OpsigError("records on stdin name no members of groups. Pipe those that opsig cluster prints")
-    return {name: movers.positions_of(trajectory, ids) for name, ids in members.items()}
+    return {name: movers.positions_of(trajectory, list(dict.fromkeys(ids))) for name, ids in members.items()}
 
 
 def _row(record: dict) -> dict:
