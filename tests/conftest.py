@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny tensors: more threads only wait for each other, long on a busy machine
+
 TASKS = Path(__file__).parent / "tasks" / "tiny.py"
 
 
