@@ -12,7 +12,7 @@ import torch
 from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_map
 
-from opsig_torch.eigen import lanczos_matrix, random_start
+from opsig_torch.eigen import PIECE, lanczos_matrix, random_start
 from opsig_torch.flat import replaced
 from opsig_torch.hessian import Hessian
 from opsig_torch.sample_curvature import Primitives
@@ -90,11 +90,11 @@ def _batched_lanczos(product: Any, start: torch.Tensor, steps: int) -> np.ndarra
     matrix = torch.zeros(len(start), steps, steps, dtype=torch.float64)
     for step in range(steps):
         image = product(basis[step])
-        for repeat in range(2):
-            along = torch.einsum("jbp,bp->jb", basis[: step + 1].double(), image.double())
-            if repeat == 0:
-                matrix[:, step, step] = along[step].cpu()
-            image = image - torch.einsum("jb,jbp->bp", along.to(image), basis[: step + 1])
+        along = _inner_products(basis[: step + 1], image)
+        matrix[:, step, step] = along[step].cpu()
+        image = torch.baddbmm(image[:, None], along.T[:, None].to(image), basis[: step + 1].transpose(0, 1), alpha=-1)[
+            :, 0
+        ]  # once is enough for so few steps
         if step + 1 < steps:
             length = image.norm(dim=1, keepdim=True)
             alive = length > 1e-6 * matrix[:, step, step].abs().to(length)[:, None].clamp_min(1e-20)
@@ -102,3 +102,12 @@ def _batched_lanczos(product: Any, start: torch.Tensor, steps: int) -> np.ndarra
             beside = torch.where(alive, length, 0)[:, 0].double().cpu()
             matrix[:, step, step + 1] = matrix[:, step + 1, step] = beside
     return torch.linalg.eigvalsh(matrix)[:, -1].numpy()
+
+
+def _inner_products(rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Inner products of rows (j, b, P) with vectors (b, P), (j, b) float64."""
+    total = torch.zeros(rows.shape[:2], dtype=torch.float64, device=rows.device)
+    for first in range(0, vectors.shape[1], PIECE):
+        piece = slice(first, first + PIECE)
+        total += torch.bmm(rows[:, :, piece].transpose(0, 1), vectors[:, piece, None])[..., 0].T
+    return total
