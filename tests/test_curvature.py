@@ -132,6 +132,19 @@ def test_a_tolerance_below_the_precision_is_refused():
         top_eigenpairs(lambda v: v, torch.ones(3), 1, 1e-6)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_run_that_diverged_is_said_and_hangs_nothing(value):
+    session, state = open_double("mlp")
+    state.params[3] = value
+    with pytest.raises(OpsigError, match="the run has diverged"):
+        session.top_eigenpairs(state, 1, 1e-3)
+
+
+def test_products_that_are_not_finite_end_the_solve():
+    with pytest.raises(ValueError, match="the Hessian is not finite"):
+        top_eigenpairs(lambda v: v * torch.nan, torch.ones(5, dtype=torch.float64), 1, 1e-3)
+
+
 def test_a_space_that_is_exhausted_ends_the_solve():
     found = solve_diagonal([2.0, 2.0, 2.0], count=2)
     np.testing.assert_allclose(found.values, [2, 2])

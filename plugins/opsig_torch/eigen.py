@@ -73,7 +73,7 @@ def top_eigenpairs(
     """Solve for the `count` most positive eigenpairs to the relative `tolerance`, from a nonzero (P,) `start`.
 
     Memory: two vectors for each of ROOM + 4 K basis vectors at the most, and R. Raises ValueError for a tolerance that
-    the start's precision cannot reach.
+    the start's precision cannot reach, and for products that are not finite.
 
     >>> diagonal = torch.tensor([3.0, -9.0, 1.0, 2.0], dtype=torch.float64)
     >>> found = top_eigenpairs(lambda v: diagonal * v, torch.ones(4, dtype=torch.float64), 2, 1e-8)
@@ -134,8 +134,13 @@ class _Search:
         while vector is None:
             noise = torch.randn(direction.shape, generator=self._generator, dtype=torch.float64)
             vector = self._apart((noise / noise.norm()).to(direction))
+        image = product(vector)
+        if not torch.isfinite(image).all():
+            raise ValueError(
+                "the Hessian is not finite at this checkpoint: the run has diverged. Choose others with --steps"
+            )
         self._put(vector)
-        self._put(product(vector))
+        self._put(image)
         self.products += 1
         self._ritz_values, self._ritz = np.linalg.eigh((self._vw + self._vw.T) / 2)
 

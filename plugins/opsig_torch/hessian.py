@@ -93,6 +93,10 @@ class Hessian:
         with torch.no_grad():
             _, batch = next(iter(session.batches))
             first, second = (session.task.losses(session.flat.model, batch) for _ in range(2))
+        if not torch.isfinite(first).all():
+            raise OpsigError(
+                "losses are not finite at this checkpoint: the run has diverged. Choose others with --steps"
+            )
         if not torch.equal(first, second):
             raise OpsigError(
                 "the task's losses differ when they are evaluated again at the same parameters. "
@@ -128,7 +132,8 @@ def solve(
     """The `count` most positive eigenpairs of the loaded parameters' Hessian.
 
     The start is what `memory` of a checkpoint near by names, else the gradient, which lies largely along the top
-    eigenvectors; with a random part from `seed`. Raises OpsigError for a tolerance that cannot be met.
+    eigenvectors; with a random part from `seed`. Raises OpsigError for a tolerance that cannot be met, or where the
+    Hessian is not finite.
     """
     hessian = Hessian(session, scale)
     start = hessian.gradient() if memory is None else memory.start(count)
