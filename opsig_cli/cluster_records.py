@@ -51,12 +51,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "opposition_error": weight.opposition_error,
             "shared": weight.shared,
             "loss_correlation": weight.loss_correlation,
-            "share": weight.share,
-            "movement": weight.movement,
-            "stability": weight.stability,
-            "stability_checkpoints": weight.kept,
-            "p_value": weight.p_value,
-            "p_value_random": weight.p_value_random,
+            **_evidence(weight),
             "p_value_losses": weight.p_value_losses,
             "rise_step": rise_step,
             "changes": weight.changes,
@@ -78,12 +73,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "labels": mixes[group],
             "cohesion": weight.cohesion,
             "cohesion_error": weight.cohesion_error,
-            "share": weight.share,
-            "movement": weight.movement,
-            "stability": weight.stability,
-            "stability_checkpoints": weight.kept,
-            "p_value": weight.p_value,
-            "p_value_random": weight.p_value_random,
+            **_evidence(weight),
             "rise_step": rise_step,
             "change": weight.change,
             "sentence": group_sentence(names[group], against, weight, rise_step, measure),
@@ -113,6 +103,18 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
                 **texts.field(int(position[i])),
             })  # fmt: skip
     return written
+
+
+def _evidence(weight: GroupWeight | PairWeight) -> dict[str, float]:
+    """What groups and pairs are weighed by alike, under the records' names."""
+    return {
+        "share": weight.share,
+        "movement": weight.movement,
+        "stability": weight.stability,
+        "stability_checkpoints": weight.kept,
+        "p_value": weight.p_value,
+        "p_value_random": weight.p_value_random,
+    }
 
 
 def caveat(clusters: Clusters) -> str | None:
