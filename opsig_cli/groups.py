@@ -149,7 +149,7 @@ def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
     return grouping.spread(int(window.steps_T[0]), int(window.steps_T[-1]), run.steps("checkpoints"), CHECKPOINTS)
 
 
-def with_largest_gradients(
+def _with_largest_gradients(
     run: Trajectory, session: Session, position: np.ndarray, window: Window, advance: Callable[..., None]
 ) -> np.ndarray:
     """The positions, and as many samples whose gradients are the largest over the window's checkpoints.
@@ -169,7 +169,7 @@ def with_largest_gradients(
     return np.concatenate([position, largest[~np.isin(largest, position)]])
 
 
-def mean_similarity(
+def _mean_similarity(
     run: Trajectory, session: Session, backend: str, position: np.ndarray, window: Window, sketch: int | None,
     advance: Callable[..., None],
 ) -> np.ndarray:  # fmt: skip
@@ -211,16 +211,22 @@ def sketch_band(run: Trajectory, window: Window, size: int) -> float:
 
 
 def by_gradient(
-    run: Trajectory, session: Session, position: np.ndarray, by: str, window: Window, similarity_MM: np.ndarray,
-    joining: bool, advance: Callable[..., None], sketch_error: float | None = None,
+    run: Trajectory, session: Session, backend: str, position: np.ndarray, by: str, window: Window,
+    advance: Callable[..., None], *, widen: bool = True, joining: bool = True, sketch: int | None = None,
 ) -> Clusters:  # fmt: skip
-    """Group the samples by their mean gradient cosines.
+    """Group the samples at these positions by their mean gradient cosines.
 
-    A pair is significant only where its groups look alike (see SHARES), and with `by` "both" where their losses'
-    changes are anticorrelated: what pulls apart by labels alone is not a feature with opposing signals. Every group is
-    scored anew, exactly, at each checkpoint from the mean gradients of its members. With `joining`, samples that were
-    not mined join the group with which they align as well as its own members do.
+    With `widen` as many samples with the largest gradients are taken with them. A pair is significant only where its
+    groups look alike (see SHARES), and with `by` "both" where their losses' changes are anticorrelated: what pulls
+    apart by labels alone is not a feature with opposing signals. Every group is scored anew, exactly, at each
+    checkpoint from the mean gradients of its members. With `joining`, samples that were not mined join the group with
+    which they align as well as its own members do. `sketch` estimates the cosines to group by from so many numbers a
+    sample.
     """
+    sketch_error = None if sketch is None else sketch_band(run, window, sketch)
+    if widen:
+        position = _with_largest_gradients(run, session, position, window, advance)
+    similarity_MM = _mean_similarity(run, session, backend, position, window, sketch, advance)
     smallest = _smallest(position)
     found = grouping.group_by_similarity(similarity_MM, smallest)
     features_CGD = _features(run, session, window, _members(position, found))

@@ -75,17 +75,17 @@ def cluster(
             clusters = groups.by_loss(trajectory, position, window)
         else:
             steps = groups.checkpoints_in(trajectory, window)
-            band = None if sketch is None else groups.sketch_band(trajectory, window, sketch)
+            if sketch is not None:
+                groups.sketch_band(trajectory, window, sketch)  # refused before anything is loaded
             session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
             if join is None and not (join := not getattr(session, "couples_samples", False)):
                 options.note("note: nobody joins: with batch norm in chunks each costs a chunk; see --join", quiet)
             with options.progress("gradients", (2 if mined else 3) * len(steps), quiet) as advance:
-                if not mined:
-                    position = groups.with_largest_gradients(trajectory, session, position, window, advance)
-                similarity = groups.mean_similarity(trajectory, session, backend, position, window, sketch, advance)
                 clusters = groups.by_gradient(
-                    trajectory, session, position, by, window, similarity, join, advance, band
-                )
+                    trajectory, session, backend, position, by, window, advance,
+                    widen=not mined, joining=join, sketch=sketch,
+                )  # fmt: skip
+                position = clusters.position
         written = cluster_records.records(trajectory, clusters)
         agreed = agreement.agreement(trajectory, clusters) if truth else None
         explained = cluster_records.explain(trajectory, clusters, explain) if explain is not None else []
