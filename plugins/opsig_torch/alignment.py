@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
@@ -29,14 +30,13 @@ DIRECTIONS_BYTES = 256 << 20
 def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
     """Inner products of the loss gradients of chosen samples at the loaded parameters, (M, M) float64.
 
-    Memory: M x M in float64, captured.MEMORY_BYTES for a group of layers, half as much for a block of gradients.
+    Memory: M x M in float64, captured.MEMORY_BYTES for a group of layers, and captured.BLOCK_BYTES; where parameters
+    are loose, a quarter of the former for their gradients.
     """
     plan = session.gradient_plan()
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=session.flat.vector.device)
     for group in plan.groups(len(samples)):
-        for parameter in captured.capture(session, samples, plan, group):
-            parameter.add_gram(gram)
-        del parameter  # with its activations, before those of the next group are made
+        _add_group_gram(session, samples, plan, group, gram)
     if plan.loose:
         _add_loose_gram(session, samples, plan.loose, gram)
     found = gram.cpu().numpy()
@@ -138,6 +138,16 @@ def loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str]
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be vmapped
         per_sample = vmap(grad(loss), (None, 0))(values, session.batches.take(samples))
     return torch.cat([per_sample[name].reshape(len(samples), -1) for name in names], 1).double()
+
+
+def _add_group_gram(
+    session: TorchSession, samples: np.ndarray, plan: captured.Plan, group: list[nn.Parameter], gram: torch.Tensor
+) -> None:
+    """Add inner products over these parameters to the lower triangle, and let go of all that is held for them."""
+    rows, weights = captured.gather(session, samples, plan, group)
+    captured.add_gram(gram, rows)
+    for weight in weights:
+        weight.add_gram(gram)
 
 
 def _add_loose_gram(session: TorchSession, samples: np.ndarray, names: list[str], gram: torch.Tensor) -> None:

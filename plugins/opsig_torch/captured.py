@@ -8,6 +8,7 @@ sum over its uses. `plan` finds the parameters for which this holds, and holds e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,14 +23,16 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
 
-MEMORY_BYTES = 1 << 30
-"""Bound on the activations held at a time; a block of per-sample gradients made from them takes a quarter of it."""
+MEMORY_BYTES = 5 << 28
+"""Bound on what is held of all samples at a time: activations, or gradients where these are smaller."""
+BLOCK_BYTES = 64 << 20
+"""Bound on the gradients that are made from held activations at a time."""
 PIECE_BYTES = 2 << 20
 """Bound on what is worked on at a time where all samples are not needed together: what a processor's cache holds."""
 COLUMNS = 4096
 """Longest sums that are left to float32; longer ones are added up in float64."""
-TILE = 512
-"""Rows of a Gram matrix that are made at a time."""
+TILE = 128
+"""Rows of a Gram matrix that are made at a time; fewer waste less above the diagonal, more multiply faster."""
 AGREES = 1e-3
 """Relative error up to which a captured gradient is the one of autograd."""
 
@@ -58,6 +61,16 @@ class Use:
             unfolded = _unfolded(inputs, module)
             return unfolded.transpose(1, 2)
         return inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None]
+
+    def room(self, samples: int) -> Use:
+        """An empty one for so many samples."""
+        inputs, gradients = (part.new_empty(samples, *part.shape[1:]) for part in (self.inputs, self.gradients))
+        return Use(self.module, inputs, gradients)
+
+    def put(self, samples: slice, part: Use) -> None:
+        """Take over a batch."""
+        self.inputs[samples] = part.inputs
+        self.gradients[samples] = part.gradients
 
     def weight_blocks(
         self, chosen: slice, heights: list[slice], out: torch.Tensor | None = None
@@ -113,6 +126,15 @@ class Captured:
         self.height = self.parameter.shape[0]
         self.fan_in = self.parameter.numel() // self.height
 
+    def room(self, samples: int) -> Captured:
+        """An empty one for so many samples."""
+        return Captured(self.parameter, [(use.room(samples), name) for use, name in self.uses], self.is_weight)
+
+    def put(self, samples: slice, part: Captured) -> None:
+        """Take over a batch."""
+        for (whole, _), (use, _) in zip(self.uses, part.uses, strict=True):
+            whole.put(samples, use)
+
     def squares(self) -> torch.Tensor:
         """Squared norms, (M,) float64."""
         if not self.is_weight:
@@ -150,10 +172,7 @@ class Captured:
         return total
 
     def add_gram(self, gram: torch.Tensor) -> None:
-        """Add the inner products of every two samples to the lower triangle of `gram`, (M, M) float64."""
-        if not self.is_weight:
-            add_gram(gram, self.all_rows())
-            return
+        """Add a weight's inner products of every two samples to the lower triangle of `gram`, (M, M) float64."""
         use = self.uses[0][0]
         positions = use.outputs_MTO.shape[1]
         linear = isinstance(use.module, nn.Linear) and positions == 1
@@ -163,13 +182,26 @@ class Captured:
         ):  # fmt: skip
             self._add_gram_of_positions(gram, use)
             return
-        height = max(1, MEMORY_BYTES // (16 * self.samples * self.fan_in))
+        height = min(self.height, max(1, BLOCK_BYTES // (4 * self.samples * self.fan_in)))
+        # One room for all blocks: the first touch of fresh memory takes as long as making the gradients.
+        room = use.gradients.new_empty(self.samples * height * self.fan_in)
         for first in range(0, self.height, height):
-            rows = slice(first, min(first + height, self.height))
-            block = use.gradients.new_empty(self.samples, rows.stop - rows.start, self.fan_in)
-            for chosen in _slices(self.samples, self.fan_in * self._positions()):
-                self._block(chosen, [rows], out=block[chosen])
-            add_gram(gram, block.flatten(1))
+            add_gram(gram, self._rows_of_weight(slice(first, min(first + height, self.height)), room))
+
+    def gradients(self) -> torch.Tensor:
+        """The gradients themselves, (M, the parameter's size)."""
+        if not self.is_weight:
+            return self.all_rows()
+        room = self.uses[0][0].gradients.new_empty(self.samples * self.parameter.numel())
+        return self._rows_of_weight(slice(0, self.height), room)
+
+    def _rows_of_weight(self, rows: slice, room: torch.Tensor) -> torch.Tensor:
+        """Gradients of some output rows, (M, o F), made in the first part of `room`."""
+        shape = (self.samples, rows.stop - rows.start, self.fan_in)
+        block = room[: math.prod(shape)].view(shape)
+        for chosen in _slices(self.samples, self.fan_in * self._positions()):
+            self._block(chosen, [rows], out=block[chosen])
+        return block.flatten(1)
 
     def sample_gradient(self, sample: int) -> torch.Tensor:
         """One sample's gradient, shaped as the parameter."""
@@ -234,20 +266,21 @@ class Plan:
     loose: list[str]
 
     def groups(self, samples: int) -> list[list[nn.Parameter]]:
-        """Consecutive parameters whose activations for so many samples fit the budget."""
+        """Consecutive parameters of which what is held of so many samples fits the budget."""
         groups: list[list[nn.Parameter]] = []
-        room, seen = 0, set()
-        for parameter, places in self.covered.items():
-            modules = {module for module, _ in places}
-            need = 0 if modules <= seen else self.floats[parameter] * samples * 4
+        room = 0
+        for parameter, floats in self.floats.items():
+            need = min(floats, parameter.numel()) * samples * 4
             if not groups or need > room:
                 groups.append([])
-                room, seen = MEMORY_BYTES, set()
-                need = self.floats[parameter] * samples * 4
+                room = MEMORY_BYTES
             groups[-1].append(parameter)
-            seen |= modules
             room -= need
         return groups
+
+    def is_small(self, parameter: nn.Parameter) -> bool:
+        """Whether a sample's gradient takes no more room than the activations that it is made from."""
+        return parameter.numel() <= self.floats[parameter]
 
 
 def plan(session: TorchSession) -> Plan:
@@ -282,18 +315,43 @@ def plan(session: TorchSession) -> Plan:
 def capture(
     session: TorchSession, samples: np.ndarray, chosen: Plan, parameters: list[nn.Parameter]
 ) -> Iterator[Captured]:
-    """Gradients of these parameters for samples, all of whose activations are held until the last is taken."""
+    """Gradients of these parameters for a batch, all of whose activations are held until the last is taken."""
     modules = list(dict.fromkeys(module for p in parameters for module, _ in chosen.covered[p]))
     uses = _captured_uses(session, samples, modules)
     for parameter in parameters:
         yield _collect(parameter, chosen.covered[parameter], uses)
 
 
+def gather(
+    session: TorchSession, samples: np.ndarray, chosen: Plan, parameters: list[nn.Parameter]
+) -> tuple[torch.Tensor, list[Captured]]:
+    """Gradients of these parameters for many samples: those of small ones side by side, (M, D), and the others'."""
+    small = [p for p in parameters if chosen.is_small(p)]
+    rows = session.flat.vector.new_empty(len(samples), sum(p.numel() for p in small))
+    weights: list[Captured] = []
+    size = session.inference_batch()
+    for start in range(0, len(samples), size):
+        batch = slice(start, start + size)
+        left = number = 0
+        for parameter in capture(session, samples[batch], chosen, parameters):
+            if chosen.is_small(parameter.parameter):
+                right = left + parameter.parameter.numel()
+                rows[batch, left:right] = parameter.gradients()
+                left = right
+            else:
+                if not start:
+                    weights.append(parameter.room(len(samples)))
+                weights[number].put(batch, parameter)
+                number += 1
+        del parameter  # with its batch's activations, before those of the next are made
+    return rows, weights
+
+
 def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
     """Add the inner products of rows (M, D) to the lower triangle of `gram`, (M, M) float64."""
-    for first in range(0, len(rows), TILE):
-        last = min(first + TILE, len(rows))
-        for column in range(0, rows.shape[1], COLUMNS):
+    for column in range(0, rows.shape[1], COLUMNS):
+        for first in range(0, len(rows), TILE):
+            last = min(first + TILE, len(rows))
             piece = rows[:last, column : column + COLUMNS]
             gram[first:last, :last] += piece[first:] @ piece.T
 
@@ -307,43 +365,25 @@ def _collect(
 
 
 def _captured_uses(session: TorchSession, samples: np.ndarray, modules: list[nn.Module]) -> dict[nn.Module, list[Use]]:
-    """Every entry of these layers for the samples, batch after batch."""
-    seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor, GradientEdge]]] = {}
+    """Every entry of these layers for a batch."""
+    seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor, GradientEdge]]] = {module: [] for module in modules}
 
     def keep(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         # The edge is taken now: an in-place ReLU that follows would shift the gradient past itself.
         seen[module].append((inputs[0].detach(), output, get_gradient_edge(output)))
 
     handles = [module.register_forward_hook(keep) for module in modules]
-    uses: dict[nn.Module, list[Use]] = {}
     try:
-        size = session.inference_batch()
-        for start in range(0, len(samples), size):
-            seen = {module: [] for module in modules}
-            losses = session.task.losses(session.flat.model, session.batches.take(samples[start : start + size]))
-            entries = [entry for module in modules for entry in seen[module]]
-            gradients = iter(
-                torch.autograd.grad(losses.sum(), [edge for *_, edge in entries], allow_unused=True) if entries else ()
-            )
-            for module in modules:
-                found = [(a, torch.zeros_like(o) if (d := next(gradients)) is None else d) for a, o, _ in seen[module]]
-                if len(samples) <= size:
-                    uses[module] = [Use(module, a, d) for a, d in found]
-                    continue
-                if not start:
-                    uses[module] = [Use(module, *(_room(part, len(samples)) for part in pair)) for pair in found]
-                for use, (a, d) in zip(uses[module], found, strict=True):
-                    use.inputs[start : start + size] = a
-                    use.gradients[start : start + size] = d
+        losses = session.task.losses(session.flat.model, session.batches.take(samples))
     finally:
         for handle in handles:
             handle.remove()
-    return uses
-
-
-def _room(part: torch.Tensor, samples: int) -> torch.Tensor:
-    """An empty tensor like this one of a batch, for all samples."""
-    return part.new_empty(samples, *part.shape[1:])
+    edges = [edge for entries in seen.values() for *_, edge in entries]
+    gradients = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True) if edges else ())
+    return {
+        module: [Use(module, a, torch.zeros_like(o) if (d := next(gradients)) is None else d) for a, o, _ in entries]
+        for module, entries in seen.items()
+    }
 
 
 def _kind(module: nn.Module, name: str) -> str | None:
