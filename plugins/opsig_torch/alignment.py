@@ -16,7 +16,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from opsig_torch import captured
+from opsig_torch import captured, layer_gradients
 from opsig_torch.flat import replaced
 from opsig_torch.frozen import frozen_statistics
 
@@ -30,8 +30,8 @@ DIRECTIONS_BYTES = 256 << 20
 def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
     """Inner products of the loss gradients of chosen samples at the loaded parameters, (M, M) float64.
 
-    Memory: M x M in float64, captured.MEMORY_BYTES for a group of layers, and captured.BLOCK_BYTES; where parameters
-    are loose, a quarter of the former for their gradients.
+    Memory: M x M in float64, layer_gradients.MEMORY_BYTES for a group of layers, and layer_gradients.BLOCK_BYTES;
+    where parameters are loose, a quarter of the former for their gradients.
     """
     plan = session.gradient_plan()
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=session.flat.vector.device)
@@ -40,8 +40,8 @@ def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
     if plan.loose:
         _add_loose_gram(session, samples, plan.loose, gram)
     found = gram.cpu().numpy()
-    for first in range(0, len(found), captured.TILE):  # the upper triangle, a band at a time
-        band = slice(first, first + captured.TILE)
+    for first in range(0, len(found), layer_gradients.TILE):  # the upper triangle, a band at a time
+        band = slice(first, first + layer_gradients.TILE)
         found[:first, band] = found[band, :first].T
         found[band, band] = np.tril(found[band, band]) + np.tril(found[band, band], -1).T
     return found
@@ -145,7 +145,7 @@ def _add_group_gram(
 ) -> None:
     """Add inner products over these parameters to the lower triangle, and let go of all that is held for them."""
     rows, weights = captured.gather(session, samples, plan, group)
-    captured.add_gram(gram, rows)
+    layer_gradients.add_gram(gram, rows)
     for weight in weights:
         weight.add_gram(gram)
 
@@ -153,7 +153,7 @@ def _add_group_gram(
 def _add_loose_gram(session: TorchSession, samples: np.ndarray, names: list[str], gram: torch.Tensor) -> None:
     """Add inner products over these parameters to the lower triangle, one block of sample pairs at a time."""
     size = sum(session.flat.model.get_parameter(name).numel() for name in names)
-    height = max(1, min(len(samples), captured.MEMORY_BYTES // (64 * size)))
+    height = max(1, min(len(samples), layer_gradients.MEMORY_BYTES // (64 * size)))
     starts = range(0, len(samples), height)
     for i in starts:
         left = loose_gradients(session, samples[i : i + height], names)

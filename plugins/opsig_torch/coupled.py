@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from opsig_torch.captured import inner
 from opsig_torch.flat import replaced
+from opsig_torch.layer_gradients import inner
 from opsig_torch.sample_curvature import Primitives
 
 if TYPE_CHECKING:
