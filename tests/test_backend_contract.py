@@ -51,8 +51,8 @@ def test_gradient_cosines_do_not_depend_on_the_memory_they_may_use(monkeypatch):
     session, state = open_double(tiny.Conv())
     samples = np.arange(12)
     whole = session.gradient_cosines(state, samples)
-    for bound in ("MEMORY_BYTES", "PIECE_BYTES", "TILE"):
-        monkeypatch.setattr(f"opsig_torch.captured.{bound}", 1)
+    for bound in ("MEMORY_BYTES", "BLOCK_BYTES", "PIECE_BYTES", "COLUMNS", "TILE"):
+        monkeypatch.setattr(f"opsig_torch.layer_gradients.{bound}", 1)
     np.testing.assert_allclose(session.gradient_cosines(state, samples), whole, atol=1e-12)
 
 

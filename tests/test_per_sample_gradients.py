@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from opsig_torch import TorchBackend, captured
+from opsig_torch import TorchBackend, layer_gradients
 from opsig_zoo.models import image_model
 from opsig_zoo.text import Text
 from tasks import tiny
@@ -128,4 +128,4 @@ def test_unfolded_inputs_are_those_of_torch(stride, padding, dilation, layout):
     whole = torch.randn(5, 3, 9, 8).contiguous(memory_format=layout)
     for inputs in (whole, whole[1:4], whole[::2]):
         expected = torch.nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        assert torch.equal(captured._unfolded(inputs, layer), expected)
+        assert torch.equal(layer_gradients._unfolded(inputs, layer), expected)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from opsig_torch import captured
+from opsig_torch import captured, layer_gradients
 from opsig_torch.flat import replaced
 from opsig_torch.frozen import frozen_statistics
 
@@ -29,19 +30,18 @@ DIRECTIONS_BYTES = 256 << 20
 def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
     """Inner products of the loss gradients of chosen samples at the loaded parameters, (M, M) float64.
 
-    Memory: M x M in float64, captured.MEMORY_BYTES for a group of layers, half as much for a block of gradients.
+    Memory: M x M in float64, layer_gradients.MEMORY_BYTES for a group of layers, and layer_gradients.BLOCK_BYTES;
+    where parameters are loose, a quarter of the former for their gradients.
     """
     plan = session.gradient_plan()
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=session.flat.vector.device)
     for group in plan.groups(len(samples)):
-        for parameter in captured.capture(session, samples, plan, group):
-            parameter.add_gram(gram)
-        del parameter  # with its activations, before those of the next group are made
+        _add_group_gram(session, samples, plan, group, gram)
     if plan.loose:
         _add_loose_gram(session, samples, plan.loose, gram)
     found = gram.cpu().numpy()
-    for first in range(0, len(found), captured.TILE):  # the upper triangle, a band at a time
-        band = slice(first, first + captured.TILE)
+    for first in range(0, len(found), layer_gradients.TILE):  # the upper triangle, a band at a time
+        band = slice(first, first + layer_gradients.TILE)
         found[:first, band] = found[band, :first].T
         found[band, band] = np.tril(found[band, band]) + np.tril(found[band, band], -1).T
     return found
@@ -140,10 +140,20 @@ def loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str]
     return torch.cat([per_sample[name].reshape(len(samples), -1) for name in names], 1).double()
 
 
+def _add_group_gram(
+    session: TorchSession, samples: np.ndarray, plan: captured.Plan, group: list[nn.Parameter], gram: torch.Tensor
+) -> None:
+    """Add inner products over these parameters to the lower triangle, and let go of all that is held for them."""
+    rows, weights = captured.gather(session, samples, plan, group)
+    layer_gradients.add_gram(gram, rows)
+    for weight in weights:
+        weight.add_gram(gram)
+
+
 def _add_loose_gram(session: TorchSession, samples: np.ndarray, names: list[str], gram: torch.Tensor) -> None:
     """Add inner products over these parameters to the lower triangle, one block of sample pairs at a time."""
     size = sum(session.flat.model.get_parameter(name).numel() for name in names)
-    height = max(1, min(len(samples), captured.MEMORY_BYTES // (64 * size)))
+    height = max(1, min(len(samples), layer_gradients.MEMORY_BYTES // (64 * size)))
     starts = range(0, len(samples), height)
     for i in starts:
         left = loose_gradients(session, samples[i : i + height], names)

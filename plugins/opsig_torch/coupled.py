@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from opsig_torch.captured import MEMORY_BYTES, inner
 from opsig_torch.flat import replaced
+from opsig_torch.layer_gradients import inner
 from opsig_torch.sample_curvature import Primitives
 
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
 
+MEMORY_BYTES = 1 << 30
+"""Bound on the gradients that are held at a time."""
 DIRECTIONS_BYTES = 256 << 20
 """Bound on the mean gradients of sets that are held at a time."""
 STRIP = 16

@@ -18,7 +18,7 @@ from opsig_torch import captured
 from opsig_torch.alignment import loose_gradients, sample_batches
 
 if TYPE_CHECKING:
-    from opsig_torch.captured import Captured
+    from opsig_torch.layer_gradients import Captured
     from opsig_torch.session import TorchSession
 
 
