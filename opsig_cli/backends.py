@@ -131,11 +131,16 @@ class GradientCosines(Protocol):
 
 @runtime_checkable
 class Features(Protocol):
-    """The capability by which `cluster` sees whether two groups look alike to the network."""
+    """The capability by which `cluster` sees what looks alike to the network."""
 
-    def mean_features(self, state: State, sets: list[np.ndarray]) -> np.ndarray | None:
-        """Mean over each set of its samples' features (what enters the last layer), less the mean of all samples and of
-        length one, (G, D) float64; None for a task that has none."""
+    def features(self, state: State, samples: np.ndarray) -> np.ndarray | None:
+        """Features of chosen samples (what enters the last layer), less the mean of all samples and of length one,
+        (M, D) float32; None for a task that has none."""
+        ...
+
+    def mean_feature_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray | None:
+        """Mean cosine of each chosen sample's features, centred so, with those of each set of samples, (M, G) float64;
+        None for a task that has none."""
         ...
 
 

@@ -28,8 +28,8 @@ CHECKPOINTS = 6
 SHARES = 0.5
 """Two large groups look alike where their centred features have at least this mean cosine. Random labels, which make
 whole classes pull against each other, stay below; natural pairs of images lie above."""
-SELECTED = 0.6
-"""What small groups must have more, divided by the root of the smaller one's size: a few of many look alike by
+SELECTED = 1.05
+"""What small groups must have more, divided by the root of their sizes' geometric mean: a few of many look alike by
 selection."""
 
 
@@ -227,27 +227,27 @@ def by_gradient(
     if widen:
         position = _with_largest_gradients(run, session, position, window, advance)
     similarity_MM = _mean_similarity(run, session, backend, position, window, sketch, advance)
+    likeness_MM = _mean_likeness(run, session, position, window)
     smallest = _smallest(position)
-    found = grouping.group_by_similarity(similarity_MM, smallest)
-    features_CGD = _features(run, session, window, _members(position, found))
-    if features_CGD is not None:
-        found = grouping.merge_alike(similarity_MM, found, features_CGD, smallest)
+    found = grouping.group_by_similarity(similarity_MM, smallest, likeness_MM)
     members = [found.members(group) for group in range(len(found.partner_G))]
-    everybody = np.arange(len(run.samples)) if joining else position
+    shared_GG = _shared(likeness_MM, found)
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
-    means_CNG, shared_GG = _exact_means(run, session, window, everybody, _members(position, found), advance)
-    means_CMG = means_CNG[:, position if joining else np.arange(len(position))]
     found = grouping.pair_anew(similarity_MM, found, _claimed(by, shared_GG, losses_TM, members))
+    everybody = np.arange(len(run.samples)) if joining else position
+    sets = [run.samples[position[inside]] for inside in members]
+    means_CNG = _mean_cosines(run, session, window, everybody, sets, advance)
     null = significance.shuffled_null(similarity_MM, smallest=smallest) if members else Null(np.empty(0), np.empty(0))
     clusters = _weigh(
         run, Clusters(by, position, found, [], [], similarity_MM, losses_TM, window,
                       evidence.period_two(losses_TM), sketch_error=sketch_error),
-        similarity_MM, means_CMG, null, shared_GG,
+        similarity_MM, means_CNG[:, position if joining else np.arange(len(position))], null, shared_GG, likeness_MM,
     )  # fmt: skip
     outside = np.setdiff1d(everybody, position)
     if not members or not len(outside):
         return clusters
-    group, alignment = grouping.join(means_CNG.mean(0), found, outside)
+    likeness_NG = None if likeness_MM is None else _mean_likeness_with(run, session, outside, sets, window)
+    group, alignment = grouping.join(means_CNG[:, outside].mean(0), found, likeness_NG)
     inside = group >= 0
     return replace(clusters, joined=Joined(outside[inside], group[inside], alignment[inside]))
 
@@ -255,45 +255,60 @@ def by_gradient(
 def _claimed(by: str, shared_GG: np.ndarray, losses_TM: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
     """Which groups may oppose by a feature that they share, (G, G); what is not known is not held against them."""
     sizes = np.array([len(side) for side in members])
-    claimed = ~(shared_GG < SHARES + SELECTED / np.sqrt(np.minimum.outer(sizes, sizes)))
+    claimed = ~(shared_GG < SHARES + SELECTED / np.outer(sizes, sizes) ** 0.25)
     if by == "both":
         claimed &= ~(evidence.group_correlation(losses_TM, members) >= 0)
     return claimed
 
 
-def _exact_means(
-    run: Trajectory, session: Session, window: Window, everybody: np.ndarray, members: list[np.ndarray],
+def _mean_cosines(
+    run: Trajectory, session: Session, window: Window, everybody: np.ndarray, sets: list[np.ndarray],
     advance: Callable[..., None],
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """At each checkpoint everybody's mean cosine with every group, (C, N, G), and the mean cosine of every two groups'
-    centred features, (G, G), NaN where there are none."""
-    count = len(members)
-    if not count:
-        return np.zeros((1, len(everybody), 0)), np.zeros((0, 0))
-    sets = [run.samples[m] for m in members]
+) -> np.ndarray:  # fmt: skip
+    """At each checkpoint everybody's mean gradient cosine with every group, (C, N, G)."""
+    if not sets:
+        return np.zeros((1, len(everybody), 0))
     rows = []
     for step in checkpoints_in(run, window).tolist():
         rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore[reportAttributeAccessIssue]
         advance(note=f"step {step}")
-    features = _features(run, session, window, members)
-    shared = np.full((count, count), np.nan)
-    if features is not None:
-        shared = np.einsum("cgd,chd->gh", features, features) / len(features)
-    return np.nan_to_num(np.stack(rows)), shared
+    return np.nan_to_num(np.stack(rows))
 
 
-def _members(position: np.ndarray, found: Grouping) -> list[np.ndarray]:
-    """Columns in the file of every group's members."""
-    return [position[found.members(group)] for group in range(len(found.partner_G))]
+def _mean_likeness(run: Trajectory, session: Session, position: np.ndarray, window: Window) -> np.ndarray | None:
+    """Cosines of the samples' centred features, averaged over the checkpoints, (M, M) float32; None without features.
 
-
-def _features(run: Trajectory, session: Session, window: Window, members: list[np.ndarray]) -> np.ndarray | None:
-    """Mean centred features of every group at each checkpoint, (C, G, D); None where there are none."""
-    if not members or not isinstance(session, backends.Features):
+    Holds the features of one checkpoint beside it.
+    """
+    if not isinstance(session, backends.Features):
         return None
-    sets = [run.samples[m] for m in members]
-    rows = [session.mean_features(read_state(run, step), sets) for step in checkpoints_in(run, window).tolist()]
-    return None if any(row is None for row in rows) else np.stack([row for row in rows if row is not None])
+    total = np.zeros((len(position), len(position)), np.float32)
+    steps = checkpoints_in(run, window).tolist()
+    for step in steps:
+        rows = session.features(read_state(run, step), run.samples[position])
+        if rows is None:
+            return None
+        rows = np.nan_to_num(rows, copy=False)
+        for first in range(0, len(rows), grouping.ROWS):
+            total[first : first + grouping.ROWS] += rows[first : first + grouping.ROWS] @ rows.T / len(steps)
+    return total
+
+
+def _mean_likeness_with(
+    run: Trajectory, session: Session, outside: np.ndarray, sets: list[np.ndarray], window: Window
+) -> np.ndarray:
+    """Mean cosine of these samples' centred features with every group's, averaged over the checkpoints, (N, G)."""
+    steps = checkpoints_in(run, window).tolist()
+    rows = [session.mean_feature_cosines(read_state(run, step), run.samples[outside], sets) for step in steps]  # pyright: ignore[reportAttributeAccessIssue]
+    return np.nan_to_num(np.mean(rows, axis=0))
+
+
+def _shared(likeness_MM: np.ndarray | None, found: Grouping) -> np.ndarray:
+    """Mean likeness of every two groups, (G, G), NaN where there is none."""
+    count = len(found.partner_G)
+    return (
+        np.full((count, count), np.nan) if likeness_MM is None else grouping.between_groups(likeness_MM, found.group_M)
+    )
 
 
 def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
@@ -309,8 +324,7 @@ def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     means = np.stack([grouping.group_means(part, found.group_M) for part in (first_MM, second_MM)])
     null = significance.phase_null(losses_TM, smallest=smallest) if len(found.partner_G) else Null(*np.empty((2, 0)))
     clusters = Clusters("loss", position, found, [], [], first_MM, losses_TM, window, evidence.period_two(losses_TM))
-    count = len(found.partner_G)
-    return _weigh(run, clusters, second_MM, means, null, np.full((count, count), np.nan))
+    return _weigh(run, clusters, second_MM, means, null, _shared(None, found))
 
 
 def _smallest(position: np.ndarray) -> int:
@@ -318,13 +332,14 @@ def _smallest(position: np.ndarray) -> int:
 
 
 def _weigh(
-    run: Trajectory, clusters: Clusters, tested_MM: np.ndarray, means_CMG: np.ndarray, null: Null, shared_GG: np.ndarray
-) -> Clusters:
+    run: Trajectory, clusters: Clusters, tested_MM: np.ndarray, means_CMG: np.ndarray, null: Null,
+    shared_GG: np.ndarray, likeness_MM: np.ndarray | None = None,
+) -> Clusters:  # fmt: skip
     """With the weight of every group and pair, from `tested_MM` and the mean similarity of the samples with each group
     at each checkpoint (by losses: in each half of the window, of which the last is weighed)."""
     found, window = clusters.grouping, clusters.window
     members = [found.members(group) for group in range(len(found.partner_G))]
-    stable = significance.resampled(clusters.similarity_MM, found, _smallest(clusters.position))
+    stable = significance.resampled(clusters.similarity_MM, found, _smallest(clusters.position), likeness_MM)
     kept = significance.kept_at_checkpoints(means_CMG, found)
     weighed_CMG = means_CMG[-1:] if clusters.by == "loss" else means_CMG
     before, after = run.rows("losses/loss", window.first + window.rise_row - 1, window.first + window.rise_row + 1)

@@ -254,13 +254,42 @@ def test_no_exchange_of_partners_would_lower_the_sum(seed):
 
 
 def test_parts_of_a_side_are_one_again_where_they_look_alike():
-    between = np.array([[0.8, 0.5, -0.6], [0.5, 0.8, -0.6], [-0.6, -0.6, 0.8]])
+    """A side in two tight parts, 0 and 1, against a third group that looks the same."""
+    between = np.array([[0.95, 0.5, -0.6], [0.5, 0.95, -0.6], [-0.6, -0.6, 0.95]])
     groups = np.repeat(np.arange(3), [9, 8, 7])
+    square = np.ix_(groups, groups)
+
+    def sides(between, alike):
+        likeness = np.full((3, 3), 0.95)
+        likeness[0, 1] = likeness[1, 0] = alike
+        return grouping.group_by_similarity(between[square], likeness_MM=likeness[square]).group_M.tolist()
+
+    assert grouping.group_by_similarity(between[square]).group_M.tolist() == groups.tolist()
+    assert sides(between, 0.8) == [0] * 17 + [1] * 7
+    assert sides(between, 0.2) == groups.tolist()
+    between[0, 1] = between[1, 0] = 0.3  # alike, but hardly moving together
+    assert sides(between, 0.8) == groups.tolist()
+
+
+def test_what_moves_together_by_its_label_alone_is_told_apart_by_its_looks():
+    """Two groups of one class whose gradients align at 0.7: one group by gradients, two by looks."""
+    between = np.array([[0.9, 0.7, -0.7], [0.7, 0.9, -0.1], [-0.7, -0.1, 0.9]])
+    groups = np.repeat(np.arange(3), [9, 8, 7])
+    square = np.ix_(groups, groups)
+    likeness = np.array([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    assert grouping.group_by_similarity(between[square]).group_M.tolist() == [0] * 17 + [1] * 7
+    found = grouping.group_by_similarity(between[square], likeness_MM=likeness[square])
+    assert found.group_M.tolist() == groups.tolist()
+
+
+def test_a_group_left_over_takes_a_preferred_partner_before_a_stronger_one():
+    between = np.array([[0.9, -0.8, -0.3, -0.6], [-0.8, 0.9, 0, 0], [-0.3, 0, 0.9, 0.1], [-0.6, 0, 0.1, 0.9]])
+    groups = np.repeat(np.arange(4), [9, 8, 7, 6])
     similarity = between[np.ix_(groups, groups)]
-    np.fill_diagonal(similarity, 1)
-    apart = grouping.Grouping(groups, np.array([2, -1, 0]), np.full(24, 0.7))
-    alike, different = np.array([[[3.0, 0], [2, 0.2], [1, 1]]]), np.array([[[3.0, 0], [0, 1], [1, 1]]])
-    assert grouping.merge_alike(similarity, apart, alike).group_M.tolist() == [0] * 17 + [1] * 7
-    assert grouping.merge_alike(similarity, apart, different).group_M.tolist() == groups.tolist()
-    similarity[groups[:, None] + groups == 1] = 0.3  # alike, but hardly moving together
-    assert grouping.merge_alike(similarity, apart, alike).group_M.tolist() == groups.tolist()
+    preferred = np.zeros((4, 4), bool)
+    preferred[0, 1] = preferred[1, 0] = preferred[0, 2] = preferred[2, 0] = True
+    found = grouping.pair_anew(similarity, grouping.group_by_similarity(similarity), preferred)
+    assert found.partner_G.tolist() == [1, 0, 0, 0]
+    between[2, 3] = between[3, 2] = -0.5
+    found = grouping.pair_anew(between[np.ix_(groups, groups)], found, preferred)
+    assert found.partner_G.tolist() == [1, 0, 0, 0]  # 3 opposes 0 more than 2, and 2 rather takes the preferred 0

@@ -50,8 +50,10 @@ def test_features_are_what_enters_the_last_layer_less_the_mean_of_all():
         inside = torch.relu(model[1](model[0](session.task.x))).double()
     centred = inside - inside.mean(0)
     centred /= centred.norm(dim=1, keepdim=True)
-    expected = torch.stack([centred[torch.from_numpy(s)].mean(0) for s in sets]).numpy()
-    np.testing.assert_allclose(session.mean_features(state, sets), expected, atol=1e-5)
+    chosen = np.array([33, 5, 20])
+    np.testing.assert_allclose(session.features(state, chosen), centred[chosen].numpy(), atol=1e-5)
+    expected = [(centred[chosen] @ centred[torch.from_numpy(s)].T).mean(1).numpy() for s in sets]
+    np.testing.assert_allclose(session.mean_feature_cosines(state, chosen, sets), np.array(expected).T, atol=1e-5)
 
 
 def test_entries_of_one_sign_do_not_add_up():

@@ -1,7 +1,7 @@
 """Grouping: samples that move together, and groups that oppose each other.
 
-M samples, G groups, C checkpoints, T steps. A similarity is a signed (M, M) array in [-1, 1]: +1 moves together,
--1 pulls against.
+M samples, G groups, T steps. A similarity is a signed (M, M) array in [-1, 1]: +1 moves together, -1 pulls against.
+A likeness is one too: +1 looks alike to the network.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 
 CUTS = np.linspace(0.3, 0.75, 10)
 """Heights of the dendrogram (distance 1 - S) that are tried."""
-SPLITS = 0.7
-"""A group falls apart where its parts have a silhouette of at least this."""
+LOOKS = 0.4
+"""Weight of likeness beside similarity in what is cut."""
 MERGES = 0.5
 """Two groups can be one where they are across at least this part as similar as within the looser of them."""
 ALIKE = 0.8
-"""And where their mean features have at least this cosine."""
+"""And where they are across at least this part as alike as within."""
 SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 OPPOSES = -0.15
@@ -26,7 +26,11 @@ OPPOSES = -0.15
 ROWS = 512
 """Rows of a similarity that are worked on at a time."""
 BELONGS = 0.3
-"""A member stays where its mean similarity with its group, and minus that with the opposing group, is above this."""
+"""A sample belongs to a group where its mean similarity with it, and minus that with its partner, is above this."""
+RESEMBLES = 0.7
+"""And, where it was not mined, its mean likeness with the group above this."""
+WEAKEST = 0.1
+"""Without likeness it must align as well as all but this part of the members."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,17 @@ class Grouping:
         return _pairs(self.partner_G)
 
 
-def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> Grouping:
-    """Sides by average linkage on the signed distance 1 - S, then each side matched with the one it opposes most.
+def group_by_similarity(
+    similarity_MM: np.ndarray, smallest: int = SMALLEST, likeness_MM: np.ndarray | None = None
+) -> Grouping:
+    """Sides by average linkage on a signed distance, then each side matched with the one that it opposes most.
 
-    The cut is the one of CUTS with the best silhouette over groups of `smallest` or more, times their share of the
-    samples; a group whose parts stand clearly apart is cut once more. Weak members are left out, and groups that become
-    smaller than `smallest` with them. NaN similarities count as 0. Raises ValueError for fewer than two samples.
+    The distance is 1 - S, or with a likeness K 1 - (1 - LOOKS) S - LOOKS K: what moves together by its label alone does
+    not look alike, and what looks alike with another label does not move together. The cut is the one of CUTS with the
+    best silhouette over groups of `smallest` or more, times their share of the samples; a cut that is right for a tight
+    group takes a loose one apart, so that groups that move together and look alike are made one. Weak members are left
+    out, and groups that become smaller than `smallest` with them. NaN counts as 0. Raises ValueError for fewer than two
+    samples.
 
     >>> two = np.repeat([1.0, -1.0], 4)
     >>> grouping = group_by_similarity(np.outer(two, two))
@@ -73,13 +82,14 @@ def group_by_similarity(similarity_MM: np.ndarray, smallest: int = SMALLEST) -> 
     if count < 2:
         raise ValueError(f"{count} samples cannot be grouped: at least two are needed")
     similarity = similarity_MM if np.isfinite(similarity_MM).all() else np.nan_to_num(similarity_MM)
-    groups, _ = _best_cut(similarity, smallest)
-    for group in range(groups.max() + 1):  # several pairs on one class look like one side from afar
-        members = np.flatnonzero(groups == group)
-        parts, quality = _best_cut(similarity[np.ix_(members, members)], smallest)
-        if quality >= SPLITS:
-            groups[members] = np.where(parts > 0, parts + groups.max(), np.where(parts == 0, group, -1))
-    return _without_weak(similarity, groups, smallest)
+    if likeness_MM is None:
+        return _without_weak(similarity, _best_cut(similarity, smallest), smallest)
+    affinity = (1 - LOOKS) * similarity
+    for first in range(0, count, ROWS):
+        affinity[first : first + ROWS] += LOOKS * likeness_MM[first : first + ROWS]
+    found = _without_weak(similarity, _best_cut(affinity, smallest), smallest)
+    del affinity
+    return _without_weak(similarity, _merged(similarity, likeness_MM, found.group_M), smallest)
 
 
 def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int) -> Grouping:
@@ -114,14 +124,14 @@ def _distances(similarity: np.ndarray) -> np.ndarray:
     return np.clip(found, 0, 2, out=found)
 
 
-def _best_cut(similarity: np.ndarray, smallest: int) -> tuple[np.ndarray, float]:
-    """The groups with the best silhouette times the share of samples in them, (M,), and that product."""
+def _best_cut(similarity: np.ndarray, smallest: int) -> np.ndarray:
+    """The groups with the best silhouette times the share of samples in them, (M,)."""
     best, best_quality = np.full(len(similarity), -1), -np.inf
-    for groups in cut_tree(similarity, smallest) if len(similarity) > 1 else ():
+    for groups in cut_tree(similarity, smallest):
         quality = silhouette(similarity, groups) * float(np.mean(groups >= 0))
         if quality > best_quality:
             best, best_quality = groups, quality
-    return best, best_quality
+    return best
 
 
 def _drop_small(groups: np.ndarray, smallest: int) -> np.ndarray:
@@ -163,6 +173,17 @@ def _sums(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nd
     return sums, sizes
 
 
+def between_groups(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
+    """Mean similarity of every two groups' members, (G, G) float64; on the diagonal each member's with itself counts.
+
+    >>> between_groups(np.eye(3), np.array([0, 0, 1])).tolist()
+    [[0.5, 0.0], [0.0, 1.0]]
+    """
+    sums_MG, sizes = _sums(similarity_MM, group_M)
+    rows = [sums_MG[group_M == group].mean(0) / sizes for group in range(len(sizes))]
+    return np.array(rows).reshape(len(sizes), len(sizes))
+
+
 def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None) -> np.ndarray:
     """Each group's partner, (G,), -1 for none: the pairs whose mean similarities are the most negative in sum.
 
@@ -171,11 +192,8 @@ def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | 
     Pairs are taken greedily, the most negative first, and then exchanged two by two as long as that lowers the sum:
     where several groups share a feature, the strongest opposition must not leave the others without a partner.
     """
-    sums_MG, sizes = _sums(similarity, groups)
-    partner = np.full(len(sizes), -1)
-    if len(sizes) == 0:
-        return partner
-    between = np.array([sums_MG[groups == a].mean(0) / sizes for a in range(len(sizes))])
+    between = between_groups(similarity, groups)
+    partner = np.full(len(between), -1)
     if allowed_GG is not None:
         between = np.where(allowed_GG, between, 0)
     for place in np.argsort(between, axis=None, kind="stable"):
@@ -222,47 +240,46 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
 
 
 def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.ndarray) -> Grouping:
-    """The same groups, paired among those that are preferred first; each group left over gets the one it opposes most.
+    """The same groups, paired among those that are preferred first.
 
-    That one may have another partner: a feature can have two.
+    Each group left over gets the one that it opposes most, a preferred one where there is one. That one may have
+    another partner: a feature can have two.
     """
     groups = grouping.group_M
     partner_G = oppose(similarity_MM, groups, preferred_GG)
-    sums_MG, sizes = _sums(similarity_MM, groups)
+    opposed_GG = between_groups(similarity_MM, groups)
+    opposed_GG[opposed_GG > OPPOSES] = 0
     for group in np.flatnonzero(partner_G < 0):
-        between = sums_MG[groups == group].mean(0) / sizes
-        opponent = int(between.argmin())
-        if between[opponent] <= OPPOSES:
-            partner_G[group] = opponent
+        preferred = np.where(preferred_GG[group], opposed_GG[group], 0)
+        opposed = preferred if preferred.any() else opposed_GG[group]
+        if opposed.any():
+            partner_G[group] = opposed.argmin()
     return Grouping(groups, partner_G, _alignment(similarity_MM, groups, partner_G))
 
 
-def merge_alike(
-    similarity_MM: np.ndarray, grouping: Grouping, features_CGD: np.ndarray, smallest: int = SMALLEST
-) -> Grouping:
-    """Groups of which those that move together and look alike (see MERGES and ALIKE) are made one.
-
-    A cut that is right for a tight group takes a loose one apart, and groups on one class may move together by their
-    label alone: the mean centred features of the groups at each checkpoint, `features_CGD`, tell these apart.
-    """
-    groups, features = grouping.group_M.copy(), features_CGD.copy()
-    while groups.max() > 0:
-        means_MG = group_means(similarity_MM, groups)
-        sizes = np.bincount(groups[groups >= 0])
-        between = np.array([means_MG[groups == group].mean(0) for group in range(len(sizes))])
+def _merged(similarity: np.ndarray, likeness: np.ndarray, group_M: np.ndarray) -> np.ndarray:
+    """Groups of which those that move together and look alike (see MERGES and ALIKE) are made one, (M,)."""
+    groups = group_M.copy()
+    sizes = np.bincount(groups[groups >= 0])
+    sums = np.stack([between_groups(rows, groups) for rows in (similarity, likeness)]) * np.outer(sizes, sizes)
+    while len(sizes) > 1:
+        between, alike = sums / np.outer(sizes, sizes)
         within = (sizes * np.diagonal(between) - 1) / np.maximum(sizes - 1, 1)
-        likeness = between / np.maximum(np.minimum.outer(within, within), 1e-12)
-        unit = features / np.maximum(np.linalg.norm(features, axis=2, keepdims=True), 1e-300)
-        looks = np.einsum("cgd,chd->gh", unit, unit) / len(unit)
-        likeness = np.where((looks >= ALIKE) & ~np.eye(len(sizes), dtype=bool), likeness, -np.inf)
-        a, b = sorted(np.unravel_index(likeness.argmax(), likeness.shape))
-        if likeness[a, b] < MERGES:
+        own = np.sqrt(np.maximum(np.diagonal(alike), 0))
+        together = between / np.maximum(np.minimum.outer(within, within), 1e-12)
+        together[alike < ALIKE * np.outer(own, own)] = -np.inf
+        np.fill_diagonal(together, -np.inf)
+        a, b = sorted(np.unravel_index(together.argmax(), together.shape))
+        if together[a, b] < MERGES:
             break
-        features[:, a] = (sizes[a] * features[:, a] + sizes[b] * features[:, b]) / (sizes[a] + sizes[b])
-        features = np.delete(features, b, axis=1)
+        sums[:, a] += sums[:, b]
+        sums[:, :, a] += sums[:, :, b]
+        sums = np.delete(np.delete(sums, b, 1), b, 2)
+        sizes[a] += sizes[b]
+        sizes = np.delete(sizes, b)
         groups[groups == b] = a
         groups[groups > b] -= 1
-    return _without_weak(similarity_MM, groups, smallest)
+    return groups
 
 
 def group_means(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
@@ -323,33 +340,35 @@ def spread(first: int, last: int, available: np.ndarray, count: int) -> np.ndarr
 
 
 def join(
-    means_SG: np.ndarray, grouping: Grouping, outside: np.ndarray, quantile: float = 0.1
+    means_NG: np.ndarray, grouping: Grouping, likeness_NG: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The group that each of the samples at `outside` (N,) aligns with, or -1, and its alignment: (N,) each.
+    """The group to which each of N samples that were not grouped belongs, or -1, and its alignment: (N,) each.
 
-    `means_SG`: every sample's mean similarity with each group's members. A sample joins where it is aligned at least as
-    well as the group's weakest tenth (`quantile`) of members.
+    `means_NG`: mean similarity of the samples with each group's members; `likeness_NG` their mean likeness. A sample
+    belongs to a group as its members do (see BELONGS), and looks like them (RESEMBLES; without likeness see WEAKEST).
 
     >>> grouping = Grouping(np.array([0, 0, 1]), np.array([1, 0]), np.array([0.8, 0.9, 0.7]))
-    >>> means = np.array([[0, 0], [0, 0], [0, 0], [0.9, -0.9], [0.1, 0.2]])
-    >>> join(means, grouping, np.array([3, 4]))[0].tolist()
-    [0, -1]
+    >>> means = np.array([[0.9, -0.9], [0.9, -0.9], [0.1, 0.2]])
+    >>> join(means, grouping)[0].tolist(), join(means, grouping, np.array([[0.9], [0.2], [0.9]]))[0].tolist()
+    ([0, 0, -1], [0, -1, -1])
     """
     groups = len(grouping.partner_G)
-    if groups == 0 or len(outside) == 0:
-        return np.full(len(outside), -1), np.full(len(outside), np.nan)
+    if groups == 0 or len(means_NG) == 0:
+        return np.full(len(means_NG), -1), np.full(len(means_NG), np.nan)
     sizes = np.bincount(grouping.group_M[grouping.group_M >= 0], minlength=groups)
-    means = np.nan_to_num(means_SG[outside])
-    alignment = np.empty_like(means)
+    alignment_NG = np.nan_to_num(means_NG)
     for group, partner in enumerate(grouping.partner_G):
-        alignment[:, group] = means[:, group]
         if partner >= 0:
-            both = sizes[group] * means[:, group] - sizes[partner] * means[:, partner]
-            alignment[:, group] = both / (sizes[group] + sizes[partner])
-    best = alignment.argmax(1)
-    reached = alignment[np.arange(len(outside)), best]
-    weakest = np.array([np.quantile(grouping.alignment_M[grouping.members(g)], quantile) for g in range(groups)])
-    return np.where(reached >= weakest[best], best, -1), reached
+            both = sizes[group] * means_NG[:, group] - sizes[partner] * means_NG[:, partner]
+            alignment_NG[:, group] = np.nan_to_num(both / (sizes[group] + sizes[partner]))
+    if likeness_NG is None:
+        members = [grouping.alignment_M[grouping.members(group)] for group in range(groups)]
+        belongs_NG = alignment_NG >= [max(BELONGS, np.quantile(aligned, WEAKEST)) for aligned in members]
+    else:
+        belongs_NG = (alignment_NG >= BELONGS) & (likeness_NG >= RESEMBLES)
+    best = np.where(belongs_NG, alignment_NG, -np.inf).argmax(1)
+    rows = np.arange(len(best))
+    return np.where(belongs_NG[rows, best], best, -1), alignment_NG[rows, best]
 
 
 def _pairs(partner_G: np.ndarray) -> list[tuple[int, int]]:

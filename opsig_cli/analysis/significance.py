@@ -14,10 +14,10 @@ from opsig_cli.analysis.grouping import (
     OPPOSES,
     SMALLEST,
     Grouping,
+    between_groups,
     change_correlation,
     cut_tree,
     group_by_similarity,
-    group_means,
     oppose,
 )
 
@@ -186,8 +186,9 @@ def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = R
 
 
 def resampled(
-    similarity_MM: np.ndarray, grouping: Grouping, smallest: int = SMALLEST, rounds: int = 10, seed: int = 0
-) -> Stability:
+    similarity_MM: np.ndarray, grouping: Grouping, smallest: int = SMALLEST, likeness_MM: np.ndarray | None = None,
+    rounds: int = 10, seed: int = 0,
+) -> Stability:  # fmt: skip
     """How well groups and pairs come back when four fifths of the samples (at most MOST_DRAWN) are grouped anew.
 
     For every round the best match among the new ones: the Jaccard index of the group, or the smaller one of a pair's
@@ -200,11 +201,11 @@ def resampled(
     pairs = dict.fromkeys(grouping.pairs(), 0.0)
     for _ in range(rounds if groups else 0):
         drawn = np.sort(generator.choice(count, min(MOST_DRAWN, max(2, count * 4 // 5)), replace=False))
-        again = group_by_similarity(similarity_MM[np.ix_(drawn, drawn)], smallest)
-        means_MG = group_means(similarity_MM[np.ix_(drawn, drawn)], again.group_M)
-        new = len(again.partner_G)
-        overlap = _jaccard(grouping.group_M[drawn], groups, again.group_M, new)
-        opposed = np.array([means_MG[again.members(g)].mean(0) for g in range(new)]).reshape(new, new) <= OPPOSES
+        square = np.ix_(drawn, drawn)
+        similarity = similarity_MM[square]
+        again = group_by_similarity(similarity, smallest, None if likeness_MM is None else likeness_MM[square])
+        overlap = _jaccard(grouping.group_M[drawn], groups, again.group_M, len(again.partner_G))
+        opposed = between_groups(similarity, again.group_M) <= OPPOSES
         group_G += overlap.max(1, initial=0)
         for a, b in pairs:
             both = [min(overlap[a, i], overlap[b, j]) for i, j in zip(*np.nonzero(opposed), strict=True)]

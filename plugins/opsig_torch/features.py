@@ -1,7 +1,8 @@
-"""What samples look like to a network: the input of its last linear layer. S samples, D features, G sets."""
+"""What samples look like to a network: the input of its last linear layer. M of S samples, D features, G sets."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,31 +13,63 @@ if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
 
 
-def mean_features(session: TorchSession, sets: list[np.ndarray]) -> np.ndarray | None:
-    """Mean over each set of its samples' features, less the mean of all samples and of length one, (G, D) float64.
+def features(session: TorchSession, samples: np.ndarray) -> np.ndarray | None:
+    """Features of chosen samples, less the mean of all samples and of length one, (M, D) float32.
 
-    The product of two rows is the mean cosine of the sets' centred features. Features are the task's own, else what
-    enters the last linear layer; None where a task has neither, or a layer that sees several positions a sample.
+    The product of two rows is the cosine of centred features. Features are the task's own, else what enters the last
+    linear layer; None where a task has neither, or a layer that sees several positions a sample. One forward pass over
+    all samples.
     """
+    found = _centred(session, samples)
+    return None if found is None else found[0].cpu().numpy()
+
+
+def mean_feature_cosines(session: TorchSession, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray | None:
+    """Mean cosine of each sample's centred features with those of each set of samples, (M, G) float64, or None.
+
+    Two forward passes over all samples, of which only the sets' features are held.
+    """
+    members = np.unique(np.concatenate(sets))
+    found = _centred(session, members)
+    if found is None:
+        return None
+    rows, centre = found
+    means_GD = torch.stack([rows[np.searchsorted(members, chosen)].double().mean(0) for chosen in sets])
+    everybody = np.full((session.samples, len(sets)), np.nan)
+    for indices, rows in _everybody(session):
+        everybody[indices] = (_unit(rows.double() - centre) @ means_GD.T).cpu().numpy()
+    return everybody[samples]
+
+
+def _centred(session: TorchSession, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Centred features of length one of the samples, (M, D) float32, and the mean of all samples, (D,) float64."""
+    place = np.full(session.samples, -1)
+    place[samples] = np.arange(len(samples))
+    kept, total = None, 0.0
+    for indices, rows in _everybody(session):
+        if kept is None:
+            kept = rows.new_empty(len(samples), rows.shape[1])
+        here = place[indices]
+        kept[here[here >= 0]] = rows[np.flatnonzero(here >= 0)]
+        total = total + rows.double().sum(0)
+    if kept is None or not isinstance(total, torch.Tensor):
+        return None
+    centre = total / session.samples
+    return _unit(kept - centre.to(kept)), centre
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+
+def _everybody(session: TorchSession) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Features of all samples, piece by piece, each in the company that it was trained in; nothing without features."""
     with torch.inference_mode():
-        total, count = 0.0, 0
-        for _, batch in session.batches.in_pieces(session.inference_batch()):
+        for indices, batch in session.batches.in_pieces(session.inference_batch()):
             found = _features(session, batch)
             if found is None:
-                return None
-            total, count = total + found.double().sum(0), count + len(found)
-        centre = total / count
-        means = []
-        for members in sets:
-            rows = [_features(session, session.batches.take(part)) for part in _parts(session, members)]
-            centred = torch.cat([row for row in rows if row is not None]).double() - centre
-            means.append((centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-300)).mean(0))
-        return torch.stack(means).cpu().numpy()
-
-
-def _parts(session: TorchSession, members: np.ndarray) -> list[np.ndarray]:
-    size = session.inference_batch()
-    return [members[start : start + size] for start in range(0, len(members), size)]
+                return
+            yield indices, found
 
 
 def _features(session: TorchSession, batch: Any) -> torch.Tensor | None:

@@ -189,12 +189,19 @@ class TorchSession:
         with self.at(state):
             return gradient_sketch(self, samples, size, seed)
 
-    def mean_features(self, state: State, sets: list[np.ndarray]) -> np.ndarray | None:
-        """Mean centred features of each set of samples, (G, D), or None; see `opsig_torch.features`."""
-        from opsig_torch.features import mean_features
+    def features(self, state: State, samples: np.ndarray) -> np.ndarray | None:
+        """Centred features of chosen samples, (M, D) float32, or None; see `opsig_torch.features`."""
+        from opsig_torch.features import features
 
         with self.at(state):
-            return mean_features(self, sets)
+            return features(self, samples)
+
+    def mean_feature_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray | None:
+        """Mean cosine of chosen samples' centred features with each set's, (M, G), or None."""
+        from opsig_torch.features import mean_feature_cosines
+
+        with self.at(state):
+            return mean_feature_cosines(self, samples, sets)
 
     def gradient_plan(self) -> Plan:
         """How each parameter's per-sample gradients are had, found at the first call; see `opsig_torch.captured`."""
