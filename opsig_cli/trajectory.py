@@ -268,12 +268,12 @@ class Trajectory:
         if step in rows:
             raise OpsigError(f"{self.path} already has {group} at step {step}")
         place = rows.count
-        given = {f"{group}/{name.replace('__', '/')}": np.asarray(value) for name, value in columns.items()}
+        given = {f"{group}/{name.replace('__', '/')}": _as_array(value) for name, value in columns.items()}
         given |= {f"{group}/step": np.asarray(step)}
         checksum = 0
         for name, value in given.items():
             dataset = self._column(FIELDS[name], value, place)
-            value = np.asarray(value, dataset.dtype, order="C")
+            value = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
             _write_row(dataset, place, value)
             if not _is_fill(value):
                 checksum ^= _column_checksum(name, value)
@@ -389,9 +389,7 @@ class Trajectory:
             dataset = self._file[name]
             if not isinstance(dataset, h5py.Dataset) or dataset.ndim != len(field.dims):
                 raise OpsigError(f"{self.path}: {name} must have the dimensions {', '.join(field.dims)}")
-            if dataset.dtype.kind not in {kind[0].lower() for kind in field.dtype.replace("S", "s").split("|")} | (
-                {"S"} if field.dtype == "S*" else set()
-            ):
+            if dataset.dtype.kind not in {kind[0] for kind in field.dtype.split("|")}:
                 raise OpsigError(f"{self.path}: {name} must be {field.dtype}, not {dataset.dtype}")
             for axis, length in zip(field.dims, dataset.shape, strict=True):
                 expected = lengths.setdefault(dimension(field, axis), length)
@@ -586,7 +584,13 @@ def _make_scale(dataset: Any, group: str, name: str, words: str) -> None:
     dataset.attrs["_Netcdf4Dimid"] = np.int32(DIMENSIONS.index((group, name)))
 
 
+def _as_array(value: Any) -> np.ndarray:
+    return np.asarray(value.encode() if isinstance(value, str) else value)
+
+
 def _column_checksum(name: str, value: np.ndarray) -> int:
+    if value.dtype.kind == "S":  # numpy drops a text's padding when it reads it
+        return zlib.crc32(value.tobytes().rstrip(b"\0"), zlib.crc32(name.encode()))
     return zlib.crc32(value.tobytes() if value.ndim == 0 else value.data, zlib.crc32(name.encode()))
 
 
