@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from opsig_cli import measure, tasks, trainer
 from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.importers import checkpoints, flow, series
 from opsig_cli.importers.steps import given_steps, steps_of
-from opsig_cli.recorder import Recorder
+from opsig_cli.recorder import Recorder, check_samples
 from opsig_cli.settings import Settings
 from opsig_cli.trajectory import open_trajectory
 
@@ -96,6 +98,7 @@ def _import_checkpoints(
     task, spec = tasks.load(spec)
     used = stored or Settings(str(spec), chunk_size=given["chunk_size"], statistics=given["statistics"])
     session = load_backend(request.backend).open(task, request.device, used.chunk_size, used.statistics)
+    _check_session(request, session, losses)
     warn(f"device: {session.device_name}")
     target = flow.target_of(task, session, request.prefix)
     if used.statistics == "running" and any(t.name.endswith("running_mean") for t in target.layout):
@@ -111,7 +114,8 @@ def _import_checkpoints(
             raise UsageError(f"--steps {request.steps} names a step twice")
     else:
         steps, source = steps_of(paths, [g.numbers for g in glances], [g.count for g in glances], request.steps_from)
-        warn(f"steps {min(steps)} to {max(steps)} are taken from {source}")
+        several = f"steps {min(steps)} to {max(steps)} are" if len(steps) > 1 else f"step {steps[0]} is"
+        warn(f"{several} taken from {source}")
     flow.say_counts(glances, steps, warn)
     settings, rates = flow.settle(glances, steps, given, request.task or used.task, spec.model, warn)
     for step, rate in rates.items():
@@ -123,6 +127,19 @@ def _import_checkpoints(
         return _write(
             request, recorder, session, target, dict(zip(steps, paths, strict=True)), losses, scalars, warn, bar
         )
+
+
+def _check_session(request: Request, session: Session, losses: series.Losses | None) -> None:
+    """Raise OpsigError or UsageError where the task or the options do not go with what is to be written."""
+    optimizer = request.given["optimizer"]
+    if optimizer is not None and optimizer not in session.optimizers:
+        raise UsageError(f"no optimizer is called '{optimizer}'. Known: {', '.join(session.optimizers)}")
+    if losses is not None:
+        flow.places_of(losses, np.arange(session.samples))
+    if request.append:
+        with open_trajectory(request.output) as kept:
+            check_samples(kept, session.samples)
+            flow.check_layout(kept, session.layout)
 
 
 def _stored(request: Request) -> Settings:
@@ -140,11 +157,6 @@ def _recorder(request: Request, settings: Settings, session: Session, task: Any,
     if not request.append:
         return trainer.new_recorder(request.output, settings, session, task, spec, request.replace, commit_every=10)
     recorder = Recorder(request.output, session.samples, resume=True)
-    try:
-        flow.check_layout(recorder.run, session.layout)
-    except OpsigError:
-        recorder.run.abort()
-        raise
     recorder.run.set_attributes(settings_json=settings.stored_form())
     return recorder
 

@@ -85,6 +85,8 @@ class Settings:
         A batch size belongs to the optimizer: it is kept where the new one takes it.
         """
         kept = self.stored_form()
+        if math.isnan(self.learning_rate) and given.get("learning_rate") is None:
+            raise UsageError("the run was imported and does not tell its learning rate. Give --learning-rate")
         changed = {key: value for key, value in given.items() if value is not None}
         if changed.get("optimizer") == "gd":
             kept["batch_size"] = None
@@ -101,6 +103,11 @@ class Settings:
             raise OpsigError(
                 f"{path} keeps its checkpoints rounded to bfloat16, from which a run cannot be continued as it was. "
                 "Begin again with --replace"
+            )
+        if math.isnan(self.learning_rate):
+            raise OpsigError(
+                f"{path} was imported and does not tell its learning rate, so it cannot be continued. Import it again "
+                "with --learning-rate"
             )
         for key, value in given.items():
             if value is not None and key not in ("steps", "backend", "task") and value != getattr(self, key):

@@ -108,7 +108,11 @@ def opened(path: str) -> Iterator[Content]:
             raise
         except OSError as error:
             raise OpsigError(f"{path}: {error.strerror or first_words(error)}") from error
-        yield content
+        try:
+            yield content
+        finally:  # a checkpoint's memory is given back before the next is opened
+            content.tensors.clear()
+            content.optimizers.clear()
 
 
 def _open(path: str, content: Content, stack: contextlib.ExitStack) -> None:
@@ -272,12 +276,25 @@ def _number(value: Any) -> int | None:
     return int(value) if value == int(value) else None
 
 
-def digest(path: str) -> tuple[int, str]:
-    """Bytes and SHA-256 of a checkpoint's weights; a folder's are those of its files in order of name."""
-    total, summed = 0, hashlib.sha256()
-    for file in weight_files(path):
-        with open(file, "rb") as opened_file:
-            while block := opened_file.read(1 << 20):
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's weights as files: their bytes, their SHA-256 in order of name, and what in them is damaged."""
+
+    bytes: int
+    sha256: str
+    damaged: str | None
+
+
+def source_of(path: str) -> Source:
+    """Read a checkpoint's files once through. A part of a zip archive whose checksum is wrong is named: torch does not
+    look at these where it maps a file. Raises OSError."""
+    total, summed, damaged = 0, hashlib.sha256(), None
+    for name in weight_files(path):
+        with open(name, "rb") as file:
+            while block := file.read(1 << 20):
                 total += len(block)
                 summed.update(block)
-    return total, summed.hexdigest()
+        if zipfile.is_zipfile(name):
+            with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, RuntimeError), zipfile.ZipFile(name) as z:
+                damaged = damaged or z.testzip()
+    return Source(total, summed.hexdigest(), damaged)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -117,6 +118,9 @@ def settle(
         step: each.settings["learning_rate"]
         for step, each in zip(steps, glances, strict=True) if "learning_rate" in each.settings
     }  # fmt: skip
+    kinds = {each.settings.get("optimizer") for each in glances if each.settings}
+    if None in kinds:  # a first checkpoint without state may look like Adam's
+        found = {"learning_rate": found["learning_rate"]} if "learning_rate" in found else {}
     if "optimizer" in chosen and chosen["optimizer"] != found.get("optimizer"):
         found = {"learning_rate": found["learning_rate"]} if "learning_rate" in found else {}
     if "learning_rate" in chosen:
@@ -175,15 +179,26 @@ def check_layout(run: Trajectory, layout: Sequence[Tensor]) -> None:
 def import_all(recorder: Recorder, paths: Mapping[int, str], target: Target, warn: Warn) -> Iterator[dict[str, Any]]:
     """Read and append one checkpoint after the other, by step, each committed; yields a record of each."""
     run = recorder.run
-    for step, path in sorted(paths.items()):
-        with checkpoints.opened(path) as content:
-            state = read(content, target, path, step, warn)
-        size, digest = checkpoints.digest(path)
-        recorder.record(step, state=state, source={"path": _kept(path), "bytes": size, "sha256": digest})
-        yield {
-            "trajectory": run.path, "step": step, "source": path, "bytes": size, "sha256": digest,
-            "optimizer_state": sorted(state.optimizer),
-        }  # fmt: skip
+    with ThreadPoolExecutor(1) as beside:  # SHA-256 takes longer than the reading
+        for step, path in sorted(paths.items()):
+            summed = beside.submit(checkpoints.source_of, path)
+            with checkpoints.opened(path) as content:
+                state = read(content, target, path, step, warn)
+            source = _result(summed, path)
+            if source.damaged:
+                warn(f"note: {path} is damaged or was written without checksums: {source.damaged} differs from its own")
+            about = {"bytes": source.bytes, "sha256": source.sha256}
+            recorder.record(step, state=state, source={"path": _kept(path)} | about)
+            about["optimizer_state"] = sorted(state.optimizer)
+            del state
+            yield {"trajectory": run.path, "step": step, "source": path} | about
+
+
+def _result(summed: Future[checkpoints.Source], path: str) -> checkpoints.Source:
+    try:
+        return summed.result()
+    except OSError as error:
+        raise OpsigError(f"{path}: {error.strerror or first_words(error)}") from error
 
 
 def _kept(path: str) -> str:
@@ -196,6 +211,7 @@ def read(content: checkpoints.Content, target: Target, path: str, step: int, war
     """A checkpoint's state in the layout of the model. Raises OpsigError where a tensor cannot be read."""
     import torch
 
+    exact = (torch.float32, torch.float16, torch.bfloat16)
     fit = _fit(content, target, path)
     parameters = sum(tensor.size for tensor in target.layout if tensor.kind == "parameter")
     rows = {"parameter": np.empty(parameters, np.float32), "buffer": target.buffers.copy()}
@@ -204,8 +220,8 @@ def read(content: checkpoints.Content, target: Target, path: str, step: int, war
         for tensor in target.layout:
             if tensor.name in fit.keys:
                 value = content.tensors[fit.keys[tensor.name]].read()
-                if tensor.kind == "parameter" and value.dtype == torch.float64:
-                    warn("parameters in float64 are rounded to float32")
+                if tensor.kind == "parameter" and value.dtype not in exact:
+                    warn(f"parameters in {str(value.dtype).removeprefix('torch.')} are taken as float32")
                 row = rows[tensor.kind][tensor.offset : tensor.offset + tensor.size]
                 torch.from_numpy(row).view(tensor.shape).copy_(value)
         if content.optimizers:
@@ -221,9 +237,8 @@ def read(content: checkpoints.Content, target: Target, path: str, step: int, war
     return State(step, rows["parameter"], rows["buffer"], slots)
 
 
-def import_losses(recorder: Recorder, losses: Losses, steps: Sequence[int] | None, warn: Warn) -> list[int]:
-    """Append a series of losses; returns its steps. Raises OpsigError where it has samples that the run lacks."""
-    samples = recorder.run.samples
+def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:
+    """Where the samples of a series lie among a run's, (S,). Raises OpsigError where it has one that the run lacks."""
     places = np.searchsorted(samples, losses.samples)
     known = (places < len(samples)) & (samples[np.minimum(places, len(samples) - 1)] == losses.samples)
     if not known.all():
@@ -231,6 +246,13 @@ def import_losses(recorder: Recorder, losses: Losses, steps: Sequence[int] | Non
             f"the losses have a sample {losses.samples[~known][0]}, and the run's samples are {samples[0]} to "
             f"{samples[-1]}"
         )
+    return places
+
+
+def import_losses(recorder: Recorder, losses: Losses, steps: Sequence[int] | None, warn: Warn) -> list[int]:
+    """Append a series of losses; returns its steps. Raises OpsigError where it has samples that the run lacks."""
+    samples = recorder.run.samples
+    places = places_of(losses, samples)
     if len(places) < len(samples):
         warn(f"losses of {len(places)} of the {len(samples)} samples are given")
     times = losses.steps.tolist() if steps is None else list(steps)

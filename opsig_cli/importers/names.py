@@ -10,6 +10,7 @@ from typing import Any
 
 from opsig_cli.backends import Tensor
 from opsig_cli.errors import OpsigError
+from opsig_cli.importers.steps import EPOCH_KEYS, STEP_KEYS
 
 AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged|shadow|teacher|target)", re.IGNORECASE)
 """Parts of a prefix that speak of a second, averaged copy of the weights."""
@@ -72,8 +73,9 @@ def fit(
         raise OpsigError(_does_not_fit(shapes, layout, path, best, wrong, needed))
     others = [candidate for candidate, _, count in found[1:] if count == most and candidate != best]
     used = {best + name.removeprefix(inner) for names in aliases.values() for name in names}
+    counters = (*STEP_KEYS, *EPOCH_KEYS)
     beside = best.split(".")[0] + "." if best else ""
-    unused = [key for key in shapes if key.startswith(beside) and key not in used]
+    unused = [key for key in shapes if key.startswith(beside) and key not in used and key not in counters]
     return Fit(best, keys, kept, unused, others)
 
 

@@ -17,6 +17,8 @@ SCALARS = {name.removeprefix("scalars/") for name, field in FIELDS.items() if na
            and field.dtype == "f8"}  # fmt: skip
 SCALAR_NAMES = {"loss": "train_loss", "lr": "learning_rate"} | {name: name for name in SCALARS}
 
+PLURALS = {"loss": "losses", "step": "steps", "label": "labels", "prediction": "predictions"}
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -54,7 +56,7 @@ def _losses_of_arrays(path: str) -> Losses:
     loaded: Any = np.load(path, allow_pickle=False, mmap_mode="r")
     found: dict[str, np.ndarray] = {"losses": loaded}
     if not isinstance(loaded, np.ndarray):
-        found = {name if name.endswith("s") else _plural(name): loaded[name] for name in loaded.files}
+        found = {PLURALS.get(str(name), str(name)): loaded[name] for name in loaded.files}
         loaded.close()
     losses = found.get("losses")
     if losses is None:
@@ -75,10 +77,6 @@ def _losses_of_arrays(path: str) -> Losses:
         return np.asarray(losses[t], np.float32), None if predictions is None else predictions[t]
 
     return Losses(steps.astype(np.int64), np.arange(width), row, None if labels is None else labels.astype(str))
-
-
-def _plural(name: str) -> str:
-    return "losses" if name == "loss" else f"{name}s"
 
 
 def _losses_of_csv(path: str) -> Losses:

@@ -39,7 +39,7 @@ def steps_of(
     """
     if how not in (None, *FROM):
         raise UsageError(f"--steps-from is one of {', '.join(FROM)}, not '{how}'")
-    by_key = [(f"'{key}' in them", [n.get(key) for n in numbers]) for key in (*STEP_KEYS, *EPOCH_KEYS)]
+    by_key = [(f"'{key}' in the content", [n.get(key) for n in numbers]) for key in (*STEP_KEYS, *EPOCH_KEYS)]
     of_steps, of_epochs = by_key[: len(STEP_KEYS)], by_key[len(STEP_KEYS) :]
     counted = [("the optimizer's count", list(counts))]
     match how:
@@ -48,9 +48,9 @@ def steps_of(
         case "optimizer":
             found = counted
         case "name":
-            found = [("their names", steps_in_names(paths))]
+            found = [("the names", steps_in_names(paths))]
         case _:
-            found = [*of_steps, *counted, ("their names", _none_on_error(paths)), *of_epochs]
+            found = [*of_steps, *counted, ("the names", _none_on_error(paths)), *of_epochs]
     for source, steps in found:
         if all(step is not None and step >= 0 for step in steps) and len(set(steps)) == len(steps):
             return [step for step in steps if step is not None], source
@@ -60,6 +60,8 @@ def steps_of(
 def _why(paths: Sequence[str], found: list[tuple[str, list[int | None]]]) -> str:
     """What is wrong with the source that knows most steps."""
     source, steps = max(found, key=lambda pair: sum(step is not None for step in pair[1]))
+    if not any(step is not None for step in steps) and len(found) > len(STEP_KEYS + EPOCH_KEYS):
+        steps_in_names(paths)  # says what is unclear about the names
     remedy = "Give --steps 0,10,20, or --steps-from name|content|optimizer"
     places: dict[int, str] = {}
     for path, step in zip(paths, steps, strict=True):
@@ -90,14 +92,16 @@ def steps_in_names(paths: Sequence[str]) -> list[int | None]:
     [40, 80]
     """
     names = [_stem(path) for path in paths]
-    if len({os.path.basename(name) for name in names}) < len(names) and len({os.path.dirname(n) for n in names}) > 1:
-        pass  # step_10/model.pt: the folder tells them apart
-    else:
+    if len({os.path.basename(name) for name in names}) == len(names):  # else folders tell them apart: step_10/model.pt
         names = [os.path.basename(name) for name in names]
     shapes = [NUMBER.sub("#", name) for name in names]
     numbers = [NUMBER.findall(name) for name in names]
-    usual = max(set(shapes), key=shapes.count)
-    if odd := [path for path, shape in zip(paths, shapes, strict=True) if shape != usual or "#" not in shape]:
+    usual = max(dict.fromkeys(shapes), key=lambda shape: ("#" in shape, shapes.count(shape)))
+    if "#" not in usual:
+        raise OpsigError(
+            f"{paths[0]} does not say at which step it was taken, in its content or its name. Give --steps 0,10,20"
+        )
+    if odd := [path for path, shape in zip(paths, shapes, strict=True) if shape != usual]:
         raise OpsigError(f"{odd[0]} has no number where the others have it. Give --steps 0,10,20, or leave it out")
     before = NUMBER.split(names[0])
     whole = [i for i in range(len(numbers[0])) if all("." not in row[i] and len(row[i]) < 19 for row in numbers)]
