@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -651,3 +652,39 @@ def test_a_bare_torch_is_never_asked_to_run_code(monkeypatch, samples):
     with checkpoints.opened(str(next(s for s in samples if s.name == "zip.pt"))) as content:
         assert content.numbers["step"] == 3
     assert seen == [True]
+
+
+def test_a_shell_s_alphabetical_order_is_that_of_the_numbers_and_any_other_is_kept(opsig, tmp_path):
+    files = [str(save(tmp_path, f"c{step}.pt", weights(step))) for step in (10, 9)]
+    assert checkpoints.find(files) == files[::-1]
+    assert checkpoints.find(files[::-1]) == files[::-1]
+    assert checkpoints.find([files[1], files[0], files[1]]) == [files[1], files[0], files[1]]
+    _, outcome = imports(opsig, tmp_path, *files, "--steps", "1,2")
+    assert [(r["step"], r["source"]) for r in outcome.records] == [(1, files[1]), (2, files[0])]
+
+
+def test_one_checkpoint_is_in_memory_at_a_time(opsig, tmp_path, monkeypatch):
+    read, seen, alive = flow.read, [], []
+
+    def counted(content, *rest):
+        state = read(content, *rest)
+        seen.extend(weakref.ref(each) for each in (state.params, *(e.read() for e in content.tensors.values())))
+        alive.append(sum(each() is not None for each in seen))
+        return state
+
+    monkeypatch.setattr(flow, "read", counted)
+    imports(opsig, tmp_path, *(save(tmp_path, f"c{step}.pt", weights(step)) for step in range(4)))
+    assert alive == [1 + len(weights())] * 4
+
+
+def test_where_a_checkpoint_is_from_can_be_read_by_xarray(opsig, tmp_path):
+    import xarray
+
+    run, outcome = imports(opsig, tmp_path, save(tmp_path, "c1.pt", weights()), save(tmp_path, "c2.pt", weights()))
+    with xarray.open_dataset(run, group="checkpoints/source", engine="netcdf4") as read:
+        assert read["bytes"].values.tolist() == [r["bytes"] for r in outcome.records]
+        assert read["sha256"].dims == ("step",)
+    assert opsig("repack", run).code == 0
+    assert all(not r["damaged"] and not r["reason"] for r in opsig("verify", run).records)
+    with open_trajectory(run) as kept:
+        assert kept.row("checkpoints/source/sha256", 2).decode() == outcome.records[1]["sha256"]

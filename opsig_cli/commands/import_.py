@@ -82,4 +82,6 @@ def import_(
         device, backend,
     )  # fmt: skip
     bar = partial(options.progress, quiet=quiet)
-    records.write(importing.run(request, partial(options.note, quiet=quiet), bar), format)
+    written = importing.run(request, partial(options.note, quiet=quiet), bar)
+    rows = [{key: value for key, value in each.items() if key not in ("trajectory", "sha256")} for each in written]
+    records.write(written, format, [records.Table(output, rows)])
