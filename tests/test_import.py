@@ -688,3 +688,24 @@ def test_where_a_checkpoint_is_from_can_be_read_by_xarray(opsig, tmp_path):
     assert all(not r["damaged"] and not r["reason"] for r in opsig("verify", run).records)
     with open_trajectory(run) as kept:
         assert kept.row("checkpoints/source/sha256", 2).decode() == outcome.records[1]["sha256"]
+
+
+def test_of_two_models_in_a_file_the_one_whose_shapes_fit_is_taken(opsig, tmp_path):
+    other = {name: torch.zeros(*value.shape, 2) for name, value in weights().items()}
+    run, outcome = imports(opsig, tmp_path, save(tmp_path, "c1.pt", {"a": other, "net": weights(1)}))
+    assert "under net." in outcome.err
+    np.testing.assert_array_equal(params_of(run, 1), flat(weights(1)))
+
+
+def test_a_buffer_that_checkpoints_leave_out_stays_as_the_model_makes_it(opsig, tmp_path):
+    (tmp_path / "own.py").write_text(
+        TASKS.read_text()
+        + "\n\nclass Masked(Tiny):\n    def model(self):\n        model = super().model()\n"
+        + "        model.register_buffer('mask', torch.arange(3.0), persistent=False)\n        return model\n"
+    )
+    run, outcome = imports(
+        opsig, tmp_path, save(tmp_path, "c1.pt", weights()), task=("--task", f"{tmp_path}/own.py:Masked")
+    )
+    assert "left as the model makes them: mask" in outcome.err
+    with open_trajectory(run) as kept:
+        assert read_state(kept, 1).buffers.tolist() == [0, 1, 2]
