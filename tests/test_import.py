@@ -426,10 +426,10 @@ def test_the_optimizer_s_own_count_is_said_where_it_differs(opsig, tmp_path):
     made.step()
     file = save(tmp_path, "c.pt", {"model": model.state_dict(), "optimizer": made.state_dict(), "step": 0})
     _, outcome = imports(opsig, tmp_path, file)
-    assert "at step 0 the optimizer has counted 1 steps" in outcome.err
+    assert "at step 0 the optimizer's own count is 1" in outcome.err
     _, outcome = imports(opsig, tmp_path, file, "--steps-from", "optimizer")
     assert outcome.records[0]["step"] == 1
-    assert "has counted" not in outcome.err
+    assert "own count" not in outcome.err
 
 
 def test_new_steps_are_appended_and_those_that_are_there_stay(opsig, tmp_path):
@@ -709,3 +709,13 @@ def test_a_buffer_that_checkpoints_leave_out_stays_as_the_model_makes_it(opsig, 
     assert "left as the model makes them: mask" in outcome.err
     with open_trajectory(run) as kept:
         assert read_state(kept, 1).buffers.tolist() == [0, 1, 2]
+
+
+def test_an_imported_run_goes_on_as_the_original_would(opsig, original, tmp_path):
+    export(original / "adam.h5", tmp_path, "adam", Tiny())
+    files = [tmp_path / f"ckpt_{step}.pt" for step in (0, 10, 20)]
+    run, _ = imports(opsig, tmp_path, *files)
+    assert opsig("train", "-o", run, "--resume", "--steps", 40, *OWN).code == 0
+    with open_trajectory(run) as ours, open_trajectory(original / "adam.h5") as theirs:
+        assert ours.steps("checkpoints").tolist() == [0, 10, 20, 30, 40]
+        np.testing.assert_array_equal(read_state(ours, 40).params, read_state(theirs, 40).params)

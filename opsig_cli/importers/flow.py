@@ -132,10 +132,9 @@ def settle(
         merged["optimizer"] = "sgd"
     if merged.get("statistics") is None:
         merged["statistics"] = "running"
+    merged |= {"steps": max(steps), "checkpoint_every": int(min(np.diff(sorted(steps)), default=1))}
     known = {each.name for each in fields(Settings)}
-    settings = Settings(
-        task=task, model=model, steps=max(steps), **{key: value for key, value in merged.items() if key in known}
-    )
+    settings = Settings(task=task, model=model, **{key: value for key, value in merged.items() if key in known})
     _say_settings(settings, found, chosen, rates, warn)
     return settings, rates
 
@@ -160,7 +159,7 @@ def say_counts(glances: Sequence[Glance], steps: Sequence[int], warn: Warn) -> N
     for each, step in zip(glances, steps, strict=True):
         if each.count is not None and each.count != step:
             warn(
-                f"at step {step} the optimizer has counted {each.count} steps, which its preconditioner goes by. "
+                f"at step {step} the optimizer's own count is {each.count}, which its preconditioner goes by. "
                 "--steps-from optimizer takes its count"
             )
             return
