@@ -24,7 +24,7 @@ def update_direction(settings: Settings | None, state: State, gradient: np.ndarr
     `gradient` (P,): that of the whole loss, with which the moments in `state` are advanced by one step. It is not known
     without settings, or where the checkpoint lacks the optimizer's state. SplitSGD: see `opsig_torch.splitsgd`.
     """
-    if settings is None or settings.learning_rate == 0:
+    if settings is None or not settings.learning_rate > 0:  # 0 for gradient flow, NaN where it is not known
         return None
     gradient = gradient + settings.weight_decay * state.params.astype(np.float64)
     kept, step = state.optimizer, state.step + 1

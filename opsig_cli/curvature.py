@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ def settings_of(run: Trajectory) -> Settings | None:
     """How the run was trained, or None where it does not say."""
     attributes = run.attributes
     return Settings.stored(attributes, run.path) if "settings_json" in attributes else None
+
+
+def settings_at(run: Trajectory, settings: Settings, step: int) -> Settings:
+    """The settings with the learning rate of the step that follows, where the run recorded it: schedules change it."""
+    if run.has("scalars/learning_rate") and step in run.steps("scalars"):
+        rate = float(run.row("scalars/learning_rate", step))
+        return settings if np.isnan(rate) else replace(settings, learning_rate=rate)
+    return settings
 
 
 def group_of(settings: Settings | None) -> str:
@@ -90,7 +99,7 @@ def measure(
         previous = found
         columns: dict[str, Any] = {
             "eigenvalue": found.values, "residual": found.residuals, "products": found.products,
-            "threshold": np.nan if settings is None else settings.threshold,
+            "threshold": np.nan if settings is None else settings_at(run, settings, step).threshold,
         }  # fmt: skip
         if group == "sharpness":
             columns |= {"eigenvector": found.vectors[0], "layer_fraction": layer_fractions(session, found.vectors[0])}
@@ -188,7 +197,8 @@ def step_records(
             record |= {"density_nodes": nodes.ravel(), "density_weights": weights.ravel()}
         if "critical_sharpness" in metrics:
             record["critical_sharpness"], known = critical_sharpness(session, state, settings)
-            record["threshold"] = 2 / settings.learning_rate if settings and settings.learning_rate else None
+            rate = settings_at(run, settings, step).learning_rate if settings else 0.0
+            record["threshold"] = 2 / rate if rate else None
             unknown += [] if known else [step]
         found.append(record)
         advance(note=f"step {step}")

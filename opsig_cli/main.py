@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import cluster, compare, info, mine, probe, repack, sharpness, simulate, track, train, verify
+from opsig_cli.commands import (
+    cluster,
+    compare,
+    import_,
+    info,
+    mine,
+    probe,
+    repack,
+    sharpness,
+    simulate,
+    track,
+    train,
+    verify,
+)
 from opsig_cli.errors import OpsigError
 
 app = typer.Typer(
@@ -20,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train.train)
+app.command("import")(import_.import_)
 app.command()(track.track)
 app.command()(sharpness.sharpness)
 app.command()(mine.mine)

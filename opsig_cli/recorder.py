@@ -72,10 +72,12 @@ class Recorder:
         losses: np.ndarray | None = None,
         predictions: np.ndarray | None = None,
         state: State | None = None,
+        source: Mapping[str, Any] | None = None,
     ) -> None:
         """Write what is known at a step.
 
-        Scalars go by their schema name; losses and predictions are (S,); a state becomes a checkpoint.
+        Scalars go by their schema name; losses and predictions are (S,); a state becomes a checkpoint, and `source`
+        says which file it is from: path, bytes, sha256.
         """
         if scalars is not None:
             self._append("scalars", step, scalars)
@@ -84,7 +86,8 @@ class Recorder:
                 "losses", step, {"loss": losses} | ({} if predictions is None else {"prediction": predictions})
             )
         if state is not None:
-            self._append("checkpoints", step, self._checkpoint(state))
+            columns = {f"source__{name}": value for name, value in (source or {}).items()}
+            self._append("checkpoints", step, self._checkpoint(state) | columns)
         self._uncommitted += 1
         if state is not None or self._uncommitted >= self._commit_every:
             self.run.commit()

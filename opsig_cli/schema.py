@@ -39,8 +39,8 @@ def _fields(*fields: Field) -> dict[str, Field]:
 
 ROW_CHECKSUM = "exclusive or, over the row's measured columns, of crc32(column name, bytes of the row)"
 
-# "S*" is a fixed-length UTF-8 string as wide as the longest value; "u1|i4" is u1 where 254 classes suffice,
-# and "f4|u2" is float32 or, as u2, the bits of bfloat16.
+# "S*" is a fixed-length UTF-8 string as wide as the longest value, and "S64" one of 64 bytes; "u1|i4" is u1 where 254
+# classes suffice, and "f4|u2" is float32 or, as u2, the bits of bfloat16.
 FIELDS = _fields(
     Field("sample", ("sample",), "i8", "1", "index of the sample in the task's dataset"),
     Field("class_name", ("class",), "S*", "1", "name of the class that a prediction's integer stands for"),
@@ -72,6 +72,9 @@ FIELDS = _fields(
     Field("checkpoints/optimizer/exp_avg", ("step", "parameter"), "f4", "1", "Adam's first moment"),
     Field("checkpoints/optimizer/exp_avg_sq", ("step", "parameter"), "f4", "1", "Adam's second moment"),
     Field("checkpoints/optimizer/radius", ("step",), "f8", "1", "size beyond which SplitSGD goes by the sign"),
+    Field("checkpoints/source/path", ("step",), "S512", "1", "file or folder that the checkpoint was imported from"),
+    Field("checkpoints/source/bytes", ("step",), "i8", "byte", "size of its weights' files"),
+    Field("checkpoints/source/sha256", ("step",), "S64", "1", "SHA-256 of its weights' files in order of name"),
     Field("layout/name", ("tensor",), "S*", "1", "name of the parameter or buffer"),
     Field("layout/kind", ("tensor",), "S*", "1", "parameter or buffer"),
     Field("layout/shape", ("tensor", "axis"), "i8", "1", "shape, padded with -1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
@@ -15,7 +16,10 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run's numbers. `batch_size` None is full batch; `track_every` 0 records no losses."""
+    """Everything that decides a run's numbers. `batch_size` None is full batch; `track_every` 0 records no losses.
+
+    `learning_rate` is NaN, null in the file, where an imported run does not tell it.
+    """
 
     task: str
     model: str | None = None
@@ -71,6 +75,8 @@ class Settings:
         values = {key: value for key, value in kept.items() if key in known}
         if values.get("checkpoint_window") is not None:
             values["checkpoint_window"] = tuple(values["checkpoint_window"])  # JSON has no tuples
+        if values.get("learning_rate", 0.0) is None:
+            values["learning_rate"] = math.nan
         return cls(**values)
 
     def varied(self, given: Mapping[str, Any]) -> Self:
@@ -79,6 +85,8 @@ class Settings:
         A batch size belongs to the optimizer: it is kept where the new one takes it.
         """
         kept = self.stored_form()
+        if math.isnan(self.learning_rate) and given.get("learning_rate") is None:
+            raise UsageError("the run was imported and does not tell its learning rate. Give --learning-rate")
         changed = {key: value for key, value in given.items() if value is not None}
         if changed.get("optimizer") == "gd":
             kept["batch_size"] = None
@@ -96,6 +104,11 @@ class Settings:
                 f"{path} keeps its checkpoints rounded to bfloat16, from which a run cannot be continued as it was. "
                 "Begin again with --replace"
             )
+        if math.isnan(self.learning_rate):
+            raise OpsigError(
+                f"{path} was imported and does not tell its learning rate, so it cannot be continued. Import it again "
+                "with --learning-rate"
+            )
         for key, value in given.items():
             if value is not None and key not in ("steps", "backend", "task") and value != getattr(self, key):
                 option = key.replace("_", "-")
@@ -107,7 +120,7 @@ class Settings:
 
     def stored_form(self) -> dict[str, Any]:
         """For the file's `settings_json`."""
-        return asdict(self)
+        return asdict(self) | ({"learning_rate": None} if math.isnan(self.learning_rate) else {})
 
     def checkpoint_at(self, step: int) -> bool:
         """Whether a checkpoint is due at this step: on the schedule, the step after with `checkpoint_pairs`, or inside

@@ -268,12 +268,12 @@ class Trajectory:
         if step in rows:
             raise OpsigError(f"{self.path} already has {group} at step {step}")
         place = rows.count
-        given = {f"{group}/{name.replace('__', '/')}": np.asarray(value) for name, value in columns.items()}
+        given = {f"{group}/{name.replace('__', '/')}": _as_array(value) for name, value in columns.items()}
         given |= {f"{group}/step": np.asarray(step)}
         checksum = 0
         for name, value in given.items():
             dataset = self._column(FIELDS[name], value, place)
-            value = np.asarray(value, dataset.dtype, order="C")
+            value = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
             _write_row(dataset, place, value)
             if not _is_fill(value):
                 checksum ^= _column_checksum(name, value)
@@ -331,7 +331,7 @@ class Trajectory:
         target = self._file.create_dataset(
             field.path, (rows.count, *source.shape[1:]), maxshape=(None, *source.shape[1:]), dtype=source.dtype,
             chunks=(min(height, max(1, rows.count)), *(min(n, 1 << 14) for n in source.shape[1:])),
-            fillvalue=_fill(source.dtype), shuffle=True, compression="gzip", compression_opts=4,
+            fillvalue=_stated_fill(source.dtype), shuffle=True, compression="gzip", compression_opts=4,
         )  # fmt: skip
         self._describe(target, field)
         for first in range(0, rows.count, target.chunks[0]):
@@ -389,9 +389,7 @@ class Trajectory:
             dataset = self._file[name]
             if not isinstance(dataset, h5py.Dataset) or dataset.ndim != len(field.dims):
                 raise OpsigError(f"{self.path}: {name} must have the dimensions {', '.join(field.dims)}")
-            if dataset.dtype.kind not in {kind[0].lower() for kind in field.dtype.replace("S", "s").split("|")} | (
-                {"S"} if field.dtype == "S*" else set()
-            ):
+            if dataset.dtype.kind not in {kind[0] for kind in field.dtype.split("|")}:
                 raise OpsigError(f"{self.path}: {name} must be {field.dtype}, not {dataset.dtype}")
             for axis, length in zip(field.dims, dataset.shape, strict=True):
                 expected = lengths.setdefault(dimension(field, axis), length)
@@ -487,7 +485,7 @@ class Trajectory:
             chunks = (1, min(1 << 18, width)) if shape else (1024,)
         dataset = self._file.create_dataset(
             field.path, (0, *shape), maxshape=(None, *shape), dtype=dtype, chunks=chunks,
-            fillvalue=_fill(np.dtype(dtype)), fill_time="never" if "sample" in field.dims else "ifset",
+            fillvalue=_stated_fill(np.dtype(dtype)), fill_time="never" if "sample" in field.dims else "ifset",
         )  # fmt: skip
         self._describe(dataset, field)
         known[field.path] = dataset
@@ -507,7 +505,7 @@ class Trajectory:
             elif place not in self._file and name != "step":
                 scale = self._file.create_dataset(place, (length,), "u1")
                 _make_scale(scale, group, name, f"This is a netCDF dimension but not a netCDF variable.{length:10d}")
-        if len(used) > 1:
+        if len(used) > 1 or used[0][0] != field.path.rpartition("/")[0]:
             dataset.attrs["_Netcdf4Coordinates"] = np.array([DIMENSIONS.index(d) for d in used], np.int32)
         if field.path.split("/")[-1] not in [name for _, name in used]:
             dataset.attrs["_Netcdf4Dimid"] = np.int32(DIMENSIONS.index(used[0]))
@@ -586,12 +584,24 @@ def _make_scale(dataset: Any, group: str, name: str, words: str) -> None:
     dataset.attrs["_Netcdf4Dimid"] = np.int32(DIMENSIONS.index((group, name)))
 
 
+def _as_array(value: Any) -> np.ndarray:
+    return np.asarray(value.encode() if isinstance(value, str) else value)
+
+
 def _column_checksum(name: str, value: np.ndarray) -> int:
+    if value.dtype.kind == "S":  # numpy drops a text's padding when it reads it
+        return zlib.crc32(value.tobytes().rstrip(b"\0"), zlib.crc32(name.encode()))
     return zlib.crc32(value.tobytes() if value.ndim == 0 else value.data, zlib.crc32(name.encode()))
 
 
 def _fill(dtype: np.dtype) -> Any:
     return Field("", (), dtype.kind + str(dtype.itemsize), "", "").fill
+
+
+def _stated_fill(dtype: np.dtype) -> Any:
+    """The fill as an attribute of a new dataset. Text has HDF5's own, which is the same: netCDF4 overruns its memory
+    on any other."""
+    return None if dtype.kind == "S" else _fill(dtype)
 
 
 def _is_fill(value: Any) -> bool:

@@ -13,6 +13,7 @@ from conftest import TASKS, start_opsig, train_tiny
 
 COMMANDS = (
     "train",
+    "import",
     "track",
     "mine",
     "cluster",

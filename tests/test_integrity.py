@@ -66,6 +66,7 @@ def test_netcdf4_and_xarray_see_named_dimensions(run_path):
         with netCDF4.Dataset(run_path) as file:
             assert file["losses/loss"].dimensions == ("step", "sample")
             assert file["checkpoints/params"].dimensions == ("step", "parameter")
+            assert file["samples/label"].dimensions == ("sample",)
             assert file["losses/loss"].units == "nat"
         with xarray.open_dataset(run_path, group="losses", engine="netcdf4") as data:
             assert data["loss"].dims == ("step", "sample")

@@ -21,6 +21,16 @@ ALLOWED = {
     "chunks": set(),
     "vetting": set(),
     "recorder": {"errors", "schema", "trajectory", "backends"},
+    "importers": {
+        "errors",
+        "schema",
+        "trajectory",
+        "backends",
+        "tasks",
+        "recorder",
+        "settings",
+        "importers",
+    },
     "measure": {"errors", "schema", "trajectory", "backends", "tasks", "recorder", "settings"},
 }
 

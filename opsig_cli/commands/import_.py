@@ -1,0 +1,87 @@
+"""opsig import"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from opsig_cli import options
+
+
+def import_(
+    output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="Trajectory file to write.")],
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CHECKPOINT...", help="Files, Hugging Face folders, or folders of them.", show_default=False
+        ),
+    ] = None,
+    task: options.TaskOption = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME[:key=value,...]", help="For an installed task: see opsig train.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Step of each checkpoint, in the order given.")
+    ] = None,
+    steps_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="content|name|optimizer",
+            help="Default: a step in the content, the optimizer's count, the name, or an epoch in the content.",
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the weights' names begin with, such as ema.")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="gd|sgd|momentum|adam", help="Default: what the checkpoints say.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="Default: what the checkpoints say.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Heavy ball's beta.")] = None,
+    beta1: Annotated[float | None, typer.Option(help="Adam.")] = None,
+    beta2: Annotated[float | None, typer.Option(help="Adam.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the gradient.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="The run's minibatch. Default: full batch.")] = None,
+    losses: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Losses of all samples: .npy (steps, samples), .npz, or CSV step,sample,loss."
+        ),
+    ] = None,
+    scalars: Annotated[
+        str | None, typer.Option(metavar="FILE", help="CSV with step and train_loss, learning_rate, grad_norm, ...")
+    ] = None,
+    track: Annotated[
+        bool, typer.Option("--track", help="Measure every sample's loss at the checkpoints, too.")
+    ] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add the steps that RUN lacks.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")] = False,
+    chunk_size: options.BatchSizeOption = None,
+    statistics: Annotated[
+        str | None, typer.Option(metavar="running|chunk", help="Batch norm's statistics. Default: running.")
+    ] = None,
+    device: options.DeviceOption = None,
+    backend: options.BackendOption = "torch",
+    format: options.FormatOption = None,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Make a trajectory from checkpoints that your own training script saved, for every other command to work on.
+
+    Example: opsig import checkpoints/*.pt --task mytask.py:MyTask --learning-rate 0.1 --track -o run.h5
+    """
+    from opsig_cli import importing, records
+
+    given = dict(
+        optimizer=optimizer, learning_rate=learning_rate, momentum=momentum, beta1=beta1, beta2=beta2,
+        weight_decay=weight_decay, batch_size=batch_size, chunk_size=chunk_size, statistics=statistics,
+    )  # fmt: skip
+    request = importing.Request(
+        output, paths or [], task, model, steps, steps_from, prefix, given, losses, scalars, track, append, replace,
+        device, backend,
+    )  # fmt: skip
+    bar = partial(options.progress, quiet=quiet)
+    written = importing.run(request, partial(options.note, quiet=quiet), bar)
+    rows = [{key: value for key, value in each.items() if key not in ("trajectory", "sha256")} for each in written]
+    records.write(written, format, [records.Table(output, rows)])

@@ -1,0 +1,267 @@
+"""From checkpoints to rows of a trajectory. S samples, P parameters, B buffers.
+
+Two passes: the first looks at every checkpoint's names and numbers and settles steps, settings and what fits, so that
+nothing is written where something is wrong; the second reads one checkpoint after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from opsig_cli.backends import Session, State, Tensor
+from opsig_cli.errors import OpsigError
+from opsig_cli.importers import checkpoints, names, optimizers
+from opsig_cli.importers.series import Losses
+from opsig_cli.importers.torch_files import first_words
+from opsig_cli.recorder import Recorder
+from opsig_cli.schema import FIELDS
+from opsig_cli.settings import Settings
+from opsig_cli.tasks import Task
+from opsig_cli.trajectory import Trajectory
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that checkpoints must fit: its layout, all names of each tensor, and its buffers (B,) as it is made.
+
+    `prefix` is where in a checkpoint to look for it, None for anywhere.
+    """
+
+    layout: list[Tensor]
+    aliases: dict[str, list[str]]
+    buffers: np.ndarray
+    prefix: str | None = None
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What the first pass learns of a checkpoint: whole numbers by key, and what its optimizer says of itself."""
+
+    path: str
+    numbers: dict[str, int]
+    count: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def target_of(task: Task, session: Session, prefix: str | None) -> Target:
+    """The task's model as what checkpoints must fit."""
+    aliases = names.aliases_of(task.model())
+    return Target(session.layout, aliases, session.initial(0).buffers, prefix)
+
+
+def once(warn: Warn) -> Warn:
+    """Say each thing once, however many checkpoints it is true of."""
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            warn(text)
+
+    return say
+
+
+def glance(path: str, target: Target, warn: Warn) -> Glance:
+    """Look at a checkpoint without reading its weights. Raises OpsigError where it cannot be read or does not fit."""
+    with checkpoints.opened(path) as content:
+        fit = _fit(content, target, path)
+        _say(fit, target, warn)
+        saved = content.optimizers[0] if content.optimizers else None
+        if saved is None:
+            return Glance(path, content.numbers)
+        if len(content.optimizers) > 1:
+            warn("there are several optimizers: the first is taken")
+        settings, notes = optimizers.settings_of(saved)
+        for note in notes:
+            warn(f"optimizer: {note}")
+        return Glance(path, content.numbers, optimizers.count_of(saved), settings)
+
+
+def _fit(content: checkpoints.Content, target: Target, path: str) -> names.Fit:
+    shapes = {name: entry.shape for name, entry in content.tensors.items()}
+    return names.fit(shapes, target.layout, target.aliases, target.prefix, path)
+
+
+def _say(fit: names.Fit, target: Target, warn: Warn) -> None:
+    if fit.prefix and fit.prefix != target.prefix:
+        warn(f"the model's weights lie under {fit.prefix}")
+    if fit.others:
+        warn(f"they also lie under {names.listed(fit.others)}, which --prefix chooses")
+    if fit.unused:
+        warn(f"not used, as the model has no such tensors: {names.listed(fit.unused)}")
+    if fit.kept:
+        warn(f"not in the checkpoints, and left as the model makes them: {names.listed(fit.kept)}")
+
+
+def settle(
+    glances: Sequence[Glance], steps: Sequence[int], given: Mapping[str, Any], task: str, model: str | None, warn: Warn
+) -> tuple[Settings, dict[int, float]]:
+    """The run's settings, and its learning rate at each step where the checkpoints tell.
+
+    Options in `given` that are not None come before what the checkpoints' optimizers say. Without either, the
+    learning rate is NaN, and so are thresholds.
+    """
+    chosen = {key: value for key, value in given.items() if value is not None}
+    found: dict[str, Any] = {}
+    for each in glances:
+        found |= each.settings
+    rates: dict[int, Any] = {
+        step: each.settings["learning_rate"]
+        for step, each in zip(steps, glances, strict=True) if "learning_rate" in each.settings
+    }  # fmt: skip
+    kinds = {each.settings.get("optimizer") for each in glances if each.settings}
+    if None in kinds:  # a first checkpoint without state may look like Adam's
+        found = {"learning_rate": found["learning_rate"]} if "learning_rate" in found else {}
+    if "optimizer" in chosen and chosen["optimizer"] != found.get("optimizer"):
+        found = {"learning_rate": found["learning_rate"]} if "learning_rate" in found else {}
+    if "learning_rate" in chosen:
+        rates = dict.fromkeys(rates, chosen["learning_rate"])
+    elif rates:
+        found["learning_rate"] = max(rates.values())
+    merged: dict[str, Any] = {"learning_rate": math.nan} | found | chosen
+    if merged.get("optimizer", "gd") == "gd" and merged.get("batch_size") is not None:
+        merged["optimizer"] = "sgd"
+    if merged.get("statistics") is None:
+        merged["statistics"] = "running"
+    merged |= {"steps": max(steps), "checkpoint_every": int(min(np.diff(sorted(steps)), default=1))}
+    known = {each.name for each in fields(Settings)}
+    settings = Settings(task=task, model=model, **{key: value for key, value in merged.items() if key in known})
+    _say_settings(settings, found, chosen, rates, warn)
+    return settings, rates
+
+
+def _say_settings(
+    settings: Settings, found: Mapping[str, Any], chosen: Mapping[str, Any], rates: Mapping[int, float], warn: Warn
+) -> None:
+    taken = [f"{key.replace('_', ' ')} {found[key]:g}" if isinstance(found[key], float) else f"{key} {found[key]}"
+             for key in found if key not in chosen]  # fmt: skip
+    if taken:
+        warn(f"from the checkpoints: {', '.join(taken)}")
+    if len(set(rates.values())) > 1:
+        warn(f"learning rates go from {min(rates.values()):g} to {max(rates.values()):g}; each step has its own")
+    if "optimizer" not in found and "optimizer" not in chosen:
+        warn(f"the checkpoints do not say the optimizer: taken as {settings.optimizer}. --optimizer says otherwise")
+    if math.isnan(settings.learning_rate):
+        warn("the checkpoints do not say the learning rate: thresholds are left out. --learning-rate says it")
+
+
+def say_counts(glances: Sequence[Glance], steps: Sequence[int], warn: Warn) -> None:
+    """Say where the optimizer's own count of steps is another than the step that was taken."""
+    for each, step in zip(glances, steps, strict=True):
+        if each.count is not None and each.count != step:
+            warn(
+                f"at step {step} the optimizer's own count is {each.count}, which its preconditioner goes by. "
+                "--steps-from optimizer takes its count"
+            )
+            return
+
+
+def check_layout(run: Trajectory, layout: Sequence[Tensor]) -> None:
+    """Raise OpsigError where a file holds checkpoints of another model."""
+    if not run.has("layout/name"):
+        raise OpsigError(f"{run.path} holds no checkpoints to add to. Import them together, with --replace")
+    shapes = [tuple(n for n in row if n >= 0) for row in run.read("layout/shape").tolist()]
+    held = list(zip(run.read("layout/name").tolist(), shapes, strict=True))
+    if held != [(tensor.name, tensor.shape) for tensor in layout]:
+        raise OpsigError(f"{run.path} holds checkpoints of another model. Give the --task and --model it was made with")
+
+
+def import_all(recorder: Recorder, paths: Mapping[int, str], target: Target, warn: Warn) -> Iterator[dict[str, Any]]:
+    """Read and append one checkpoint after the other, by step, each committed; yields a record of each."""
+    run = recorder.run
+    with ThreadPoolExecutor(1) as beside:  # SHA-256 takes longer than the reading
+        for step, path in sorted(paths.items()):
+            summed = beside.submit(checkpoints.source_of, path)
+            with checkpoints.opened(path) as content:
+                state = read(content, target, path, step, warn)
+            source = _result(summed, path)
+            if source.damaged:
+                warn(f"note: {path} is damaged or was written without checksums: {source.damaged} differs from its own")
+            about = {"bytes": source.bytes, "sha256": source.sha256}
+            recorder.record(step, state=state, source={"path": _kept(path)} | about)
+            about["optimizer_state"] = sorted(state.optimizer)
+            del state
+            yield {"trajectory": run.path, "step": step, "source": path} | about
+
+
+def _result(summed: Future[checkpoints.Source], path: str) -> checkpoints.Source:
+    try:
+        return summed.result()
+    except OSError as error:
+        raise OpsigError(f"{path}: {error.strerror or first_words(error)}") from error
+
+
+def _kept(path: str) -> str:
+    """As much of the end of a path as the file has room for."""
+    room = int(FIELDS["checkpoints/source/path"].dtype[1:])
+    return path.encode(errors="replace")[-room:].decode(errors="ignore")
+
+
+def read(content: checkpoints.Content, target: Target, path: str, step: int, warn: Warn) -> State:
+    """A checkpoint's state in the layout of the model. Raises OpsigError where a tensor cannot be read."""
+    import torch
+
+    exact = (torch.float32, torch.float16, torch.bfloat16)
+    fit = _fit(content, target, path)
+    parameters = sum(tensor.size for tensor in target.layout if tensor.kind == "parameter")
+    rows = {"parameter": np.empty(parameters, np.float32), "buffer": target.buffers.copy()}
+    slots: dict[str, np.ndarray] = {}
+    try:
+        for tensor in target.layout:
+            if tensor.name in fit.keys:
+                value = content.tensors[fit.keys[tensor.name]].read()
+                if tensor.kind == "parameter" and value.dtype not in exact:
+                    warn(f"parameters in {str(value.dtype).removeprefix('torch.')} are taken as float32")
+                row = rows[tensor.kind][tensor.offset : tensor.offset + tensor.size]
+                torch.from_numpy(row).view(tensor.shape).copy_(value)
+        if content.optimizers:
+            slots, why = optimizers.slots_of(content.optimizers[0], target.layout, fit.prefix)
+            if why:
+                warn(f"optimizer state is left out: {why}")
+    except MemoryError:
+        raise
+    except Exception as error:  # reading is where a damaged file shows
+        raise OpsigError(f"{path} cannot be read: {first_words(error)}") from error
+    if not np.isfinite(rows["parameter"]).all():
+        warn(f"{os.path.basename(path)} (step {step}) has parameters that are not finite")
+    return State(step, rows["parameter"], rows["buffer"], slots)
+
+
+def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:
+    """Where the samples of a series lie among a run's, (S,). Raises OpsigError where it has one that the run lacks."""
+    places = np.searchsorted(samples, losses.samples)
+    known = (places < len(samples)) & (samples[np.minimum(places, len(samples) - 1)] == losses.samples)
+    if not known.all():
+        raise OpsigError(
+            f"the losses have a sample {losses.samples[~known][0]}, and the run's samples are {samples[0]} to "
+            f"{samples[-1]}"
+        )
+    return places
+
+
+def import_losses(recorder: Recorder, losses: Losses, steps: Sequence[int] | None, warn: Warn) -> list[int]:
+    """Append a series of losses; returns its steps. Raises OpsigError where it has samples that the run lacks."""
+    samples = recorder.run.samples
+    places = places_of(losses, samples)
+    if len(places) < len(samples):
+        warn(f"losses of {len(places)} of the {len(samples)} samples are given")
+    times = losses.steps.tolist() if steps is None else list(steps)
+    for t, step in enumerate(times):
+        values, predictions = losses.row(t)
+        row = np.full(len(samples), np.nan, np.float32)
+        row[places] = values
+        spread = None
+        if predictions is not None:
+            spread = np.full(len(samples), -1)
+            spread[places] = predictions
+        recorder.record(step, losses=row, predictions=spread)
+    return times

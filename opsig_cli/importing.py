@@ -1,0 +1,212 @@
+"""An existing run made into a trajectory: what `opsig import` does, from its options to its records. S samples."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from opsig_cli import measure, tasks, trainer
+from opsig_cli.backends import Session, load_backend
+from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.importers import checkpoints, flow, series
+from opsig_cli.importers.steps import given_steps, steps_of
+from opsig_cli.recorder import Recorder, check_samples
+from opsig_cli.settings import Settings
+from opsig_cli.trajectory import open_trajectory
+
+Bar = Callable[[str, int], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `opsig import`. `given`: settings by name, None where the person left them out."""
+
+    output: str
+    paths: Sequence[str]
+    task: str | None
+    model: str | None
+    steps: str | None
+    steps_from: str | None
+    prefix: str | None
+    given: Mapping[str, Any]
+    losses: str | None
+    scalars: str | None
+    track: bool
+    append: bool
+    replace: bool
+    device: str | None
+    backend: str
+
+
+def run(request: Request, warn: flow.Warn, bar: Bar) -> list[dict[str, Any]]:
+    """Write the trajectory; returns a record of each checkpoint, or of each step of losses where there are none.
+
+    Raises OpsigError or UsageError before anything is written where a checkpoint is damaged or does not fit, or steps
+    are not clear; with what is done so far kept where the work is interrupted.
+    """
+    _check(request)
+    losses = series.read_losses(request.losses) if request.losses else None
+    scalars: dict[int, dict[str, float]] = {}
+    if request.scalars:
+        scalars, unknown = series.read_scalars(request.scalars)
+        if unknown:
+            warn(f"{request.scalars}: columns without a place in a trajectory: {', '.join(unknown)}")
+    try:
+        if request.paths:
+            return _import_checkpoints(request, losses, scalars, flow.once(warn), bar)
+        assert losses is not None
+        return _import_series(request, losses, scalars, warn)
+    except KeyboardInterrupt:
+        raise OpsigError("interrupted. Give the same command with --append to go on", exit_code=130) from None
+
+
+def _check(request: Request) -> None:
+    if not request.paths and request.losses is None:
+        raise UsageError("there is nothing to import. Name checkpoints, or --losses FILE")
+    if not request.paths and (request.track or request.task is not None):
+        raise UsageError("--task and --track are about checkpoints. Name some")
+    if request.steps is not None and request.steps_from is not None:
+        raise UsageError("--steps says the steps and --steps-from where they are. Give one of them")
+    if request.append and request.replace:
+        raise UsageError("--append adds to a run and --replace overwrites it. Give one of them")
+    exists = os.path.exists(request.output)
+    if request.append and not exists:
+        raise OpsigError(f"{request.output} does not exist. Leave --append out to make it")
+    if exists and not (request.append or request.replace):
+        raise OpsigError(f"{request.output} exists. Add new steps with --append, or overwrite it with --replace")
+
+
+def _import_checkpoints(
+    request: Request, losses: series.Losses | None, scalars: dict[int, dict[str, float]], warn: flow.Warn, bar: Bar
+) -> list[dict[str, Any]]:
+    paths = checkpoints.find(list(request.paths))
+    stored = _stored(request) if request.append else None
+    if stored is None and request.task is None:
+        raise UsageError("--task is missing. Write --task NAME or --task file.py:Name")
+    given: dict[str, Any] = dict(request.given) | {"statistics": request.given.get("statistics") or "running"}
+    spec = tasks.parse_spec(request.task or (stored.task if stored else ""), request.model or (stored and stored.model))
+    if request.task is None and tasks.is_own(spec):
+        raise OpsigError(f"{request.output} was made with a task of your own. Give it again: --task {spec.name}")
+    task, spec = tasks.load(spec)
+    used = stored or Settings(str(spec), chunk_size=given["chunk_size"], statistics=given["statistics"])
+    session = load_backend(request.backend).open(task, request.device, used.chunk_size, used.statistics)
+    _check_session(request, session, losses)
+    warn(f"device: {session.device_name}")
+    target = flow.target_of(task, session, request.prefix)
+    if used.statistics == "running" and any(t.name.endswith("running_mean") for t in target.layout):
+        warn("batch norm goes by its running statistics, as in evaluation; --statistics chunk takes those of the data")
+    glances = []
+    with bar("looking", len(paths)) as advance:
+        for path in paths:
+            glances.append(flow.glance(path, target, warn))
+            advance()
+    if request.steps is not None:
+        steps = given_steps(request.steps, len(paths))
+        if len(set(steps)) < len(steps):
+            raise UsageError(f"--steps {request.steps} names a step twice")
+    else:
+        steps, source = steps_of(paths, [g.numbers for g in glances], [g.count for g in glances], request.steps_from)
+        several = f"steps {min(steps)} to {max(steps)} are" if len(steps) > 1 else f"step {steps[0]} is"
+        warn(f"{several} taken from {source}")
+    flow.say_counts(glances, steps, warn)
+    settings, rates = flow.settle(glances, steps, given, request.task or used.task, spec.model, warn)
+    for step, rate in rates.items():
+        scalars[step] = {"learning_rate": rate} | scalars.get(step, {})
+    if stored is not None:
+        settings = replace(stored, steps=max(stored.steps, settings.steps))
+    recorder = _recorder(request, settings, session, task, spec)
+    with recorder:
+        return _write(
+            request, recorder, session, target, dict(zip(steps, paths, strict=True)), losses, scalars, warn, bar
+        )
+
+
+def _check_session(request: Request, session: Session, losses: series.Losses | None) -> None:
+    """Raise OpsigError or UsageError where the task or the options do not go with what is to be written."""
+    optimizer = request.given["optimizer"]
+    if optimizer is not None and optimizer not in session.optimizers:
+        raise UsageError(f"no optimizer is called '{optimizer}'. Known: {', '.join(session.optimizers)}")
+    if losses is not None:
+        flow.places_of(losses, np.arange(session.samples))
+    if request.append:
+        with open_trajectory(request.output) as kept:
+            check_samples(kept, session.samples)
+            flow.check_layout(kept, session.layout)
+
+
+def _stored(request: Request) -> Settings:
+    """The settings of the run that is added to. Raises UsageError where an option contradicts them."""
+    with open_trajectory(request.output) as kept:
+        settings = Settings.stored(kept.attributes, request.output)
+    for key, value in request.given.items():
+        if value is not None and key != "learning_rate" and value != getattr(settings, key):
+            option = key.replace("_", "-")
+            raise UsageError(f"{request.output} has --{option} {getattr(settings, key)}, not {value}. Leave it out")
+    return settings
+
+
+def _recorder(request: Request, settings: Settings, session: Session, task: Any, spec: tasks.TaskSpec) -> Recorder:
+    if not request.append:
+        return trainer.new_recorder(request.output, settings, session, task, spec, request.replace, commit_every=10)
+    recorder = Recorder(request.output, session.samples, resume=True)
+    recorder.run.set_attributes(settings_json=settings.stored_form())
+    return recorder
+
+
+def _write(
+    request: Request, recorder: Recorder, session: Session, target: flow.Target, paths: dict[int, str],
+    losses: series.Losses | None, scalars: Mapping[int, Mapping[str, float]], warn: flow.Warn, bar: Bar,
+) -> list[dict[str, Any]]:  # fmt: skip
+    kept = recorder.run
+    kept.set_attributes(state="importing")
+    held = set(kept.steps("checkpoints").tolist())
+    new = {step: path for step, path in paths.items() if step not in held}
+    if len(new) < len(paths):
+        warn(f"{len(paths) - len(new)} of {len(paths)} steps are in {request.output} already")
+    for step in sorted(scalars):
+        recorder.record(step, scalars=scalars[step])
+    records = []
+    with bar("importing", len(new)) as advance:
+        for record in flow.import_all(recorder, new, target, warn):
+            records.append(record)
+            advance(note=f"step {record['step']}")
+    if losses is not None:
+        flow.import_losses(recorder, losses, None, warn)
+    if request.track:
+        missing = measure.missing_losses(kept)
+        tracked = {}
+        with bar("tracking", len(missing)) as advance:
+            for step, values in measure.fill_losses(kept, session, missing):
+                tracked[step] = float(values.mean(dtype="f8"))
+                advance(note=f"step {step}")
+        records = [record | {"loss": tracked.get(record["step"])} for record in records]
+    kept.set_attributes(state="imported")
+    return records
+
+
+def _import_series(
+    request: Request, losses: series.Losses, scalars: Mapping[int, Mapping[str, float]], warn: flow.Warn
+) -> list[dict[str, Any]]:
+    steps = None if request.steps is None else given_steps(request.steps, len(losses.steps), "rows of losses")
+    if request.append:
+        recorder = Recorder(request.output, losses.samples.tolist(), resume=True)
+    else:
+        recorder = Recorder(
+            request.output, losses.samples.tolist(), replace=request.replace,
+            labels=None if losses.labels is None else losses.labels.tolist(),
+            attributes={"opsig_version": version("opsig"), "command": shlex.join(["opsig", *sys.argv[1:]])},
+        )  # fmt: skip
+    with recorder:
+        for step in sorted(scalars):
+            recorder.record(step, scalars=scalars[step])
+        times = flow.import_losses(recorder, losses, steps, warn)
+        recorder.run.set_attributes(state="imported")
+    return [{"trajectory": request.output, "step": step, "source": request.losses} for step in times]

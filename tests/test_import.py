@@ -1,0 +1,721 @@
+"""Checkpoints of another program become a trajectory, on which every other command works as on the original."""
+
+import argparse
+import collections
+import datetime
+import json
+import pathlib
+import re
+import shutil
+import sys
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import TASKS, start_opsig, train_tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from opsig_cli.errors import OpsigError
+from opsig_cli.importers import checkpoints, flow, series
+from opsig_cli.importers.names import fit
+from opsig_cli.importers.optimizers import merge_order
+from opsig_cli.importers.steps import steps_in_names, steps_of
+from opsig_cli.recorder import read_state
+from opsig_cli.trajectory import open_trajectory
+
+sys.path.insert(0, str(TASKS.parent))
+from tiny import Tiny
+
+OWN = ("--task", f"{TASKS}:Tiny")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Runs of `opsig train` by the name of their optimizer, with checkpoints every ten steps."""
+    folder = tmp_path_factory.mktemp("original")
+    for name, task, more in (
+        ("adam", "Tiny", ("--learning-rate", 0.02, "--beta1", 0.8, "--weight-decay", 0.01)),
+        ("momentum", "Tiny:norm=true", ("--learning-rate", 0.05, "--momentum", 0.7)),
+    ):
+        every = ("--checkpoint-every", 10, "--track-every", 10)
+        arguments = train_tiny(folder / f"{name}.h5", "--optimizer", name, *every, task=task, steps=40)
+        process = start_opsig(*arguments, *more)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    return folder
+
+
+def export(run, folder, name, task):
+    """Write each checkpoint as a plain script saves it: a model under DataParallel, with torch.optim's own state."""
+    with open_trajectory(run) as kept:
+        stored = kept.attributes["settings_json"]
+        for step in kept.steps("checkpoints").tolist():
+            state = read_state(kept, step)
+            model = task.model()
+            vectors = {"params": torch.from_numpy(state.params)}
+            nn.utils.vector_to_parameters(vectors["params"], model.parameters())
+            place = 0
+            for buffer in model.buffers():
+                values = torch.from_numpy(state.buffers[place : place + buffer.numel()].copy())
+                buffer.copy_(values.view(buffer.shape))
+                place += buffer.numel()
+            if name == "adam":
+                betas = (stored["beta1"], stored["beta2"])
+                made = torch.optim.Adam(model.parameters(), stored["learning_rate"], betas, weight_decay=0.01)
+            else:
+                made = torch.optim.SGD(model.parameters(), stored["learning_rate"], stored["momentum"])
+            place = 0
+            for parameter in model.parameters():
+                for slot, row in state.optimizer.items():
+                    part = torch.from_numpy(row[place : place + parameter.numel()].copy())
+                    made.state[parameter][slot] = part.view(parameter.shape)
+                    if name == "adam":
+                        made.state[parameter]["step"] = torch.tensor(float(step))
+                place += parameter.numel()
+            torch.save(
+                {
+                    "model": nn.DataParallel(model).state_dict(), "optimizer": made.state_dict(), "epoch": step // 25,
+                    "args": argparse.Namespace(lr=0.1), "best": np.float64(0.5), "when": datetime.datetime.now(),
+                    "rng": np.random.default_rng(0).random(3), "out": pathlib.Path("x"),
+                    "meters": collections.defaultdict(list, loss=[1.0]),
+                },
+                folder / f"ckpt_{step}.pt",
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+def test_an_imported_run_is_the_original_to_the_bit_and_measures_the_same(opsig, original, tmp_path, name):
+    spec = f"{TASKS}:Tiny" + (":norm=true" if name == "momentum" else "")
+    export(original / f"{name}.h5", tmp_path, name, Tiny(norm=name == "momentum"))
+    run, same = tmp_path / "run.h5", shutil.copy(original / f"{name}.h5", tmp_path / "original.h5")
+    files = sorted(map(str, tmp_path.glob("*.pt")))  # ckpt_10 before ckpt_9, as a shell has them
+    found = opsig("import", *files, "--task", spec, "--statistics", "chunk", "--track", "-o", run)
+    assert found.code == 0, found.err
+    assert [r["step"] for r in found.records] == [0, 10, 20, 30, 40]
+    with open_trajectory(run) as imported, open_trajectory(same) as kept:
+        for step in kept.steps("checkpoints").tolist():
+            ours, theirs = read_state(imported, step), read_state(kept, step)
+            np.testing.assert_array_equal(ours.params, theirs.params)
+            np.testing.assert_array_equal(ours.buffers, theirs.buffers)
+            assert ours.optimizer.keys() == theirs.optimizer.keys()
+            for slot, row in theirs.optimizer.items():
+                np.testing.assert_array_equal(ours.optimizer[slot], row)
+            np.testing.assert_array_equal(imported.row("losses/loss", step), kept.row("losses/loss", step))
+        held = {key: imported.attributes["settings_json"][key] for key in kept.attributes["settings_json"]}
+        for key in ("optimizer", "learning_rate", "momentum", "beta1", "beta2", "epsilon", "weight_decay"):
+            if key != "momentum" or name == "momentum":
+                assert held[key] == kept.attributes["settings_json"][key], key
+    for command in (("sharpness", "-k", 2), ("cluster",), ("sharpness", "--metrics", "critical_sharpness")):
+        ours, theirs = (opsig(command[0], path, *command[1:], "--task", spec) for path in (run, same))
+        assert ours.code == theirs.code == 0, ours.err
+        assert theirs.records
+        assert [r | {"trajectory": 0} for r in ours.records] == [r | {"trajectory": 0} for r in theirs.records]
+    assert opsig("verify", run).code == 0
+    assert all(not r["damaged"] for r in opsig("verify", run).records)
+
+
+def save(folder, name, content, **options):
+    path = folder / name
+    torch.save(content, path, **options)
+    return path
+
+
+def weights(shift=0.0):
+    """The state dict of a task's model, every tensor moved by a number."""
+    torch.manual_seed(0)
+    return {name: value + shift for name, value in Tiny().model().state_dict().items()}
+
+
+def params_of(run, step):
+    with open_trajectory(run) as kept:
+        return read_state(kept, step).params
+
+
+def flat(state):
+    return torch.cat([value.float().reshape(-1) for value in state.values()]).numpy()
+
+
+def imports(opsig, tmp_path, *arguments, task=OWN):
+    """Import into a new file and return its path with the outcome."""
+    run = tmp_path / "run.h5"
+    outcome = opsig("import", *arguments, *task, "-o", run, "--replace")
+    assert outcome.code == 0, outcome.err
+    return run, outcome
+
+
+def test_the_example_in_the_help_runs_as_it_stands(opsig, tmp_path, monkeypatch):
+    example = re.search(r"Example: opsig (.*run\.h5)", " ".join(opsig("import", "--help").out.split()))
+    assert example
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "mytask.py").write_text(
+        TASKS.read_text().replace("class Tiny:", "class MyTask:").split("class Conv")[0]
+    )
+    for step in (9, 10):
+        save(tmp_path, f"checkpoints/c{step}.pt", weights())
+    monkeypatch.chdir(tmp_path)
+    files = " ".join(sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("checkpoints/*.pt")))
+    outcome = opsig(*example.group(1).replace("checkpoints/*.pt", files).split())
+    assert outcome.code == 0, outcome.err
+    assert [(r["step"], r["source"]) for r in outcome.records] == [(9, "checkpoints/c9.pt"), (10, "checkpoints/c10.pt")]
+    assert all(r["loss"] > 0 for r in outcome.records)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s},
+        lambda s: {"model": {f"module.{k}": v for k, v in s.items()}, "rng": torch.get_rng_state()},
+        lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+        lambda s: {"net": {f"module.0.{k}".replace("0.2.", "0._orig_mod.2."): v for k, v in s.items()}},
+        lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "global_step": 7, "epoch": 1},
+        lambda s: {k: v.numpy() for k, v in s.items()},
+        lambda s: {k: v.double() for k, v in s.items()},
+        lambda s: {"ema": {k: v + 1 for k, v in s.items()}, "model": s},
+    ],
+)
+def test_weights_are_found_wherever_they_lie(opsig, tmp_path, wrap):
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        run, _ = imports(opsig, tmp_path, save(tmp_path, "step7.pt", wrap(weights(0.5)), **options))
+        np.testing.assert_array_equal(params_of(run, 7), flat(weights(0.5)))
+
+
+def test_a_prefix_chooses_among_copies_and_says_that_there_are_others(opsig, tmp_path):
+    file = save(tmp_path, "step7.pt", {"ema": weights(1), "model": weights(2), "ema_old": weights(3)})
+    run, outcome = imports(opsig, tmp_path, file)
+    assert "under model." in outcome.err
+    assert "they also lie under ema., ema_old., which --prefix chooses" in outcome.err
+    np.testing.assert_array_equal(params_of(run, 7), flat(weights(2)))
+    run, outcome = imports(opsig, tmp_path, file, "--prefix", "ema.")
+    np.testing.assert_array_equal(params_of(run, 7), flat(weights(1)))
+    opsig("import", file, *OWN, "-o", tmp_path / "x.h5", "--prefix", "none.").fails(
+        1, "none of the model's tensors under none."
+    )
+
+
+def test_a_model_whose_names_all_begin_alike_takes_files_without_that_beginning():
+    from opsig_cli.backends import Tensor
+
+    layout = [Tensor("net.a.weight", "parameter", (2,), 0, 2), Tensor("net.b.weight", "parameter", (3,), 2, 3)]
+    aliases = {tensor.name: [tensor.name] for tensor in layout}
+    found = fit({"x.a.weight": (2,), "x.b.weight": (3,)}, layout, aliases, None, "f")
+    assert found.keys == {"net.a.weight": "x.a.weight", "net.b.weight": "x.b.weight"}
+
+
+def test_tied_weights_are_found_under_either_name_and_not_called_unused(opsig, tmp_path):
+    from tiny import Attend
+
+    torch.manual_seed(0)
+    state = Attend().model().state_dict()
+    for left_out in ("out.weight", "embed.weight", None):
+        kept = {name: value for name, value in state.items() if name != left_out}
+        run, outcome = imports(opsig, tmp_path, save(tmp_path, "s3.pt", kept), task=("--task", f"{TASKS}:Attend"))
+        assert "not used" not in outcome.err
+        expected = {name: value for name, value in state.items() if name != "out.weight"}
+        np.testing.assert_array_equal(params_of(run, 3), flat(expected))
+
+
+def test_what_the_model_lacks_is_said_once_and_what_it_needs_is_an_error(opsig, tmp_path):
+    for step in (1, 2):
+        save(
+            tmp_path, f"c{step}.pt", {"model": weights() | {"head.weight": torch.zeros(3)}, "step": torch.tensor(step)}
+        )
+    _, outcome = imports(opsig, tmp_path, tmp_path / "c1.pt", tmp_path / "c2.pt")
+    assert outcome.err.count("not used, as the model has no such tensors: model.head.weight\n") == 1
+    bad = weights() | {"1.weight": torch.zeros(16, 9)}
+    del bad["0.bias"]
+    start = ("import", save(tmp_path, "c3.pt", bad), *OWN, "-o", tmp_path / "new.h5")
+    opsig(*start).fails(1, "c3.pt does not fit", "it lacks 0.bias", "1.weight is 16x9 there and 16x16 in the model")
+    assert not (tmp_path / "new.h5").exists()
+    opsig("import", save(tmp_path, "c4.pt", {"fc": torch.zeros(1)}), *OWN, "-o", tmp_path / "new.h5").fails(
+        1, "none of the model's tensors: the model has 0.weight, 0.bias, 1.weight and 3 more, and the file fc"
+    )
+
+
+def test_running_statistics_are_needed_and_counts_of_batches_are_not(opsig, tmp_path):
+    state = Tiny(norm=True).model().state_dict()
+    task = ("--task", f"{TASKS}:Tiny:norm=true")
+    del state["1.num_batches_tracked"]
+    _, outcome = imports(opsig, tmp_path, save(tmp_path, "c1.pt", state), task=task)
+    assert "left as the model makes them: 1.num_batches_tracked" in outcome.err
+    assert "batch norm goes by its running statistics" in outcome.err
+    del state["1.running_var"]
+    file = save(tmp_path, "c1.pt", state)
+    opsig("import", file, *task, "-o", tmp_path / "x.h5", "--quiet").fails(1, "lacks 1.running_var")
+
+
+class Config:
+    """A class that only the training script has."""
+
+
+class Harm:
+    def __reduce__(self):
+        return print, ("code of a data file ran",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_names_code_is_refused_by_name_and_the_code_is_not_run(opsig, tmp_path, zipped):
+    for thing, name in ((Config(), "Config"), (Harm(), "builtins.print"), (Tiny().model(), "Sequential")):
+        file = save(tmp_path, "c1.pt", {"model": weights(), "x": thing}, _use_new_zipfile_serialization=zipped)
+        outcome = opsig("import", file, *OWN, "-o", tmp_path / "x.h5")
+        assert "code of a data file ran" not in outcome.out + outcome.err
+        outcome.fails(1, "c1.pt needs the class", name.split(".")[-1], "Save the model's state_dict() alone")
+
+
+def test_distributed_checkpoints_are_refused_with_the_command_that_converts_them(opsig, tmp_path):
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").write_bytes(b"\x80\x04N.")
+    for path in ("dcp", "dcp/__0_0.distcp"):
+        (tmp_path / "dcp" / "__0_0.distcp").touch()
+        opsig("import", tmp_path / path, *OWN, "-o", tmp_path / "x.h5").fails(
+            1, f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {tmp_path}/dcp FILE.pt"
+        )
+
+
+def test_safetensors_npz_and_hugging_face_folders(opsig, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(weights(1), tmp_path / "plain-1.safetensors")
+    np.savez(tmp_path / "arrays-2.npz", step=2, **{name: value.numpy() for name, value in weights(2).items()})
+    hub = tmp_path / "out"
+    for step, shift in ((500, 3.0), (1000, 4.0)):
+        folder = hub / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        state = {f"backbone.{name}": value.bfloat16() for name, value in weights(shift).items()}
+        first = dict(list(state.items())[:2])
+        save_file(first, folder / "model-1-of-2.safetensors")
+        save_file({name: state[name] for name in state if name not in first}, folder / "model-2-of-2.safetensors")
+        files = {name: f"model-{1 if name in first else 2}-of-2.safetensors" for name in state}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": 1.5}))
+        model = Tiny().model()
+        made = torch.optim.AdamW(model.parameters(), lr=1 / step, weight_decay=0.1)
+        model(Tiny().x).sum().backward()
+        made.step()
+        torch.save(made.state_dict(), folder / "optimizer.pt")
+    save_file(weights(9), hub / "model.safetensors")  # the final model lies beside the checkpoints
+    for path, step, shift in (("plain-1.safetensors", 1, 1.0), ("arrays-2.npz", 2, 2.0)):
+        run, _ = imports(opsig, tmp_path, tmp_path / path)
+        np.testing.assert_array_equal(params_of(run, step), flat(weights(shift)))
+    run, outcome = imports(opsig, tmp_path, hub)
+    assert [r["step"] for r in outcome.records] == [500, 1000]
+    assert all(r["optimizer_state"] == ["exp_avg", "exp_avg_sq"] for r in outcome.records)
+    assert "AdamW's weight decay of 0.1" in outcome.err
+    assert "learning rates go from 0.001 to 0.002" in outcome.err
+    expected = {name: value.bfloat16().float() for name, value in weights(3).items()}
+    np.testing.assert_array_equal(params_of(run, 500), flat(expected))
+    measured = opsig("sharpness", run, *OWN).records
+    assert [r["threshold"] for r in measured] == pytest.approx([38 * 500, 38 * 1000])  # by each step's own rate
+    (hub / "checkpoint-500" / "model-2-of-2.safetensors").unlink()
+    opsig("import", hub, *OWN, "-o", tmp_path / "x.h5").fails(1, "checkpoint-500 lacks model-2-of-2.safetensors")
+    index = hub / "checkpoint-500" / "model.safetensors.index.json"
+    for text in (json.dumps({"weight_map": {"a": "../../plain-1.safetensors"}}), "{}", "[]", "{"):
+        index.write_text(text)
+        opsig("import", hub / "checkpoint-500", *OWN, "-o", tmp_path / "x.h5").fails(1, "model.safetensors.index.json")
+
+
+def test_steps_are_those_of_the_content_then_the_optimizer_then_the_name_then_an_epoch():
+    paths = ["v2/ckpt_9_lr0.1.pt", "v2/ckpt_10_lr0.1.pt"]
+    both = [{"epoch": 0, "step": 90}, {"epoch": 1, "step": 100}]
+    epochs = [{"epoch": 0}, {"epoch": 1}]
+    assert steps_of(paths, both, [91, 101]) == ([90, 100], "'step' in the content")
+    assert steps_of(paths, [{"step": 3}, {"step": 3}], [91, 101]) == ([91, 101], "the optimizer's count")
+    assert steps_of(paths, epochs, [None, None]) == ([9, 10], "the names")
+    assert steps_of(["a.pt", "b.pt"], epochs, [None, None]) == ([0, 1], "'epoch' in the content")
+    assert steps_of(paths, both, [91, 101], "name")[0] == [9, 10]
+    assert steps_of(paths, both, [91, 101], "optimizer")[0] == [91, 101]
+
+
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["epoch=0-step=40-loss=0.51.ckpt", "epoch=1-step=80-loss=0.25.ckpt"], [40, 80]),
+        (["run3/step_10/model.pt", "run3/step_20/model.pt"], [10, 20]),
+        (["checkpoint-500", "checkpoint-1000"], [500, 1000]),
+        (["model.10", "model.20"], [10, 20]),
+        (["resnet18_iter00050.pth.tar"], [50]),
+        (["resnet18-7.pt"], [7]),
+    ],
+)
+def test_the_number_in_the_name_is_the_one_that_differs(names, steps):
+    assert steps_in_names(names) == steps
+
+
+def test_unclear_steps_are_refused_in_one_line(opsig, tmp_path):
+    def tries(names, *options, content=None):
+        files = [save(tmp_path, name, {"model": weights()} | (content or {})) for name in names]
+        return opsig("import", *files, *OWN, "-o", tmp_path / "x.h5", "--quiet", *options)
+
+    tries(["a1.pt", "best.pt"]).fails(1, "best.pt has no number where the others have it", "--steps 0,10,20")
+    tries(["good.pt", "best.pt"]).fails(1, "good.pt does not say at which step", "--steps 0,10,20")
+    tries(["a1.pt", "a2.pt"], "--steps-from", "content").fails(1, "a1.pt does not say at which step")
+    both = tries(["a1.pt", "a2.pt"], "--steps-from", "content", content={"step": 4})
+    both.fails(1, "a1.pt", "a2.pt are both at step 4")
+    tries(["e1_s1.pt", "e2_s2.pt"], "--steps-from", "name").fails(1, "not clear which number")
+    tries(["a1.pt", "a2.pt"], "--steps", "0").fails(2, "names 1 steps, and there are 2 checkpoints")
+    tries(["a1.pt", "a2.pt"], "--steps", "0,0").fails(2, "names a step twice")
+    tries(["a1.pt", "a2.pt"], "--steps", "0,x").fails(2, "not a list of steps")
+    tries(["a1.pt"], "--steps", "0", "--steps-from", "name").fails(2, "Give one of them")
+    tries(["a1.pt"], "--steps-from", "luck").fails(2, "content, optimizer, name")
+    assert not (tmp_path / "x.h5").exists()
+    done = tries(["b.pt", "a.pt"], "--steps", "5,3")
+    assert [(r["step"], r["source"][-4:]) for r in done.records] == [(3, "a.pt"), (5, "b.pt")]
+
+
+def test_several_parameter_groups_are_told_apart_by_shapes_or_left_out(opsig, tmp_path):
+    model = Tiny().model()
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    made = torch.optim.Adam(groups, lr=0.01)
+    model(Tiny().x).square().sum().backward()
+    made.step()
+    file = save(tmp_path, "c1.pt", {"model": model.state_dict(), "optimizer": made.state_dict()})
+    run, _ = imports(opsig, tmp_path, file)
+    expected = torch.cat([made.state[p]["exp_avg"].reshape(-1) for p in model.parameters()])
+    with open_trajectory(run) as kept:
+        np.testing.assert_array_equal(read_state(kept, 1).optimizer["exp_avg"], expected.numpy())
+    assert merge_order([(2,), (3,), (2,)], [[(2,), (2,)], [(3,)]]) == [0, 1, 0]
+    assert merge_order([(2,), (2,), (3,)], [[(2,)], [(2,), (3,)]]) is None  # two ways
+    assert merge_order([(2,), (3,)], [[(2,)], [(4,)]]) is None
+    made.param_groups[0]["params"].append(made.param_groups[1]["params"].pop(0))
+    saved = made.state_dict()
+    saved["param_groups"][1]["params"] = saved["param_groups"][1]["params"][1:]
+    _, outcome = imports(opsig, tmp_path, save(tmp_path, "c1.pt", {"model": weights(), "optimizer": saved}))
+    assert "optimizer state is left out" in outcome.err
+    assert outcome.records[0]["optimizer_state"] == []
+
+
+def test_options_come_before_what_checkpoints_say_and_nothing_is_made_up(opsig, tmp_path):
+    model = Tiny().model()
+    made = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
+    told = save(tmp_path, "c1.pt", {"model": model.state_dict(), "optimizer": made.state_dict()})
+    untold = save(tmp_path, "d1.pt", model.state_dict())
+
+    def threshold(*arguments):
+        run, outcome = imports(opsig, tmp_path, *arguments)
+        (record,) = opsig("sharpness", run, *OWN).records
+        return record["threshold"], outcome.err
+
+    assert threshold(told)[0] == pytest.approx(3 / 0.25)
+    assert threshold(told, "--learning-rate", 0.1)[0] == pytest.approx(3 / 0.1)
+    assert threshold(told, "--momentum", 0)[0] == pytest.approx(2 / 0.25)
+    assert threshold(told, "--optimizer", "gd")[0] == pytest.approx(2 / 0.25)
+    assert threshold(untold, "--learning-rate", 0.1)[0] == pytest.approx(2 / 0.1)
+    value, err = threshold(untold)
+    assert value is None
+    assert "do not say the learning rate: thresholds are left out" in err
+    run = tmp_path / "run.h5"
+    assert "learning_rate" not in {k: v for k, v in opsig("info", run).records[0].items() if v is not None}
+    assert opsig("sharpness", run, *OWN, "--metrics", "critical_sharpness").records[0]["threshold"] is None
+    opsig("train", "-o", run, "--resume", *OWN).fails(1, "does not tell its learning rate")
+    opsig("train", "-o", tmp_path / "y.h5", "--like", run, *OWN).fails(2, "Give --learning-rate")
+    opsig("import", untold, *OWN, "-o", run, "--replace", "--optimizer", "lion").fails(
+        2, "no optimizer is called 'lion'"
+    )
+
+
+def test_the_optimizer_s_own_count_is_said_where_it_differs(opsig, tmp_path):
+    model = Tiny().model()
+    made = torch.optim.Adam(model.parameters())
+    model(Tiny().x).square().sum().backward()
+    made.step()
+    file = save(tmp_path, "c.pt", {"model": model.state_dict(), "optimizer": made.state_dict(), "step": 0})
+    _, outcome = imports(opsig, tmp_path, file)
+    assert "at step 0 the optimizer's own count is 1" in outcome.err
+    _, outcome = imports(opsig, tmp_path, file, "--steps-from", "optimizer")
+    assert outcome.records[0]["step"] == 1
+    assert "own count" not in outcome.err
+
+
+def test_new_steps_are_appended_and_those_that_are_there_stay(opsig, tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, f"c{step}.pt", weights(step))
+    run, first = imports(opsig, tmp_path, tmp_path / "c1.pt", tmp_path / "c2.pt")
+    files = [tmp_path / f"c{step}.pt" for step in (1, 2, 3)]
+    opsig("import", *files, *OWN, "-o", run).fails(1, "exists. Add new steps with --append", "--replace")
+    opsig("import", *files, *OWN, "-o", tmp_path / "no.h5", "--append").fails(1, "does not exist")
+    opsig("import", *files, *OWN, "-o", run, "--append", "--replace").fails(2, "Give one of them")
+    save(tmp_path, "c1.pt", weights(7))
+    more = opsig("import", *files, *OWN, "-o", run, "--append", "--track")
+    assert more.code == 0, more.err
+    assert "2 of 3 steps are in" in more.err
+    assert [r["step"] for r in more.records] == [3]
+    np.testing.assert_array_equal(params_of(run, 1), flat(weights(1)))
+    with open_trajectory(run) as kept:
+        assert kept.steps("losses").tolist() == [1, 2, 3]
+        assert kept.attributes["settings_json"]["steps"] == 3
+        assert kept.row("checkpoints/source/path", 3).decode() == str(tmp_path / "c3.pt")
+        assert kept.row("checkpoints/source/sha256", 2).decode() == first.records[1]["sha256"]
+        assert int(kept.row("checkpoints/source/bytes", 3)) == (tmp_path / "c3.pt").stat().st_size
+    opsig("import", *files, *OWN, "-o", run, "--append", "--batch-size", 9).fails(2, "--batch-size None, not 9")
+    opsig("import", *files, "-o", run, "--append").fails(1, "a task of your own. Give it again")
+    norm = save(tmp_path, "n1.pt", Tiny(norm=True).model().state_dict())
+    opsig("import", norm, "--task", f"{TASKS}:Tiny:norm=true", "-o", run, "--append").fails(1, "another model")
+
+
+def test_an_interrupted_import_keeps_what_it_has_and_goes_on(opsig, tmp_path, monkeypatch):
+    from opsig_cli.importers import flow
+
+    files = [save(tmp_path, f"c{step}.pt", weights(step)) for step in (1, 2, 3)]
+    read = flow.read
+
+    def interrupted(content, target, path, step, warn):
+        if step == 3:
+            raise KeyboardInterrupt
+        return read(content, target, path, step, warn)
+
+    monkeypatch.setattr(flow, "read", interrupted)
+    run = tmp_path / "run.h5"
+    outcome = opsig("import", *files, *OWN, "-o", run)
+    assert outcome.code == 130
+    assert "interrupted. Give the same command with --append" in outcome.err
+    assert opsig("info", run).records[0]["checkpoints"] == 2
+    monkeypatch.setattr(flow, "read", read)
+    assert [r["step"] for r in opsig("import", *files, *OWN, "-o", run, "--append").records] == [3]
+    assert opsig("info", run).records[0]["state"] == "imported"
+
+
+def test_a_flipped_bit_in_the_weights_is_said(opsig, tmp_path):
+    file = save(tmp_path, "c1.pt", weights())
+    content = bytearray(file.read_bytes())
+    place = content.find(weights()["1.weight"].numpy().tobytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    _, outcome = imports(opsig, tmp_path, file)
+    assert "c1.pt is damaged or was written without checksums" in outcome.err
+
+
+def test_losses_alone_make_a_run_that_is_mined_and_grouped(opsig, tmp_path):
+    generator = np.random.default_rng(0)
+    swing = np.cumsum(generator.standard_normal(60))
+    sides = np.repeat([1.0, -1.0, 0.0], [10, 10, 20])
+    losses = (60 + np.outer(swing, sides) + 0.3 * generator.standard_normal((60, 40))).astype(np.float32)
+    np.save(tmp_path / "a.npy", losses)
+    labels = [f"s{i}" for i in range(40)]
+    np.savez(tmp_path / "b.npz", loss=losses, steps=np.arange(60), labels=labels, predictions=losses.astype(int))
+    order = generator.permutation(losses.size)
+    lines = [f"{i // 40},{i % 40},{losses.flat[i]!r}".replace("np.float32(", "").replace(")", "") for i in order]
+    (tmp_path / "c.csv").write_text("\ufeffstep, sample,loss\n" + "\n".join(lines) + "\n\n")
+    (tmp_path / "s.csv").write_text("step,loss,lr,colour\n" + "".join(f"{t},{t / 2},0.1,red\n" for t in range(60)))
+    grouped = []
+    for name in ("a.npy", "b.npz", "c.csv"):
+        run = tmp_path / "run.h5"
+        done = opsig("import", "--losses", tmp_path / name, "--scalars", tmp_path / "s.csv", "-o", run, "--replace")
+        assert done.code == 0, done.err
+        assert "columns without a place in a trajectory: colour" in done.err
+        assert len(done.records) == 60
+        with open_trajectory(run) as kept:
+            np.testing.assert_array_equal(kept.rows("losses/loss", 0, 60), losses)
+            assert kept.row("scalars/train_loss", 7) == 3.5
+            if name == "b.npz":
+                assert kept.read("samples/label").tolist() == labels
+                assert kept.row("losses/prediction", 5).tolist() == losses[5].astype(int).tolist()
+        assert opsig("mine", run).code == 0
+        members = [r for r in opsig("cluster", run).records if r["kind"] == "member"]
+        grouped.append({frozenset(r["sample"] for r in members if r["group"] == g) for g in (1, 2)})
+    assert grouped == [{frozenset(range(10)), frozenset(range(10, 20))}] * 3
+    opsig("import", "--losses", tmp_path / "a.npy", "--steps", ",".join(map(str, range(0, 120, 2))), "-o",
+          tmp_path / "e.h5")  # fmt: skip
+    assert opsig("info", tmp_path / "e.h5").records[0]["steps"] == 118
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("step,sample\n1,2\n", "has no column loss"),
+        ("step,sample,loss\n", "a header and no lines"),
+        ("step,sample,loss\n1,2\n", "line 2 has 2 values, not 3"),
+        ("step,sample,loss\n1,2,x\n", "line 2: loss is 'x'"),
+        ("step,sample,loss\n1.5,2,1\n", "line 2: step is '1.5'"),
+        ("step,sample,loss\n1,2,1\n1,2,3\n", "two losses of sample 2 at step 1"),
+        ("\x00\x01", "has no column step"),
+        ("", "has no column step"),
+    ],
+)
+def test_malformed_tables_of_losses_are_refused_by_line(opsig, tmp_path, text, words):
+    (tmp_path / "l.csv").write_text(text)
+    opsig("import", "--losses", tmp_path / "l.csv", "-o", tmp_path / "x.h5").fails(1, "l.csv", words)
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_malformed_arrays_of_losses_are_refused(opsig, tmp_path):
+    def refused(array, *words, **arrays):
+        if arrays:
+            np.savez(tmp_path / "l.npz", **arrays)
+        else:
+            np.save(tmp_path / "l.npy", array, allow_pickle=True)
+        name = "l.npz" if arrays else "l.npy"
+        opsig("import", "--losses", tmp_path / name, "-o", tmp_path / "x.h5").fails(1, name, *words)
+
+    refused(np.zeros(3), "must be numbers of shape (steps, samples)")
+    refused(np.array([[object()]]), "is not readable")
+    refused(np.zeros((2, 2), "U3"), "must be numbers")
+    refused(None, "has no array 'losses'", other=np.zeros((2, 2)))
+    refused(None, "steps must be 2 increasing", losses=np.zeros((2, 2)), steps=[3, 3])
+    refused(None, "labels must be one a sample", losses=np.zeros((2, 2)), labels=["a"])
+    refused(None, "predictions must be integers", losses=np.zeros((2, 2)), predictions=np.zeros((2, 2)))
+    (tmp_path / "l.parquet").touch()
+    opsig("import", "--losses", tmp_path / "l.parquet", "-o", tmp_path / "x.h5").fails(1, "neither .npy, .npz nor .csv")
+
+
+def test_losses_beside_checkpoints_go_to_the_task_s_samples(opsig, tmp_path):
+    file = save(tmp_path, "c5.pt", weights())
+    np.save(tmp_path / "l.npy", np.ones((6, 60), np.float32))
+    run, _ = imports(opsig, tmp_path, file, "--losses", tmp_path / "l.npy")
+    with open_trajectory(run) as kept:
+        assert kept.steps("losses").tolist() == [0, 1, 2, 3, 4, 5]
+        assert kept.steps("checkpoints").tolist() == [5]
+    np.save(tmp_path / "l.npy", np.ones((6, 61), np.float32))
+    opsig("import", file, *OWN, "--losses", tmp_path / "l.npy", "-o", tmp_path / "x.h5").fails(1, "have a sample 60")
+
+
+def test_mistakes_in_options(opsig, tmp_path):
+    file = save(tmp_path, "c5.pt", weights())
+    opsig("import", "-o", tmp_path / "x.h5").fails(2, "nothing to import")
+    opsig("import", file, "-o", tmp_path / "x.h5").fails(2, "--task is missing")
+    opsig("import", tmp_path / "gone.pt", *OWN, "-o", tmp_path / "x.h5").fails(1, "gone.pt does not exist")
+    (tmp_path / "empty").mkdir()
+    opsig("import", tmp_path / "empty", *OWN, "-o", tmp_path / "x.h5").fails(1, "holds no checkpoint")
+    np.save(tmp_path / "l.npy", np.ones((6, 61), np.float32))
+    opsig("import", "--losses", tmp_path / "l.npy", "--track", "-o", tmp_path / "x.h5").fails(2, "about checkpoints")
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """One small file of each format."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("samples")
+    model = Tiny().model()
+    made = torch.optim.Adam(model.parameters())
+    model(Tiny().x).sum().backward()
+    made.step()
+    content = {
+        "model": model.state_dict(),
+        "optimizer": made.state_dict(),
+        "step": np.int64(3),
+        "a": argparse.Namespace(),
+    }
+    torch.save(content, folder / "zip.pt")
+    torch.save(content, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(model, Tiny().x), folder / "script.pt")
+    save_file(weights(), folder / "s.safetensors")
+    np.savez(folder / "a.npz", **{name: value.numpy() for name, value in weights().items()})
+    np.save(folder / "b.npy", np.ones((4, 60)))
+    (folder / "t.pt").write_text("step,loss\n1,2\n" * 9)
+    return sorted(folder.iterdir())
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_file_is_one_line_or_is_read(samples, tmp_path, target, data):
+    file = data.draw(st.sampled_from(samples))
+    content = bytearray(file.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    for _ in range(data.draw(st.integers(0, 4)) if content else 0):
+        place = data.draw(st.one_of(st.integers(0, len(content) - 1), st.integers(0, min(len(content) - 1, 600))))
+        content[place] = data.draw(st.integers(0, 255))
+    path = tmp_path / f"damaged{file.suffix}"
+    path.write_bytes(content)
+    try:
+        if file.suffix == ".npy":
+            series.read_losses(str(path))
+            return
+        flow.glance(str(path), target, lambda text: None)
+        with checkpoints.opened(str(path)) as opened:
+            flow.read(opened, target, str(path), 3, lambda text: None)
+    except OpsigError as error:
+        assert "damaged" in str(error)
+        assert len(str(error)) < 500
+        assert "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def target():
+    from opsig_torch import TorchBackend
+
+    return flow.target_of(Tiny(), TorchBackend().open(Tiny(), "cpu"), None)
+
+
+def test_a_bare_torch_is_never_asked_to_run_code(monkeypatch, samples):
+    seen = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: seen.append(k["weights_only"]) or load(*a, **k))
+    with checkpoints.opened(str(next(s for s in samples if s.name == "zip.pt"))) as content:
+        assert content.numbers["step"] == 3
+    assert seen == [True]
+
+
+def test_a_shell_s_alphabetical_order_is_that_of_the_numbers_and_any_other_is_kept(opsig, tmp_path):
+    files = [str(save(tmp_path, f"c{step}.pt", weights(step))) for step in (10, 9)]
+    assert checkpoints.find(files) == files[::-1]
+    assert checkpoints.find(files[::-1]) == files[::-1]
+    assert checkpoints.find([files[1], files[0], files[1]]) == [files[1], files[0], files[1]]
+    _, outcome = imports(opsig, tmp_path, *files, "--steps", "1,2")
+    assert [(r["step"], r["source"]) for r in outcome.records] == [(1, files[1]), (2, files[0])]
+
+
+def test_one_checkpoint_is_in_memory_at_a_time(opsig, tmp_path, monkeypatch):
+    read, seen, alive = flow.read, [], []
+
+    def counted(content, *rest):
+        state = read(content, *rest)
+        seen.extend(weakref.ref(each) for each in (state.params, *(e.read() for e in content.tensors.values())))
+        alive.append(sum(each() is not None for each in seen))
+        return state
+
+    monkeypatch.setattr(flow, "read", counted)
+    imports(opsig, tmp_path, *(save(tmp_path, f"c{step}.pt", weights(step)) for step in range(4)))
+    assert alive == [1 + len(weights())] * 4
+
+
+def test_where_a_checkpoint_is_from_can_be_read_by_xarray(opsig, tmp_path):
+    import xarray
+
+    run, outcome = imports(opsig, tmp_path, save(tmp_path, "c1.pt", weights()), save(tmp_path, "c2.pt", weights()))
+    with xarray.open_dataset(run, group="checkpoints/source", engine="netcdf4") as read:
+        assert read["bytes"].values.tolist() == [r["bytes"] for r in outcome.records]
+        assert read["sha256"].dims == ("step",)
+    assert opsig("repack", run).code == 0
+    assert all(not r["damaged"] and not r["reason"] for r in opsig("verify", run).records)
+    with open_trajectory(run) as kept:
+        assert kept.row("checkpoints/source/sha256", 2).decode() == outcome.records[1]["sha256"]
+
+
+def test_of_two_models_in_a_file_the_one_whose_shapes_fit_is_taken(opsig, tmp_path):
+    other = {name: torch.zeros(*value.shape, 2) for name, value in weights().items()}
+    run, outcome = imports(opsig, tmp_path, save(tmp_path, "c1.pt", {"a": other, "net": weights(1)}))
+    assert "under net." in outcome.err
+    np.testing.assert_array_equal(params_of(run, 1), flat(weights(1)))
+
+
+def test_a_buffer_that_checkpoints_leave_out_stays_as_the_model_makes_it(opsig, tmp_path):
+    (tmp_path / "own.py").write_text(
+        TASKS.read_text()
+        + "\n\nclass Masked(Tiny):\n    def model(self):\n        model = super().model()\n"
+        + "        model.register_buffer('mask', torch.arange(3.0), persistent=False)\n        return model\n"
+    )
+    run, outcome = imports(
+        opsig, tmp_path, save(tmp_path, "c1.pt", weights()), task=("--task", f"{tmp_path}/own.py:Masked")
+    )
+    assert "left as the model makes them: mask" in outcome.err
+    with open_trajectory(run) as kept:
+        assert read_state(kept, 1).buffers.tolist() == [0, 1, 2]
+
+
+def test_an_imported_run_goes_on_as_the_original_would(opsig, original, tmp_path):
+    export(original / "adam.h5", tmp_path, "adam", Tiny())
+    files = [tmp_path / f"ckpt_{step}.pt" for step in (0, 10, 20)]
+    run, _ = imports(opsig, tmp_path, *files)
+    assert opsig("train", "-o", run, "--resume", "--steps", 40, *OWN).code == 0
+    with open_trajectory(run) as ours, open_trajectory(original / "adam.h5") as theirs:
+        assert ours.steps("checkpoints").tolist() == [0, 10, 20, 30, 40]
+        np.testing.assert_array_equal(read_state(ours, 40).params, read_state(theirs, 40).params)
