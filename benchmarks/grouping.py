@@ -48,17 +48,19 @@ def cosines(model: str, count: int) -> None:
 
 
 def clustering(count: int) -> None:
-    """Seconds and memory of grouping and of its evidence, without making the similarity."""
+    """Seconds and memory of grouping and of its evidence, without making the similarity and the likeness."""
     generator = np.random.default_rng(0)
     rows = generator.standard_normal((count, 64)).astype(np.float32)
     for group in range(16):  # eight directions, both ways
         rows[group * 50 : (group + 1) * 50, group // 2] += 20 * (-1) ** group
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     similarity = rows @ rows.T
+    rows[:, :8] = np.abs(rows[:, :8])  # both sides of a pair look alike
+    likeness = rows @ rows.T
     begin, before = time.perf_counter(), peak()
-    found = grouping.group_by_similarity(similarity)
+    found = grouping.group_by_similarity(similarity, likeness_MM=likeness)
     middle = time.perf_counter()
-    stable = significance.resampled(similarity, found)
+    stable = significance.resampled(similarity, found, likeness_MM=likeness)
     significance.shuffled_null(similarity)
     for group in range(len(found.partner_G)):
         significance.random_group_p(similarity, 0.5, len(found.members(group)))
