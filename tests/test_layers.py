@@ -12,6 +12,7 @@ ALLOWED = {
     "errors": set(),
     "analysis": {"analysis"},
     "figures": {"figures"},
+    "clustering": {"cluster_records", "errors", "groups", "measure", "movers", "trajectory"},
     "schema": {"errors"},
     "records": {"errors"},
     "tasks": {"errors"},
