@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import cluster, compare, info, mine, probe, repack, sharpness, simulate, track, train, verify
+from opsig_cli.commands import (
+    cluster,
+    compare,
+    info,
+    mine,
+    probe,
+    repack,
+    report,
+    sharpness,
+    simulate,
+    track,
+    train,
+    verify,
+)
 from opsig_cli.errors import OpsigError
 
 app = typer.Typer(
@@ -25,6 +38,7 @@ app.command()(sharpness.sharpness)
 app.command()(mine.mine)
 app.command()(probe.probe)
 app.command()(cluster.cluster)
+app.command()(report.report)
 app.command()(compare.compare)
 app.command()(info.info)
 app.command()(verify.verify)

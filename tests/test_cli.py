@@ -24,6 +24,7 @@ COMMANDS = (
     "sharpness",
     "probe",
     "compare",
+    "report",
     "simulate linear",
     "simulate valley",
 )
