@@ -31,6 +31,10 @@ class Shown:
         """Of the sample, for those who do not see the picture."""
         return f"sample {self.sample}" + (f", {self.label}" if self.label is not None else "")
 
+    def wrong(self, predicted: str) -> bool:
+        """Whether a predicted class is not the label."""
+        return self.label is not None and predicted != self.label
+
 
 class Samples:
     """Shows samples of a run around a step: predictions are those of the row before it and of the step itself."""

@@ -63,4 +63,4 @@ if (members) {
   }
 }
 
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => { part.open = true; }));
+addEventListener("beforeprint", () => document.querySelectorAll(".pair details").forEach((part) => { part.open = true; }));
