@@ -201,16 +201,17 @@ def test_the_same_command_gives_the_same_bytes(opsig, tiny_run, tmp_path):
 # -- it says what the other commands print
 
 
-@pytest.mark.parametrize("by", ["both", "loss"])
-def test_pairs_are_those_of_cluster(report, opsig, tiny_run, by):
-    records = opsig("cluster", tiny_run, *OWN, "--by", by).records
-    pairs = [record for record in records if record["kind"] == "pair"]
+@pytest.mark.parametrize("by", ["both", "loss", None])
+def test_pairs_are_those_of_cluster(report, opsig, tiny_run, tmp_path, by):
+    arguments = (tiny_run, *OWN, "--by", by) if by else (swinging(tmp_path / "run.h5"),)
+    pairs = [record for record in opsig("cluster", *arguments).records if record["kind"] == "pair"]
     assert pairs
-    page = report(tiny_run, *OWN, "--by", by)
+    page = report(*arguments)
     held = [pair for pair in pairs if pair["p_value"] < 0.01]
     strongest = sorted(pairs, key=lambda pair: (pair["p_value"], -pair["movement"]))
     expected = [pair["sentence"] for pair in strongest[:1] if held] + [pair["sentence"] for pair in strongest]
     assert page.said(".sentence") == expected
+    assert by or held
     (value,) = [text for text in page.said("b") if " of " in text]
     assert value == f"{len(held)} of {len(pairs)}"
     for pair in pairs:
@@ -236,6 +237,36 @@ def test_the_rise_is_taken_apart_as_by_explain(report, opsig, tiny_run):
     assert sorted(float(bar["width"][:-1]) for bar in bars)[-1] == 50
     for bar, part in zip(bars, explained, strict=True):
         assert bar["class"] == ("b" if part["change"] > 0 else "a")
+
+
+def test_the_share_of_movement_counts_each_group_of_the_significant_pairs_once(report, opsig, tmp_path):
+    run = swinging(tmp_path / "run.h5")
+    pairs = [r for r in opsig("cluster", run).records if r["kind"] == "pair" and r["p_value"] < 0.01]
+    groups = {group for pair in pairs for group in pair["groups"]}
+    assert groups
+    explained = opsig("cluster", run, "--explain", pairs[0]["rise_step"]).records
+    share = sum(r["movement"] for r in explained if r["kind"] == "explain" and r["group"] in groups)
+    page = report(run)
+    assert f"{share:.0%}" in page.said("b")
+    assert f"carry {share:.0%} of all movement" in page.words
+
+
+def test_a_larger_rise_outside_of_the_window_is_named(opsig, tmp_path):
+    """The window begins where losses alternate; here the loss jumps long before that."""
+    steps = np.arange(80)
+    side = np.r_[np.ones(20), -np.ones(20)]
+    losses = 5 + 0.01 * np.random.default_rng(0).standard_normal((80, 40))
+    losses += np.where(steps > 40, (-1.0) ** steps, 0)[:, None] * side * np.linspace(0.5, 1, 40)
+    losses[3:6] += 7
+    with Recorder(tmp_path / "run.h5", samples=40) as recorder:
+        for step, row in enumerate(losses):
+            recorder.record(step, losses=row)
+    rises = {r["rise_step"] for r in opsig("cluster", tmp_path / "run.h5").records if "rise_step" in r}
+    assert rises
+    assert 3 not in rises
+    assert opsig("report", tmp_path / "run.h5").code == 0
+    page = Page((tmp_path / "run.html").read_text())
+    assert "Outside of it, it rose more at step 3." in page.words
 
 
 def test_one_record_says_what_was_written(opsig, tiny_run, tmp_path):
