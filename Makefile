@@ -12,7 +12,8 @@ demo: $(VENV)/.installed
 	$(BIN)/opsig train --task fashion-mnist --learning-rate 0.1 --steps 400 --track --replace -o $(DEMO)/run.h5 --format table
 	$(BIN)/opsig mine $(DEMO)/run.h5 --figure $(DEMO)/movers.png --top 10 --format table
 	$(BIN)/opsig cluster $(DEMO)/run.h5 --figure $(DEMO)/pairs.png --format table
-	@echo "The run is $(DEMO)/run.h5; look at $(DEMO)/movers.png and $(DEMO)/pairs.png."
+	$(BIN)/opsig report $(DEMO)/run.h5 -o $(DEMO)/report.html --format table
+	@echo "The run is $(DEMO)/run.h5. Open $(DEMO)/report.html in a browser; the pictures alone are beside it."
 
 test: $(VENV)/.tools
 	$(BIN)/python -m pytest -q

@@ -17,6 +17,7 @@ from opsig_cli.commands import (
     mine,
     probe,
     repack,
+    report,
     sharpness,
     simulate,
     track,
@@ -39,6 +40,7 @@ app.command()(sharpness.sharpness)
 app.command()(mine.mine)
 app.command()(probe.probe)
 app.command()(cluster.cluster)
+app.command()(report.report)
 app.command()(compare.compare)
 app.command()(info.info)
 app.command()(verify.verify)

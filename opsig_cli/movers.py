@@ -48,9 +48,28 @@ def find(
     """Mine `count` samples by one step's change, or over a window of steps by `score`.
 
     `direction` "up" or "down" counts only rises or only falls. Without a score it is the oscillation where the run
-    alternates at period two, and the one-step change elsewhere; the note then says which, and from where on.
-    Raises OpsigError for a step that was not recorded, or too few of them.
+    alternates at period two, and the one-step change elsewhere; the note then says which, and from where on. A window
+    ends before the first step at which the mean loss is not finite. Raises OpsigError for a step that was not recorded,
+    or too few of them.
     """
+    movers = _find(run, count, score, step, window, direction)
+    broken = np.flatnonzero(~np.isfinite(movers.movement.mean_T))
+    if step is not None or not len(broken):
+        return movers
+    steps = run.steps("losses")
+    first = movers.first + int(broken[0])
+    if first == movers.first:
+        raise OpsigError(f"{run.path}: losses are not finite at step {steps[first]}, so nothing is known from there on")
+    movers = _find(run, count, score, None, (window[0], int(steps[first - 1])), direction)
+    words = f"from step {steps[first]} on losses are not finite: only the steps before it are looked at"
+    return replace(movers, note=words + (f"; {movers.note}" if movers.note else ""))
+
+
+def _find(
+    run: Trajectory, count: int, score: str | None, step: int | None, window: tuple[int | None, int | None],
+    direction: str,
+) -> Movers:  # fmt: skip
+    """Mine all steps of the window."""
     if score not in (None, *SCORES):
         raise UsageError(f"no score is called '{score}'. Known: {', '.join(SCORES)}")
     if direction not in DIRECTIONS:

@@ -51,7 +51,7 @@ def draw_movers(path: Path, run: Trajectory, movers: Movers, records: list[dict[
             curves[title] = run.series("losses/loss", positions, first, stop).mean(1)
     centre = int(np.median(run.steps("losses")[movers.row]))
     title = f"{Path(run.path).name}: samples that move most, by {movers.score_name}"
-    movers_figure(path, sheets, steps, curves, whole, _zoom(steps, centre), title)
+    movers_figure(path, sheets, steps, curves, whole, close_up(steps, centre), title)
 
 
 def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[dict[str, Any]]) -> None:
@@ -59,7 +59,7 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
     pictures = Pictures(run)
     window, found = clusters.window, clusters.grouping
     centre = int(window.steps_T[window.rise_row])
-    before, after = (_predictions(run, step) for step in (centre - 1, centre))
+    before, after = (predictions_at(run, step) for step in (centre - 1, centre))
     panels = []
     pairs = [record for record in records if record["kind"] == "pair"]
     pairs.sort(key=lambda record: (record["p_value"], -record["movement"]))
@@ -89,7 +89,7 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
     mixes = {record["group"]: record["labels"] or {"": 1} for record in records if record["kind"] == "group"}
     names = [f"G{group} {next(iter(mix))}".strip() for group, mix in sorted(mixes.items())]
     matrix = alignment_block(clusters.similarity_MM, found.group_M, names, found.pairs())
-    pairs_figure(path, panels, window.steps_T, whole, title, _zoom(window.steps_T, centre), matrix if names else [])
+    pairs_figure(path, panels, window.steps_T, whole, title, close_up(window.steps_T, centre), matrix if names else [])
 
 
 def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -> None:
@@ -217,7 +217,8 @@ class Pictures:
         return None if predictions is None else finding.class_name(self._names, predictions[position])
 
 
-def _predictions(run: Trajectory, step: int) -> np.ndarray | None:
+def predictions_at(run: Trajectory, step: int) -> np.ndarray | None:
+    """Every sample's predicted class at a step, (S,), where the file holds any."""
     if not run.has("losses/prediction") or step not in run.steps("losses"):
         return None
     return run.row("losses/prediction", step)
@@ -232,7 +233,7 @@ def _curve_rows(run: Trajectory, movers: Movers, stop: int) -> tuple[int, int, n
     return 0, len(steps), steps, whole
 
 
-def _zoom(steps: np.ndarray, centre: int) -> tuple[int, int]:
+def close_up(steps: np.ndarray, centre: int) -> tuple[int, int]:
     """A close-up of ZOOM steps around the centre, inside the steps there are."""
     first = max(int(steps[0]), min(centre - ZOOM // 2, int(steps[-1]) - ZOOM))
     return first, min(first + ZOOM, int(steps[-1]))

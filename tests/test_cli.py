@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import TASKS, start_opsig, train_tiny
 
+from opsig_cli import Recorder
+
 COMMANDS = (
     "train",
     "import",
@@ -23,6 +25,7 @@ COMMANDS = (
     "sharpness",
     "probe",
     "compare",
+    "report",
     "simulate linear",
     "simulate valley",
 )
@@ -438,6 +441,23 @@ def test_a_damaged_row_is_named_before_it_is_reported(opsig, tiny_run, tmp_path)
     with h5py.File(path, "r+") as file:
         file["losses/loss"][30, 7] += 100
     opsig("mine", path, "--score", "change").fails(1, "losses at step 3", "checksum", "opsig verify")
+
+
+def test_a_run_is_mined_up_to_where_its_losses_stop_being_finite(opsig, tmp_path):
+    rng = np.random.default_rng(0)
+    losses = 9 + np.cumsum(rng.standard_normal((60, 40)), axis=0)
+    losses[50:] = np.nan
+    for name, rows in (("broken.h5", losses), ("cut.h5", losses[:50])):
+        with Recorder(tmp_path / name, samples=40) as recorder:
+            for step, row in enumerate(rows):
+                recorder.record(step, losses=row)
+    for command in (("mine",), ("mine", "--score", "variation"), ("mine", "--window", "20:55"), ("cluster",)):
+        broken, cut = (opsig(command[0], tmp_path / name, *command[1:]) for name in ("broken.h5", "cut.h5"))
+        assert broken.code == 0, broken.err
+        assert broken.out.replace("broken.h5", "cut.h5") == cut.out
+        assert "from step 50 on losses are not finite: only the steps before it are looked at" in broken.err
+        assert "not finite" not in cut.err
+    opsig("mine", tmp_path / "broken.h5", "--window", "50:59").fails(1, "losses are not finite at step 50")
 
 
 def test_no_such_file(opsig):

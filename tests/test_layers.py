@@ -12,6 +12,22 @@ ALLOWED = {
     "errors": set(),
     "analysis": {"analysis"},
     "figures": {"figures"},
+    "clustering": {"cluster_records", "errors", "groups", "measure", "movers", "trajectory"},
+    "report": {
+        "agreement",
+        "analysis",
+        "clustering",
+        "cluster_records",
+        "comparing",
+        "curvature",
+        "errors",
+        "figures",
+        "groups",
+        "movers",
+        "pictures",
+        "texts",
+        "trajectory",
+    },
     "schema": {"errors"},
     "records": {"errors"},
     "tasks": {"errors"},
@@ -69,6 +85,7 @@ def test_core_modules_import_only_what_lies_below_them(path):
         assert "main" not in own
     if unit not in ("main", "commands"):
         assert "commands" not in own
+        assert "report" not in own - {unit}
     assert not {name for name in imports(path, False) if name.split(".")[0] in ("opsig_torch", "opsig_zoo")}
 
 
@@ -76,6 +93,12 @@ def test_core_modules_import_only_what_lies_below_them(path):
 def test_heavy_libraries_are_imported_where_they_are_used(path):
     assert not HEAVY & {name.split(".")[0] for name in imports(path, True)}
     assert "click" not in {name.split(".")[0] for name in imports(path, False)}
+
+
+@pytest.mark.parametrize("name", ["charts", "images"])
+def test_what_draws_the_report_imports_nothing_of_ours(name):
+    own = {found for found in imports(CORE / "report" / f"{name}.py", False) if found.startswith("opsig_cli")}
+    assert not own
 
 
 @pytest.mark.parametrize("path", modules(ROOT / "plugins"), ids=lambda p: p.name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from opsig_cli import options
-from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.errors import UsageError
 
 
 def cluster(
@@ -51,7 +52,7 @@ def cluster(
 
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
-    from opsig_cli import agreement, cluster_records, groups, measure, movers, records
+    from opsig_cli import agreement, cluster_records, clustering, groups, records
     from opsig_cli.trajectory import open_trajectory
 
     if by not in (None, *groups.BY):
@@ -60,32 +61,14 @@ def cluster(
         raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
     mined = records.read(sys.stdin) if run == "-" else None
     path = options.trajectory_of(mined) if mined else run
+    samples = [r["sample"] for r in mined if isinstance(r.get("sample"), int)] if mined else None
+    samples = None if samples is None else list(dict.fromkeys(samples))
     with open_trajectory(path) as trajectory:
-        trajectory.require("losses/loss")
-        by, fallback = groups.choose_by(trajectory, by)
-        found = movers.find(trajectory, top or movers.default_count(len(trajectory.samples)))
-        position = found.position
-        if mined:
-            samples = [r["sample"] for r in mined if isinstance(r.get("sample"), int)]
-            position = movers.positions_of(trajectory, list(dict.fromkeys(samples)))
-        if len(position) < 2:
-            raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {path} --top 200")
-        window = groups.window_of(trajectory, found)
-        if by == "loss":
-            clusters = groups.by_loss(trajectory, position, window)
-        else:
-            steps = groups.checkpoints_in(trajectory, window)
-            if sketch is not None:
-                groups.sketch_band(trajectory, window, sketch)  # refused before anything is loaded
-            session, _ = measure.open_session(trajectory, task, device, backend, lambda text: options.note(text, quiet))
-            if join is None and not (join := not getattr(session, "couples_samples", False)):
-                options.note("note: nobody joins: with batch norm in chunks each costs a chunk; see --join", quiet)
-            with options.progress("gradients", (2 if mined else 3) * len(steps), quiet) as advance:
-                clusters = groups.by_gradient(
-                    trajectory, session, backend, position, by, window, advance,
-                    widen=not mined, joining=join, sketch=sketch,
-                )  # fmt: skip
-                position = clusters.position
+        found = clustering.find(
+            trajectory, by, top, task, device, backend, partial(options.note, quiet=quiet),
+            partial(options.progress, quiet=quiet), samples=samples, join=join, sketch=sketch,
+        )  # fmt: skip
+        clusters = found.clusters
         written = cluster_records.records(trajectory, clusters)
         agreed = agreement.agreement(trajectory, clusters) if truth else None
         explained = cluster_records.explain(trajectory, clusters, explain) if explain is not None else []
@@ -93,12 +76,10 @@ def cluster(
             from opsig_cli import pictures
 
             options.save_figure(figure, pictures.draw_pairs, trajectory, clusters, written)
-    caveat = cluster_records.caveat(clusters)
-    for words in (fallback, found.note, caveat):
-        if words:
-            options.note(f"note: {words}", quiet)
+    for words in found.notes:
+        options.note(f"note: {words}", quiet)
     if not clusters.pairs:
-        options.note(f"no opposing pair was found among {len(position)} samples", quiet)
+        options.note(f"no opposing pair was found among {len(clusters.position)} samples", quiet)
     tables = [records.Table(f"{path}: opposing pairs", cluster_records.pair_table(written))]
     if alone := cluster_records.alone_table(written):
         tables.append(records.Table("groups that no other opposes", alone))

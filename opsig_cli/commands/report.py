@@ -1,0 +1,73 @@
+"""opsig report"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opsig_cli import options
+from opsig_cli.errors import UsageError
+
+
+def report(
+    run: options.RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="PATH", help="Default: the run's name with .html.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="gradient|loss|both", help="What must align, as in cluster. Default: as the run allows."),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
+    ] = False,
+    task: options.TaskOption = None,
+    device: options.DeviceOption = None,
+    backend: options.BackendOption = "torch",
+    format: options.FormatOption = None,
+    quiet: options.QuietOption = False,
+) -> None:
+    """One HTML page: which samples move the loss, against which others they pull, and how sure that is.
+
+    The page holds what `opsig cluster` and `opsig mine` print, with pictures, and the sharpness where the file has it.
+    It loads nothing from anywhere, so that it can be sent and kept.
+
+    Example: opsig report run.h5 -o report.html
+    """
+    from opsig_cli import cluster_records, clustering, groups, records
+    from opsig_cli.report import content, page
+    from opsig_cli.trajectory import open_trajectory
+
+    if by not in (None, *groups.BY):
+        raise UsageError(f"--by is one of {', '.join(groups.BY)}, not '{by}'")
+    path = output or Path(run).with_suffix(".html")
+    said: list[str] = []
+
+    def warn(text: str) -> None:
+        if not text.startswith("device:"):
+            said.append(text.removeprefix("note: "))
+        options.note(text, quiet)
+
+    with open_trajectory(run) as trajectory:
+        page.check_output(path, run, replace)
+        progress = partial(options.progress, quiet=quiet)
+        found = clustering.find(trajectory, by, top, task, device, backend, warn, progress)
+        written = cluster_records.records(trajectory, found.clusters)
+        shown = content.gather(trajectory, found, written, task, said)
+    size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
+    for words in found.notes:
+        options.note(f"note: {words}", quiet)
+    pairs = [record for record in written if record["kind"] == "pair"]
+    made = {
+        "kind": "report", "trajectory": run, "path": str(path), "pairs": len(pairs),
+        "significant": len(content.words.significant(pairs)), "bytes": size,
+    }  # fmt: skip
+    records.write([made], format)

@@ -1,0 +1,105 @@
+"""What stands in the report, gathered from a trajectory and from what `cluster` found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opsig_cli import cluster_records, comparing
+from opsig_cli.clustering import Found
+from opsig_cli.report import run_facts, tables, words
+from opsig_cli.report.pairs import show_pair
+from opsig_cli.report.run_facts import Curvature
+from opsig_cli.report.samples import Samples
+from opsig_cli.trajectory import Trajectory
+
+PAIRS = 8
+"""Pairs that are shown with their samples; all are in the overview."""
+
+
+def gather(
+    run: Trajectory, found: Found, records: Sequence[Mapping[str, Any]], task: str | None, warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Everything that the template names, from the groups found and the records `cluster` would print of them.
+
+    `warnings`: what was said while the task was opened.
+    """
+    clusters, window = found.clusters, found.clusters.window
+    pairs = words.by_strength([record for record in records if record["kind"] == "pair"])
+    groups = [record for record in records if record["kind"] == "group"]
+    held = words.significant(pairs)
+    series = comparing.series_of(run)
+    loss = series["loss"]
+    rise, previous = (int(window.steps_T[row]) for row in (window.rise_row, window.rise_row - 1))
+    means = dict(zip(loss.steps.tolist(), loss.values.tolist(), strict=True))
+    samples = Samples(run, previous, rise)
+    explained = cluster_records.explain(run, clusters, rise)
+    curvature = run_facts.curvature_of(run, rise)
+    shown = [show_pair(run, clusters, samples, loss, pair) for pair in pairs[:PAIRS]]
+    has = {
+        "checkpoints": bool(len(run.steps("checkpoints"))), "prediction": run.has("losses/prediction"),
+        "label": run.has("samples/label"), "picture": run.has("samples/thumbnail") or run.has("samples/text"),
+    }  # fmt: skip
+    notes = [*warnings, *(note for note in found.notes if note != found.movers.note)]
+    attributes = run.attributes
+    return {
+        "name": Path(run.path).name,
+        "answer": words.answer(pairs, groups, len(clusters.position)),
+        "strongest": pairs[0]["sentence"] if held else None,
+        "rise": words.rise_sentence(
+            rise, means[previous], means[rise], _movement(explained, held), len(held), run_facts.larger_rise(loss, rise)
+        ),
+        "rise_step": rise,
+        "note": found.movers.note,
+        "tiles": _tiles(pairs, held, explained, rise, means[rise] - means[previous], curvature),
+        "facts": run_facts.facts(run, series),
+        "loss": run_facts.loss_chart(loss, window, rise),
+        "curvature": curvature,
+        "contributions": tables.contributions(explained, pairs),
+        "pairs": shown,
+        "linked": [pair.record["pair"] for pair in shown],
+        "overview": [(pair, pair["p_value"] < words.SIGNIFICANT) for pair in pairs],
+        "alone": tables.alone(clusters, samples, groups),
+        "alone_count": sum(group["pair"] is None for group in groups),
+        "movers": tables.movers(run, found, samples),
+        "matrix": tables.matrix(clusters, groups) if groups else None,
+        "members": tables.members(run, window, records, samples),
+        "limits": words.limits(pairs, len(held), clusters.by, has, notes, attributes.get("state")),
+        "commands": words.commands(
+            run.path, clusters.by, task, attributes.get("command"), pairs[0]["pair"] if pairs else None,
+            has["checkpoints"],
+        ),
+        "by": clusters.by,
+        "has": has,
+        "w": words,
+    }  # fmt: skip
+
+
+def _movement(explained: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> float | None:
+    """The part of all movement at the rise that members of the significant pairs carry, each group once."""
+    groups = {group for pair in held for group in pair["groups"]}
+    parts = [part["movement"] for part in explained if part["group"] in groups]
+    return None if not parts or any(part is None or math.isnan(part) for part in parts) else sum(parts)
+
+
+def _tiles(
+    pairs: Sequence[Any], held: Sequence[Any], explained: Sequence[Mapping[str, Any]], rise: int, change: float,
+    curvature: Curvature | None,
+) -> list[tuple[str, str, str]]:  # fmt: skip
+    """The few numbers under the answer: what, how much, and of what."""
+    movement = _movement(explained, held)
+    tiles = [
+        ("Significant pairs", f"{len(held)} of {len(pairs)}" if pairs else "none", f"p < {words.SIGNIFICANT:g}"),
+        ("Their share of movement", words.percent(movement) if held else "\N{EN DASH}", f"at step {rise}, up or down"),
+        ("Largest rise of the loss" if change > 0 else "Smallest fall of the loss", words.nats(change, sign=True),
+         f"nats, at step {rise}"),
+    ]  # fmt: skip
+    if curvature is not None and curvature.ratio is not None:
+        tiles.append(
+            ("Sharpness, at most", f"{curvature.ratio:.2f} \N{MULTIPLICATION SIGN}", "the stability threshold")
+        )
+    else:
+        tiles.append(("Sharpness", "\N{EN DASH}", "no threshold known" if curvature else "not in this file"))
+    return tiles

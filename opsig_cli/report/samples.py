@@ -1,0 +1,71 @@
+"""Samples as the page shows them: picture or text, label, and what the network took them for. M samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opsig_cli.groups import Clusters
+from opsig_cli.pictures import Pictures, predictions_at
+from opsig_cli.report.images import thumbnail
+from opsig_cli.texts import context
+from opsig_cli.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample. `picture` is a data URI; `text` a context and its target; `before` and `after` predicted classes."""
+
+    sample: int
+    label: str | None
+    before: str | None
+    after: str | None
+    picture: str | None
+    text: tuple[str, str] | None
+
+    @property
+    def name(self) -> str:
+        """Of the sample, for those who do not see the picture."""
+        return f"sample {self.sample}" + (f", {self.label}" if self.label is not None else "")
+
+    def wrong(self, predicted: str) -> bool:
+        """Whether a predicted class is not the label."""
+        return self.label is not None and predicted != self.label
+
+
+class Samples:
+    """Shows samples of a run around a step: predictions are those of the row before it and of the step itself."""
+
+    def __init__(self, run: Trajectory, previous_step: int, step: int):
+        self._pictures = Pictures(run)
+        self._ids = run.samples
+        self.before, self.after = (predictions_at(run, at) for at in (previous_step, step))
+
+    def show(self, positions: Sequence[int]) -> list[Shown]:
+        """The samples in these columns of the file."""
+        return [
+            self.shown(p, self._pictures.name(self.before, p), self._pictures.name(self.after, p)) for p in positions
+        ]
+
+    def shown(self, position: int, before: Any, after: Any) -> Shown:
+        """The sample in this column, with predictions of another step."""
+        tile = self._pictures.tile(position, before, after)
+        picture = thumbnail(tile.picture) if isinstance(tile.picture, np.ndarray) else None
+        text = _split(tile.picture, tile.label) if isinstance(tile.picture, str) else None
+        return Shown(int(self._ids[position]), tile.label, tile.before, tile.after, picture, text)
+
+
+def strongest(clusters: Clusters, group: int, count: int) -> list[int]:
+    """Columns in the file of a group's most aligned members, the most aligned first."""
+    members = clusters.grouping.members(group)
+    order = np.argsort(-clusters.grouping.alignment_M[members], kind="stable")[:count]
+    return clusters.position[members[order]].tolist()
+
+
+def _split(text: str, label: str | None) -> tuple[str, str]:
+    """Context and target of a text sample, as far as it says which is which."""
+    before = context(text, label) if label is not None else None
+    return (text, "") if before is None else (before, text[len(before) :])

@@ -1,0 +1,259 @@
+"""What the page says in words: the answer, what each number of the evidence means, and what cannot be told."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opsig_cli.agreement import SIGNIFICANT
+from opsig_cli.analysis.significance import ROUNDS
+from opsig_cli.groups import SHARES
+
+Record = Mapping[str, Any]
+Evidence = tuple[str, str, str]
+"""A number's name, the number, and what it means."""
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number as print has it, with a true minus; "not known" for none.
+
+    >>> number(-0.314), number(None), number(float("nan"))
+    ('\N{MINUS SIGN}0.31', 'not known', 'not known')
+    """
+    if value is None or math.isnan(value):
+        return "not known"
+    return signed(f"{value:.{digits}f}")
+
+
+def nats(value: float | None, sign: bool = False) -> str:
+    """A loss or its change, to three figures.
+
+    >>> nats(0.061234, sign=True), nats(1063.2), nats(2.9e13), nats(float("inf"))
+    ('+0.0612', '1,063', '2.9e+13', 'not finite')
+    """
+    if value is None or not math.isfinite(value):
+        return "not known" if value is None else "not finite"
+    plus = "+" if sign else ""
+    return signed(f"{value:{plus},.0f}" if 1000 <= abs(value) < 1e6 else f"{value:{plus}.3g}")
+
+
+def percent(value: float | None) -> str:
+    """A share.
+
+    >>> percent(0.534), percent(-0.2)
+    ('53%', '\N{MINUS SIGN}20%')
+    """
+    if value is None or not math.isfinite(value):
+        return "not known"
+    return signed(f"{value:.0%}")
+
+
+def signed(text: str) -> str:
+    """A number that is written already, with a true minus, and none before zero.
+
+    >>> signed("-0.00"), signed("-0.01")
+    ('0.00', '\N{MINUS SIGN}0.01')
+    """
+    if text.startswith("-") and not any(digit in text for digit in "123456789"):
+        return text[1:]
+    return "\N{MINUS SIGN}" + text[1:] if text.startswith("-") else text
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A number with its error, where it has one."""
+    return number(value) + ("" if error is None or math.isnan(error) else f" ± {error:.2f}")
+
+
+def p_value(value: float) -> str:
+    """A p-value; the least that the rounds can give is said to be that or less.
+
+    >>> p_value(0.005), p_value(0.25), p_value(1.0)
+    ('≤ 0.005', '0.25', '1')
+    """
+    return f"≤ {value:.3g}" if value <= 1 / (ROUNDS + 1) + 1e-9 else f"{value:.3g}"
+
+
+def significant(pairs: Sequence[Record]) -> list[Record]:
+    """The pairs whose p-value is below SIGNIFICANT."""
+    return [pair for pair in pairs if pair["p_value"] < SIGNIFICANT]
+
+
+def by_strength(pairs: Sequence[Record]) -> list[Record]:
+    """Pairs in the order of the page: the significant ones first, then those that move most."""
+    return sorted(pairs, key=lambda pair: (pair["p_value"], -pair["movement"]))
+
+
+def answer(pairs: Sequence[Record], groups: Sequence[Record], samples: int) -> str:
+    """The page's first sentence: how many pairs there are and hold."""
+    held, count = len(significant(pairs)), len(pairs)
+    limit = f"p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}{SIGNIFICANT:g}"
+    pull = "One pair of groups pulls" if count == 1 else f"{count} pairs of groups pull"
+    if count == 1:
+        return f"{pull} against each other, {'and it is' if held else 'but it is not'} significant ({limit})."
+    if count and held in (0, count):
+        return f"{pull} against each other, {'and all are' if held else 'but none is'} significant ({limit})."
+    if count:
+        return f"{pull} against each other; {held} of them {'is' if held == 1 else 'are'} significant ({limit})."
+    text = f"No opposing pair was found among {samples:,} samples"
+    if groups:
+        together = "one group moves" if len(groups) == 1 else f"{len(groups)} groups move"
+        return f"{text}: {together} together, and nothing pulls against {'it' if len(groups) == 1 else 'them'}."
+    return f"{text}, and no group that moves together."
+
+
+def rise_sentence(
+    step: int, before: float, after: float, movement: float | None, pairs: int, elsewhere: int | None
+) -> str:
+    """Where the whole loss rose most in the window, and how much of the movement there the significant pairs make up;
+    `elsewhere`: the step outside of the window where it rose more."""
+    if not after > before:
+        text = (
+            f"The loss of all samples together never rose; at step {step} it fell least, by {nats(before - after)} nats"
+        )
+    else:
+        text = f"The loss of all samples together rose most at step {step}, from {nats(before)} to {nats(after)} nats"
+    if movement is not None and pairs:
+        whose = "this pair" if pairs == 1 else f"these {pairs} pairs"
+        text += f"; members of {whose} carry {percent(movement)} of all movement, up and down, at that step"
+    if elsewhere is None:
+        return text + "."
+    return (
+        f"In the window of the evidence, {text[0].lower()}{text[1:]}. Outside of it, it rose more at step {elsewhere}."
+    )
+
+
+def pair_evidence(pair: Record) -> list[Evidence]:
+    """The evidence for a pair, each number with what it means."""
+    step, losses = pair["rise_step"], pair["by"] == "loss"
+    exact = "" if losses or pair["sketch_error"] is not None else " The error is over checkpoints."
+    measure, of = ("correlation", "loss changes") if losses else ("cosine", "gradients")
+    phases = p_value(pair["p_value_losses"])
+    rows = [
+        (
+            "Correlation across" if losses else "Cosine across",
+            with_error(pair["opposition"], pair["opposition_error"]),
+            f"Mean {measure} of the {of} of one group with those of the other: \N{MINUS SIGN}1 is exactly opposed, "
+            f"0 unrelated.{exact}",
+        ),
+        ("Cohesion", number(pair["cohesion"]), f"The same within the groups: 1 where the {of} of all members agree."),
+        (
+            "Loss changes correlate",
+            number(pair["loss_correlation"]),
+            "Of the two groups' mean loss changes over the window: \N{MINUS SIGN}1 where one rises as the other falls. "
+            f"p {phases if phases[0] == '≤' else '= ' + phases} against series of the same spectrum, phases random.",
+        ),
+        (
+            "p-value",
+            p_value(pair["p_value"]),
+            f"Share of {ROUNDS} rounds in which the same search over shuffled similarities finds as strong a pair. "
+            "It is 1 where the groups do not look alike, or their losses move together.",
+        ),
+        (
+            "p against random groups",
+            p_value(pair["p_value_random"]),
+            "Against random groups of the same sizes among the samples grouped.",
+        ),
+        (
+            "Stability",
+            number(pair["stability"]),
+            "How well the pair comes back when four fifths of the samples are grouped anew (Jaccard index, 0 to 1).",
+        ),
+        (
+            f"Stability over {'halves' if losses else 'checkpoints'}",
+            percent(pair["stability_checkpoints"]),
+            f"Share of the members that one {'half of the window' if losses else 'checkpoint'} puts in the same group.",
+        ),
+        (
+            "Share of the rise",
+            percent(pair["share"]),
+            f"Of the whole loss's rise at step {step}. Opposite changes cancel: it can be negative or above 100%.",
+        ),
+        ("Share of movement", percent(pair["movement"]), f"Of all samples' movement at step {step}, up or down."),
+    ]
+    if not math.isnan(pair["shared"]):
+        meaning = (
+            "Mean cosine of the two groups' centred features, the input of the last layer. Below "
+            f"{SHARES:g}, small groups also somewhat above, they oppose by their labels alone, not by a shared feature."
+        )
+        rows.insert(2, ("Alike to the network", number(pair["shared"]), meaning))
+    return rows
+
+
+def curvature_sentence(
+    steps: Sequence[int], values: Sequence[float], threshold: Sequence[float], rise: int
+) -> str | None:
+    """Where the top eigenvalue is against the threshold, in words; None where the file holds no threshold."""
+    known = [
+        (step, value, limit)
+        for step, value, limit in zip(steps, values, threshold, strict=True)
+        if math.isfinite(value) and math.isfinite(limit) and limit > 0
+    ]
+    if not known:
+        return None
+    crossed = [step for step, value, limit in known if value >= limit]
+    step, value, limit = max(known, key=lambda row: row[1] / row[2])
+    most = f"{value / limit:.2f} times the stability threshold ({value:.3g} against {limit:.3g}, at step {step})"
+    near, there, limit = min(known, key=lambda row: abs(row[0] - rise))
+    text = f"Measured at {len(known)} step{'s' * (len(known) > 1)}, the sharpness reaches {most}"
+    text += f", and is first above it at step {crossed[0]}. " if crossed else ", and never exceeds it. "
+    text += f"At step {near}, the nearest to the largest rise at step {rise}, it is {there / limit:.2f} times."
+    return text + (" Above the threshold, oscillation along the top eigenvector grows." if crossed else "")
+
+
+def limits(
+    pairs: Sequence[Record], held: int, by: str, has: Mapping[str, bool], notes: Sequence[str], state: str | None
+) -> list[str]:
+    """What the report could not tell, and why."""
+    found = [note[0].upper() + note[1:].rstrip(".") + "." for note in notes]
+    if by == "loss" and not has["checkpoints"]:
+        found.append(
+            "With checkpoints, gradients can be compared, which tells samples with different features apart. "
+            "Train with opsig train, or give Recorder.record a state."
+        )
+    found += [
+        f"Pair {pair['pair']} may have been found by chance (p = {pair['p_value']:.3g})."
+        for pair in pairs
+        if SIGNIFICANT <= pair["p_value"] < 1
+    ]
+    weak = [str(pair["pair"]) for pair in pairs if pair["p_value"] == 1]
+    if weak:
+        found.append(
+            f"Pair{'s' * (len(weak) > 1)} {', '.join(weak)} may oppose by labels alone: the groups do not look alike "
+            "to the network, or their losses move together. The sentence of each says which."
+        )
+    if not has["prediction"]:
+        found.append("The file holds no predictions, so that what the network took each sample for is not shown.")
+    if not has["picture"]:
+        found.append("The file holds neither pictures nor texts of the samples; they go by index and label.")
+    if not has["label"]:
+        found.append("The file holds no labels, so that groups are named by their size alone.")
+    if state not in (None, "complete"):
+        found.append(f"The file says that the run is {state}, not complete: later steps may be missing.")
+    if held:
+        found.append(
+            "A pair says that two groups pull against each other, and how sure that is. It does not say that training "
+            "without them would be stable: other groups may take their place."
+        )
+    return found
+
+
+def commands(
+    run: str, by: str, task: str | None, trained: str | None, pair: int | None, checkpoints: bool
+) -> list[tuple[str, str]]:
+    """How to get what the page says on the command line: what for, and the command."""
+    name = shlex.quote(run)
+    own = f" --task {shlex.quote(task)}" if task else ""
+    grouped = f"opsig cluster {name}{own}" + (" --by loss" if by == "loss" else "")
+    found = [("The run", trained)] if trained else []
+    found += [
+        ("The samples that move most", f"opsig mine {name} --top 40"),
+        ("Groups and pairs, with their evidence", grouped),
+    ]
+    if pair is not None:
+        members = f"{grouped} | jq -c 'select(.kind==\"member\" and .pair=={pair})'"
+        found.append((f"Both sides of pair {pair}, sample by sample", members))
+    if checkpoints:
+        found.append(("The sharpness against its threshold", f"opsig sharpness {name}{own}"))
+    return found
