@@ -18,7 +18,7 @@ from conftest import TASKS, start_opsig
 from PIL import Image
 
 from opsig_cli import Recorder
-from opsig_cli.report import images
+from opsig_cli.report import images, words
 from opsig_cli.report.charts import MOST_POINTS, Line, line_chart
 from opsig_cli.trajectory import open_trajectory
 
@@ -237,6 +237,14 @@ def test_the_rise_is_taken_apart_as_by_explain(report, opsig, tiny_run):
     assert sorted(float(bar["width"][:-1]) for bar in bars)[-1] == 50
     for bar, part in zip(bars, explained, strict=True):
         assert bar["class"] == ("b" if part["change"] > 0 else "a")
+        start, width = (float(bar[name][:-1]) for name in ("x", "width"))
+        assert (start if part["change"] > 0 else start + width) == pytest.approx(50, abs=0.02)
+
+
+def test_significant_pairs_come_first_and_then_those_that_move_most():
+    pairs = [{"p_value": p, "movement": m} for p, m in ((1.0, 0.9), (0.005, 0.1), (0.005, 0.4))]
+    assert words.by_strength(pairs) == [pairs[2], pairs[1], pairs[0]]
+    assert words.significant(pairs) == pairs[1:]
 
 
 def test_the_share_of_movement_counts_each_group_of_the_significant_pairs_once(report, opsig, tmp_path):
@@ -280,6 +288,41 @@ def test_one_record_says_what_was_written(opsig, tiny_run, tmp_path):
     assert record["significant"] == sum(pair["p_value"] < 0.01 for pair in pairs)
 
 
+def test_a_sheet_shows_the_most_aligned_members_and_what_they_were_taken_for(report, opsig, digits_run):
+    records = opsig("cluster", digits_run).records
+    pair = sorted((r for r in records if r["kind"] == "pair"), key=lambda r: (r["p_value"], -r["movement"]))[0]
+    page = report(digits_run)
+    names = [image["alt"] for image in page.having("img") if image["alt"]]
+    for group, size in zip(pair["groups"], pair["sizes"], strict=True):
+        members = [r for r in records if r["kind"] == "member" and r["mined"] and r["group"] == group]
+        first = sorted({(-r["alignment"], r["sample"], r["label"]) for r in members})[: min(15, size)]
+        shown, names = names[: len(first)], names[len(first) :]
+        assert set(shown) == {f"sample {sample}, {label}" for _, sample, label in first}
+    with h5py.File(digits_run) as file:
+        before, after = file["losses/prediction"][pair["rise_step"] - 1 : pair["rise_step"] + 1]
+    sample, label = re.fullmatch(r"sample (\d+), (.*)", shown[0]).groups()
+    caption = page.html.partition(f'alt="{shown[0]}"')[2].partition("</figcaption>")[0]
+    taken = re.findall(r"(was|now) (\S+?)( \N{MULTIPLICATION SIGN})?<", caption)
+    assert [name for _, name, _ in taken] == [str(before[int(sample)]), str(after[int(sample)])]
+    assert [bool(wrong) for *_, wrong in taken] == [name != label for _, name, _ in taken]
+
+
+def test_each_side_has_its_own_colour_in_the_curves(report, opsig, tmp_path):
+    run = swinging(tmp_path / "run.h5")
+    records = opsig("cluster", run).records
+    (group, _) = next(r["groups"] for r in records if r["kind"] == "pair")
+    members = list({r["sample"] for r in records if r["kind"] == "member" and r["group"] == group})
+    page = report(run)
+    with h5py.File(run) as file:
+        mean = file["losses/loss"][()][:, members].mean(1)
+    (chart,) = [
+        c for c in page.having("figure", **{"class": "chart"}) if len(json.loads(c["data-chart"])["steps"]) == 60
+    ][1:2]
+    np.testing.assert_allclose(json.loads(chart["data-chart"])["lines"][0], mean, rtol=1e-3)
+    drawn = [path["class"] for path in page.having("path") if path["class"].startswith("line")]
+    assert drawn[1:4] == ["line a", "line b", "line whole dashed"]
+
+
 def test_pictures_are_those_of_the_file(report, digits_run):
     page = report(digits_run)
     with h5py.File(digits_run) as file:
@@ -306,14 +349,14 @@ def test_losses_alone_are_enough_and_need_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     page = Page((tmp_path / "run.html").read_text())
     assert page.having("article")
-    for words in (
+    for said in (
         "Losses alone do not show",
         "holds no checkpoints",
         "no labels",
         "no predictions",
         "neither pictures",
     ):
-        assert any(words in text for text in page.said("li")), words
+        assert any(said in text for text in page.said("li")), said
     assert "without checkpoints none can be measured" in page.words
 
 
