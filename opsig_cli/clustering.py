@@ -26,31 +26,32 @@ class Found:
 def find(
     run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str,
     warn: Callable[[str], None], progress: Callable[[str, int], AbstractContextManager[Any]], *,
-    samples: Sequence[int] | None = None, join: bool | None = None, sketch: int | None = None,
+    samples: Sequence[int] | None = None, window: tuple[int | None, int | None] = (None, None),
+    join: bool | None = None, sketch: int | None = None,
 ) -> Found:  # fmt: skip
-    """Group the samples of a run that move most, or the `samples` given by index.
+    """Group the samples of a run that move most, or the `samples` given by index, by what they do in a window of steps.
 
     `by`, `top`, `join` None: as the run allows. Raises OpsigError where the run lacks what is asked for, or its task.
     """
     run.require("losses/loss")
     by, fallback = groups.choose_by(run, by)
-    found = movers.find(run, top or movers.default_count(len(run.samples)))
+    found = movers.find(run, top or movers.default_count(len(run.samples)), window=window)
     position = found.position if samples is None else movers.positions_of(run, samples)
     if len(position) < 2:
         raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
-    window = groups.window_of(run, found)
+    weighed = groups.window_of(run, found)
     if by == "loss":
-        clusters = groups.by_loss(run, position, window)
+        clusters = groups.by_loss(run, position, weighed)
     else:
-        steps = groups.checkpoints_in(run, window)
+        steps = groups.checkpoints_in(run, weighed)
         if sketch is not None:
-            groups.sketch_band(run, window, sketch)  # refused before anything is loaded
+            groups.sketch_band(run, weighed, sketch)  # refused before anything is loaded
         session, _ = measure.open_session(run, task, device, backend, warn)
         if join is None and not (join := not getattr(session, "couples_samples", False)):
             warn("note: nobody joins: with batch norm in chunks each costs a chunk; see --join")
         with progress("gradients", (3 if samples is None else 2) * len(steps)) as advance:
             clusters = groups.by_gradient(
-                run, session, backend, position, by, window, advance,
+                run, session, backend, position, by, weighed, advance,
                 widen=samples is None, joining=join, sketch=sketch,
             )  # fmt: skip
     notes = [words for words in (fallback, found.note, cluster_records.caveat(clusters)) if words]

@@ -127,7 +127,10 @@ def window_of(run: Trajectory, movers: Movers) -> Window:
         begin = 0
     rises = np.diff(movement.mean_T[begin:])
     if len(rises) < 2:
-        raise OpsigError(f"{run.path} has too few steps with losses to group samples. Record more: opsig train --track")
+        raise OpsigError(
+            f"{run.path} has too few steps with losses here to group samples. Widen --window, or record more: opsig "
+            "train --track"
+        )
     first, stop = movers.first + begin, movers.first + len(movement.mean_T)
     return Window(first, stop, run.steps("losses")[first:stop], int(rises.argmax()) + 1)
 

@@ -54,11 +54,11 @@ def find(
     """
     movers = _find(run, count, score, step, window, direction)
     broken = np.flatnonzero(~np.isfinite(movers.movement.mean_T))
-    if step is not None or not len(broken):
+    if not len(broken):
         return movers
     steps = run.steps("losses")
     first = movers.first + int(broken[0])
-    if first == movers.first:
+    if first == movers.first or step is not None:
         raise OpsigError(f"{run.path}: losses are not finite at step {steps[first]}, so nothing is known from there on")
     movers = _find(run, count, score, None, (window[0], int(steps[first - 1])), direction)
     words = f"from step {steps[first]} on losses are not finite: only the steps before it are looked at"
@@ -121,6 +121,19 @@ def window_rows(run: Trajectory, steps: np.ndarray, window: tuple[int | None, in
         known = f"{steps[0]} to {steps[-1]}" if len(steps) else "none"
         raise OpsigError(f"{run.path} has no losses between steps {low} and {high}. Recorded: {known}")
     return first, stop
+
+
+def mined_window(records: Sequence[dict[str, Any]]) -> tuple[int | None, int | None]:
+    """The steps, both ends included, between which records of `mine` were looked for; (None, None) for one step's.
+
+    >>> mined_window([{"window": [0, 40], "previous_step": 7, "step": 8}]), mined_window([{"sample": 3}])
+    ((0, 40), (None, None))
+    """
+    for record in records:
+        match record.get("window"):
+            case [int(first), int(last)] if (first, last) != (record.get("previous_step"), record.get("step")):
+                return first, last
+    return None, None
 
 
 def default_count(samples: int) -> int:

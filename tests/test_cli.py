@@ -129,6 +129,18 @@ def test_the_window_is_chosen_by_the_run_and_said(opsig, tiny_run):
     assert "oscillation" in err or "one-step change" in err
 
 
+def test_groups_come_from_the_window_that_was_mined_or_asked_for(opsig, tiny_run):
+    mined = opsig("mine", tiny_run, "--top", 60, "--window", "10:25").out
+    piped = opsig("cluster", "-", *OWN, stdin=mined)
+    assert piped.out == opsig("cluster", "-", *OWN, "--window", "10:25", stdin=mined).out
+    assert piped.out != opsig("cluster", "-", *OWN, "--window", "0:59", stdin=mined).out
+    assert all(10 < r["rise_step"] <= 25 for r in piped.records if r["kind"] == "pair")
+    one = opsig("mine", tiny_run, "--top", 60, "--step", 9).out  # one change is no window to group by
+    assert opsig("cluster", "-", *OWN, stdin=one).code == 0
+    opsig("cluster", tiny_run, *OWN, "--window", "10:11").fails(1, "too few steps", "Widen --window")
+    opsig("cluster", tiny_run, *OWN, "--window", "10-11").fails(2, "--window '10-11' is not a range")
+
+
 def test_mine_and_cluster_chain(opsig, tiny_run):
     mined = opsig("mine", tiny_run, "--top", 60)
     grouped = opsig("cluster", "-", *OWN, stdin=mined.out)
@@ -458,6 +470,7 @@ def test_a_run_is_mined_up_to_where_its_losses_stop_being_finite(opsig, tmp_path
         assert "from step 50 on losses are not finite: only the steps before it are looked at" in broken.err
         assert "not finite" not in cut.err
     opsig("mine", tmp_path / "broken.h5", "--window", "50:59").fails(1, "losses are not finite at step 50")
+    opsig("mine", tmp_path / "broken.h5", "--step", 50).fails(1, "losses are not finite at step 50")
 
 
 def test_no_such_file(opsig):

@@ -129,3 +129,21 @@ def test_unfolded_inputs_are_those_of_torch(stride, padding, dilation, layout):
     for inputs in (whole, whole[1:4], whole[::2]):
         expected = torch.nn.functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         assert torch.equal(layer_gradients._unfolded(inputs, layer), expected)
+
+
+class Flat(tiny.Tiny):
+    """The first sample's loss does not depend on anything."""
+
+    def losses(self, model, batch):
+        losses = super().losses(model, batch)
+        return losses * (batch[0] != self.x[0]).any(1)
+
+
+def test_a_member_whose_gradient_vanishes_has_no_direction():
+    session = TorchBackend().open(Flat(), "cpu", double=True)
+    state = session.initial(0)
+    assert session.gradient_norms(state)[0] == 0
+    samples = np.array([3, 4])
+    alone = session.mean_cosines(state, samples, [np.array([5])])
+    with np.errstate(all="raise"):
+        assert session.mean_cosines(state, samples, [np.array([0, 5])]) == pytest.approx(alone / 2)

@@ -24,6 +24,10 @@ def cluster(
     top: Annotated[
         int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
     ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="Steps to look at, both ends included. Default: those that were mined."),
+    ] = None,
     join: Annotated[
         bool | None,
         typer.Option("--join/--no-join", help="Add samples that were not mined but align with a group. Default: join."),
@@ -52,7 +56,7 @@ def cluster(
 
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
-    from opsig_cli import agreement, cluster_records, clustering, groups, records
+    from opsig_cli import agreement, cluster_records, clustering, groups, movers, records
     from opsig_cli.trajectory import open_trajectory
 
     if by not in (None, *groups.BY):
@@ -63,10 +67,12 @@ def cluster(
     path = options.trajectory_of(mined) if mined else run
     samples = [r["sample"] for r in mined if isinstance(r.get("sample"), int)] if mined else None
     samples = None if samples is None else list(dict.fromkeys(samples))
+    span = options.parse_range(window, "--window") if window else movers.mined_window(mined or [])
     with open_trajectory(path) as trajectory:
         found = clustering.find(
             trajectory, by, top, task, device, backend, partial(options.note, quiet=quiet),
-            partial(options.progress, quiet=quiet), samples=samples, join=join, sketch=sketch,
+            partial(options.progress, quiet=quiet), samples=samples, window=span, join=join,
+            sketch=sketch,
         )  # fmt: skip
         clusters = found.clusters
         written = cluster_records.records(trajectory, clusters)

@@ -23,6 +23,8 @@ from opsig_torch.frozen import frozen_statistics
 if TYPE_CHECKING:
     from opsig_torch.session import TorchSession
 
+VANISHES = 1e-30
+"""Norm up to which a gradient is taken for zero: its inverse would not be a float32."""
 DIRECTIONS_BYTES = 256 << 20
 """Bound on the mean gradients of sets that are held at a time."""
 
@@ -68,7 +70,9 @@ def gradient_norms(session: TorchSession, samples: np.ndarray | None = None) -> 
 
 
 def mean_cosines(session: TorchSession, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
-    """Mean cosine of each sample's gradient with those of each set of samples, (M, G) float64; NaN where one is 0.
+    """Mean cosine of each sample's gradient with those of each set of samples, (M, G) float64.
+
+    A gradient that vanishes has no direction: as a member it counts as 0, as a sample it is NaN.
 
     It is the product with the mean of the set's unit gradients, so that no two samples' gradients meet.
     """
@@ -116,11 +120,16 @@ def _mean_unit_gradient(session: TorchSession, samples: np.ndarray, norms: np.nd
     total = [torch.zeros_like(parameter) for parameter in parameters]
     for chosen in sample_batches(session, samples):
         losses = session.task.losses(session.flat.model, session.batches.take(chosen))
-        weights = torch.from_numpy(1 / (norms[chosen] * len(samples))).to(losses)
+        weights = torch.from_numpy(inverse(norms[chosen]) / len(samples)).to(losses)
         gradients = torch.autograd.grad((losses * weights).sum(), parameters, materialize_grads=True)
         for sum_, gradient in zip(total, gradients, strict=True):
             sum_ += gradient
     return total
+
+
+def inverse(norms: np.ndarray) -> np.ndarray:
+    """1 / norm, and 0 for a gradient that vanishes: such a member must not void the mean of its set."""
+    return np.divide(1, norms, out=np.zeros_like(norms), where=norms > VANISHES)
 
 
 def loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str]) -> torch.Tensor:

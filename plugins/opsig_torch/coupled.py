@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from opsig_torch.alignment import inverse
 from opsig_torch.flat import replaced
 from opsig_torch.layer_gradients import inner
 from opsig_torch.sample_curvature import Primitives
@@ -121,8 +122,7 @@ def _mean_unit_gradients(session: TorchSession, sets: list[np.ndarray], norms: n
             if not len(inside):
                 continue
             losses = session.task.losses(session.flat.model, batch) if losses is None else losses
-            with np.errstate(divide="ignore"):
-                weights = torch.from_numpy(1 / (norms[inside] * len(members))).to(losses)
+            weights = torch.from_numpy(inverse(norms[inside]) / len(members)).to(losses)
             total += _gradient(session, (losses[torch.from_numpy(inside - indices.start)] * weights).sum())
     return totals
 
