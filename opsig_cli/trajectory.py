@@ -17,10 +17,20 @@ from typing import Any, Self
 
 import h5py
 import numpy as np
-from h5py import h5s  # pyright: ignore[reportAttributeAccessIssue]
 
 from opsig_cli.chunks import Chunks
 from opsig_cli.errors import OpsigError
+from opsig_cli.rows import (
+    Rows,
+    as_array,
+    column_checksum,
+    fill_of,
+    from_bfloat16,
+    is_fill,
+    stated_fill,
+    write_fill,
+    write_row,
+)
 from opsig_cli.schema import DIMENSIONS, FIELDS, ROW_GROUPS, SCHEMA_VERSION, Field, dimension
 from opsig_cli.store import RedoFile, SnapshotFile, writer_of
 from opsig_cli.vetting import Refused, vet
@@ -104,7 +114,7 @@ class Trajectory:
         self.path = path
         self._file: Any = file  # h5py's items are untyped
         self._store = store
-        self._groups: dict[str, _Rows] = {}
+        self._groups: dict[str, Rows] = {}
         self._chunks: dict[str, Chunks | None] = {}
 
     def __enter__(self) -> Self:
@@ -268,19 +278,19 @@ class Trajectory:
         if step in rows:
             raise OpsigError(f"{self.path} already has {group} at step {step}")
         place = rows.count
-        given = {f"{group}/{name.replace('__', '/')}": _as_array(value) for name, value in columns.items()}
+        given = {f"{group}/{name.replace('__', '/')}": as_array(value) for name, value in columns.items()}
         given |= {f"{group}/step": np.asarray(step)}
         checksum = 0
         for name, value in given.items():
             dataset = self._column(FIELDS[name], value, place)
             value = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
-            _write_row(dataset, place, value)
-            if not _is_fill(value):
-                checksum ^= _column_checksum(name, value)
+            write_row(dataset, place, value)
+            if not is_fill(value):
+                checksum ^= column_checksum(name, value)
         for name in rows.columns(self._file, group).keys() - given.keys() - {f"{group}/checksum"}:
-            _write_fill(rows.columns(self._file, group)[name], place)
+            write_fill(rows.columns(self._file, group)[name], place)
         crc = np.asarray(checksum, np.uint32)
-        _write_row(self._column(FIELDS[f"{group}/checksum"], crc, place), place, crc)
+        write_row(self._column(FIELDS[f"{group}/checksum"], crc, place), place, crc)
         rows.add(step)
 
     def write(self, name: str, values: np.ndarray, replace: bool = False) -> None:
@@ -331,7 +341,7 @@ class Trajectory:
         target = self._file.create_dataset(
             field.path, (rows.count, *source.shape[1:]), maxshape=(None, *source.shape[1:]), dtype=source.dtype,
             chunks=(min(height, max(1, rows.count)), *(min(n, 1 << 14) for n in source.shape[1:])),
-            fillvalue=_stated_fill(source.dtype), shuffle=True, compression="gzip", compression_opts=4,
+            fillvalue=stated_fill(source.dtype), shuffle=True, compression="gzip", compression_opts=4,
         )  # fmt: skip
         self._describe(target, field)
         for first in range(0, rows.count, target.chunks[0]):
@@ -396,12 +406,12 @@ class Trajectory:
                 if length < expected or (length != expected and axis != "step"):
                     raise OpsigError(f"{self.path}: {name} has {length} along {axis}, where {expected} are expected")
 
-    def _rows(self, group: str) -> _Rows:
+    def _rows(self, group: str) -> Rows:
         if group not in self._groups:
             with self._damage(f"{group}/step"):
                 name = f"{group}/step"
                 steps = self._file[name][()] if name in self._file else np.empty(0, np.int64)
-                self._groups[group] = _Rows(steps)
+                self._groups[group] = Rows(steps)
         return self._groups[group]
 
     def _check_row(self, group: str, place: int) -> None:
@@ -430,8 +440,8 @@ class Trajectory:
                     intact[first:last] = False
                     continue
                 for place, value in enumerate(values, first):
-                    if not _is_fill(value):
-                        computed[place] ^= _column_checksum(name, np.ascontiguousarray(value))
+                    if not is_fill(value):
+                        computed[place] ^= column_checksum(name, np.ascontiguousarray(value))
         bad = ~intact | (computed != stored)
         return sorted(np.array(rows.steps)[bad].tolist())
 
@@ -440,8 +450,8 @@ class Trajectory:
         checksum = 0
         for name, dataset in self._rows(group).columns(self._file, group).items():
             value = dataset[place]
-            if name != f"{group}/checksum" and not _is_fill(value):
-                checksum ^= _column_checksum(name, np.ascontiguousarray(value))
+            if name != f"{group}/checksum" and not is_fill(value):
+                checksum ^= column_checksum(name, np.ascontiguousarray(value))
         return checksum
 
     def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -465,7 +475,7 @@ class Trajectory:
             return values
         if FIELDS[name].dtype == "f4|u2":
             return from_bfloat16(values)
-        return np.where(values == _fill(values.dtype), np.int64(-1), values.astype(np.int64))
+        return np.where(values == fill_of(values.dtype), np.int64(-1), values.astype(np.int64))
 
     def _column(self, field: Field, value: np.ndarray, place: int) -> Any:
         """The dataset for rows like `value`, made where it is new: the rows before `place` hold the fill."""
@@ -485,12 +495,12 @@ class Trajectory:
             chunks = (1, min(1 << 18, width)) if shape else (1024,)
         dataset = self._file.create_dataset(
             field.path, (0, *shape), maxshape=(None, *shape), dtype=dtype, chunks=chunks,
-            fillvalue=_stated_fill(np.dtype(dtype)), fill_time="never" if "sample" in field.dims else "ifset",
+            fillvalue=stated_fill(np.dtype(dtype)), fill_time="never" if "sample" in field.dims else "ifset",
         )  # fmt: skip
         self._describe(dataset, field)
         known[field.path] = dataset
         for row in range(place):
-            _write_fill(dataset, row)
+            write_fill(dataset, row)
         return dataset
 
     def _describe(self, dataset: Any, field: Field) -> None:
@@ -522,110 +532,9 @@ class Trajectory:
             ) from error
 
 
-class _Rows:
-    """The rows of a group: their steps in the order of appending."""
-
-    def __init__(self, steps: np.ndarray):
-        self.steps: list[int] = steps.tolist()
-        self._known = set(self.steps)
-        self.in_order = bool(np.all(np.diff(steps) > 0))
-        self._columns: dict[str, Any] | None = None
-        self._order: np.ndarray | None = None
-
-    @property
-    def count(self) -> int:
-        return len(self.steps)
-
-    def __contains__(self, step: int) -> bool:
-        return step in self._known
-
-    def add(self, step: int) -> None:
-        self.in_order = self.in_order and (not self.steps or step > self.steps[-1])
-        self.steps.append(step)
-        self._known.add(step)
-        self._order = None
-
-    def order(self) -> np.ndarray:
-        """Places of the rows in order of step."""
-        if self._order is None:
-            self._order = np.argsort(np.array(self.steps, np.int64), kind="stable")
-        return self._order
-
-    def place(self, position: int) -> int:
-        """Where in the file the row lies that is at this position in order of step."""
-        return position if self.in_order else int(self.order()[position])
-
-    def sorted_steps(self) -> np.ndarray:
-        return np.sort(np.array(self.steps, np.int64))
-
-    def columns(self, file: Any, group: str) -> dict[str, Any]:
-        """The group's datasets with a row for every step, by name."""
-        if self._columns is None:
-            names = (name for name in FIELDS if name.startswith(group + "/"))
-            self._columns = {name: file[name] for name in names if FIELDS[name].dims[0] == "step" and name in file}
-        return self._columns
-
-
-def _write_row(dataset: Any, place: int, value: np.ndarray) -> None:
-    """Extend the dataset to hold the row at `place` and write it; h5py's own indexing costs ten times this."""
-    shape = (1, *value.shape)
-    dataset.id.set_extent((place + 1, *value.shape))
-    space = dataset.id.get_space()
-    space.select_hyperslab((place, *(0 for _ in value.shape)), shape)
-    dataset.id.write(h5s.create_simple(shape), space, value)
-
-
-def _write_fill(dataset: Any, place: int) -> None:
-    _write_row(dataset, place, np.full(dataset.shape[1:], _fill(dataset.dtype), dataset.dtype))
-
-
 def _make_scale(dataset: Any, group: str, name: str, words: str) -> None:
     dataset.make_scale(words)
     dataset.attrs["_Netcdf4Dimid"] = np.int32(DIMENSIONS.index((group, name)))
-
-
-def _as_array(value: Any) -> np.ndarray:
-    return np.asarray(value.encode() if isinstance(value, str) else value)
-
-
-def _column_checksum(name: str, value: np.ndarray) -> int:
-    if value.dtype.kind == "S":  # numpy drops a text's padding when it reads it
-        return zlib.crc32(value.tobytes().rstrip(b"\0"), zlib.crc32(name.encode()))
-    return zlib.crc32(value.tobytes() if value.ndim == 0 else value.data, zlib.crc32(name.encode()))
-
-
-def _fill(dtype: np.dtype) -> Any:
-    return Field("", (), dtype.kind + str(dtype.itemsize), "", "").fill
-
-
-def _stated_fill(dtype: np.dtype) -> Any:
-    """The fill as an attribute of a new dataset. Text has HDF5's own, which is the same: netCDF4 overruns its memory
-    on any other."""
-    return None if dtype.kind == "S" else _fill(dtype)
-
-
-def _is_fill(value: Any) -> bool:
-    fill = _fill(value.dtype)
-    if fill != fill:
-        first = value if value.ndim == 0 else value.flat[0] if value.size else fill
-        return bool(np.isnan(first)) and bool(np.isnan(value).all())
-    return bool(np.all(value == fill))
-
-
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 rounded to the nearest bfloat16, ties to even, as its 16 bits in uint16.
-
-    >>> from_bfloat16(to_bfloat16(np.array([1.0, 3.14159265], np.float32))).tolist()
-    [1.0, 3.140625]
-    """
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0xFFFF, rounded).astype(np.uint16)
-
-
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """The float32 values of bfloat16 bits, uint16."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _group_of(name: str) -> str:
