@@ -89,7 +89,7 @@ def shrink(folder: Path, pictures: Path) -> None:
             small = image.convert("RGB")
             small.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
             small = small.crop((0, 0, small.width, min(small.height, HEIGHT)))
-            small.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            small.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
                 pictures / path.name, optimize=True
             )
 
