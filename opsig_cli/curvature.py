@@ -72,11 +72,15 @@ def scale_of(settings: Settings | None, state: State) -> np.ndarray | None:
     return 1 / np.sqrt((1 - settings.beta1**state.step) * corrected)
 
 
-def check_count(run: Trajectory, group: str, count: int) -> None:
-    """Raise OpsigError where the file holds another number of eigenvalues a step."""
-    if run.has(f"{group}/eigenvalue") and run.shape(f"{group}/eigenvalue")[1] != count:
-        held = run.shape(f"{group}/eigenvalue")[1]
+def count_to_measure(run: Trajectory, group: str, count: int) -> int:
+    """How many eigenvalues a step to measure for `count` of them: as many as the file holds at others.
+
+    Raises OpsigError where it holds fewer.
+    """
+    held = run.shape(f"{group}/eigenvalue")[1] if run.has(f"{group}/eigenvalue") else count
+    if held < count:
         raise OpsigError(f"{run.path} holds {held} eigenvalues a step, not {count}. Give -k {held}, or --replace")
+    return held
 
 
 def measure(
@@ -118,8 +122,10 @@ def layer_fractions(session: Session, vector: np.ndarray) -> np.ndarray:
     return np.array(shares)
 
 
-def records(run: Trajectory, group: str, steps: Sequence[int], tolerance: float) -> list[dict[str, Any]]:
-    """What the file holds of these steps, one record an eigenvalue."""
+def records(
+    run: Trajectory, group: str, steps: Sequence[int], tolerance: float, count: int | None = None
+) -> list[dict[str, Any]]:
+    """What the file holds of these steps, one record an eigenvalue, at most the largest `count` of each."""
     known = set(run.steps(group).tolist())
     names = run.read("layout/name").tolist() if run.has("layout/name") else []
     found = []
@@ -129,7 +135,9 @@ def records(run: Trajectory, group: str, steps: Sequence[int], tolerance: float)
         threshold = float(run.row(f"{group}/threshold", step)) if run.has(f"{group}/threshold") else None
         fractions = run.row(f"{group}/layer_fraction", step) if run.has(f"{group}/layer_fraction") else []
         shares = {n: float(f) for n, f in zip(names, fractions, strict=False) if np.isfinite(f)}
-        for rank, (value, residual) in enumerate(zip(values.tolist(), residuals.tolist(), strict=True), 1):
+        for rank, (value, residual) in enumerate(
+            zip(values[:count].tolist(), residuals[:count].tolist(), strict=True), 1
+        ):
             record = {
                 "trajectory": run.path, "step": step, "rank": rank, "eigenvalue": value, "residual": residual,
                 "products": None if products == -1 else products, "converged": residual <= tolerance,

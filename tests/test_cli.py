@@ -318,7 +318,8 @@ def test_sharpness_fills_what_is_missing_and_keeps_it(opsig, tiny_run, tmp_path)
     assert len(whole.records) == 42
     assert whole.records[0] == first
     assert (tmp_path / "s.png").stat().st_size > 10_000
-    opsig("sharpness", run, *OWN).fails(1, "holds 2 eigenvalues a step, not 1", "--replace")
+    opsig("sharpness", run, *OWN, "-k", 3).fails(1, "holds 2 eigenvalues a step, not 3", "--replace")
+    assert opsig("sharpness", run, *OWN).records == [r for r in whole.records if r["rank"] == 1]
     again = opsig("sharpness", run, *OWN, "--replace", "--steps", "15")
     assert [(r["step"], r["rank"]) for r in again.records] == [(15, 1)]
     assert opsig("verify", run).code == 0

@@ -83,15 +83,15 @@ def sharpness(
             group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
             if replace:
                 trajectory.remove(group)
-            curvature.check_count(trajectory, group, count)
+            measured = curvature.count_to_measure(trajectory, group, count)
             have = set(trajectory.steps(group).tolist())
             missing = [step for step in chosen_steps if step not in have]
             if len(missing) < len(chosen_steps):
                 note(f"{len(chosen_steps) - len(missing)} checkpoints are measured already")
             with options.progress("sharpness", len(missing), quiet) as advance:
-                for step in curvature.measure(trajectory, session, group, missing, count, tolerance):
+                for step in curvature.measure(trajectory, session, group, missing, measured, tolerance):
                     advance(note=f"step {step}")
-            written = curvature.records(trajectory, group, chosen_steps, tolerance)
+            written = curvature.records(trajectory, group, chosen_steps, tolerance, count)
         if figure:
             from opsig_cli import pictures
 
