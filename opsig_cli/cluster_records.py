@@ -50,6 +50,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "opposition": weight.opposition,
             "opposition_error": weight.opposition_error,
             "shared": weight.shared,
+            "claim": weight.claim,
             "loss_correlation": weight.loss_correlation,
             **_evidence(weight),
             "p_value_losses": weight.p_value_losses,
@@ -163,7 +164,9 @@ def _why_not(weight: PairWeight) -> str:
     """Why a pair is not significant."""
     if weight.loss_correlation >= 0:
         return f"Their losses move together ({weight.loss_correlation:.2f}), so this is no opposition that can be seen"
-    return f"They do not look alike to the network ({weight.shared:.2f}): it may be by their labels alone"
+    return (
+        f"They hardly share a feature ({weight.shared:.2f} alike, claim {weight.claim:.2f}): it may be by labels alone"
+    )
 
 
 def group_sentence(name: str, against: str | None, weight: GroupWeight, rise_step: int, measure: str = "cosine") -> str:

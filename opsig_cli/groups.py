@@ -26,11 +26,11 @@ BY = ("gradient", "loss", "both")
 CHECKPOINTS = 6
 """C: checkpoints that gradient cosines are averaged over."""
 SHARES = 0.5
-"""Two large groups look alike where their centred features have at least this mean cosine. Random labels, which make
-whole classes pull against each other, stay below; natural pairs of images lie above."""
-SELECTED = 1.05
-"""What small groups must have more, divided by the root of their sizes' geometric mean: a few of many look alike by
-selection."""
+"""Two groups share a feature where their centred features have a mean cosine above this."""
+CLAIMS = 0.5
+"""What this excess, times the opposition relative to the groups' cohesion and the root of their sizes' geometric mean,
+must reach. Where labels are random, images that look alike pull apart, too, but each label against all others, by
+1 / (C - 1) of the cohesion for C classes: networks with random labels reach 0.42, natural pairs of images 0.5 to 3."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,15 @@ class GroupWeight:
 @dataclass(frozen=True)
 class PairWeight:
     """What speaks for a pair, as for a group, and: `opposition`, the mean similarity across; `shared`, the mean cosine
-    of the two groups' centred features, NaN where there are none; `p_value`, 1 where they do not look alike;
+    of the two groups' centred features, NaN where there are none; `claim`, by how much
+    looks and opposition exceed what labels alone give (see CLAIMS), NaN likewise; `p_value`, 1 where that is little;
     `loss_correlation` of their mean loss changes, and `p_value_losses`, its p-value against phase-shuffled series."""
 
     cohesion: float
     opposition: float
     opposition_error: float
     shared: float
+    claim: float
     loss_correlation: float
     stability: float
     kept: float
@@ -220,7 +222,7 @@ def by_gradient(
     """Group the samples at these positions by their mean gradient cosines.
 
     With `widen` as many samples with the largest gradients are taken with them. A pair is significant only where its
-    groups look alike (see SHARES), and with `by` "both" where their losses' changes are anticorrelated: what pulls
+    groups share a feature (see CLAIMS), and with `by` "both" where their losses' changes are anticorrelated: what pulls
     apart by labels alone is not a feature with opposing signals. Every group is scored anew, exactly, at each
     checkpoint from the mean gradients of its members. With `joining`, samples that were not mined join the group with
     which they align as well as its own members do. `sketch` estimates the cosines to group by from so many numbers a
@@ -234,9 +236,11 @@ def by_gradient(
     smallest = _smallest(position)
     found = grouping.group_by_similarity(similarity_MM, smallest, likeness_MM)
     members = [found.members(group) for group in range(len(found.partner_G))]
-    shared_GG = _shared(likeness_MM, found)
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
-    found = grouping.pair_anew(similarity_MM, found, _claimed(by, shared_GG, losses_TM, members))
+    claimed_GG = ~(_claims(similarity_MM, likeness_MM, found.group_M) < CLAIMS)  # what is not known is not held against
+    if by == "both":
+        claimed_GG &= ~(evidence.group_correlation(losses_TM, members) >= 0)
+    found = grouping.pair_anew(similarity_MM, found, claimed_GG)
     everybody = np.arange(len(run.samples)) if joining else position
     sets = [run.samples[position[inside]] for inside in members]
     means_CNG = _mean_cosines(run, session, window, everybody, sets, advance)
@@ -244,7 +248,7 @@ def by_gradient(
     clusters = _weigh(
         run, Clusters(by, position, found, [], [], similarity_MM, losses_TM, window,
                       evidence.period_two(losses_TM), sketch_error=sketch_error),
-        similarity_MM, means_CNG[:, position if joining else np.arange(len(position))], null, shared_GG, likeness_MM,
+        similarity_MM, means_CNG[:, position if joining else np.arange(len(position))], null, likeness_MM, claimed_GG,
     )  # fmt: skip
     outside = np.setdiff1d(everybody, position)
     if not members or not len(outside):
@@ -255,13 +259,16 @@ def by_gradient(
     return replace(clusters, joined=Joined(outside[inside], group[inside], alignment[inside]))
 
 
-def _claimed(by: str, shared_GG: np.ndarray, losses_TM: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
-    """Which groups may oppose by a feature that they share, (G, G); what is not known is not held against them."""
-    sizes = np.array([len(side) for side in members])
-    claimed = ~(shared_GG < SHARES + SELECTED / np.outer(sizes, sizes) ** 0.25)
-    if by == "both":
-        claimed &= ~(evidence.group_correlation(losses_TM, members) >= 0)
-    return claimed
+def _claims(similarity_MM: np.ndarray, likeness_MM: np.ndarray | None, group_M: np.ndarray) -> np.ndarray:
+    """What speaks for a feature that every two groups share with opposing signals (see CLAIMS), (G, G), or NaN."""
+    sizes = np.bincount(group_M[group_M >= 0])
+    if likeness_MM is None:
+        return np.full((len(sizes), len(sizes)), np.nan)
+    between = grouping.between_groups(similarity_MM, group_M)
+    within = (sizes * np.diagonal(between) - 1) / np.maximum(sizes - 1, 1)
+    opposition = -between / np.maximum(np.add.outer(within, within) / 2, 1e-12)
+    alike = grouping.between_groups(likeness_MM, group_M) - SHARES
+    return np.maximum(alike, 0) * opposition * np.outer(sizes, sizes) ** 0.25
 
 
 def _mean_cosines(
@@ -306,14 +313,6 @@ def _mean_likeness_with(
     return np.nan_to_num(np.mean(rows, axis=0))
 
 
-def _shared(likeness_MM: np.ndarray | None, found: Grouping) -> np.ndarray:
-    """Mean likeness of every two groups, (G, G), NaN where there is none."""
-    count = len(found.partner_G)
-    return (
-        np.full((count, count), np.nan) if likeness_MM is None else grouping.between_groups(likeness_MM, found.group_M)
-    )
-
-
 def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     """Group the samples by the correlation of their loss changes in the first half of the window, and test the groups
     on the second."""
@@ -327,7 +326,7 @@ def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     means = np.stack([grouping.group_means(part, found.group_M) for part in (first_MM, second_MM)])
     null = significance.phase_null(losses_TM, smallest=smallest) if len(found.partner_G) else Null(*np.empty((2, 0)))
     clusters = Clusters("loss", position, found, [], [], first_MM, losses_TM, window, evidence.period_two(losses_TM))
-    return _weigh(run, clusters, second_MM, means, null, _shared(None, found))
+    return _weigh(run, clusters, second_MM, means, null, None, np.ones((len(found.partner_G),) * 2, bool))
 
 
 def _smallest(position: np.ndarray) -> int:
@@ -336,7 +335,7 @@ def _smallest(position: np.ndarray) -> int:
 
 def _weigh(
     run: Trajectory, clusters: Clusters, tested_MM: np.ndarray, means_CMG: np.ndarray, null: Null,
-    shared_GG: np.ndarray, likeness_MM: np.ndarray | None = None,
+    likeness_MM: np.ndarray | None, claimed_GG: np.ndarray,
 ) -> Clusters:  # fmt: skip
     """With the weight of every group and pair, from `tested_MM` and the mean similarity of the samples with each group
     at each checkpoint (by losses: in each half of the window, of which the last is weighed)."""
@@ -348,7 +347,8 @@ def _weigh(
     before, after = run.rows("losses/loss", window.first + window.rise_row - 1, window.first + window.rise_row + 1)
     change_S = after.astype(np.float64) - before
     rise = Rise(change_S[clusters.position], float(change_S.sum()), float(np.abs(change_S).sum()))
-    claimed_GG = _claimed(clusters.by, shared_GG, clusters.losses_TM, members)
+    claims_GG = _claims(clusters.similarity_MM, likeness_MM, found.group_M)
+    shared_GG = claims_GG if likeness_MM is None else grouping.between_groups(likeness_MM, found.group_M)
     groups, pairs = [], []
     for group, inside in enumerate(members):
         size = len(inside)
@@ -371,8 +371,8 @@ def _weigh(
         changes = [evidence.mean_changes(clusters.losses_TM, side) for side in sides]
         pairs.append(PairWeight(
             (groups[a].cohesion + groups[b].cohesion) / 2, opposition, error, float(shared_GG[a, b]),
-            evidence.correlation(*changes), stable.pair[a, b], min(groups[a].kept, groups[b].kept),
-            p_value,
+            float(claims_GG[a, b]), evidence.correlation(*changes), stable.pair[a, b],
+            min(groups[a].kept, groups[b].kept), p_value,
             significance.random_pair_p(tested_MM, opposition, *sizes),
             significance.series_p_value(changes[0], changes[1]),
             rise.share(both), rise.share_of_movement(both), (groups[a].change, groups[b].change),

@@ -9,7 +9,7 @@ from typing import Any
 
 from opsig_cli.agreement import SIGNIFICANT
 from opsig_cli.analysis.significance import ROUNDS
-from opsig_cli.groups import SHARES
+from opsig_cli.groups import CLAIMS, SHARES
 
 Record = Mapping[str, Any]
 Evidence = tuple[str, str, str]
@@ -148,7 +148,7 @@ def pair_evidence(pair: Record) -> list[Evidence]:
             "p-value",
             p_value(pair["p_value"]),
             f"Share of {ROUNDS} rounds in which the same search over shuffled similarities finds as strong a pair. "
-            "It is 1 where the groups do not look alike, or their losses move together.",
+            "It is 1 where the groups hardly share a feature, or their losses move together.",
         ),
         (
             "p against random groups",
@@ -174,8 +174,9 @@ def pair_evidence(pair: Record) -> list[Evidence]:
     ]
     if not math.isnan(pair["shared"]):
         meaning = (
-            "Mean cosine of the two groups' centred features, the input of the last layer. Below "
-            f"{SHARES:g}, small groups also somewhat above, they oppose by their labels alone, not by a shared feature."
+            "Mean cosine of the two groups' centred features, the input of the last layer. What is above "
+            f"{SHARES:g}, times the opposition relative to the cohesion and the root of the groups' size, must reach "
+            f"{CLAIMS:g} and is {number(pair['claim'])}: less can come from labels alone, without a shared feature."
         )
         rows.insert(2, ("Alike to the network", number(pair["shared"]), meaning))
     return rows
@@ -220,8 +221,8 @@ def limits(
     weak = [str(pair["pair"]) for pair in pairs if pair["p_value"] == 1]
     if weak:
         found.append(
-            f"Pair{'s' * (len(weak) > 1)} {', '.join(weak)} may oppose by labels alone: the groups do not look alike "
-            "to the network, or their losses move together. The sentence of each says which."
+            f"Pair{'s' * (len(weak) > 1)} {', '.join(weak)} may oppose by labels alone: the groups hardly share a "
+            "feature, or their losses move together. The sentence of each says which."
         )
     if not has["prediction"]:
         found.append("The file holds no predictions, so that what the network took each sample for is not shown.")
