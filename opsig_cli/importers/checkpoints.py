@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.importers.torch_files import StoredArray, first_words, load
+from opsig_cli.importers.torch_files import StoredArray, first_words, is_plain, load, number_of
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 SUFFIXES = (*TORCH, ".safetensors", ".npz")
@@ -236,7 +236,7 @@ def _collect(loaded: Any, content: Content, path: str) -> None:
     seen: set[int] = set()
 
     def walk(value: Any, name: str, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
+        if is_plain(value):
             content.tensors[WRAPPERS.sub("", name)] = Entry(tuple(value.shape), lambda: value)
         elif isinstance(value, StoredArray):
             with contextlib.suppress(TypeError, IndexError):
@@ -267,13 +267,10 @@ def _collect_numbers(values: Mapping[Any, Any], content: Content) -> None:
 
 
 def _number(value: Any) -> int | None:
-    if hasattr(value, "numel") and value.numel() == 1:
-        value = value.item()
     if isinstance(value, str):
         return int(value) if value.isdecimal() and len(value) < DIGITS else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 10**DIGITS:
-        return None
-    return int(value) if value == int(value) else None
+    number = number_of(value)
+    return int(number) if number is not None and abs(number) < 10**DIGITS and number == int(number) else None
 
 
 @dataclass(frozen=True)

@@ -220,20 +220,33 @@ def read(content: checkpoints.Content, target: Target, path: str, step: int, war
             if tensor.name in fit.keys:
                 value = content.tensors[fit.keys[tensor.name]].read()
                 if tensor.kind == "parameter" and value.dtype not in exact:
-                    warn(f"parameters in {str(value.dtype).removeprefix('torch.')} are taken as float32")
+                    _check_real(value, tensor.name, path)
+                    warn(f"parameters in {_kind(value)} are taken as float32")
                 row = rows[tensor.kind][tensor.offset : tensor.offset + tensor.size]
                 torch.from_numpy(row).view(tensor.shape).copy_(value)
         if content.optimizers:
             slots, why = optimizers.slots_of(content.optimizers[0], target.layout, fit.prefix)
             if why:
                 warn(f"optimizer state is left out: {why}")
-    except MemoryError:
+    except (MemoryError, OpsigError):
         raise
     except Exception as error:  # reading is where a damaged file shows
         raise OpsigError(f"{path} cannot be read: {first_words(error)}") from error
     if not np.isfinite(rows["parameter"]).all():
         warn(f"{os.path.basename(path)} (step {step}) has parameters that are not finite")
     return State(step, rows["parameter"], rows["buffer"], slots)
+
+
+def _check_real(value: Any, name: str, path: str) -> None:
+    if not value.is_floating_point():  # codes of a quantized model, or half of a complex number
+        raise OpsigError(
+            f"{path} holds {name} in {_kind(value)}: these are not weights to measure with. Import the model as it was "
+            "trained"
+        )
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:

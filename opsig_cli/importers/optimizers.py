@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Tensor
+from opsig_cli.importers.torch_files import is_plain, number_of
 
 SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 """The parts of an optimizer's state that the file keeps."""
@@ -67,9 +68,8 @@ def _moment(saved: Mapping[str, Any], *names: str) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    if hasattr(value, "numel") and value.numel() == 1:  # a learning rate may be a tensor
-        value = value.item()
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    number = number_of(value)  # a learning rate may be a tensor
+    return None if number is None else float(number)
 
 
 def count_of(saved: Mapping[str, Any]) -> int | None:
@@ -111,7 +111,7 @@ def slots_of(
 
 def _tensor(state: Any, name: str) -> Any:
     value = state.get(name) if isinstance(state, Mapping) else None
-    return value if hasattr(value, "shape") and hasattr(value, "numel") else None
+    return value if is_plain(value) else None
 
 
 def _by_name(states: Mapping[Any, Any], parameters: Sequence[Tensor], prefix: str) -> list[Any] | None:

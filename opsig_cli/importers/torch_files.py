@@ -147,6 +147,22 @@ def _explain(path: str, error: Exception) -> str:
     return f"{path} is not a readable torch.save file ({first_words(error)})"
 
 
+def is_plain(value: Any) -> bool:
+    """Whether this is a tensor of numbers in memory: not a sparse or a nested one, nor one without data."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+
+
+def number_of(value: Any) -> int | float | None:
+    """A number, or that in a tensor of one; None for anything else."""
+    if is_plain(value) and value.numel() == 1:
+        value = value.item()
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def first_words(error: BaseException) -> str:
     """An error in a few words: its first sentence, without torch's advice on how to load code after all."""
     text = " ".join(str(error).split())
