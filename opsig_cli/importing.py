@@ -116,6 +116,10 @@ def _import_checkpoints(
         steps, source = steps_of(paths, [g.numbers for g in glances], [g.count for g in glances], request.steps_from)
         several = f"steps {min(steps)} to {max(steps)} are" if len(steps) > 1 else f"step {steps[0]} is"
         warn(f"{several} taken from {source}")
+        if "epoch" in source:
+            warn(
+                "these are epochs, not optimizer steps, by which --scalars and Adam go. --steps 0,10,20 says the steps"
+            )
     flow.say_counts(glances, steps, warn)
     settings, rates = flow.settle(glances, steps, given, request.task or used.task, spec.model, warn)
     for step, rate in rates.items():

@@ -4,6 +4,7 @@ import csv
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import TASKS
@@ -103,3 +104,35 @@ def test_weights_that_are_not_real_numbers_are_refused(opsig, tmp_path, kind):
 def test_weights_without_data_are_none(opsig, tmp_path):
     file = save(tmp_path, "c7.pt", {"model": weights(lambda value: value.to("meta"))})
     opsig("import", file, *OWN, "-o", tmp_path / "x.h5").fails(1, "c7.pt holds no tensors")
+
+
+def test_options_of_the_script_are_no_step(opsig, tmp_path):
+    more = {"args": {"steps": 10000, "step": 30, "iter": 9}, "scheduler": {"step_size": 3}, "epochs": 90}
+    file = save(tmp_path, "model_0100.pth", {"model": weights(), **more})
+    _, outcome = imports(opsig, tmp_path, file)
+    assert "step 100 is taken from the names" in outcome.err
+
+
+def test_epochs_are_said_to_be_no_steps(opsig, tmp_path):
+    files = [save(tmp_path, f"epoch_{epoch}.pt", weights()) for epoch in (1, 2)]
+    _, outcome = imports(opsig, tmp_path, *files)
+    assert "steps 1 to 2 are taken from the epochs in the names" in outcome.err
+    assert "epochs, not optimizer steps" in outcome.err
+    files = [save(tmp_path, f"{name}.pt", {"model": weights(), "epoch": i}) for i, name in enumerate("ab")]
+    _, outcome = imports(opsig, tmp_path, *files)
+    assert "epochs, not optimizer steps" in outcome.err
+
+
+def test_gradients_beside_the_weights_are_not_taken_for_them(opsig, tmp_path):
+    file = save(tmp_path, "c7.pt", {"grads": weights(torch.zeros_like), "init": weights(), "model_now": weights()})
+    _, outcome = imports(opsig, tmp_path, file)
+    assert "the model's weights lie under model_now." in outcome.err
+
+
+def test_only_the_arrays_that_are_asked_for_are_read_from_a_table_of_losses(opsig, tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "l.npz", losses=np.ones((3, 4)), other=np.zeros(3))
+    loaded = np.lib.npyio.NpzFile.__getitem__
+    seen = []
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, key: seen.append(key) or loaded(self, key))
+    assert opsig("import", "--losses", tmp_path / "l.npz", "-o", tmp_path / "x.h5").code == 0
+    assert seen == ["losses"]

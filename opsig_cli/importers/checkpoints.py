@@ -27,6 +27,8 @@ SUFFIXES = (*TORCH, ".safetensors", ".npz")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 """Names of the weights in a Hugging Face folder; sharded, they are listed by NAME.index.json."""
 MAX_DEPTH = 6
+OPTIONS = ("args", "config", "cfg", "hparams", "hyper_parameters", "opt", "options", "params")
+"""Keys under which scripts keep what they were asked to do; a `step` there is no step that was reached."""
 DIGITS = 18
 """Of a whole number that may be a step."""
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -247,7 +249,7 @@ def _collect(loaded: Any, content: Content, path: str) -> None:
                 if isinstance(value.get("param_groups"), list) and isinstance(value.get("state"), Mapping):
                     content.optimizers.append(value)
                     return
-                if depth < 2:
+                if depth < 2 and name not in OPTIONS:
                     _collect_numbers(value, content)
             pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
             for key, inner in pairs:
