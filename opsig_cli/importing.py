@@ -27,7 +27,7 @@ Bar = Callable[[str, int], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Request:
-    """The options of `opsig import`. `given`: settings by name, None where the person left them out."""
+    """The options of `opsig import`. `given`: the settings among them that the person gave, by name."""
 
     output: str
     paths: Sequence[str]
@@ -44,6 +44,22 @@ class Request:
     replace: bool
     device: str | None
     backend: str
+
+
+def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a person gave, out of options that are None where they did not.
+
+    A `batch_size` of None is then full batch. Raises UsageError where they contradict, or where it is neither a number
+    nor `full`.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if text := given.get("batch_size"):
+        if text != "full" and not (text.isdecimal() and int(text[:18]) > 0):
+            raise UsageError(f"--batch-size is a number or 'full', not '{text}'")
+        given["batch_size"] = None if text == "full" else int(text)
+    if given.get("optimizer") == "gd" and given.setdefault("batch_size", None) is not None:
+        raise UsageError("gd is full batch. Use --optimizer sgd with --batch-size")
+    return given
 
 
 def run(request: Request, warn: flow.Warn, bar: Bar) -> list[dict[str, Any]]:
@@ -91,7 +107,7 @@ def _import_checkpoints(
     stored = _stored(request) if request.append else None
     if stored is None and request.task is None:
         raise UsageError("--task is missing. Write --task NAME or --task file.py:Name")
-    given: dict[str, Any] = dict(request.given) | {"statistics": request.given.get("statistics") or "running"}
+    given = {"statistics": "running", "chunk_size": None} | dict(request.given)
     spec = tasks.parse_spec(request.task or (stored.task if stored else ""), request.model or (stored and stored.model))
     if request.task is None and tasks.is_own(spec):
         raise OpsigError(f"{request.output} was made with a task of your own. Give it again: --task {spec.name}")
@@ -135,9 +151,8 @@ def _import_checkpoints(
 
 def _check_session(request: Request, session: Session, losses: series.Losses | None) -> None:
     """Raise OpsigError or UsageError where the task or the options do not go with what is to be written."""
-    optimizer = request.given["optimizer"]
-    if optimizer is not None and optimizer not in session.optimizers:
-        raise UsageError(f"no optimizer is called '{optimizer}'. Known: {', '.join(session.optimizers)}")
+    if "optimizer" in request.given:
+        trainer.check_optimizer(request.given["optimizer"], session)
     if losses is not None:
         flow.places_of(losses, np.arange(session.samples))
     if request.append:
@@ -151,9 +166,9 @@ def _stored(request: Request) -> Settings:
     with open_trajectory(request.output) as kept:
         settings = Settings.stored(kept.attributes, request.output)
     for key, value in request.given.items():
-        if value is not None and key != "learning_rate" and value != getattr(settings, key):
+        if key != "learning_rate" and value != getattr(settings, key):
             option = key.replace("_", "-")
-            raise UsageError(f"{request.output} has --{option} {getattr(settings, key)}, not {value}. Leave it out")
+            raise UsageError(f"{request.output} was imported with another --{option}. Leave it out, or use --replace")
     return settings
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TASKS
 
+from opsig_cli.recorder import read_state
 from opsig_cli.trajectory import open_trajectory
 
 sys.path.insert(0, str(TASKS.parent))
@@ -54,6 +55,36 @@ def settings(run):
         return kept.attributes["settings_json"]
 
 
+def test_a_run_whose_batch_size_is_not_told_is_not_held_to_be_full_batch(opsig, tmp_path):
+    files = train(tmp_path, sgd(momentum=0.9), batch=10)
+    arguments = (*files, "--scalars", tmp_path / "log.csv", "--track")
+    run, outcome = imports(opsig, tmp_path, *arguments)
+    assert len(outcome.records) == 3  # the mean of all losses is not the loss of a minibatch, and need not be
+    assert "do not say the batch size" in outcome.err
+    opsig("train", "-o", run, "--resume", *OWN).fails(1, "does not tell its batch size", "--batch-size")
+    opsig("train", "-o", tmp_path / "y.h5", "--like", run, *OWN).fails(2, "Give --batch-size")
+    assert opsig("report", run, *OWN, "-o", tmp_path / "r.html").code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "batch size not known" in page
+    assert "full batch" not in page
+    (record,) = opsig("compare", run).records
+    assert record["batch_size"] is None
+    run, outcome = imports(opsig, tmp_path, *arguments, "--batch-size", 10)
+    assert "batch size" not in outcome.err
+    assert settings(run)["batch_size"] == 10
+    again = opsig("import", *arguments, "--batch-size", "full", *OWN, "-o", run, "--replace", "--quiet")
+    again.fails(1, "the task's mean loss is", "training logged")
+    opsig("import", *files, *OWN, "-o", tmp_path / "x.h5", "--batch-size", "all").fails(2, "a number or 'full'")
+    opsig("import", *files, *OWN, "-o", tmp_path / "x.h5", "--batch-size", "0").fails(2, "a number or 'full'")
+
+
+def test_a_full_batch_run_that_is_said_to_be_one_is_held_against_its_log_and_goes_on(opsig, tmp_path):
+    files = train(tmp_path, sgd(momentum=0.9))
+    run, _ = imports(opsig, tmp_path, *files, "--scalars", tmp_path / "log.csv", "--track", "--batch-size", "full")
+    assert settings(run)["batch_size"] is None
+    assert opsig("train", "-o", run, "--resume", "--steps", 4, *OWN).code == 0
+
+
 def two_groups(kind, **options):
     def make(model):
         weights = [p for p in model.parameters() if p.ndim >= 2]
@@ -64,10 +95,82 @@ def two_groups(kind, **options):
     return make
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_of_several_groups_the_one_with_most_numbers_is_taken_and_what_differs_is_said(opsig, tmp_path, kind):
+    files = train(tmp_path, two_groups(kind, lr=0.01, weight_decay=0.1))
+    run, outcome = imports(opsig, tmp_path, *files)
+    assert "learning rates 0.01 to 0.5; that of most parameters, 0.01, is taken" in outcome.err
+    assert "weight decays 0 to 0.1" in outcome.err
+    assert settings(run)["learning_rate"] == 0.01
+    assert settings(run)["weight_decay"] == (0.1 if kind is torch.optim.Adam else 0)
+    assert ("AdamW's weight decay of 0.1" in outcome.err) == (kind is torch.optim.AdamW)
+
+
+def test_a_decay_of_which_a_file_does_not_say_whether_it_is_adamw_s_is_left_out(opsig, tmp_path):
+    files = train(tmp_path, lambda model: torch.optim.AdamW(model.parameters(), weight_decay=0.1))
+    for file in files:
+        content = torch.load(file)
+        del content["optimizer"]["param_groups"][0]["decoupled_weight_decay"]  # as torch wrote it before 2.7
+        torch.save(content, file)
+    run, outcome = imports(opsig, tmp_path, *files)
+    assert "does not say whether its weight decay of 0.1 is AdamW's" in outcome.err
+    assert settings(run)["weight_decay"] == 0
+    run, outcome = imports(opsig, tmp_path, *files, "--weight-decay", 0.1)
+    assert settings(run)["weight_decay"] == 0.1
+
+
 def thresholds(opsig, run, *metrics):
     found = opsig("sharpness", run, *OWN, *metrics)
     assert found.code == 0, found.err
     return [r["threshold"] for r in found.records], found.err
+
+
+def test_nesterov_s_threshold_is_its_own(opsig, tmp_path):
+    files = train(tmp_path, sgd(momentum=0.9, nesterov=True))
+    run, outcome = imports(opsig, tmp_path, *files, "--batch-size", "full")
+    assert "nesterov" in outcome.err
+    assert thresholds(opsig, run)[0] == pytest.approx([3.8 / 2.8 / 0.05] * 3)
+    opsig("train", "-o", run, "--resume", *OWN).fails(1, "nesterov")
+    run, _ = imports(opsig, tmp_path, *files, "--optimizer", "momentum", "--momentum", 0.9)
+    assert thresholds(opsig, run)[0] == pytest.approx([3.8 / 0.05] * 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: torch.optim.RMSprop(model.parameters(), lr=0.01),
+        lambda model: torch.optim.NAdam(model.parameters(), lr=0.01),
+        lambda model: torch.optim.RAdam(model.parameters(), lr=0.01),
+        lambda model: torch.optim.Adam(model.parameters(), lr=0.01, amsgrad=True),
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, dampening=0.5),
+    ],
+)
+def test_of_an_optimizer_that_is_not_known_no_threshold_is_made_up(opsig, tmp_path, make):
+    files = train(tmp_path, make)
+    run, outcome = imports(opsig, tmp_path, *files)
+    assert "thresholds are left out. --optimizer" in outcome.err
+    assert thresholds(opsig, run)[0] == [None] * 3
+    found, err = thresholds(opsig, run, "--metrics", "critical_sharpness")
+    assert found == [None] * 3
+    assert "does not hold the optimizer's update" in err
+    opsig("train", "-o", run, "--resume", *OWN).fails(1, "optimizer")
+    run, _ = imports(opsig, tmp_path, *files, "--optimizer", "gd")
+    assert thresholds(opsig, run)[0] == pytest.approx([200.0] * 3)
+
+
+def test_names_of_parameters_in_the_optimizer_say_the_order(opsig, tmp_path):
+    """Two groups with like shapes, which cannot be told apart, unless torch was given names."""
+    torch.manual_seed(0)
+    model = Tiny().model()
+    named = list(model.named_parameters())
+    made = torch.optim.SGD([{"params": named[::-2]}, {"params": named[-2::-2]}], lr=0.1, momentum=0.9)
+    model(Tiny().x).square().sum().backward()
+    made.step()
+    torch.save({"model": model.state_dict(), "optimizer": made.state_dict()}, tmp_path / "c1.pt")
+    run, _ = imports(opsig, tmp_path, tmp_path / "c1.pt")
+    expected = torch.cat([made.state[p]["momentum_buffer"].reshape(-1) for p in model.parameters()])
+    with open_trajectory(run) as kept:
+        np.testing.assert_array_equal(read_state(kept, 1).optimizer["momentum_buffer"], expected.numpy())
 
 
 def save(folder, name, content):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.importers.torch_files import StoredArray, first_words, is_plain, load, number_of
+from opsig_cli.importers.torch_files import WRAPPERS, StoredArray, first_words, is_plain, load, number_of
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 SUFFIXES = (*TORCH, ".safetensors", ".npz")
@@ -31,8 +31,6 @@ OPTIONS = ("args", "config", "cfg", "hparams", "hyper_parameters", "opt", "optio
 """Keys under which scripts keep what they were asked to do; a `step` there is no step that was reached."""
 DIGITS = 18
 """Of a whole number that may be a step."""
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Segments that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import numpy as np
 
 from opsig_cli.errors import OpsigError
 
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Segments that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
 REMEDY = "Save the model's state_dict() alone, with torch.save, and import that"
 
 
