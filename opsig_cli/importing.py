@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -81,7 +81,18 @@ def run(request: Request, warn: flow.Warn, bar: Bar) -> list[dict[str, Any]]:
         assert losses is not None
         return _import_series(request, losses, scalars, warn)
     except KeyboardInterrupt:
-        raise OpsigError("interrupted. Give the same command with --append to go on", exit_code=130) from None
+        raise OpsigError("interrupted before anything was read in: nothing was written", exit_code=130) from None
+
+
+@contextmanager
+def _kept_when_interrupted(request: Request) -> Iterator[None]:
+    """Where Ctrl-C comes while rows are written, say how to go on: the recorder keeps what it has."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        instead = " in place of --replace" if request.replace else ""
+        message = f"interrupted. Give the same command with --append{instead} to go on"
+        raise OpsigError(message, exit_code=130) from None
 
 
 def _check(request: Request) -> None:
@@ -143,7 +154,7 @@ def _import_checkpoints(
     if stored is not None:
         settings = replace(stored, steps=max(stored.steps, settings.steps))
     recorder = _recorder(request, settings, session, task, spec)
-    with recorder:
+    with _kept_when_interrupted(request), recorder:
         return _write(
             request, recorder, session, target, dict(zip(steps, paths, strict=True)), losses, scalars, warn, bar
         )
@@ -223,7 +234,7 @@ def _import_series(
             labels=None if losses.labels is None else losses.labels.tolist(),
             attributes={"opsig_version": version("opsig"), "command": shlex.join(["opsig", *sys.argv[1:]])},
         )  # fmt: skip
-    with recorder:
+    with _kept_when_interrupted(request), recorder:
         for step in sorted(scalars):
             recorder.record(step, scalars=scalars[step])
         times = flow.import_losses(recorder, losses, steps, warn)

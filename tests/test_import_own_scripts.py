@@ -1,7 +1,11 @@
 """What people's own training scripts leave behind: schedules, minibatches, several groups, odd tensors."""
 
 import csv
+import os
+import signal
+import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -239,3 +243,53 @@ def test_only_the_arrays_that_are_asked_for_are_read_from_a_table_of_losses(opsi
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, key: seen.append(key) or loaded(self, key))
     assert opsig("import", "--losses", tmp_path / "l.npz", "-o", tmp_path / "x.h5").code == 0
     assert seen == ["losses"]
+
+
+def test_an_interruption_before_anything_is_written_does_not_advise_to_append(opsig, tmp_path, monkeypatch):
+    from opsig_cli.importers import flow
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    file = save(tmp_path, "c1.pt", weights())
+    monkeypatch.setattr(flow, "glance", interrupted)
+    run = tmp_path / "run.h5"
+    for before in (False, True):  # with --replace, a file that is there is the old one
+        run.write_bytes(b"old") if before else None
+        outcome = opsig("import", file, *OWN, "-o", run, "--replace")
+        assert outcome.code == 130
+        assert "--append" not in outcome.err
+        assert "nothing was written" in outcome.err
+        assert run.exists() == before
+
+
+def test_control_c_while_losses_are_tracked_keeps_the_checkpoints(opsig, tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        TASKS.read_text() + "\n\nclass Slow(Tiny):\n    def losses(self, model, batch):\n        import time\n"
+        "        time.sleep(1)\n        return super().losses(model, batch)\n"
+    )
+    files = [str(save(tmp_path, f"c{step}.pt", weights())) for step in range(40)]
+    run = tmp_path / "run.h5"
+    command = [
+        sys.executable,
+        "-m",
+        "opsig_cli.main",
+        "import",
+        *files,
+        "--task",
+        f"{slow}:Slow",
+        "--track",
+        "-o",
+        str(run),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.exists() or os.path.getsize(run) < 30_000:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--append" in err
+    assert opsig("info", run).records[0]["checkpoints"] == 40
