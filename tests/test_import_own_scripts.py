@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -293,3 +294,19 @@ def test_control_c_while_losses_are_tracked_keeps_the_checkpoints(opsig, tmp_pat
     assert process.returncode == 130, err
     assert "--append" in err
     assert opsig("info", run).records[0]["checkpoints"] == 40
+
+
+def test_a_checkpoint_that_was_compressed_is_refused_and_not_read_as_it_lies(opsig, tmp_path):
+    save(tmp_path, "whole.pt", {"model": weights()})
+    deflated = zipfile.ZipFile(tmp_path / "c1.pt", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, deflated as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    opsig("import", tmp_path / "c1.pt", *OWN, "-o", tmp_path / "x.h5").fails(1, "c1.pt holds compressed tensors")
+
+
+def test_a_torchscript_program_is_called_one(opsig, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(Tiny().model(), Tiny().x), tmp_path / "c1.pt")
+    opsig("import", tmp_path / "c1.pt", *OWN, "-o", tmp_path / "x.h5").fails(1, "c1.pt is a TorchScript program")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -129,15 +130,25 @@ def load(path: str) -> Any:
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
+        if zipped:
+            _check_stored(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as error:
         raise OpsigError(f"{path}: {error.strerror or error}") from error
-    except MemoryError:
+    except (MemoryError, OpsigError):
         raise
     except Exception as error:  # a malformed pickle can raise anything
         raise OpsigError(_explain(path, error)) from error
+
+
+def _check_stored(path: str) -> None:
+    """Raise OpsigError where tensors are compressed: torch maps the bytes as they lie, and takes them for weights."""
+    with zipfile.ZipFile(path) as archive:
+        tensors = [part for part in archive.infolist() if "/data/" in part.filename]
+        if any(part.compress_type != zipfile.ZIP_STORED for part in tensors):
+            raise OpsigError(f"{path} holds compressed tensors, as torch.save writes none. Load it and save it again")
 
 
 def _explain(path: str, error: Exception) -> str:
