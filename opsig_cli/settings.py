@@ -158,6 +158,13 @@ class Settings:
         return self.sharpness_every > 0 and step % self.sharpness_every == 0
 
     @property
+    def batches(self) -> str:
+        """The batch size in words."""
+        if self.batch_size is None:
+            return "full batch"
+        return "batch size not known" if self.batch_size == UNKNOWN_BATCH else f"batches of {self.batch_size:,}"
+
+    @property
     def preconditioned(self) -> bool:
         """Whether stability is decided by the Hessian between two inverse roots of a preconditioner, as for Adam."""
         return self.optimizer == "adam"

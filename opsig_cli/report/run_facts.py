@@ -13,7 +13,6 @@ from opsig_cli.curvature import group_of, settings_of
 from opsig_cli.groups import Window
 from opsig_cli.report import words
 from opsig_cli.report.charts import Chart, Line, line_chart
-from opsig_cli.settings import UNKNOWN_BATCH
 from opsig_cli.trajectory import Trajectory
 
 ROUGH = 1e-2
@@ -39,12 +38,10 @@ def facts(run: Trajectory, series: Mapping[str, Series]) -> list[tuple[str, str]
     steps = run.steps("losses")
     found: list[tuple[str, Any]] = []
     if settings is not None:
-        batch = "full batch" if settings.batch_size is None else f"batches of {settings.batch_size:,}"
-        if settings.batch_size == UNKNOWN_BATCH:
-            batch = "batch size not known"
         found += [
             ("Task", settings.task), ("Model", settings.model or "the task's own"),
-            ("Optimizer", f"{settings.optimizer}, {batch}"), ("Learning rate", f"{settings.learning_rate:g}"),
+            ("Optimizer", f"{settings.optimizer}, {settings.batches}"),
+            ("Learning rate", f"{settings.learning_rate:g}"),
             ("Seed", settings.seed),
         ]  # fmt: skip
     elif attributes.get("task"):
