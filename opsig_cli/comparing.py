@@ -80,6 +80,7 @@ def summarise(run: Trajectory, series: Mapping[str, Series]) -> dict[str, Any]:
     record: dict[str, Any] = {"trajectory": run.path}
     for name in ("optimizer", "learning_rate", "sign_learning_rate", "batch_size", "seed"):
         record[name] = None if settings is None else getattr(settings, name)
+    record["batch_size"] = record["batch_size"] or None  # 0 where it is not known
     if settings is not None and settings.optimizer != "splitsgd":
         record["sign_learning_rate"] = None
     steps = run.steps("scalars")

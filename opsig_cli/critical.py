@@ -33,7 +33,8 @@ def update_direction(settings: Settings | None, state: State, gradient: np.ndarr
         case "gd" | "sgd":
             return -gradient
         case "momentum" if begins or "momentum_buffer" in kept:
-            return -_advanced(kept.get("momentum_buffer"), settings.momentum, gradient)
+            moment = _advanced(kept.get("momentum_buffer"), settings.momentum, gradient)
+            return -(gradient + settings.momentum * moment) if settings.nesterov else -moment
         case "adam" if begins or {"exp_avg", "exp_avg_sq"} <= kept.keys():
             first = _advanced(kept.get("exp_avg"), settings.beta1, (1 - settings.beta1) * gradient)
             second = _advanced(kept.get("exp_avg_sq"), settings.beta2, (1 - settings.beta2) * gradient**2)

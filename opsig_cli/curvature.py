@@ -192,7 +192,8 @@ def step_records(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Cheap measures of the whole loss's curvature at checkpoints, one record a step.
 
-    `threshold`: 2 over the learning rate, which critical sharpness stays below while updates lower the loss.
+    `threshold`: 2 over the learning rate, which critical sharpness stays below while updates lower the loss; None where
+    the update is not known.
     """
     settings = settings_of(run)
     found, unknown = [], []
@@ -206,7 +207,7 @@ def step_records(
         if "critical_sharpness" in metrics:
             record["critical_sharpness"], known = critical_sharpness(session, state, settings)
             rate = settings_at(run, settings, step).learning_rate if settings else 0.0
-            record["threshold"] = 2 / rate if rate else None
+            record["threshold"] = 2 / rate if rate and known else None
             unknown += [] if known else [step]
         found.append(record)
         advance(note=f"step {step}")

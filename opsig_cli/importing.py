@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +27,7 @@ Bar = Callable[[str, int], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Request:
-    """The options of `opsig import`. `given`: settings by name, None where the person left them out."""
+    """The options of `opsig import`. `given`: the settings among them that the person gave, by name."""
 
     output: str
     paths: Sequence[str]
@@ -44,6 +44,22 @@ class Request:
     replace: bool
     device: str | None
     backend: str
+
+
+def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a person gave, out of options that are None where they did not.
+
+    A `batch_size` of None is then full batch. Raises UsageError where they contradict, or where it is neither a number
+    nor `full`.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if text := given.get("batch_size"):
+        if text != "full" and not (text.isdecimal() and int(text[:18]) > 0):
+            raise UsageError(f"--batch-size is a number or 'full', not '{text}'")
+        given["batch_size"] = None if text == "full" else int(text)
+    if given.get("optimizer") == "gd" and given.setdefault("batch_size", None) is not None:
+        raise UsageError("gd is full batch. Use --optimizer sgd with --batch-size")
+    return given
 
 
 def run(request: Request, warn: flow.Warn, bar: Bar) -> list[dict[str, Any]]:
@@ -65,7 +81,18 @@ def run(request: Request, warn: flow.Warn, bar: Bar) -> list[dict[str, Any]]:
         assert losses is not None
         return _import_series(request, losses, scalars, warn)
     except KeyboardInterrupt:
-        raise OpsigError("interrupted. Give the same command with --append to go on", exit_code=130) from None
+        raise OpsigError("interrupted before anything was read in: nothing was written", exit_code=130) from None
+
+
+@contextmanager
+def _kept_when_interrupted(request: Request) -> Iterator[None]:
+    """Where Ctrl-C comes while rows are written, say how to go on: the recorder keeps what it has."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        instead = " in place of --replace" if request.replace else ""
+        message = f"interrupted. Give the same command with --append{instead} to go on"
+        raise OpsigError(message, exit_code=130) from None
 
 
 def _check(request: Request) -> None:
@@ -91,7 +118,7 @@ def _import_checkpoints(
     stored = _stored(request) if request.append else None
     if stored is None and request.task is None:
         raise UsageError("--task is missing. Write --task NAME or --task file.py:Name")
-    given: dict[str, Any] = dict(request.given) | {"statistics": request.given.get("statistics") or "running"}
+    given = {"statistics": "running", "chunk_size": None} | dict(request.given)
     spec = tasks.parse_spec(request.task or (stored.task if stored else ""), request.model or (stored and stored.model))
     if request.task is None and tasks.is_own(spec):
         raise OpsigError(f"{request.output} was made with a task of your own. Give it again: --task {spec.name}")
@@ -116,6 +143,10 @@ def _import_checkpoints(
         steps, source = steps_of(paths, [g.numbers for g in glances], [g.count for g in glances], request.steps_from)
         several = f"steps {min(steps)} to {max(steps)} are" if len(steps) > 1 else f"step {steps[0]} is"
         warn(f"{several} taken from {source}")
+        if "epoch" in source:
+            warn(
+                "these are epochs, not optimizer steps, by which --scalars and Adam go. --steps 0,10,20 says the steps"
+            )
     flow.say_counts(glances, steps, warn)
     settings, rates = flow.settle(glances, steps, given, request.task or used.task, spec.model, warn)
     for step, rate in rates.items():
@@ -123,7 +154,7 @@ def _import_checkpoints(
     if stored is not None:
         settings = replace(stored, steps=max(stored.steps, settings.steps))
     recorder = _recorder(request, settings, session, task, spec)
-    with recorder:
+    with _kept_when_interrupted(request), recorder:
         return _write(
             request, recorder, session, target, dict(zip(steps, paths, strict=True)), losses, scalars, warn, bar
         )
@@ -131,9 +162,8 @@ def _import_checkpoints(
 
 def _check_session(request: Request, session: Session, losses: series.Losses | None) -> None:
     """Raise OpsigError or UsageError where the task or the options do not go with what is to be written."""
-    optimizer = request.given["optimizer"]
-    if optimizer is not None and optimizer not in session.optimizers:
-        raise UsageError(f"no optimizer is called '{optimizer}'. Known: {', '.join(session.optimizers)}")
+    if "optimizer" in request.given:
+        trainer.check_optimizer(request.given["optimizer"], session)
     if losses is not None:
         flow.places_of(losses, np.arange(session.samples))
     if request.append:
@@ -147,9 +177,9 @@ def _stored(request: Request) -> Settings:
     with open_trajectory(request.output) as kept:
         settings = Settings.stored(kept.attributes, request.output)
     for key, value in request.given.items():
-        if value is not None and key != "learning_rate" and value != getattr(settings, key):
+        if key != "learning_rate" and value != getattr(settings, key):
             option = key.replace("_", "-")
-            raise UsageError(f"{request.output} has --{option} {getattr(settings, key)}, not {value}. Leave it out")
+            raise UsageError(f"{request.output} was imported with another --{option}. Leave it out, or use --replace")
     return settings
 
 
@@ -204,7 +234,7 @@ def _import_series(
             labels=None if losses.labels is None else losses.labels.tolist(),
             attributes={"opsig_version": version("opsig"), "command": shlex.join(["opsig", *sys.argv[1:]])},
         )  # fmt: skip
-    with recorder:
+    with _kept_when_interrupted(request), recorder:
         for step in sorted(scalars):
             recorder.record(step, scalars=scalars[step])
         times = flow.import_losses(recorder, losses, steps, warn)

@@ -12,13 +12,18 @@ from opsig_cli.errors import OpsigError, UsageError
 SGD_BATCH_SIZE = 128
 DTYPES = ("float32", "bfloat16")
 """What checkpoints can be kept in."""
+OTHER = "other"
+"""The optimizer of an imported run that is none of opsig's: it has no threshold here."""
+UNKNOWN_BATCH = 0
+"""The batch size of an imported run that does not tell it."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides a run's numbers. `batch_size` None is full batch; `track_every` 0 records no losses.
 
-    `learning_rate` is NaN, null in the file, where an imported run does not tell it.
+    Of an imported run, `learning_rate` is NaN (null in the file), `batch_size` UNKNOWN_BATCH and `optimizer` OTHER
+    where it does not tell them; `nesterov` is of momentum, and for thresholds alone.
     """
 
     task: str
@@ -28,6 +33,7 @@ class Settings:
     steps: int = 1000
     batch_size: int | None = None
     momentum: float = 0.9
+    nesterov: bool = False
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -85,11 +91,13 @@ class Settings:
         A batch size belongs to the optimizer: it is kept where the new one takes it.
         """
         kept = self.stored_form()
-        if math.isnan(self.learning_rate) and given.get("learning_rate") is None:
-            raise UsageError("the run was imported and does not tell its learning rate. Give --learning-rate")
         changed = {key: value for key, value in given.items() if value is not None}
         if changed.get("optimizer") == "gd":
-            kept["batch_size"] = None
+            kept["batch_size"] = changed["batch_size"] = None
+        for option, why in self.untold().items():
+            if option not in changed:
+                raise UsageError(f"the run was imported and {why}. Give --{option.replace('_', '-')}")
+        kept["nesterov"] = False
         if "optimizer" in changed and changed["optimizer"] != self.optimizer:
             kept["statistics"] = None
         if "steps" in changed and "checkpoint_every" not in changed:
@@ -104,10 +112,10 @@ class Settings:
                 f"{path} keeps its checkpoints rounded to bfloat16, from which a run cannot be continued as it was. "
                 "Begin again with --replace"
             )
-        if math.isnan(self.learning_rate):
+        for option, why in self.untold().items():
             raise OpsigError(
-                f"{path} was imported and does not tell its learning rate, so it cannot be continued. Import it again "
-                "with --learning-rate"
+                f"{path} was imported and {why}, so it cannot be continued. Import it again with "
+                f"--{option.replace('_', '-')}"
             )
         for key, value in given.items():
             if value is not None and key not in ("steps", "backend", "task") and value != getattr(self, key):
@@ -117,6 +125,17 @@ class Settings:
                     "Leave it out to resume, or start a new run"
                 )
         return replace(self, steps=given["steps"]) if given.get("steps") else self
+
+    def untold(self) -> dict[str, str]:
+        """Settings without which an imported run cannot be trained further, and why."""
+        found = {}
+        if math.isnan(self.learning_rate):
+            found["learning_rate"] = "does not tell its learning rate"
+        if self.batch_size == UNKNOWN_BATCH:
+            found["batch_size"] = "does not tell its batch size"
+        if self.optimizer == OTHER or self.nesterov:
+            found["optimizer"] = f"has {'nesterov momentum' if self.nesterov else 'an optimizer'} that opsig lacks"
+        return found
 
     def stored_form(self) -> dict[str, Any]:
         """For the file's `settings_json`."""
@@ -139,6 +158,13 @@ class Settings:
         return self.sharpness_every > 0 and step % self.sharpness_every == 0
 
     @property
+    def batches(self) -> str:
+        """The batch size in words."""
+        if self.batch_size is None:
+            return "full batch"
+        return "batch size not known" if self.batch_size == UNKNOWN_BATCH else f"batches of {self.batch_size:,}"
+
+    @property
     def preconditioned(self) -> bool:
         """Whether stability is decided by the Hessian between two inverse roots of a preconditioner, as for Adam."""
         return self.optimizer == "adam"
@@ -147,16 +173,18 @@ class Settings:
     def threshold(self) -> float:
         """The (preconditioned) sharpness at which full-batch training loses stability.
 
-        2/eta for gradient descent, (2 + 2 beta)/eta for heavy ball, (2 + 2 beta1)/((1 - beta1) eta) for Adam; infinite
-        for gradient flow, and NaN for steps by the sign, which no Hessian decides.
+        2/eta for gradient descent, (2 + 2 beta)/eta for heavy ball, that over 1 + 2 beta for nesterov's momentum,
+        (2 + 2 beta1)/((1 - beta1) eta) for Adam; infinite for gradient flow, and NaN for steps by the sign, which no
+        Hessian decides, and for optimizers that are not known.
         """
         if self.optimizer == "flow" or self.learning_rate == 0:
             return float("inf")
         match self.optimizer:
-            case "splitsgd" | "signsgd":
+            case "splitsgd" | "signsgd" | "other":
                 return float("nan")
             case "momentum":
-                return (2 + 2 * self.momentum) / self.learning_rate
+                ahead = 1 + 2 * self.momentum if self.nesterov else 1
+                return (2 + 2 * self.momentum) / ahead / self.learning_rate
             case "adam":
                 return (2 + 2 * self.beta1) / ((1 - self.beta1) * self.learning_rate)
         return 2 / self.learning_rate

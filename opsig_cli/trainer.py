@@ -73,18 +73,21 @@ def training_of(settings: Settings, stop: StopRequest, first: int) -> Training:
     )
 
 
+def check_optimizer(name: str, session: Session) -> None:
+    """Raise UsageError for an optimizer that the backend lacks."""
+    if name not in session.optimizers:
+        raise UsageError(f"no optimizer is called '{name}'. Known: {', '.join(session.optimizers)}")
+
+
 def new_recorder(
     path: str, settings: Settings, session: Session, task: tasks.Task, spec: tasks.TaskSpec, replace: bool,
     commit_every: int,
 ) -> Recorder:  # fmt: skip
     """A file for a new run, with its provenance and what its samples are.
 
-    Raises UsageError, before there is a file, for an optimizer that the backend lacks or a batch larger than the data.
+    Raises UsageError, before there is a file, for a batch larger than the data.
     """
     count = session.samples
-    if settings.optimizer not in session.optimizers:
-        known = ", ".join(session.optimizers)
-        raise UsageError(f"no optimizer is called '{settings.optimizer}'. Known: {known}")
     if (settings.batch_size or 0) > count:
         raise UsageError(f"--batch-size {settings.batch_size} is more than the {count} samples there are")
     recorder = Recorder(

@@ -43,7 +43,9 @@ def import_(
     beta1: Annotated[float | None, typer.Option(help="Adam.")] = None,
     beta2: Annotated[float | None, typer.Option(help="Adam.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of the gradient.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="The run's minibatch. Default: full batch.")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(metavar="N|full", help="The run's minibatch, or full. Default: not known.")
+    ] = None,
     losses: Annotated[
         str | None,
         typer.Option(
@@ -78,8 +80,8 @@ def import_(
         weight_decay=weight_decay, batch_size=batch_size, chunk_size=chunk_size, statistics=statistics,
     )  # fmt: skip
     request = importing.Request(
-        output, paths or [], task, model, steps, steps_from, prefix, given, losses, scalars, track, append, replace,
-        device, backend,
+        output, paths or [], task, model, steps, steps_from, prefix, importing.chosen(given), losses, scalars, track,
+        append, replace, device, backend,
     )  # fmt: skip
     bar = partial(options.progress, quiet=quiet)
     written = importing.run(request, partial(options.note, quiet=quiet), bar)

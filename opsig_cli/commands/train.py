@@ -117,6 +117,7 @@ def train(
     if resume:
         recorder = Recorder(output, session.samples, resume=True, commit_every=commit_every)
     else:
+        trainer.check_optimizer(settings.optimizer, session)
         recorder = trainer.new_recorder(output, settings, session, loaded, spec, replace, commit_every)
     written = []
     stop = trainer.StopRequest()

@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.importers.torch_files import StoredArray, first_words, load
+from opsig_cli.importers.torch_files import WRAPPERS, StoredArray, first_words, is_plain, load, number_of
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 SUFFIXES = (*TORCH, ".safetensors", ".npz")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 """Names of the weights in a Hugging Face folder; sharded, they are listed by NAME.index.json."""
 MAX_DEPTH = 6
+OPTIONS = ("args", "config", "cfg", "hparams", "hyper_parameters", "opt", "options", "params")
+"""Keys under which scripts keep what they were asked to do; a `step` there is no step that was reached."""
 DIGITS = 18
 """Of a whole number that may be a step."""
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Segments that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _collect(loaded: Any, content: Content, path: str) -> None:
     seen: set[int] = set()
 
     def walk(value: Any, name: str, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
+        if is_plain(value):
             content.tensors[WRAPPERS.sub("", name)] = Entry(tuple(value.shape), lambda: value)
         elif isinstance(value, StoredArray):
             with contextlib.suppress(TypeError, IndexError):
@@ -247,7 +247,7 @@ def _collect(loaded: Any, content: Content, path: str) -> None:
                 if isinstance(value.get("param_groups"), list) and isinstance(value.get("state"), Mapping):
                     content.optimizers.append(value)
                     return
-                if depth < 2:
+                if depth < 2 and name not in OPTIONS:
                     _collect_numbers(value, content)
             pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
             for key, inner in pairs:
@@ -267,13 +267,10 @@ def _collect_numbers(values: Mapping[Any, Any], content: Content) -> None:
 
 
 def _number(value: Any) -> int | None:
-    if hasattr(value, "numel") and value.numel() == 1:
-        value = value.item()
     if isinstance(value, str):
         return int(value) if value.isdecimal() and len(value) < DIGITS else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 10**DIGITS:
-        return None
-    return int(value) if value == int(value) else None
+    number = number_of(value)
+    return int(number) if number is not None and abs(number) < 10**DIGITS and number == int(number) else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from opsig_cli.importers.series import Losses
 from opsig_cli.importers.torch_files import first_words
 from opsig_cli.recorder import Recorder
 from opsig_cli.schema import FIELDS
-from opsig_cli.settings import Settings
+from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
 from opsig_cli.tasks import Task
 from opsig_cli.trajectory import Trajectory
 
@@ -107,49 +107,54 @@ def settle(
 ) -> tuple[Settings, dict[int, float]]:
     """The run's settings, and its learning rate at each step where the checkpoints tell.
 
-    Options in `given` that are not None come before what the checkpoints' optimizers say. Without either, the
-    learning rate is NaN, and so are thresholds.
+    What is `given` comes before what the checkpoints' optimizers say. What neither tells is not made up: a learning
+    rate is NaN, and so are thresholds; a batch size is UNKNOWN_BATCH.
     """
-    chosen = {key: value for key, value in given.items() if value is not None}
     found: dict[str, Any] = {}
     for each in glances:
         found |= each.settings
-    rates: dict[int, Any] = {
-        step: each.settings["learning_rate"]
-        for step, each in zip(steps, glances, strict=True) if "learning_rate" in each.settings
-    }  # fmt: skip
-    kinds = {each.settings.get("optimizer") for each in glances if each.settings}
-    if None in kinds:  # a first checkpoint without state may look like Adam's
-        found = {"learning_rate": found["learning_rate"]} if "learning_rate" in found else {}
-    if "optimizer" in chosen and chosen["optimizer"] != found.get("optimizer"):
-        found = {"learning_rate": found["learning_rate"]} if "learning_rate" in found else {}
-    if "learning_rate" in chosen:
-        rates = dict.fromkeys(rates, chosen["learning_rate"])
+    kinds = {each.settings["optimizer"] for each in glances if each.settings}
+    if OTHER in kinds:  # a first checkpoint without state may look like Adam's
+        found["optimizer"] = OTHER
+    if given.get("optimizer", found.get("optimizer")) != found.get("optimizer") or OTHER in kinds:
+        found = {key: value for key, value in found.items() if key in ("learning_rate", "optimizer")}
+    if found.get("nesterov") and "optimizer" in given:
+        del found["nesterov"]
+    told = [(step, each.settings["learning_rate"])
+            for step, each in zip(steps, glances, strict=True) if "learning_rate" in each.settings]  # fmt: skip
+    rates: dict[int, Any] = dict(told)
+    if "learning_rate" in given:
+        rates = dict.fromkeys(rates, given["learning_rate"])
     elif rates:
         found["learning_rate"] = max(rates.values())
-    merged: dict[str, Any] = {"learning_rate": math.nan} | found | chosen
-    if merged.get("optimizer", "gd") == "gd" and merged.get("batch_size") is not None:
+    merged: dict[str, Any] = {"learning_rate": math.nan, "optimizer": "gd", "batch_size": UNKNOWN_BATCH} | found
+    merged |= given
+    if merged["optimizer"] == "gd" and merged["batch_size"] is not None:
         merged["optimizer"] = "sgd"
-    if merged.get("statistics") is None:
-        merged["statistics"] = "running"
-    merged |= {"steps": max(steps), "checkpoint_every": int(min(np.diff(sorted(steps)), default=1))}
-    known = {each.name for each in fields(Settings)}
-    settings = Settings(task=task, model=model, **{key: value for key, value in merged.items() if key in known})
-    _say_settings(settings, found, chosen, rates, warn)
+    between = int(min(np.diff(sorted(steps)), default=1))
+    settings = Settings(task=task, model=model, steps=max(steps), checkpoint_every=between, **merged)
+    _say_settings(settings, found, given, rates, warn)
     return settings, rates
 
 
 def _say_settings(
-    settings: Settings, found: Mapping[str, Any], chosen: Mapping[str, Any], rates: Mapping[int, float], warn: Warn
+    settings: Settings, found: Mapping[str, Any], given: Mapping[str, Any], rates: Mapping[int, float], warn: Warn
 ) -> None:
     taken = [f"{key.replace('_', ' ')} {found[key]:g}" if isinstance(found[key], float) else f"{key} {found[key]}"
-             for key in found if key not in chosen]  # fmt: skip
+             for key in found if key not in given]  # fmt: skip
     if taken:
         warn(f"from the checkpoints: {', '.join(taken)}")
     if len(set(rates.values())) > 1:
         warn(f"learning rates go from {min(rates.values()):g} to {max(rates.values()):g}; each step has its own")
-    if "optimizer" not in found and "optimizer" not in chosen:
+    if "optimizer" not in found and "optimizer" not in given:
         warn(f"the checkpoints do not say the optimizer: taken as {settings.optimizer}. --optimizer says otherwise")
+    if settings.optimizer == OTHER:
+        warn("the optimizer is not one of opsig's: thresholds are left out. --optimizer says what comes nearest")
+    if settings.batch_size == UNKNOWN_BATCH:
+        warn(
+            "the checkpoints do not say the batch size: thresholds are those of full-batch training, and losses are "
+            "not held against a log. --batch-size N or full says it"
+        )
     if math.isnan(settings.learning_rate):
         warn("the checkpoints do not say the learning rate: thresholds are left out. --learning-rate says it")
 
@@ -220,20 +225,33 @@ def read(content: checkpoints.Content, target: Target, path: str, step: int, war
             if tensor.name in fit.keys:
                 value = content.tensors[fit.keys[tensor.name]].read()
                 if tensor.kind == "parameter" and value.dtype not in exact:
-                    warn(f"parameters in {str(value.dtype).removeprefix('torch.')} are taken as float32")
+                    _check_real(value, tensor.name, path)
+                    warn(f"parameters in {_kind(value)} are taken as float32")
                 row = rows[tensor.kind][tensor.offset : tensor.offset + tensor.size]
                 torch.from_numpy(row).view(tensor.shape).copy_(value)
         if content.optimizers:
             slots, why = optimizers.slots_of(content.optimizers[0], target.layout, fit.prefix)
             if why:
                 warn(f"optimizer state is left out: {why}")
-    except MemoryError:
+    except (MemoryError, OpsigError):
         raise
     except Exception as error:  # reading is where a damaged file shows
         raise OpsigError(f"{path} cannot be read: {first_words(error)}") from error
     if not np.isfinite(rows["parameter"]).all():
         warn(f"{os.path.basename(path)} (step {step}) has parameters that are not finite")
     return State(step, rows["parameter"], rows["buffer"], slots)
+
+
+def _check_real(value: Any, name: str, path: str) -> None:
+    if not value.is_floating_point():  # codes of a quantized model, or half of a complex number
+        raise OpsigError(
+            f"{path} holds {name} in {_kind(value)}: these are not weights to measure with. Import the model as it was "
+            "trained"
+        )
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from opsig_cli.backends import Tensor
 from opsig_cli.errors import OpsigError
 from opsig_cli.importers.steps import EPOCH_KEYS, STEP_KEYS
 
-AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged|shadow|teacher|target)", re.IGNORECASE)
-"""Parts of a prefix that speak of a second, averaged copy of the weights."""
+BESIDE = re.compile(r"(^|[._])(ema|swa|avg|averag|shadow|teacher|target|grad|init|start|best|exp_avg)", re.IGNORECASE)
+"""Beginnings of words in a prefix that speak of a copy beside the weights: an average, gradients, another time's."""
 STATISTICS = ("running_mean", "running_var")
 SHOWN = 3
 
@@ -63,7 +63,7 @@ def fit(
         found += [(place, inner, votes[place]) for place in votes if prefix is None or place.startswith(prefix)]
     if not found:
         raise OpsigError(_nothing_fits(shapes, layout, prefix, path))
-    found.sort(key=lambda each: (-each[2], bool(AVERAGED.search(each[0])), len(each[0]), each[0]))
+    found.sort(key=lambda each: (-each[2], bool(BESIDE.search(each[0])), len(each[0]), each[0]))
     best, inner, most = found[0]
     keys, wrong = _place(shapes, layout, aliases, best, inner)
     missing = [t for t in layout if t.name not in keys and t.name not in wrong]

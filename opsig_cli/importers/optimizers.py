@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Tensor
+from opsig_cli.importers.torch_files import WRAPPERS, is_plain, number_of
+from opsig_cli.settings import OTHER
 
 SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 """The parts of an optimizer's state that the file keeps."""
@@ -18,58 +20,86 @@ MAX_WAYS = 2
 def settings_of(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Settings under opsig's names that a saved optimizer's groups tell, and what a person should know of them.
 
-    Adam is told from `betas`, gradient descent with or without momentum from `momentum`; of others only the learning
-    rate is taken.
+    Adam is told from `betas`, gradient descent with or without momentum from `momentum`; others are OTHER, of which
+    only the learning rate is taken.
     """
     groups = [group for group in saved["param_groups"] if isinstance(group, Mapping)]
     if not groups:
         return {}, []
-    group = max(groups, key=_size)
-    settings: dict[str, Any] = {"learning_rate": _number(group.get("lr"))}
-    notes = []
-    rates = sorted({rate for each in groups if (rate := _number(each.get("lr"))) is not None})
-    if len(rates) > 1:
-        notes.append(
-            f"its groups have learning rates {rates[0]:g} to {rates[-1]:g}; that of most parameters, "
-            f"{settings['learning_rate']:g}, is taken"
-        )
-    decay = _number(group.get("weight_decay")) or 0.0
-    betas = group.get("betas")
-    if isinstance(betas, list | tuple) and len(betas) == 2 and _moment(saved, "exp_avg_sq", "max_exp_avg_sq"):
-        settings |= {"optimizer": "adam", "beta1": _number(betas[0]), "beta2": _number(betas[1])}
-        settings["epsilon"] = _number(group.get("eps"))
-        settings["weight_decay"] = decay
-        if decay and group.get("decoupled_weight_decay", False):
-            settings["weight_decay"] = 0.0
+    group = max(groups, key=lambda each: _size(each, saved["state"]))
+    rate, rate_note = _of_largest(group, groups, saved["state"], "lr", "learning rates")
+    decay, decay_note = _of_largest(group, groups, saved["state"], "weight_decay", "weight decays")
+    notes = [note for note in (rate_note, decay_note) if note]
+    settings: dict[str, Any] = {"optimizer": OTHER}
+    if _is_adam(group, saved["state"]):
+        beta1, beta2 = map(_number, group["betas"])
+        settings = {"optimizer": "adam", "beta1": beta1, "beta2": beta2, "epsilon": _number(group.get("eps"))}
+        decoupled = group.get("decoupled_weight_decay")
+        if decay and decoupled is None:  # before torch 2.7
+            notes.append(
+                f"it does not say whether its weight decay of {decay:g} is AdamW's, beside the gradient: it is left "
+                f"out. --weight-decay {decay:g} says that it is Adam's"
+            )
+        elif decay and decoupled:
             notes.append(f"AdamW's weight decay of {decay:g} acts beside the gradient and is left out")
-        if group.get("amsgrad"):
-            notes.append("amsgrad is taken as adam")
-    elif "momentum" in group and "alpha" not in group:
+        settings["weight_decay"] = 0.0 if decay and decoupled is not False else decay
+    elif "momentum" in group and "alpha" not in group and not group.get("dampening"):
         momentum = _number(group["momentum"]) or 0.0
-        settings |= {"optimizer": "momentum", "momentum": momentum} if momentum else {"optimizer": "gd"}
+        settings = {"optimizer": "momentum", "momentum": momentum} if momentum else {"optimizer": "gd"}
         settings["weight_decay"] = decay
-        if group.get("nesterov") or group.get("dampening"):
-            notes.append("nesterov and dampening are taken as plain momentum, whose threshold is another")
-    else:
-        notes.append("its kind is not known here: say with --optimizer what comes nearest")
+        if momentum and group.get("nesterov"):
+            settings["nesterov"] = True
+            notes.append("its momentum is nesterov's, whose threshold is (2 + 2 beta)/(1 + 2 beta) over the rate")
+    settings = {"learning_rate": rate} | settings
     return {key: value for key, value in settings.items() if value is not None}, notes
 
 
-def _size(group: Mapping[str, Any]) -> int:
-    params = group.get("params")
-    return len(params) if isinstance(params, list) else 0
+def _of_largest(
+    group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], states: Mapping[Any, Any], key: str, what: str
+) -> tuple[float | None, str | None]:
+    """A setting of the largest group, and what to say where others have another.
+
+    Without state there is no telling which group is the largest: a setting that differs is None then.
+    """
+    values = sorted({value for each in groups if (value := _number(each.get(key))) is not None})
+    value = _number(group.get(key))
+    if len(values) < 2 or value is None:
+        return value, None
+    said = f"its groups have {what} {values[0]:g} to {values[-1]:g}"
+    if not _size(group, states)[0]:
+        return None, f"{said}, and before it has moments it does not tell which is that of most parameters"
+    return value, f"{said}; that of most parameters, {value:g}, is taken"
 
 
-def _moment(saved: Mapping[str, Any], *names: str) -> bool:
-    """Whether the state is that of Adam's family, or there is none yet."""
-    states = [each for each in saved["state"].values() if isinstance(each, Mapping)]
-    return not states or any(name in each for each in states for name in names)
+def _size(group: Mapping[str, Any], states: Mapping[Any, Any]) -> tuple[int, int]:
+    """How many numbers a group moves, as far as its state tells, and in how many tensors."""
+    numbers = group.get("params")
+    numbers = numbers if isinstance(numbers, list) else []
+    moments = [moment for number in numbers if (moment := _moment(states.get(number))) is not None]
+    return sum(moment.numel() for moment in moments), len(numbers)
+
+
+def _moment(state: Any) -> Any:
+    """A tensor of the parameter's shape from its state; None where there is none."""
+    return next((value for name in SLOTS if (value := _tensor(state, name)) is not None), None)
+
+
+def _is_adam(group: Mapping[str, Any], states: Mapping[Any, Any]) -> bool:
+    """Whether these are Adam's or AdamW's settings and moments, or there are no moments yet.
+
+    AMSGrad, NAdam and RAdam have the same moments and another preconditioner.
+    """
+    betas = group.get("betas")
+    kept = [each for each in states.values() if isinstance(each, Mapping)]
+    relative = "momentum_decay" in group or ("decoupled_weight_decay" in group and "amsgrad" not in group)
+    if not isinstance(betas, list | tuple) or len(betas) != 2 or group.get("amsgrad") or relative:
+        return False
+    return not kept or any("exp_avg_sq" in each for each in kept)
 
 
 def _number(value: Any) -> float | None:
-    if hasattr(value, "numel") and value.numel() == 1:  # a learning rate may be a tensor
-        value = value.item()
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    number = number_of(value)  # a learning rate may be a tensor
+    return None if number is None else float(number)
 
 
 def count_of(saved: Mapping[str, Any]) -> int | None:
@@ -93,7 +123,7 @@ def slots_of(
     names = [name for name in SLOTS if any(_tensor(state, name) is not None for state in states.values())]
     if not names:
         return {}, None
-    placed = _by_name(states, parameters, prefix) or _by_order(saved, parameters)
+    placed = _by_name(_named(saved) or states, parameters, prefix) or _by_order(saved, parameters)
     if placed is None:
         return {}, "its parameters are not the model's, or could be in several orders"
     rows = {name: np.zeros(sum(tensor.size for tensor in parameters), np.float32) for name in names}
@@ -111,12 +141,21 @@ def slots_of(
 
 def _tensor(state: Any, name: str) -> Any:
     value = state.get(name) if isinstance(state, Mapping) else None
-    return value if hasattr(value, "shape") and hasattr(value, "numel") else None
+    return value if is_plain(value) else None
+
+
+def _named(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """States by the names that an optimizer was given with its parameters; empty where it was given none."""
+    return {
+        WRAPPERS.sub("", str(name)): saved["state"].get(number, {})
+        for group in saved["param_groups"]
+        for name, number in zip(group.get("param_names") or (), group.get("params") or (), strict=False)
+    }
 
 
 def _by_name(states: Mapping[Any, Any], parameters: Sequence[Tensor], prefix: str) -> list[Any] | None:
     """States keyed by parameters' names, as distributed training saves them."""
-    for start in ("", prefix, prefix.split(".", 1)[-1]):
+    for start in ("", prefix, prefix.split(".", 1)[-1], "module."):
         if all(start + tensor.name in states for tensor in parameters):
             return [states[start + tensor.name] for tensor in parameters]
     return None
@@ -129,8 +168,8 @@ def _by_order(saved: Mapping[str, Any], parameters: Sequence[Tensor]) -> list[An
     if sum(map(len, groups)) != len(parameters):
         return None
     known = [[states.get(number, {}) for number in group] for group in groups]
-    shapes = [[next((tuple(value.shape) for name in SLOTS if (value := _tensor(state, name)) is not None), None)
-               for state in group] for group in known]  # fmt: skip
+    shapes = [[None if (moment := _moment(state)) is None else tuple(moment.shape) for state in group]
+              for group in known]  # fmt: skip
     order = merge_order([tensor.shape for tensor in parameters], shapes)
     if order is None:
         return None

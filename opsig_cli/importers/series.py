@@ -54,13 +54,15 @@ def read_losses(path: str) -> Losses:
 
 def _losses_of_arrays(path: str) -> Losses:
     loaded: Any = np.load(path, allow_pickle=False, mmap_mode="r")
-    found: dict[str, np.ndarray] = {"losses": loaded}
+    found, inside = {"losses": loaded}, ["losses"]
     if not isinstance(loaded, np.ndarray):
-        found = {PLURALS.get(str(name), str(name)): loaded[name] for name in loaded.files}
+        inside = loaded.files
+        names = {PLURALS.get(name, name): name for name in inside}
+        found = {name: loaded[names[name]] for name in PLURALS.values() if name in names}
         loaded.close()
     losses = found.get("losses")
     if losses is None:
-        raise OpsigError(f"{path} has no array 'losses'. It has: {', '.join(found) or 'none'}")
+        raise OpsigError(f"{path} has no array 'losses'. It has: {', '.join(inside) or 'none'}")
     if losses.ndim != 2 or losses.dtype.kind not in "fiu" or not losses.size:
         raise OpsigError(f"{path}: losses must be numbers of shape (steps, samples), not {losses.dtype} {losses.shape}")
     count, width = losses.shape

@@ -10,12 +10,13 @@ from opsig_cli.errors import OpsigError, UsageError
 
 STEP_KEYS = (
     "global_step", "step", "iteration", "iter", "iter_num", "iterations", "it", "num_updates", "train_step",
-    "current_step", "steps",
+    "current_step",
 )  # fmt: skip
-EPOCH_KEYS = ("epoch", "current_epoch", "epochs")
+EPOCH_KEYS = ("epoch", "current_epoch")
 FROM = ("content", "optimizer", "name")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
-STEP_WORD = re.compile(r"(?:step|iter|iteration|it)s?[-_=.]?$", re.IGNORECASE)
+STEP_WORD = re.compile(r"(?:step|iter|iteration|(?<![a-z])it)s?[-_=.]?$", re.IGNORECASE)
+EPOCH_WORD = re.compile(r"(?:epoch|(?<![a-z])ep?)[-_=.]?$", re.IGNORECASE)
 
 
 def given_steps(text: str, count: int, what: str = "checkpoints") -> list[int]:
@@ -48,9 +49,9 @@ def steps_of(
         case "optimizer":
             found = counted
         case "name":
-            found = [("the names", steps_in_names(paths))]
+            found = [steps_in_names(paths)]
         case _:
-            found = [*of_steps, *counted, ("the names", _none_on_error(paths)), *of_epochs]
+            found = [*of_steps, *counted, _of_names_if_clear(paths), *of_epochs]
     for source, steps in found:
         if all(step is not None and step >= 0 for step in steps) and len(set(steps)) == len(steps):
             return [step for step in steps if step is not None], source
@@ -62,34 +63,37 @@ def _why(paths: Sequence[str], found: list[tuple[str, list[int | None]]]) -> str
     source, steps = max(found, key=lambda pair: sum(step is not None for step in pair[1]))
     if not any(step is not None for step in steps) and len(found) > len(STEP_KEYS + EPOCH_KEYS):
         steps_in_names(paths)  # says what is unclear about the names
-    remedy = "Give --steps 0,10,20, or --steps-from name|content|optimizer"
+    remedy = "Give --steps 0,10,20 or --steps-from name|content|optimizer"
     places: dict[int, str] = {}
     for path, step in zip(paths, steps, strict=True):
         if step is None:
             continue
         if step in places:
-            return f"{places[step]} and {path} are both at step {step} by {source}. {remedy}"
+            return f"{places[step]} and {path} are both at step {step} by {source}. Leave one out, or g{remedy[1:]}"
         places[step] = path
     unknown = next(path for path, step in zip(paths, steps, strict=True) if step is None or step < 0)
     return f"{unknown} does not say at which step it was taken, in its content or its name. {remedy}"
 
 
-def _none_on_error(paths: Sequence[str]) -> list[int | None]:
+def _of_names_if_clear(paths: Sequence[str]) -> tuple[str, list[int | None]]:
     try:
         return steps_in_names(paths)
     except OpsigError:
-        return [None for _ in paths]
+        return "the names", [None for _ in paths]
 
 
-def steps_in_names(paths: Sequence[str]) -> list[int | None]:
+def steps_in_names(paths: Sequence[str]) -> tuple[str, list[int | None]]:
     """The number in each name that differs from file to file; the one behind "step" or "iter" where several do.
 
-    Raises OpsigError where the names are not alike, or it is not clear which number is meant.
+    Before it, what it is called: behind "epoch" it is one. Raises OpsigError where the names are not alike, or it is
+    not clear which number is meant.
 
     >>> steps_in_names(["v2/ckpt_9.pt", "v2/ckpt_10.pt"])
-    [9, 10]
+    ('the names', [9, 10])
     >>> steps_in_names(["epoch=0-step=40.ckpt", "epoch=1-step=80.ckpt"])
-    [40, 80]
+    ('the names', [40, 80])
+    >>> steps_in_names(["net_epoch3.pt"])
+    ('the epochs in the names', [3])
     """
     names = [_stem(path) for path in paths]
     if len({os.path.basename(name) for name in names}) == len(names):  # else folders tell them apart: step_10/model.pt
@@ -112,7 +116,8 @@ def steps_in_names(paths: Sequence[str]) -> list[int | None]:
         chosen = varying[-1:]
     if len(chosen) != 1:
         raise OpsigError(f"it is not clear which number in names such as {names[0]} is the step. Give --steps 0,10,20")
-    return [int(row[chosen[0]]) for row in numbers]
+    what = "the epochs in the names" if EPOCH_WORD.search(before[chosen[0]]) else "the names"
+    return what, [int(row[chosen[0]]) for row in numbers]
 
 
 def _stem(path: str) -> str:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from typing import Any
 
 import numpy as np
 
 from opsig_cli.errors import OpsigError
 
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Segments that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
 REMEDY = "Save the model's state_dict() alone, with torch.save, and import that"
 
 
@@ -127,15 +130,25 @@ def load(path: str) -> Any:
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
+        if zipped:
+            _check_stored(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as error:
         raise OpsigError(f"{path}: {error.strerror or error}") from error
-    except MemoryError:
+    except (MemoryError, OpsigError):
         raise
     except Exception as error:  # a malformed pickle can raise anything
         raise OpsigError(_explain(path, error)) from error
+
+
+def _check_stored(path: str) -> None:
+    """Raise OpsigError where tensors are compressed: torch maps the bytes as they lie, and takes them for weights."""
+    with zipfile.ZipFile(path) as archive:
+        tensors = [part for part in archive.infolist() if "/data/" in part.filename]
+        if any(part.compress_type != zipfile.ZIP_STORED for part in tensors):
+            raise OpsigError(f"{path} holds compressed tensors, as torch.save writes none. Load it and save it again")
 
 
 def _explain(path: str, error: Exception) -> str:
@@ -145,6 +158,22 @@ def _explain(path: str, error: Exception) -> str:
     if found := re.search(r"GLOBAL ([\w.<>]+)", text):
         return f"{path} needs the class {found.group(1)}, which a data file is no reason to load. {REMEDY}"
     return f"{path} is not a readable torch.save file ({first_words(error)})"
+
+
+def is_plain(value: Any) -> bool:
+    """Whether this is a tensor of numbers in memory: not a sparse or a nested one, nor one without data."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+
+
+def number_of(value: Any) -> int | float | None:
+    """A number, or that in a tensor of one; None for anything else."""
+    if is_plain(value) and value.numel() == 1:
+        value = value.item()
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def first_words(error: BaseException) -> str:

@@ -38,10 +38,10 @@ def facts(run: Trajectory, series: Mapping[str, Series]) -> list[tuple[str, str]
     steps = run.steps("losses")
     found: list[tuple[str, Any]] = []
     if settings is not None:
-        batch = "full batch" if settings.batch_size is None else f"batches of {settings.batch_size:,}"
         found += [
             ("Task", settings.task), ("Model", settings.model or "the task's own"),
-            ("Optimizer", f"{settings.optimizer}, {batch}"), ("Learning rate", f"{settings.learning_rate:g}"),
+            ("Optimizer", f"{settings.optimizer}, {settings.batches}"),
+            ("Learning rate", f"{settings.learning_rate:g}"),
             ("Seed", settings.seed),
         ]  # fmt: skip
     elif attributes.get("task"):
