@@ -80,11 +80,6 @@ def significant(pairs: Sequence[Record]) -> list[Record]:
     return [pair for pair in pairs if pair["p_value"] < SIGNIFICANT]
 
 
-def by_strength(pairs: Sequence[Record]) -> list[Record]:
-    """Pairs in the order of the page: the significant ones first, then those that move most."""
-    return sorted(pairs, key=lambda pair: (pair["p_value"], -pair["movement"]))
-
-
 def answer(pairs: Sequence[Record], groups: Sequence[Record], samples: int) -> str:
     """The page's first sentence: how many pairs there are and hold."""
     held, count = len(significant(pairs)), len(pairs)
