@@ -77,7 +77,7 @@ def read(stream: TextIO) -> list[dict[str, Any]]:
             )
         records.append(record)
     if not records:
-        raise OpsigError("stdin holds no records. Pipe some in: opsig mine run.h5 | opsig cluster -")
+        raise OpsigError("stdin holds no records. Pipe some in: opsig mine run.h5 --top 400 | opsig cluster -")
     return records
 
 

@@ -2,8 +2,11 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from conftest import TASKS
+
+from opsig_cli.report.words import rise_sentence
 
 OWN = ("--task", f"{TASKS}:Tiny")
 COMMANDS = [
@@ -97,3 +100,16 @@ def test_help_names_no_types(opsig, monkeypatch):
         shown = opsig(*command.split(), "--help").out
         assert not any(word in shown for word in ("<bool>", "<int", "<float"))
         assert "--quiet" in shown or command.startswith("simulate")
+
+
+def test_what_a_file_lacks_is_said_with_a_command_that_adds_it(opsig, tmp_path):
+    losses = tmp_path / "losses.npy"
+    np.save(losses, np.random.default_rng(0).random((30, 20), np.float32))
+    run = tmp_path / "run.h5"
+    assert opsig("import", "--losses", losses, "-o", run).code == 0
+    opsig("sharpness", run).fails(1, "does not hold checkpoints/params", "opsig import CHECKPOINT... --task TASK")
+
+
+def test_a_rise_smaller_than_the_figures_shown_is_told_by_its_size():
+    assert "by 0.0031 to 2.74 nats" in rise_sentence(93, 2.7369, 2.74, None, 0, None)
+    assert "from 0.825 to 0.918 nats" in rise_sentence(93, 0.825, 0.918, None, 0, None)

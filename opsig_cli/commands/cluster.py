@@ -88,7 +88,8 @@ def cluster(
     for words in found.notes:
         options.note(f"note: {words}", quiet)
     if not clusters.pairs:
-        options.note(f"no opposing pair was found among {len(clusters.position)} samples", quiet)
+        more = " Mine more: opsig mine --top" if mined else " Look at more: --top, or other steps: --window"
+        options.note(f"no opposing pair was found among {len(clusters.position)} samples.{more}", quiet)
     tables = [records.Table(f"{path}: opposing pairs, the significant ones first", cluster_records.pair_table(written))]
     if said := cluster_records.sentence_table(written):
         tables.append(records.Table("in words", said))

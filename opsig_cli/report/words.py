@@ -108,7 +108,10 @@ def rise_sentence(
             f"The loss of all samples together never rose; at step {step} it fell least, by {nats(before - after)} nats"
         )
     else:
-        text = f"The loss of all samples together rose most at step {step}, from {nats(before)} to {nats(after)} nats"
+        how = f"from {nats(before)} to {nats(after)} nats"
+        if nats(before) == nats(after):
+            how = f"by {nats(after - before)} to {nats(after)} nats"
+        text = f"The loss of all samples together rose most at step {step}, {how}"
     if movement is not None and pairs:
         whose = "this pair" if pairs == 1 else f"these {pairs} pairs"
         text += f"; members of {whose} carry {percent(movement)} of all movement, up and down, at that step"
