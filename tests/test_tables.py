@@ -113,3 +113,12 @@ def test_what_a_file_lacks_is_said_with_a_command_that_adds_it(opsig, tmp_path):
 def test_a_rise_smaller_than_the_figures_shown_is_told_by_its_size():
     assert "by 0.0031 to 2.74 nats" in rise_sentence(93, 2.7369, 2.74, None, 0, None)
     assert "from 0.825 to 0.918 nats" in rise_sentence(93, 0.825, 0.918, None, 0, None)
+
+
+def test_info_shows_a_person_only_what_the_optimizer_takes(opsig, runs):
+    shown = opsig("info", "run.h5", "--format", "table").out.split()
+    assert "learning_rate" in shown
+    assert not {"momentum", "beta1", "sign_learning_rate", "dampening"} & set(shown)
+    assert opsig("train", "--task", "digits", "--optimizer", "adam", "--steps", 1, "-o", "adam.h5").code == 0
+    shown = opsig("info", "adam.h5", "--format", "table").out.split()
+    assert {"beta1", "beta2", "epsilon"} <= set(shown)
