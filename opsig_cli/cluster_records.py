@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from opsig_cli.agreement import SIGNIFICANT
 from opsig_cli.analysis.mining import ALTERNATES
 from opsig_cli.errors import OpsigError
 from opsig_cli.groups import Clusters, GroupWeight, PairWeight
 from opsig_cli.texts import Texts, clause
 from opsig_cli.trajectory import Trajectory
+
+SENTENCES = 5
+"""Pairs that a table tells in words."""
 
 
 def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
@@ -196,12 +201,21 @@ def _mix(labels: np.ndarray | None, members: np.ndarray) -> dict[str, int] | Non
     return None if labels is None else dict(Counter(labels[members].tolist()).most_common())
 
 
+def by_strength(pairs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Records of pairs, the significant ones first, then those that move most."""
+    return sorted(pairs, key=lambda pair: (pair["p_value"], -pair["movement"]))
+
+
+def _pairs(written: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
+    return by_strength(record for record in written if record["kind"] == "pair")
+
+
 def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of pairs, shortened to what a person reads in a row."""
     rows = []
-    for pair in (record for record in written if record["kind"] == "pair"):
+    for pair in _pairs(written):
         sides = [
-            f"G{group}: {describe(mix, size)}"
+            f"G{group}: {describe(mix, size)}".replace("' '", "'\u2423'")  # a token of one blank
             for group, size, mix in zip(pair["groups"], pair["sizes"], pair["labels"], strict=True)
         ]
         rows.append({
@@ -209,9 +223,9 @@ def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "one side": sides[0],
             "against": sides[1],
             **({} if pair["after"] is None else {"after": repr(pair["after"]["text"])}),
-            "cosine": f"{pair['opposition']:.2f}",
+            "correlation" if pair["by"] == "loss" else "cosine": f"{pair['opposition']:.2f}",
             "losses": f"{pair['loss_correlation']:.2f}",
-            "alike": f"{pair['shared']:.2f}" if np.isfinite(pair["shared"]) else None,
+            **({} if pair["by"] == "loss" else {"alike": _two_digits(pair["shared"])}),
             "moves": f"{pair['movement']:.0%}",
             "p": f"{pair['p_value']:.3f}",
             "stable": f"{pair['stability']:.2f}",
@@ -219,12 +233,24 @@ def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _two_digits(value: float) -> str | None:
+    return f"{value:.2f}" if np.isfinite(value) else None
+
+
+def sentence_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sentences of the first significant pairs."""
+    pairs = [pair for pair in _pairs(written) if pair["p_value"] < SIGNIFICANT]
+    return [{"pair": pair["pair"], "sentence": pair["sentence"]} for pair in pairs[:SENTENCES]]
+
+
 def alone_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of groups that nothing opposes, shortened to what a person reads in a row."""
     return [
         {
-            "group": f"G{group['group']}: {describe(group['labels'], group['size'])}",
-            "cosine": plus_minus(group["cohesion"], group["cohesion_error"]),
+            "group": f"G{group['group']}: {describe(group['labels'], group['size'])}".replace("' '", "'\u2423'"),
+            "correlation" if group["by"] == "loss" else "cosine": plus_minus(
+                group["cohesion"], group["cohesion_error"]
+            ),
             "moves": f"{group['movement']:.0%}",
             "p": f"{group['p_value']:.3f}",
             "stable": f"{group['stability']:.2f}",
@@ -290,8 +316,8 @@ def explain_table(explained: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "samples": r["size"],
             "change": r["change"],
             "a sample": r["mean_change"],
-            "of the whole": None if r["share"] is None else f"{r['share']:.0%}",
-            "of all movement": None if r["movement"] is None else f"{r['movement']:.0%}",
+            "of whole": None if r["share"] is None else f"{r['share']:.0%}",
+            "movement": None if r["movement"] is None else f"{r['movement']:.0%}",
         }
         for r in explained
     ]

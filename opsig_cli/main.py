@@ -25,6 +25,7 @@ from opsig_cli.commands import (
     verify,
 )
 from opsig_cli.errors import OpsigError
+from opsig_cli.options import Command
 
 app = typer.Typer(
     name="opsig",
@@ -33,18 +34,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train.train)
-app.command("import")(import_.import_)
-app.command()(track.track)
-app.command()(sharpness.sharpness)
-app.command()(mine.mine)
-app.command()(probe.probe)
-app.command()(cluster.cluster)
-app.command()(report.report)
-app.command()(compare.compare)
-app.command()(info.info)
-app.command()(verify.verify)
-app.command()(repack.repack)
+app.command(cls=Command)(train.train)
+app.command("import", cls=Command)(import_.import_)
+app.command(cls=Command)(track.track)
+app.command(cls=Command)(sharpness.sharpness)
+app.command(cls=Command)(mine.mine)
+app.command(cls=Command)(probe.probe)
+app.command(cls=Command)(cluster.cluster)
+app.command(cls=Command)(report.report)
+app.command(cls=Command)(compare.compare)
+app.command(cls=Command)(info.info)
+app.command(cls=Command)(verify.verify)
+app.command(cls=Command)(repack.repack)
 app.add_typer(simulate.app, name="simulate")
 
 

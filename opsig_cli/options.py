@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from opsig_cli.errors import OpsigError, UsageError
 
@@ -39,6 +40,20 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress an
 BatchSizeOption = Annotated[
     int | None, typer.Option("--chunk-size", min=1, help="Samples per forward pass when all are measured.")
 ]
+
+
+class Command(TyperCommand):
+    """A command whose help shows no type for a flag, and N or X for a number, as the rest of the help has names."""
+
+    def get_params(self, ctx):
+        """All parameters, with what stands for their values."""
+        shown = {int: "N", float: "X"}
+        params = super().get_params(ctx)
+        for param in params:
+            if param.metavar is None:
+                kind = getattr(getattr(param, "type_descriptor", None), "annotation", None)
+                param.metavar = "" if getattr(param, "is_flag", False) else shown.get(kind)
+        return params
 
 
 def note(text: str, quiet: bool = False) -> None:

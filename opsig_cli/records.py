@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,11 @@ from opsig_cli.errors import OpsigError, UsageError
 
 Record = Mapping[str, Any]
 FORMATS = ("table", "json", "csv")
+NUMBER = re.compile(r"-|[-+]?\d[\d.]*(e[-+]?\d+)?%?")
+GAP = 2
+"""Blanks between the columns of a table."""
+LONG = 24
+"""Characters from which on a word, such as a path, may be broken in a table."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ def write(
             for record in records:
                 writer.writerow({key: _cell(plain(value)) for key, value in record.items()})
         case "table":
-            for table in tables if tables is not None else [Table("", records)]:
+            for table in tables if tables is not None else [_plain_table(records)]:
                 _print_table(table, out)
         case other:
             raise UsageError(f"no format is called '{other}'. Known: {', '.join(FORMATS)}")
@@ -71,7 +77,7 @@ def read(stream: TextIO) -> list[dict[str, Any]]:
             )
         records.append(record)
     if not records:
-        raise OpsigError("stdin holds no records. Pipe some in: opsig mine run.h5 | opsig cluster -")
+        raise OpsigError("stdin holds no records. Pipe some in: opsig mine run.h5 --top 400 | opsig cluster -")
     return records
 
 
@@ -93,23 +99,76 @@ def printable(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
 
 
+def _plain_table(records: Sequence[Record]) -> Table:
+    """All records as they are; the one trajectory that they speak of becomes the title."""
+    paths = {record.get("trajectory") for record in records}
+    if len(paths) != 1 or None in paths:
+        return Table("", records)
+    return Table(
+        str(paths.pop()),
+        [{key: value for key, value in r.items() if key not in ("trajectory", "kind")} for r in records],
+    )
+
+
 def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def _print_table(table: Table, out: TextIO) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(title=table.title or None, title_justify="left")
-    columns = list(dict.fromkeys(key for record in table.rows for key in record))
-    for column in columns:
-        numeric = any(isinstance(plain(record.get(column)), int | float) for record in table.rows)
-        drawn.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
-    for record in table.rows:
-        drawn.add_row(*(Text(_human(plain(record.get(column)))) for column in columns))
-    Console(file=out).print(drawn)
+    console = Console(file=out)
+    if table.title:
+        title = printable(table.title) + ("" if table.rows else ": none")
+        console.print(Text(title, style="italic"), soft_wrap=True)
+    if not table.rows:
+        return
+    names = list(dict.fromkeys(key for record in table.rows for key in record))
+    cells = {name: [_human(plain(record.get(name))) for record in table.rows] for name in names}
+    widths = _widths({name: (printable(name.replace("_", " ")), cells[name]) for name in names}, console.width)
+    drawn = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, width in widths.items():
+        header = Text(printable(name.replace("_", " ")))
+        drawn.add_column(header, justify="right" if _numeric(cells[name]) else "left", overflow="fold", width=width)
+    for row in zip(*(cells[name] for name in widths), strict=True):
+        drawn.add_row(*map(Text, row))
+    console.print(drawn)
+    if left_out := [name.replace("_", " ") for name in names if name not in widths]:
+        console.print(Text(f"too narrow for: {', '.join(left_out)} (--format json has them)", style="italic"))
+    console.print()
+
+
+def _widths(columns: Mapping[str, tuple[str, Sequence[str]]], available: int) -> dict[str, int]:
+    """The width of each column, given its header and cells, so that no word and no number is broken.
+
+    Columns that do not fit even with a word a line are left out, the last first; words count up to LONG characters.
+    """
+    from rich.cells import cell_len
+
+    least, most = {}, {}
+    for name, (header, cells) in columns.items():
+        whole = _numeric(cells)
+        words = [word for text in (header, *([] if whole else cells)) for word in text.split()]
+        least[name] = max([min(cell_len(word), LONG) for word in words] + [cell_len(cell) for cell in cells if whole])
+        most[name] = max(cell_len(text) for text in (header, *cells))
+    kept = list(columns)
+    while len(kept) > 1 and sum(least[name] + GAP for name in kept) - GAP > available:
+        kept.pop()
+    widths = {name: min(least[name], available) for name in kept}
+    slack = available - sum(width + GAP for width in widths.values()) + GAP
+    wanting = sorted(kept, key=lambda name: most[name] - widths[name])
+    for place, name in enumerate(wanting):  # the least in want first, so that few columns wrap
+        more = max(0, min(most[name] - widths[name], slack // (len(wanting) - place)))
+        widths[name] += more
+        slack -= more
+    return widths
+
+
+def _numeric(cells: Sequence[str]) -> bool:
+    return all(NUMBER.fullmatch(cell) for cell in cells)
 
 
 def _human(value: Any) -> str:

@@ -20,7 +20,7 @@ class Field:
     dtype: str
     units: str
     long_name: str
-    made_by: str = "opsig train"
+    made_by: str | None = None
 
     @property
     def fill(self) -> float | int | bytes:

@@ -57,7 +57,7 @@ class Settings:
         """Settings from the options a person gave, None meaning not given; UsageError where they contradict."""
         options = {key: value for key, value in given.items() if value is not None}
         if not options.get("task"):
-            raise UsageError("--task is missing. Write --task NAME or --task file.py:Name")
+            raise UsageError("--task is missing. Write --task NAME, as in --task fashion-mnist, or --task file.py:Name")
         settings = cls(**options)
         if settings.optimizer == "gd" and settings.batch_size is not None:
             raise UsageError("gd is full batch. Use --optimizer sgd with --batch-size, or --chunk-size to bound memory")

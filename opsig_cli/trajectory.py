@@ -159,7 +159,10 @@ class Trajectory:
         """Raise OpsigError, naming the command that makes it, where the dataset is not in the file."""
         if not self.has(name):
             field = FIELDS[name]
-            raise OpsigError(f"{self.path} has no {field.long_name} ({name}). Run: {field.made_by} {self.path}")
+            how = "Record it in a run of its own: opsig train, or opsig import CHECKPOINT... --task TASK"
+            if field.made_by:
+                how = f"Run: {field.made_by} {self.path}"
+            raise OpsigError(f"{self.path} does not hold {name}: {field.long_name}. {how}")
 
     def groups(self) -> list[str]:
         """Names of the groups in the file, sorted."""

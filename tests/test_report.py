@@ -18,6 +18,7 @@ from conftest import TASKS, start_opsig
 from PIL import Image
 
 from opsig_cli import Recorder
+from opsig_cli.cluster_records import by_strength
 from opsig_cli.report import images, words
 from opsig_cli.report.charts import MOST_POINTS, Line, line_chart
 from opsig_cli.trajectory import open_trajectory
@@ -243,7 +244,7 @@ def test_the_rise_is_taken_apart_as_by_explain(report, opsig, tiny_run):
 
 def test_significant_pairs_come_first_and_then_those_that_move_most():
     pairs = [{"p_value": p, "movement": m} for p, m in ((1.0, 0.9), (0.005, 0.1), (0.005, 0.4))]
-    assert words.by_strength(pairs) == [pairs[2], pairs[1], pairs[0]]
+    assert by_strength(pairs) == [pairs[2], pairs[1], pairs[0]]
     assert words.significant(pairs) == pairs[1:]
 
 

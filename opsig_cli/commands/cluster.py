@@ -54,6 +54,9 @@ def cluster(
     Takes a run, which it mines itself (the samples whose loss moves most, and as many with the largest gradients), or
     the records of `opsig mine` on stdin.
 
+    The table has of each pair: the mean cosine across, the correlation of the losses' changes, how alike it looks to
+    the network, its part of all movement, the p-value, and how well it comes back when samples are left out.
+
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
     from opsig_cli import agreement, cluster_records, clustering, groups, movers, records
@@ -85,8 +88,11 @@ def cluster(
     for words in found.notes:
         options.note(f"note: {words}", quiet)
     if not clusters.pairs:
-        options.note(f"no opposing pair was found among {len(clusters.position)} samples", quiet)
-    tables = [records.Table(f"{path}: opposing pairs", cluster_records.pair_table(written))]
+        more = " Mine more: opsig mine --top" if mined else " Look at more: --top, or other steps: --window"
+        options.note(f"no opposing pair was found among {len(clusters.position)} samples.{more}", quiet)
+    tables = [records.Table(f"{path}: opposing pairs, the significant ones first", cluster_records.pair_table(written))]
+    if said := cluster_records.sentence_table(written):
+        tables.append(records.Table("in words", said))
     if alone := cluster_records.alone_table(written):
         tables.append(records.Table("groups that no other opposes", alone))
     if explained:

@@ -39,7 +39,16 @@ def compare(
             for run, record in zip(opened, written, strict=True):
                 record["test_accuracy"] = _test_accuracy(run, test, device, backend)
         options.save_figure(figure, pictures.draw_compared, opened, series)
-    records.write(written, format)
+    records.write(written, format, [records.Table("", _rows(written))])
+
+
+def _rows(written: list[dict]) -> list[dict]:
+    """Records under short names, with what any of the runs has; the seed goes last."""
+    short = {"trajectory": "run", "learning_rate": "rate", "sign_learning_rate": "sign rate", "batch_size": "batch"}
+    short |= {"signed_fraction": "signed", "test_accuracy": "test accuracy"}
+    names = [name for name in written[0] if any(record[name] is not None for record in written)]
+    names.sort(key=lambda name: name == "seed")
+    return [{short.get(name, name): record[name] for name in names} for record in written]
 
 
 def _test_accuracy(run, test: str, device: str | None, backend: str) -> float:

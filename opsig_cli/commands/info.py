@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from opsig_cli import options
 
+TAKES = {
+    "momentum": ("momentum", "splitsgd"),
+    "beta1": ("adam",),
+    "beta2": ("adam",),
+    "epsilon": ("adam",),
+    "sign_learning_rate": ("splitsgd",),
+    "dampening": ("splitsgd",),
+}
+"""Optimizers that take a setting; all take the others."""
+
 
 def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
     """What a trajectory file holds.
@@ -31,6 +41,8 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
             "state": attributes.get("state"),
         }
         settings = attributes.get("settings_json") or {}
+        optimizer = settings.get("optimizer")
+        settings = {key: value for key, value in settings.items() if optimizer in TAKES.get(key, (optimizer,))}
         rows_recorded = [
             {"group": group, "rows": len(s), "first": s[0], "last": s[-1]} for group, s in rows.items() if len(s)
         ]

@@ -17,7 +17,9 @@ def probe(
         list[str] | None,
         typer.Option("--input", metavar="INPUT", help="color:sky, color:#87ceeb, an image or .npy file, or sample:N."),
     ] = None,
-    steps: Annotated[str | None, typer.Option(metavar="A:B:C", help="Checkpoints from A to B, every C-th.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="A:B:C", help="Checkpoints of steps A to B, every C-th of them.")
+    ] = None,
     projection: Annotated[
         bool, typer.Option("--projection", help="Iterates along the top eigenvector at the first crossing.")
     ] = False,
@@ -54,7 +56,8 @@ def probe(
             if any(record["reversals"] is None for record in summaries):
                 options.note("note: reversals need checkpoints at every step: train --checkpoint-window A:B", quiet)
             options.save_figure(figure, pictures.draw_projection, runs[0], written)
-            tables = [records.Table(run, summaries)]
+            shown = [{key: value for key, value in record.items() if key != "kind"} for record in summaries]
+            tables = [records.Table(f"{run}: along its top eigenvector", shown)]
         else:
             written, drawn = _inputs(runs, inputs or [], steps, task, device, backend, quiet)
             options.save_figure(figure, pictures.draw_probe, runs, written, drawn)

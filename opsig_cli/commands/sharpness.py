@@ -16,7 +16,7 @@ def sharpness(
     run: options.RunOrRecords,
     count: Annotated[int, typer.Option("-k", min=1, help="Eigenvalues.")] = 1,
     steps: Annotated[
-        str | None, typer.Option(metavar="A:B:C", help="Checkpoints from A to B, every C-th. Default: all.")
+        str | None, typer.Option(metavar="A:B:C", help="Checkpoints of steps A to B, every C-th of them. Default: all.")
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Residual |Hv - av| / |a| to reach.")] = 1e-3,
     metrics: Annotated[
@@ -87,7 +87,7 @@ def sharpness(
             have = set(trajectory.steps(group).tolist())
             missing = [step for step in chosen_steps if step not in have]
             if len(missing) < len(chosen_steps):
-                note(f"{len(chosen_steps) - len(missing)} checkpoints are measured already")
+                note(f"measured already: {len(chosen_steps) - len(missing)} of {len(chosen_steps)} checkpoints")
             with options.progress("sharpness", len(missing), quiet) as advance:
                 for step in curvature.measure(trajectory, session, group, missing, measured, tolerance):
                     advance(note=f"step {step}")
@@ -96,7 +96,8 @@ def sharpness(
             from opsig_cli import pictures
 
             options.save_figure(figure, pictures.draw_curvature, trajectory, written)
-    records.write(written, format, [records.Table(path, [_row(record) for record in written])])
+    title = f"{path}: preconditioned Hessian" if any(r.get("preconditioned") for r in written) else path
+    records.write(written, format, [records.Table(title, _rows(written))])
     unmet = [r for r in written if r.get("converged") is False]
     if unmet:
         note(f"note: {len(unmet)} eigenvalues did not reach the tolerance; see their residuals")
@@ -136,10 +137,16 @@ def curvature_groups(trajectory, piped: list) -> dict:
     return {name: movers.positions_of(trajectory, list(dict.fromkeys(ids))) for name, ids in members.items()}
 
 
-def _row(record: dict) -> dict:
-    row = {key: value for key, value in record.items() if key not in ("trajectory", "layer_fraction", "losses")}
-    row = {key: value for key, value in row.items() if not key.startswith("density")}
-    if record.get("layer_fraction"):
-        name, share = max(record["layer_fraction"].items(), key=lambda item: item[1])
-        row["most in"] = f"{name} {share:.0%}"
-    return row | record.get("losses", {})
+def _rows(records: list[dict]) -> list[dict]:
+    """Records shortened to what a person reads: columns that say the same of every eigenvalue are left to JSON."""
+    rows = []
+    hidden = ["trajectory", "layer_fraction", "losses", "density_nodes", "density_weights", "preconditioned"]
+    if all(record.get("converged") for record in records):
+        hidden.append("converged")
+    for record in records:
+        row = {key: value for key, value in record.items() if key not in hidden}
+        if record.get("layer_fraction"):
+            name, share = max(record["layer_fraction"].items(), key=lambda item: item[1])
+            row["most in"] = f"{name} {share:.0%}"
+        rows.append(row | record.get("losses", {}))
+    return rows

@@ -20,7 +20,7 @@ AtOption = Annotated[
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")]
 
 
-@app.command()
+@app.command(cls=options.Command)
 def linear(
     dynamics: Annotated[str, typer.Option(metavar="flow|gd|sampled", help="Gradient flow, or descent.")] = "flow",
     d1: Annotated[int, typer.Option(help="Size of the ordinary part of the input.")] = 10,
@@ -46,11 +46,11 @@ def linear(
     run = simulations.linear(dynamics, d1, d2, alpha, beta_norm, learning_rate, steps, loss, seed)
     written = [{"kind": "run", **run.record}, *simulations.states(run, at or [])]
     _save(run, output, replace, figure)
-    tables = [records.Table(run.title, _rows(run.record)), records.Table("", written[1:])]
+    tables = [records.Table(run.title, _rows(run.record)), records.Table("at", _states(written[1:]))]
     records.write([{"trajectory": output, **record} for record in written], format, tables[: len(written)])
 
 
-@app.command()
+@app.command(cls=options.Command)
 def valley(
     learning_rate: Annotated[float, typer.Option(min=0, help="Of gradient descent.")] = 0.08,
     steps: Annotated[int, typer.Option(min=1)] = 120,
@@ -69,7 +69,7 @@ def valley(
     run = simulations.valley(learning_rate, steps)
     written = [{"kind": "run", **run.record}, *simulations.states(run, at or [])]
     _save(run, output, replace, figure)
-    tables = [records.Table(run.title, _rows(run.record)), records.Table("", written[1:])]
+    tables = [records.Table(run.title, _rows(run.record)), records.Table("at", _states(written[1:]))]
     records.write([{"trajectory": output, **record} for record in written], format, tables[: len(written)])
 
 
@@ -80,6 +80,10 @@ def _save(run, output: str | None, replace: bool, figure) -> None:
         simulations.write(run, output, replace)
     if figure is not None:
         simulations.draw(run, figure)
+
+
+def _states(written: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "kind"} for record in written]
 
 
 def _rows(record) -> list[dict]:

@@ -27,7 +27,7 @@ def gather(
     `warnings`: what was said while the task was opened.
     """
     clusters, window = found.clusters, found.clusters.window
-    pairs = words.by_strength([record for record in records if record["kind"] == "pair"])
+    pairs = cluster_records.by_strength([record for record in records if record["kind"] == "pair"])
     groups = [record for record in records if record["kind"] == "group"]
     held = words.significant(pairs)
     series = comparing.series_of(run)

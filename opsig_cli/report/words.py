@@ -80,11 +80,6 @@ def significant(pairs: Sequence[Record]) -> list[Record]:
     return [pair for pair in pairs if pair["p_value"] < SIGNIFICANT]
 
 
-def by_strength(pairs: Sequence[Record]) -> list[Record]:
-    """Pairs in the order of the page: the significant ones first, then those that move most."""
-    return sorted(pairs, key=lambda pair: (pair["p_value"], -pair["movement"]))
-
-
 def answer(pairs: Sequence[Record], groups: Sequence[Record], samples: int) -> str:
     """The page's first sentence: how many pairs there are and hold."""
     held, count = len(significant(pairs)), len(pairs)
@@ -113,7 +108,10 @@ def rise_sentence(
             f"The loss of all samples together never rose; at step {step} it fell least, by {nats(before - after)} nats"
         )
     else:
-        text = f"The loss of all samples together rose most at step {step}, from {nats(before)} to {nats(after)} nats"
+        how = f"from {nats(before)} to {nats(after)} nats"
+        if nats(before) == nats(after):
+            how = f"by {nats(after - before)} to {nats(after)} nats"
+        text = f"The loss of all samples together rose most at step {step}, {how}"
     if movement is not None and pairs:
         whose = "this pair" if pairs == 1 else f"these {pairs} pairs"
         text += f"; members of {whose} carry {percent(movement)} of all movement, up and down, at that step"
