@@ -175,6 +175,11 @@ def _check_session(request: Request, session: Session, losses: series.Losses | N
 def _stored(request: Request) -> Settings:
     """The settings of the run that is added to. Raises UsageError where an option contradicts them."""
     with open_trajectory(request.output) as kept:
+        if "settings_json" not in kept.attributes:
+            raise OpsigError(
+                f"{request.output} holds losses alone, to which no checkpoint can be added. Import both at once: give "
+                "--losses with the checkpoints, and another -o or --replace"
+            )
         settings = Settings.stored(kept.attributes, request.output)
     for key, value in request.given.items():
         if key != "learning_rate" and value != getattr(settings, key):

@@ -522,6 +522,10 @@ def test_losses_alone_make_a_run_that_is_mined_and_grouped(opsig, tmp_path):
     opsig("import", "--losses", tmp_path / "a.npy", "--steps", ",".join(map(str, range(0, 120, 2))), "-o",
           tmp_path / "e.h5")  # fmt: skip
     assert opsig("info", tmp_path / "e.h5").records[0]["steps"] == 118
+    torch.save({}, tmp_path / "w.pt")
+    opsig("import", tmp_path / "w.pt", *OWN, "-o", tmp_path / "e.h5", "--append").fails(
+        1, "e.h5 holds losses alone", "give --losses with the checkpoints"
+    )
 
 
 @pytest.mark.parametrize(
