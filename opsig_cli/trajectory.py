@@ -162,7 +162,7 @@ class Trajectory:
             how = "Record it in a run of its own: opsig train, or opsig import CHECKPOINT... --task TASK"
             if field.made_by:
                 how = f"Run: {field.made_by} {self.path}"
-            raise OpsigError(f"{self.path} has no {field.long_name} ({name}). {how}")
+            raise OpsigError(f"{self.path} lacks {name} ({field.long_name}). {how}")
 
     def groups(self) -> list[str]:
         """Names of the groups in the file, sorted."""

@@ -107,7 +107,7 @@ def test_what_a_file_lacks_is_said_with_a_command_that_adds_it(opsig, tmp_path):
     np.save(losses, np.random.default_rng(0).random((30, 20), np.float32))
     run = tmp_path / "run.h5"
     assert opsig("import", "--losses", losses, "-o", run).code == 0
-    opsig("sharpness", run).fails(1, "(checkpoints/params)", "opsig import CHECKPOINT... --task TASK")
+    opsig("sharpness", run).fails(1, "lacks checkpoints/params", "opsig import CHECKPOINT... --task TASK")
 
 
 def test_a_rise_smaller_than_the_figures_shown_is_told_by_its_size():

@@ -93,7 +93,7 @@ def test_track_fills_what_training_left_out_with_the_same_losses(tmp_path, opsig
     arguments = train_tiny(tmp_path / "bare.h5")
     arguments.remove("--track")
     assert opsig(*arguments).code == 0
-    opsig("mine", tmp_path / "bare.h5").fails(1, "has no loss of every sample", "opsig track")
+    opsig("mine", tmp_path / "bare.h5").fails(1, "lacks losses/loss (loss of every sample)", "opsig track")
     outcome = opsig("track", tmp_path / "bare.h5", "--task", f"{TASKS}:Tiny")
     assert [r["step"] for r in outcome.records] == list(range(0, 61, 3))
     filled, recorded = arrays(tmp_path / "bare.h5"), arrays(tiny_run)
