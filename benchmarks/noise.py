@@ -1,10 +1,11 @@
 """How often `opsig cluster` reports a pair where nothing is planted, through the command line.
 
-    python benchmarks/noise.py [--runs 100] [--only series,labels]
+    python benchmarks/noise.py [--runs 100] [--only series,labels,cnn]
 
 `series`: white noise as the losses of 60 samples over 80 steps, without checkpoints. `labels`: Fashion-MNIST with
 labels drawn at random, 1,000 images, full-batch gradient descent; half of the runs stop before the edge of stability
-and half go on beyond it. A run counts where it reports a pair at p < 0.01.
+and half go on beyond it. `cnn`: the same with a small convolutional network. A run
+counts where it reports a pair at p < 0.01.
 """
 
 import argparse
@@ -25,12 +26,17 @@ def white_series(path: Path, seed: int) -> None:
             recorder.record(step, losses=row.astype(np.float32))
 
 
-def random_labels(path: Path, seed: int) -> None:
+def random_labels(path: Path, seed: int, *training: str) -> None:
     """A network that learns labels without meaning; no patch is planted that can be seen."""
     task = f"planted:pairs=1,side=2,strength=0.001,label_noise=0.9999,samples=1000,seed={seed}"
     rate = ("0.1", "0.5")[seed % 2]
-    opsig("train", "--task", task, "--learning-rate", rate, "--steps", "400", "--seed", str(seed), "--track", "-q",
-          "--replace", "-o", str(path))  # fmt: skip
+    training = training or ("--learning-rate", rate, "--steps", "400")
+    opsig("train", "--task", task, *training, "--seed", str(seed), "--track", "-q", "--replace", "-o", str(path))
+
+
+def convolutional(path: Path, seed: int) -> None:
+    """The same for a network to whose features more images look alike."""
+    random_labels(path, seed, "--model", "cnn:width=8", "--learning-rate", "0.1", "--steps", "300")
 
 
 def main() -> None:
@@ -42,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.h5"
         for name in options.only.split(","):
-            make = {"series": white_series, "labels": random_labels}[name]
+            make = {"series": white_series, "labels": random_labels, "cnn": convolutional}[name]
             false = 0
             for seed in range(options.first, options.first + options.runs):
                 make(path, seed)

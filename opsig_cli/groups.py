@@ -79,9 +79,9 @@ class GroupWeight:
 @dataclass(frozen=True)
 class PairWeight:
     """What speaks for a pair, as for a group, and: `opposition`, the mean similarity across; `shared`, the mean cosine
-    of the two groups' centred features, NaN where there are none; `claim`, by how much
-    looks and opposition exceed what labels alone give (see CLAIMS), NaN likewise; `p_value`, 1 where that is little;
-    `loss_correlation` of their mean loss changes, and `p_value_losses`, its p-value against phase-shuffled series."""
+    of the two groups' centred features, NaN where there are none; `claim`, by how much looks and opposition exceed
+    what labels alone give (see CLAIMS), NaN likewise; `p_value`, 1 where that is little; `loss_correlation` of their
+    mean loss changes, and `p_value_losses`, its p-value against phase-shuffled series."""
 
     cohesion: float
     opposition: float
@@ -225,8 +225,7 @@ def by_gradient(
     groups share a feature (see CLAIMS), and with `by` "both" where their losses' changes are anticorrelated: what pulls
     apart by labels alone is not a feature with opposing signals. Every group is scored anew, exactly, at each
     checkpoint from the mean gradients of its members. With `joining`, samples that were not mined join the group with
-    which they align as well as its own members do. `sketch` estimates the cosines to group by from so many numbers a
-    sample.
+    which they align and that they look like. `sketch` estimates the cosines to group by from so many numbers a sample.
     """
     sketch_error = None if sketch is None else sketch_band(run, window, sketch)
     if widen:

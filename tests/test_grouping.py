@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
+from opsig_cli import groups as grouped
 from opsig_cli.analysis import evidence, grouping, significance
 
 
@@ -293,3 +294,18 @@ def test_a_group_left_over_takes_a_preferred_partner_before_a_stronger_one():
     between[2, 3] = between[3, 2] = -0.5
     found = grouping.pair_anew(between[np.ix_(groups, groups)], found, preferred)
     assert found.partner_G.tolist() == [1, 0, 0, 0]  # 3 opposes 0 more than 2, and 2 rather takes the preferred 0
+
+
+def test_a_claim_weighs_looks_and_opposition_beyond_labels():
+    """Groups of 9 and 4 with cohesion 0.8 and 0.6, cosine -0.35 across: half of what holds them together."""
+    groups = np.repeat([0, 1], [9, 4])
+    square = np.ix_(groups, groups)
+    similarity = np.array([[0.8, -0.35], [-0.35, 0.6]])[square]
+    np.fill_diagonal(similarity, 1)
+
+    def claim(alike):
+        return grouped._claims(similarity, np.array([[1.0, alike], [alike, 1.0]])[square], groups)[0, 1]
+
+    assert claim(0.9) == pytest.approx(0.4 * 0.5 * 6**0.5)
+    assert claim(0.4) == 0  # what does not look alike claims nothing, however much it opposes
+    assert np.isnan(grouped._claims(similarity, None, groups)).all()
