@@ -19,11 +19,12 @@ from opsig_torch.hessian import Hessian
 from opsig_zoo import FashionMnist, Text
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from opsig_cli import tasks, trainer
-from opsig_cli.recorder import read_state
+from opsig_cli import tasks
 from opsig_cli.settings import Settings
+from opsig_cli.studies import training
 from opsig_cli.tasks import Task
-from opsig_cli.trajectory import open_trajectory
+from opsig_cli.trajectory.file import open_trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 TOLERANCE = 1e-3
 
@@ -34,9 +35,11 @@ def checkpoints(path: Path, steps: int, samples: int = 5000):
     settings = Settings.of({"task": task, "learning_rate": 0.1, "steps": steps, "checkpoint_every": 10})
     loaded, spec = tasks.load(tasks.parse_spec(task))
     session = TorchBackend().open(loaded)
-    recorder = trainer.new_recorder(str(path), settings, session, loaded, spec, True, 10)
+    recorder = training.new_recorder(str(path), settings, session, loaded, spec, True, 10)
     with recorder:
-        for _ in trainer.run(recorder, session, settings, session.initial(0), trainer.StopRequest(), lambda **_: None):
+        for _ in training.run(
+            recorder, session, settings, session.initial(0), training.StopRequest(), lambda **_: None
+        ):
             pass
     with open_trajectory(path) as run:
         return session, [read_state(run, step) for step in run.steps("checkpoints")[1:].tolist()]

@@ -26,7 +26,7 @@ import test_integrity
 import test_store
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory import create_trajectory, open_trajectory
+from opsig_cli.trajectory.file import create_trajectory, open_trajectory
 
 
 def kills(folder: Path, rounds: int) -> int:

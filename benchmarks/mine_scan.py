@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opsig_cli.trajectory import create_trajectory
+from opsig_cli.trajectory.file import create_trajectory
 
 RAW_SCAN = """
 import sys

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from opsig_cli.trajectory import create_trajectory, open_trajectory
+from opsig_cli.trajectory.file import create_trajectory, open_trajectory
 
 
 def committed_steps(run, steps: range, rows: np.ndarray) -> float:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from opsig_torch import TorchBackend
 
-from opsig_cli import measure, tasks, trainer
-from opsig_cli.recorder import read_state
+from opsig_cli import tasks
 from opsig_cli.settings import Settings
-from opsig_cli.trajectory import open_trajectory
+from opsig_cli.studies import tracking, training
+from opsig_cli.trajectory.file import open_trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 
 def train(path: Path, task: str, steps: int, track: bool) -> float:
@@ -27,9 +28,9 @@ def train(path: Path, task: str, steps: int, track: bool) -> float:
     session = TorchBackend().open(loaded)
     start = session.initial(0)
     begin = time.perf_counter()
-    recorder = trainer.new_recorder(str(path), settings, session, loaded, spec, True, 10)
+    recorder = training.new_recorder(str(path), settings, session, loaded, spec, True, 10)
     with recorder:
-        for _ in trainer.run(recorder, session, settings, start, trainer.StopRequest(), lambda **_: None):
+        for _ in training.run(recorder, session, settings, start, training.StopRequest(), lambda **_: None):
             pass
     return time.perf_counter() - begin
 
@@ -52,9 +53,9 @@ def bare_loop(path: Path, task: str) -> float:
 def track(path: Path, task: str) -> float:
     """Seconds of the same, by opsig, into the file."""
     with open_trajectory(path, "r+") as run:
-        session, _ = measure.open_session(run, task, None, "torch", lambda _: None)
+        session, _ = tracking.open_session(run, task, None, "torch", lambda _: None)
         begin = time.perf_counter()
-        for _ in measure.fill_losses(run, session, measure.missing_losses(run)):
+        for _ in tracking.fill_losses(run, session, tracking.missing_losses(run)):
             pass
         return time.perf_counter() - begin
 

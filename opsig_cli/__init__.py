@@ -7,9 +7,9 @@ The public Python API: `open_trajectory` reads a run, `Recorder` writes one from
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opsig_cli.recorder import Recorder
     from opsig_cli.tasks import Task
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli.trajectory.recorder import Recorder
 
 __all__ = ["Recorder", "Task", "open_trajectory"]
 

@@ -24,8 +24,8 @@ from opsig_cli.commands import (
     train,
     verify,
 )
+from opsig_cli.commands.options import Command
 from opsig_cli.errors import OpsigError
-from opsig_cli.options import Command
 
 app = typer.Typer(
     name="opsig",

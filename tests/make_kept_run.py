@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 from opsig_cli.backends import State, Tensor
-from opsig_cli.recorder import Recorder
+from opsig_cli.trajectory.recorder import Recorder
 
 
 def main(path: str) -> None:

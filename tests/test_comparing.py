@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import TASKS, start_opsig, train_tiny
 
-from opsig_cli.probing import reversals, swings
+from opsig_cli.studies.probing import reversals, swings
 
 OWN = ("--task", f"{TASKS}:Tiny")
 LIKE = {

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from opsig_cli import groups as grouped
 from opsig_cli.analysis import evidence, grouping, significance
+from opsig_cli.studies.clustering import weighing as grouped
 
 
 def cosines_of_pairs(sizes, dimensions=400, noise=0.6, strays=20, seed=0):

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.importers import checkpoints, flow, series
-from opsig_cli.importers.names import fit
-from opsig_cli.importers.optimizers import merge_order
-from opsig_cli.importers.steps import steps_in_names, steps_of
-from opsig_cli.recorder import read_state
-from opsig_cli.trajectory import open_trajectory
+from opsig_cli.studies.importing import checkpoints, flow, series
+from opsig_cli.studies.importing.names import fit
+from opsig_cli.studies.importing.optimizers import merge_order
+from opsig_cli.studies.importing.steps import steps_in_names, steps_of
+from opsig_cli.trajectory.file import open_trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 sys.path.insert(0, str(TASKS.parent))
 from tiny import Tiny
@@ -459,7 +459,7 @@ def test_new_steps_are_appended_and_those_that_are_there_stay(opsig, tmp_path):
 
 
 def test_an_interrupted_import_keeps_what_it_has_and_goes_on(opsig, tmp_path, monkeypatch):
-    from opsig_cli.importers import flow
+    from opsig_cli.studies.importing import flow
 
     files = [save(tmp_path, f"c{step}.pt", weights(step)) for step in (1, 2, 3)]
     read = flow.read

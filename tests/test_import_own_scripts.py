@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import TASKS
 
-from opsig_cli.recorder import read_state
-from opsig_cli.trajectory import open_trajectory
+from opsig_cli.trajectory.file import open_trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 sys.path.insert(0, str(TASKS.parent))
 from tiny import Tiny
@@ -247,7 +247,7 @@ def test_only_the_arrays_that_are_asked_for_are_read_from_a_table_of_losses(opsi
 
 
 def test_an_interruption_before_anything_is_written_does_not_advise_to_append(opsig, tmp_path, monkeypatch):
-    from opsig_cli.importers import flow
+    from opsig_cli.studies.importing import flow
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -11,10 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
-from opsig_cli import schema
 from opsig_cli.errors import OpsigError
-from opsig_cli.recorder import read_state
-from opsig_cli.trajectory import create_trajectory, open_trajectory
+from opsig_cli.trajectory import schema
+from opsig_cli.trajectory.file import create_trajectory, open_trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 HERE = Path(__file__).parent
 
@@ -249,9 +249,9 @@ def test_a_repacked_run_has_the_same_numbers_in_fewer_bytes(run_path, tmp_path, 
 CORRUPT = """
 import json, random, sys
 import numpy as np
-from opsig_cli import integrity
+from opsig_cli.trajectory import integrity
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory import open_trajectory
+from opsig_cli.trajectory.file import open_trajectory
 
 source, target, first, last, cut = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 data = open(source, "rb").read()

@@ -18,10 +18,10 @@ from conftest import TASKS, start_opsig
 from PIL import Image
 
 from opsig_cli import Recorder
-from opsig_cli.cluster_records import by_strength
 from opsig_cli.report import images, words
 from opsig_cli.report.charts import MOST_POINTS, Line, line_chart
-from opsig_cli.trajectory import open_trajectory
+from opsig_cli.studies.clustering.saying import by_strength
+from opsig_cli.trajectory.file import open_trajectory
 
 OWN = ("--task", f"{TASKS}:Tiny")
 VOID = {"meta", "img", "br", "rect", "line", "path", "circle", "image"}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory import create_trajectory, open_trajectory
+from opsig_cli.trajectory.file import create_trajectory, open_trajectory
 
 SAMPLES = 300
 LAYERS = 40_000  # parameters: enough for writes that go straight to the file

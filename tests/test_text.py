@@ -14,14 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opsig_torch import TorchBackend
+from opsig_torch.captured import gradient_plan
 from opsig_zoo.text import Text
 from opsig_zoo.tokens import quoted, split
 
-from opsig_cli import texts
 from opsig_cli.backends import Training
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import movers_figure
+from opsig_cli.trajectory import texts
 
 WORDS = "we like the same red wine as old men do: young cats want fresh milk and nothing else than that:"
 BOTH = pytest.mark.parametrize("vocabulary", [256, 300])
@@ -137,7 +138,7 @@ def test_gradients_of_single_tokens_are_those_of_autograd(folder, vocabulary, mo
             loss = session.task.losses(session.flat.model, session.batches.take([i])).sum()
             rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, session.flat.parameters)]).numpy())
     norms = np.linalg.norm(rows, axis=1)
-    assert not session.gradient_plan().loose
+    assert not gradient_plan(session).loose
     np.testing.assert_allclose(session.gradient_norms(state)[samples], norms, rtol=1e-9)
     unit = np.array(rows) / norms[:, None]
     np.testing.assert_allclose(session.gradient_cosines(state, samples), unit @ unit.T, atol=1e-9)

@@ -1,0 +1,1 @@
+"""Pure functions over arrays (numpy, scipy, scikit-learn): no files, no printing, nothing of ours but each other."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 from opsig_cli.errors import UsageError
 
 
@@ -59,45 +59,47 @@ def cluster(
 
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
-    from opsig_cli import agreement, cluster_records, clustering, groups, movers, records
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli import records
+    from opsig_cli.studies import mining
+    from opsig_cli.studies.clustering import agreement, finding, saying, weighing
+    from opsig_cli.trajectory.file import open_trajectory
 
-    if by not in (None, *groups.BY):
-        raise UsageError(f"--by is one of {', '.join(groups.BY)}, not '{by}'")
+    if by not in (None, *weighing.BY):
+        raise UsageError(f"--by is one of {', '.join(weighing.BY)}, not '{by}'")
     if by == "loss" and sketch is not None:
         raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
     mined = records.read(sys.stdin) if run == "-" else None
     path = options.trajectory_of(mined) if mined else run
     samples = [r["sample"] for r in mined if isinstance(r.get("sample"), int)] if mined else None
     samples = None if samples is None else list(dict.fromkeys(samples))
-    span = options.parse_range(window, "--window") if window else movers.mined_window(mined or [])
+    span = options.parse_range(window, "--window") if window else mining.mined_window(mined or [])
     with open_trajectory(path) as trajectory:
-        found = clustering.find(
+        found = finding.find(
             trajectory, by, top, task, device, backend, partial(options.note, quiet=quiet),
             partial(options.progress, quiet=quiet), samples=samples, window=span, join=join,
             sketch=sketch,
         )  # fmt: skip
         clusters = found.clusters
-        written = cluster_records.records(trajectory, clusters)
+        written = saying.records(trajectory, clusters)
         agreed = agreement.agreement(trajectory, clusters) if truth else None
-        explained = cluster_records.explain(trajectory, clusters, explain) if explain is not None else []
+        explained = saying.explain(trajectory, clusters, explain) if explain is not None else []
         if figure:
-            from opsig_cli import pictures
+            from opsig_cli.studies import drawing
 
-            options.save_figure(figure, pictures.draw_pairs, trajectory, clusters, written)
+            options.save_figure(figure, drawing.draw_pairs, trajectory, clusters, written)
     for words in found.notes:
         options.note(f"note: {words}", quiet)
     if not clusters.pairs:
         more = " Mine more: opsig mine --top" if mined else " Look at more: --top, or other steps: --window"
         options.note(f"no opposing pair was found among {len(clusters.position)} samples.{more}", quiet)
-    tables = [records.Table(f"{path}: opposing pairs, the significant ones first", cluster_records.pair_table(written))]
-    if said := cluster_records.sentence_table(written):
+    tables = [records.Table(f"{path}: opposing pairs, the significant ones first", saying.pair_table(written))]
+    if said := saying.sentence_table(written):
         tables.append(records.Table("in words", said))
-    if alone := cluster_records.alone_table(written):
+    if alone := saying.alone_table(written):
         tables.append(records.Table("groups that no other opposes", alone))
     if explained:
         written += explained
-        shown = cluster_records.explain_table(explained)
+        shown = saying.explain_table(explained)
         tables.append(records.Table(f"the change at step {explain}, summed over samples, in nats", shown))
     if agreed:
         written.append(agreed)

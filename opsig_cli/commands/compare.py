@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 
 
 def compare(
@@ -28,8 +28,9 @@ def compare(
 
     Example: opsig compare gd.h5 adam.h5 --figure compared.png
     """
-    from opsig_cli import comparing, pictures, records
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli import records
+    from opsig_cli.studies import comparing, drawing
+    from opsig_cli.trajectory.file import open_trajectory
 
     with ExitStack() as stack:
         opened = [stack.enter_context(open_trajectory(path)) for path in runs]
@@ -38,7 +39,7 @@ def compare(
         if test is not None:
             for run, record in zip(opened, written, strict=True):
                 record["test_accuracy"] = _test_accuracy(run, test, device, backend)
-        options.save_figure(figure, pictures.draw_compared, opened, series)
+        options.save_figure(figure, drawing.draw_compared, opened, series)
     records.write(written, format, [records.Table("", _rows(written))])
 
 
@@ -52,9 +53,10 @@ def _rows(written: list[dict]) -> list[dict]:
 
 
 def _test_accuracy(run, test: str, device: str | None, backend: str) -> float:
-    from opsig_cli import backends, comparing, tasks
-    from opsig_cli.curvature import settings_of
+    from opsig_cli import backends, tasks
     from opsig_cli.errors import UsageError
+    from opsig_cli.studies import comparing
+    from opsig_cli.studies.curvature import settings_of
 
     settings = settings_of(run)
     loaded, _ = tasks.load(tasks.parse_spec(test, None if settings is None else settings.model))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 
 
 def import_(
@@ -73,17 +73,18 @@ def import_(
 
     Example: opsig import checkpoints/*.pt --task mytask.py:MyTask --learning-rate 0.1 --track -o run.h5
     """
-    from opsig_cli import importing, records
+    from opsig_cli import records
+    from opsig_cli.studies.importing import entry
 
     given = dict(
         optimizer=optimizer, learning_rate=learning_rate, momentum=momentum, beta1=beta1, beta2=beta2,
         weight_decay=weight_decay, batch_size=batch_size, chunk_size=chunk_size, statistics=statistics,
     )  # fmt: skip
-    request = importing.Request(
-        output, paths or [], task, model, steps, steps_from, prefix, importing.chosen(given), losses, scalars, track,
+    request = entry.Request(
+        output, paths or [], task, model, steps, steps_from, prefix, entry.chosen(given), losses, scalars, track,
         append, replace, device, backend,
     )  # fmt: skip
     bar = partial(options.progress, quiet=quiet)
-    written = importing.run(request, partial(options.note, quiet=quiet), bar)
+    written = entry.run(request, partial(options.note, quiet=quiet), bar)
     rows = [{key: value for key, value in each.items() if key not in ("trajectory", "sha256")} for each in written]
     records.write(written, format, [records.Table(output, rows)])

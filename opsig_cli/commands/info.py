@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opsig_cli import options
+from opsig_cli.commands import options
 
 TAKES = {
     "momentum": ("momentum", "splitsgd"),
@@ -23,8 +23,8 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
     import os
 
     from opsig_cli import records
-    from opsig_cli.schema import ROW_GROUPS
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli.trajectory.schema import ROW_GROUPS
 
     with open_trajectory(run) as trajectory:
         attributes = trajectory.attributes

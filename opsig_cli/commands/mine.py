@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 from opsig_cli.errors import UsageError
 
 TEXT = 40
@@ -39,18 +39,19 @@ def mine(
 
     Example: opsig mine run.h5 --top 20 --figure movers.png
     """
-    from opsig_cli import movers, records
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli import records
+    from opsig_cli.studies import mining
+    from opsig_cli.trajectory.file import open_trajectory
 
     if step is not None and window is not None:
         raise UsageError("--step and --window exclude each other. Give one of them")
     with open_trajectory(run) as trajectory:
-        found = movers.find(trajectory, top, score, step, options.parse_range(window, "--window"), direction)
-        mined = movers.records(trajectory, found, share)
+        found = mining.find(trajectory, top, score, step, options.parse_range(window, "--window"), direction)
+        mined = mining.records(trajectory, found, share)
         if figure:
-            from opsig_cli import pictures
+            from opsig_cli.studies import drawing
 
-            options.save_figure(figure, pictures.draw_movers, trajectory, found, mined)
+            options.save_figure(figure, drawing.draw_movers, trajectory, found, mined)
     if found.note:
         options.note(f"note: {found.note}", quiet)
     if share is not None:

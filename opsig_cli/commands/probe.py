@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 from opsig_cli.errors import UsageError
 
 
@@ -40,27 +40,28 @@ def probe(
 
     Example: opsig probe run.h5 --input color:white --input color:black --figure probe.png
     """
-    from opsig_cli import pictures, records
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli import records
+    from opsig_cli.studies import drawing
+    from opsig_cli.trajectory.file import open_trajectory
 
     if projection == bool(inputs):
         raise UsageError("give either --input or --projection")
     with ExitStack() as stack:
         runs = [stack.enter_context(open_trajectory(path)) for path in (run, *(against or []))]
         if projection:
-            from opsig_cli import probing
+            from opsig_cli.studies import probing
 
             with options.progress("projecting", len(runs), quiet) as advance:
                 written = probing.project(runs[0], runs, steps, advance)
             summaries = [record for record in written if record["kind"] == "summary"]
             if any(record["reversals"] is None for record in summaries):
                 options.note("note: reversals need checkpoints at every step: train --checkpoint-window A:B", quiet)
-            options.save_figure(figure, pictures.draw_projection, runs[0], written)
+            options.save_figure(figure, drawing.draw_projection, runs[0], written)
             shown = [{key: value for key, value in record.items() if key != "kind"} for record in summaries]
             tables = [records.Table(f"{run}: along its top eigenvector", shown)]
         else:
             written, drawn = _inputs(runs, inputs or [], steps, task, device, backend, quiet)
-            options.save_figure(figure, pictures.draw_probe, runs, written, drawn)
+            options.save_figure(figure, drawing.draw_probe, runs, written, drawn)
             hidden = ("trajectory", "logits", "probabilities")
             rows = [{key: value for key, value in record.items() if key not in hidden} for record in written]
             tables = [records.Table(run, rows)]
@@ -69,12 +70,12 @@ def probe(
 
 def _inputs(runs, names: list[str], steps, task, device, backend, quiet: bool):
     """Records of all runs, and the pictures that were shown to them."""
-    from opsig_cli import curvature, measure, probing
+    from opsig_cli.studies import curvature, probing, tracking
 
     written, drawn = [], None
     for trajectory in runs:
         chosen = curvature.select_steps(trajectory, steps)
-        session, loaded = measure.open_session(
+        session, loaded = tracking.open_session(
             trajectory, task, device, backend, lambda text: options.note(text, quiet)
         )
         shown = probing.gather(loaded, trajectory, names)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 
 
 def repack(
@@ -20,6 +20,7 @@ def repack(
 
     Example: opsig repack run.h5
     """
-    from opsig_cli import integrity, records
+    from opsig_cli import records
+    from opsig_cli.trajectory import integrity
 
     records.write([integrity.repack(run, output or run)], format)

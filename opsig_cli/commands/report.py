@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 from opsig_cli.errors import UsageError
 
 
@@ -42,12 +42,13 @@ def report(
 
     Example: opsig report run.h5 -o report.html
     """
-    from opsig_cli import cluster_records, clustering, groups, records
+    from opsig_cli import records
     from opsig_cli.report import content, page
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli.studies.clustering import finding, saying, weighing
+    from opsig_cli.trajectory.file import open_trajectory
 
-    if by not in (None, *groups.BY):
-        raise UsageError(f"--by is one of {', '.join(groups.BY)}, not '{by}'")
+    if by not in (None, *weighing.BY):
+        raise UsageError(f"--by is one of {', '.join(weighing.BY)}, not '{by}'")
     path = output or Path(run).with_suffix(".html")
     said: list[str] = []
 
@@ -59,8 +60,8 @@ def report(
     with open_trajectory(run) as trajectory:
         page.check_output(path, run, replace)
         progress = partial(options.progress, quiet=quiet)
-        found = clustering.find(trajectory, by, top, task, device, backend, warn, progress)
-        written = cluster_records.records(trajectory, found.clusters)
+        found = finding.find(trajectory, by, top, task, device, backend, warn, progress)
+        written = saying.records(trajectory, found.clusters)
         shown = content.gather(trajectory, found, written, task, said)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
     for words in found.notes:

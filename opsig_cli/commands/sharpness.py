@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 from opsig_cli.errors import OpsigError, UsageError
 
 
@@ -50,8 +50,9 @@ def sharpness(
 
     Example: opsig sharpness run.h5 -k 2 --steps 0:400:2 --figure sharpness.png
     """
-    from opsig_cli import backends, curvature, measure, records
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli import backends, records
+    from opsig_cli.studies import curvature, tracking
+    from opsig_cli.trajectory.file import open_trajectory
 
     note = partial(options.note, quiet=quiet)
     piped = records.read(sys.stdin) if run == "-" else []
@@ -63,7 +64,7 @@ def sharpness(
             raise UsageError(f"no metric is called '{name}'. Known: {', '.join(known)}")
     with open_trajectory(path, "r+" if not wanted and slice_step is None else "r") as trajectory:
         chosen_steps = curvature.select_steps(trajectory, steps)
-        session, _ = measure.open_session(trajectory, task, device, backend, note)
+        session, _ = tracking.open_session(trajectory, task, device, backend, note)
         backends.require(session, backends.Curvature, backend, "curvature")
         samples = [name for name in wanted if name in curvature.SAMPLE_METRICS]
         if "gradient_norm" in samples and getattr(session, "couples_samples", False):
@@ -93,9 +94,9 @@ def sharpness(
                     advance(note=f"step {step}")
             written = curvature.records(trajectory, group, chosen_steps, tolerance, count)
         if figure:
-            from opsig_cli import pictures
+            from opsig_cli.studies import drawing
 
-            options.save_figure(figure, pictures.draw_curvature, trajectory, written)
+            options.save_figure(figure, drawing.draw_curvature, trajectory, written)
     title = f"{path}: preconditioned Hessian" if any(r.get("preconditioned") for r in written) else path
     records.write(written, format, [records.Table(title, _rows(written))])
     unmet = [r for r in written if r.get("converged") is False]
@@ -107,7 +108,7 @@ def chosen_samples(trajectory, piped: list, random: int, seed: int) -> dict:
     """Positions of the samples to measure by the name of their set."""
     import numpy as np
 
-    from opsig_cli import movers
+    from opsig_cli.studies import mining
 
     chosen = {}
     ids = [r["sample"] for r in piped if isinstance(r.get("sample"), int)]
@@ -117,7 +118,7 @@ def chosen_samples(trajectory, piped: list, random: int, seed: int) -> dict:
             "jq -c 'select(.kind==\"member\")'"
         )
     if ids:
-        chosen["chosen"] = movers.positions_of(trajectory, list(dict.fromkeys(ids)))
+        chosen["chosen"] = mining.positions_of(trajectory, list(dict.fromkeys(ids)))
     if random:
         rest = np.setdiff1d(np.arange(len(trajectory.samples)), chosen.get("chosen", []))
         chosen["random"] = np.sort(np.random.default_rng(seed).choice(rest, min(random, len(rest)), replace=False))
@@ -126,7 +127,7 @@ def chosen_samples(trajectory, piped: list, random: int, seed: int) -> dict:
 
 def curvature_groups(trajectory, piped: list) -> dict:
     """Positions of the groups that the records name."""
-    from opsig_cli import movers
+    from opsig_cli.studies import mining
 
     members: dict[str, list[int]] = {}
     for record in piped:
@@ -134,7 +135,7 @@ def curvature_groups(trajectory, piped: list) -> dict:
             members.setdefault(f"G{record['group']}", []).append(record["sample"])
     if piped and not members:
         raise OpsigError("records on stdin name no members of groups. Pipe those that opsig cluster prints")
-    return {name: movers.positions_of(trajectory, list(dict.fromkeys(ids))) for name, ids in members.items()}
+    return {name: mining.positions_of(trajectory, list(dict.fromkeys(ids))) for name, ids in members.items()}
 
 
 def _rows(records: list[dict]) -> list[dict]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 
 app = typer.Typer(help="Simulate the theory: the two-layer linear model, and the toy valley.", no_args_is_help=True)
 
@@ -41,10 +41,11 @@ def linear(
 
     Example: opsig simulate linear --dynamics gd --learning-rate 0.0048 --figure linear.png
     """
-    from opsig_cli import records, simulations
+    from opsig_cli import records
+    from opsig_cli.studies import simulating
 
-    run = simulations.linear(dynamics, d1, d2, alpha, beta_norm, learning_rate, steps, loss, seed)
-    written = [{"kind": "run", **run.record}, *simulations.states(run, at or [])]
+    run = simulating.linear(dynamics, d1, d2, alpha, beta_norm, learning_rate, steps, loss, seed)
+    written = [{"kind": "run", **run.record}, *simulating.states(run, at or [])]
     _save(run, output, replace, figure)
     tables = [records.Table(run.title, _rows(run.record)), records.Table("at", _states(written[1:]))]
     records.write([{"trajectory": output, **record} for record in written], format, tables[: len(written)])
@@ -64,22 +65,22 @@ def valley(
 
     Example: opsig simulate valley --figure valley.png
     """
-    from opsig_cli import records, simulations
+    from opsig_cli import records
+    from opsig_cli.studies import simulating
 
-    run = simulations.valley(learning_rate, steps)
-    written = [{"kind": "run", **run.record}, *simulations.states(run, at or [])]
+    run = simulating.valley(learning_rate, steps)
+    written = [{"kind": "run", **run.record}, *simulating.states(run, at or [])]
     _save(run, output, replace, figure)
     tables = [records.Table(run.title, _rows(run.record)), records.Table("at", _states(written[1:]))]
     records.write([{"trajectory": output, **record} for record in written], format, tables[: len(written)])
 
 
 def _save(run, output: str | None, replace: bool, figure) -> None:
-    from opsig_cli import simulations
+    from opsig_cli.studies import simulating
 
     if output is not None:
-        simulations.write(run, output, replace)
-    if figure is not None:
-        simulations.draw(run, figure)
+        simulating.write(run, output, replace)
+    options.save_figure(figure, simulating.draw, run)
 
 
 def _states(written: list[dict]) -> list[dict]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli import options
+from opsig_cli.commands import options
 from opsig_cli.errors import OpsigError, UsageError
 
 
@@ -74,11 +74,12 @@ def train(
 
     Example: opsig train --task digits --learning-rate 0.2 --steps 50 --track -o run.h5
     """
-    from opsig_cli import records, tasks, trainer
+    from opsig_cli import records, tasks
     from opsig_cli.backends import State, load_backend
-    from opsig_cli.recorder import Recorder, read_state
     from opsig_cli.settings import Settings
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli.studies import training
+    from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli.trajectory.recorder import Recorder, read_state
 
     if resume and replace:
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
@@ -117,16 +118,16 @@ def train(
     if resume:
         recorder = Recorder(output, session.samples, resume=True, commit_every=commit_every)
     else:
-        trainer.check_optimizer(settings.optimizer, session)
-        recorder = trainer.new_recorder(output, settings, session, loaded, spec, replace, commit_every)
+        training.check_optimizer(settings.optimizer, session)
+        recorder = training.new_recorder(output, settings, session, loaded, spec, replace, commit_every)
     written = []
-    stop = trainer.StopRequest()
+    stop = training.StopRequest()
     with recorder:
         if resume:
-            start = trainer.resume_point(recorder, session, settings)
+            start = training.resume_point(recorder, session, settings)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():
-            written.extend(trainer.run(recorder, session, settings, start, stop, advance))
+            written.extend(training.run(recorder, session, settings, start, stop, advance))
     records.write(written, format)
     if stop.asked:
         raise OpsigError(f"interrupted. Continue with: opsig train -o {output} --resume", exit_code=130)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opsig_cli import options
+from opsig_cli.commands import options
 from opsig_cli.errors import OpsigError
 
 
@@ -13,8 +13,9 @@ def verify(run: options.RunArgument, format: options.FormatOption = None) -> Non
 
     Example: opsig verify run.h5
     """
-    from opsig_cli import integrity, records
-    from opsig_cli.trajectory import open_trajectory
+    from opsig_cli import records
+    from opsig_cli.trajectory import integrity
+    from opsig_cli.trajectory.file import open_trajectory
 
     with open_trajectory(run) as trajectory:
         found = integrity.verify(trajectory)

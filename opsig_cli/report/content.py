@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opsig_cli import cluster_records, comparing
-from opsig_cli.clustering import Found
 from opsig_cli.report import run_facts, tables, words
 from opsig_cli.report.pairs import show_pair
 from opsig_cli.report.run_facts import Curvature
 from opsig_cli.report.samples import Samples
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies import comparing
+from opsig_cli.studies.clustering import saying
+from opsig_cli.studies.clustering.finding import Found
+from opsig_cli.trajectory.file import Trajectory
 
 PAIRS = 8
 """Pairs that are shown with their samples; all are in the overview."""
@@ -27,7 +28,7 @@ def gather(
     `warnings`: what was said while the task was opened.
     """
     clusters, window = found.clusters, found.clusters.window
-    pairs = cluster_records.by_strength([record for record in records if record["kind"] == "pair"])
+    pairs = saying.by_strength([record for record in records if record["kind"] == "pair"])
     groups = [record for record in records if record["kind"] == "group"]
     held = words.significant(pairs)
     series = comparing.series_of(run)
@@ -35,7 +36,7 @@ def gather(
     rise, previous = (int(window.steps_T[row]) for row in (window.rise_row, window.rise_row - 1))
     means = dict(zip(loss.steps.tolist(), loss.values.tolist(), strict=True))
     samples = Samples(run, previous, rise)
-    explained = cluster_records.explain(run, clusters, rise)
+    explained = saying.explain(run, clusters, rise)
     curvature = run_facts.curvature_of(run, rise)
     shown = [show_pair(run, clusters, samples, loss, pair) for pair in pairs[:PAIRS]]
     has = {

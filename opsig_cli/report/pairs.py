@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.cluster_records import describe
-from opsig_cli.comparing import Series
-from opsig_cli.groups import Clusters
-from opsig_cli.pictures import PAIR_TILES, close_up
 from opsig_cli.report import words
 from opsig_cli.report.charts import Chart, Line, line_chart
 from opsig_cli.report.samples import Samples, Shown, strongest
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies.clustering.saying import describe
+from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.comparing import Series
+from opsig_cli.studies.drawing import PAIR_TILES, close_up
+from opsig_cli.trajectory.file import Trajectory
 
 LINES = 12
 """Lines of text of each side of a pair."""

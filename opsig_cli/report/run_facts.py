@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.comparing import Series
-from opsig_cli.curvature import group_of, settings_of
-from opsig_cli.groups import Window
 from opsig_cli.report import words
 from opsig_cli.report.charts import Chart, Line, line_chart
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies.clustering.weighing import Window
+from opsig_cli.studies.comparing import Series
+from opsig_cli.studies.curvature import group_of, settings_of
+from opsig_cli.trajectory.file import Trajectory
 
 ROUGH = 1e-2
 """Residual above which an eigenvalue is said to be rough."""

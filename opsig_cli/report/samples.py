@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.groups import Clusters
-from opsig_cli.pictures import Pictures, predictions_at
 from opsig_cli.report.images import thumbnail
-from opsig_cli.texts import context
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.drawing import Pictures, predictions_at
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.texts import context
 
 
 @dataclass(frozen=True)

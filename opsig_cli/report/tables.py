@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli import movers as finding
-from opsig_cli.cluster_records import describe
-from opsig_cli.clustering import Found
-from opsig_cli.groups import Clusters, Window
 from opsig_cli.report.images import matrix_image, spread_names
 from opsig_cli.report.samples import Samples, strongest
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies import mining as finding
+from opsig_cli.studies.clustering.finding import Found
+from opsig_cli.studies.clustering.saying import describe
+from opsig_cli.studies.clustering.weighing import Clusters, Window
+from opsig_cli.trajectory.file import Trajectory
 
 CONTRIBUTIONS = 10
 """Groups whose part of the rise is shown."""

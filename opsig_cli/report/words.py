@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsig_cli.agreement import SIGNIFICANT
 from opsig_cli.analysis.significance import ROUNDS
-from opsig_cli.groups import CLAIMS, SHARES
+from opsig_cli.studies.clustering.agreement import SIGNIFICANT
+from opsig_cli.studies.clustering.weighing import CLAIMS, SHARES
 
 Record = Mapping[str, Any]
 Evidence = tuple[str, str, str]

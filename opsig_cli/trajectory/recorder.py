@@ -10,8 +10,8 @@ import numpy as np
 
 from opsig_cli.backends import State, Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.rows import to_bfloat16
-from opsig_cli.trajectory import Trajectory, create_trajectory, open_trajectory
+from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajectory
+from opsig_cli.trajectory.rows import to_bfloat16
 
 
 class Recorder:

@@ -1,7 +1,7 @@
 """The trajectory file: open, read, append, commit.
 
 T steps, S samples, P parameters, M chosen samples. A reader of the rest needs only `open_trajectory`,
-`create_trajectory` and the methods of `Trajectory`. How commits become durable is `opsig_cli.store`'s concern.
+`create_trajectory` and the methods of `Trajectory`. How commits become durable is `store.py`'s concern.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from opsig_cli.chunks import Chunks
 from opsig_cli.errors import OpsigError
-from opsig_cli.rows import (
+from opsig_cli.trajectory.chunks import Chunks
+from opsig_cli.trajectory.rows import (
     Rows,
     as_array,
     column_checksum,
@@ -31,9 +31,9 @@ from opsig_cli.rows import (
     write_fill,
     write_row,
 )
-from opsig_cli.schema import DIMENSIONS, FIELDS, ROW_GROUPS, SCHEMA_VERSION, Field, dimension
-from opsig_cli.store import RedoFile, SnapshotFile, writer_of
-from opsig_cli.vetting import Refused, vet
+from opsig_cli.trajectory.schema import DIMENSIONS, FIELDS, ROW_GROUPS, SCHEMA_VERSION, Field, dimension
+from opsig_cli.trajectory.store import RedoFile, SnapshotFile, writer_of
+from opsig_cli.trajectory.vetting import Refused, vet
 
 BLOCK_BYTES = 16 << 20
 """Bound on the memory that one block of `Trajectory.blocks` takes."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from h5py import h5s  # pyright: ignore[reportAttributeAccessIssue]
 
-from opsig_cli.schema import FIELDS, Field
+from opsig_cli.trajectory.schema import FIELDS, Field
 
 
 class Rows:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Eigenpairs, Session, State
-from opsig_cli.critical import critical_sharpness
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.recorder import read_state
 from opsig_cli.settings import Settings
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies.critical import critical_sharpness
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 SAMPLE_METRICS = ("gradient_norm", "curvature", "sample_sharpness")
 STEP_METRICS = ("trace", "critical_sharpness")

@@ -11,8 +11,8 @@ import numpy as np
 from opsig_cli.analysis import mining
 from opsig_cli.analysis.mining import Movement
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.texts import Texts
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.texts import Texts
 
 SCORES = {
     "change": mining.largest_changes,

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Session
-from opsig_cli.curvature import scale_of, select_steps, settings_of
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.movers import positions_of
-from opsig_cli.recorder import read_state
 from opsig_cli.settings import Settings
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies.curvature import scale_of, select_steps, settings_of
+from opsig_cli.studies.mining import positions_of
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 COLOURS = {"sky": "#87ceeb", "white": "#ffffff", "black": "#000000", "red": "#ff0000", "green": "#00ff00"}
 SWINGS = 0.05

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.importers.torch_files import WRAPPERS, StoredArray, first_words, is_plain, load, number_of
+from opsig_cli.studies.importing.torch_files import WRAPPERS, StoredArray, first_words, is_plain, load, number_of
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 SUFFIXES = (*TORCH, ".safetensors", ".npz")

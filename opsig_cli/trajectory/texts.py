@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.trajectory.file import Trajectory
 
 LONGEST = 16
 """Characters of the longest ending that is looked for."""

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Session
-from opsig_cli.curvature import group_of, settings_of
-from opsig_cli.recorder import read_state
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies.curvature import group_of, settings_of
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.importers.torch_files import first_words
-from opsig_cli.schema import FIELDS
+from opsig_cli.studies.importing.torch_files import first_words
+from opsig_cli.trajectory.schema import FIELDS
 
 SCALARS = {name.removeprefix("scalars/") for name, field in FIELDS.items() if name.startswith("scalars/")
            and field.dtype == "f8"}  # fmt: skip

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli import measure, tasks, trainer
+from opsig_cli import tasks
 from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.importers import checkpoints, flow, series
-from opsig_cli.importers.steps import given_steps, steps_of
-from opsig_cli.recorder import Recorder, check_samples
 from opsig_cli.settings import Settings
-from opsig_cli.trajectory import open_trajectory
+from opsig_cli.studies import tracking, training
+from opsig_cli.studies.importing import checkpoints, flow, series
+from opsig_cli.studies.importing.steps import given_steps, steps_of
+from opsig_cli.trajectory.file import open_trajectory
+from opsig_cli.trajectory.recorder import Recorder, check_samples
 
 Bar = Callable[[str, int], AbstractContextManager[Any]]
 
@@ -163,7 +164,7 @@ def _import_checkpoints(
 def _check_session(request: Request, session: Session, losses: series.Losses | None) -> None:
     """Raise OpsigError or UsageError where the task or the options do not go with what is to be written."""
     if "optimizer" in request.given:
-        trainer.check_optimizer(request.given["optimizer"], session)
+        training.check_optimizer(request.given["optimizer"], session)
     if losses is not None:
         flow.places_of(losses, np.arange(session.samples))
     if request.append:
@@ -190,7 +191,7 @@ def _stored(request: Request) -> Settings:
 
 def _recorder(request: Request, settings: Settings, session: Session, task: Any, spec: tasks.TaskSpec) -> Recorder:
     if not request.append:
-        return trainer.new_recorder(request.output, settings, session, task, spec, request.replace, commit_every=10)
+        return training.new_recorder(request.output, settings, session, task, spec, request.replace, commit_every=10)
     recorder = Recorder(request.output, session.samples, resume=True)
     recorder.run.set_attributes(settings_json=settings.stored_form())
     return recorder
@@ -216,10 +217,10 @@ def _write(
     if losses is not None:
         flow.import_losses(recorder, losses, None, warn)
     if request.track:
-        missing = measure.missing_losses(kept)
+        missing = tracking.missing_losses(kept)
         tracked = {}
         with bar("tracking", len(missing)) as advance:
-            for step, values in measure.fill_losses(kept, session, missing):
+            for step, values in tracking.fill_losses(kept, session, missing):
                 tracked[step] = float(values.mean(dtype="f8"))
                 advance(note=f"step {step}")
         records = [record | {"loss": tracked.get(record["step"])} for record in records]

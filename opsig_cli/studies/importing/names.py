@@ -10,7 +10,7 @@ from typing import Any
 
 from opsig_cli.backends import Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.importers.steps import EPOCH_KEYS, STEP_KEYS
+from opsig_cli.studies.importing.steps import EPOCH_KEYS, STEP_KEYS
 
 BESIDE = re.compile(r"(^|[._])(ema|swa|avg|averag|shadow|teacher|target|grad|init|start|best|exp_avg)", re.IGNORECASE)
 """Beginnings of words in a prefix that speak of a copy beside the weights: an average, gradients, another time's."""

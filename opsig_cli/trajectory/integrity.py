@@ -7,8 +7,8 @@ import tempfile
 from typing import Any
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.schema import FIELDS, ROW_GROUPS
-from opsig_cli.trajectory import Trajectory, create_trajectory, open_trajectory
+from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajectory
+from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS
 
 
 def verify(run: Trajectory) -> list[dict[str, Any]]:

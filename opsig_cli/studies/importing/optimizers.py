@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Tensor
-from opsig_cli.importers.torch_files import WRAPPERS, is_plain, number_of
 from opsig_cli.settings import OTHER
+from opsig_cli.studies.importing.torch_files import WRAPPERS, is_plain, number_of
 
 SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 """The parts of an optimizer's state that the file keeps."""

@@ -18,8 +18,8 @@ import numpy as np
 from opsig_cli import backends, tasks
 from opsig_cli.backends import Eigenpairs, Session, Snapshot, State, Training
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.recorder import Recorder, read_state
 from opsig_cli.settings import Settings
+from opsig_cli.trajectory.recorder import Recorder, read_state
 
 THUMBNAIL_BYTES = 64 << 20
 """Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""

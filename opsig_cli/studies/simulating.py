@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli import options
 from opsig_cli.analysis import linear_descent, linear_model
 from opsig_cli.analysis import valley as toy
 from opsig_cli.backends import Tensor
 from opsig_cli.errors import UsageError
-from opsig_cli.recorder import Recorder
 from opsig_cli.settings import Settings
+from opsig_cli.trajectory.recorder import Recorder
 
 DYNAMICS = ("flow", "gd", "sampled")
 LOSSES = ("square", "cross-entropy")
@@ -244,15 +243,15 @@ def write(run: Simulation, path: str, replace: bool) -> None:
         recorder.run.commit()
 
 
-def draw(run: Simulation, figure: Path) -> None:
+def draw(figure: Path, run: Simulation) -> None:
     """Save the picture: the paper's Fig. 4 for the valley, the right of its Fig. 38 for the linear model."""
     from opsig_cli.figures import simulated
 
     over_time = (run.loss, run.groups, run.sharpness, run.threshold)
     if run.landscape is not None:
-        options.save_figure(figure, simulated.valley_page, run.params_TP, *over_time, run.landscape, run.title)
+        simulated.valley_page(figure, run.params_TP, *over_time, run.landscape, run.title)
     else:
-        options.save_figure(figure, simulated.simulation_page, run.times, *over_time, run.title)
+        simulated.simulation_page(figure, run.times, *over_time, run.title)
 
 
 def _step(time: float, count: int) -> int:

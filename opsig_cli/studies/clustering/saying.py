@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.agreement import SIGNIFICANT
 from opsig_cli.analysis.mining import ALTERNATES
 from opsig_cli.errors import OpsigError
-from opsig_cli.groups import Clusters, GroupWeight, PairWeight
-from opsig_cli.texts import Texts, clause
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies.clustering.agreement import SIGNIFICANT
+from opsig_cli.studies.clustering.weighing import Clusters, GroupWeight, PairWeight
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.texts import Texts, clause
 
 SENTENCES = 5
 """Pairs that a table tells in words."""

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from opsig_cli import cluster_records, groups, measure, movers
 from opsig_cli.errors import OpsigError
-from opsig_cli.groups import Clusters
-from opsig_cli.movers import Movers
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies import mining, tracking
+from opsig_cli.studies.clustering import saying, weighing
+from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.mining import Movers
+from opsig_cli.trajectory.file import Trajectory
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,25 @@ def find(
     `by`, `top`, `join` None: as the run allows. Raises OpsigError where the run lacks what is asked for, or its task.
     """
     run.require("losses/loss")
-    by, fallback = groups.choose_by(run, by)
-    found = movers.find(run, top or movers.default_count(len(run.samples)), window=window)
-    position = found.position if samples is None else movers.positions_of(run, samples)
+    by, fallback = weighing.choose_by(run, by)
+    found = mining.find(run, top or mining.default_count(len(run.samples)), window=window)
+    position = found.position if samples is None else mining.positions_of(run, samples)
     if len(position) < 2:
         raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
-    weighed = groups.window_of(run, found)
+    weighed = weighing.window_of(run, found)
     if by == "loss":
-        clusters = groups.by_loss(run, position, weighed)
+        clusters = weighing.by_loss(run, position, weighed)
     else:
-        steps = groups.checkpoints_in(run, weighed)
+        steps = weighing.checkpoints_in(run, weighed)
         if sketch is not None:
-            groups.sketch_band(run, weighed, sketch)  # refused before anything is loaded
-        session, _ = measure.open_session(run, task, device, backend, warn)
+            weighing.sketch_band(run, weighed, sketch)  # refused before anything is loaded
+        session, _ = tracking.open_session(run, task, device, backend, warn)
         if join is None and not (join := not getattr(session, "couples_samples", False)):
             warn("note: nobody joins: with batch norm in chunks each costs a chunk; see --join")
         with progress("gradients", (3 if samples is None else 2) * len(steps)) as advance:
-            clusters = groups.by_gradient(
+            clusters = weighing.by_gradient(
                 run, session, backend, position, by, weighed, advance,
                 widen=samples is None, joining=join, sketch=sketch,
             )  # fmt: skip
-    notes = [words for words in (fallback, found.note, cluster_records.caveat(clusters)) if words]
+    notes = [words for words in (fallback, found.note, saying.caveat(clusters)) if words]
     return Found(clusters, found, notes)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.groups import Clusters
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.trajectory.file import Trajectory
 
 SIGNIFICANT = 0.01
 """Pairs with a smaller p-value count as reported."""

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli import movers as finding
 from opsig_cli.analysis.density import smoothed_density
-from opsig_cli.cluster_records import describe, plus_minus
-from opsig_cli.comparing import QUANTITIES, Series
 from opsig_cli.figures.alignment import alignment_block
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
-from opsig_cli.groups import Clusters
-from opsig_cli.movers import Movers
-from opsig_cli.texts import clause
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies import mining as finding
+from opsig_cli.studies.clustering.saying import describe, plus_minus
+from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.comparing import QUANTITIES, Series
+from opsig_cli.studies.mining import Movers
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.texts import clause
 
 TILES = 20
 """Pictures on a sheet of mined samples."""

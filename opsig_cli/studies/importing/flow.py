@@ -17,14 +17,14 @@ import numpy as np
 
 from opsig_cli.backends import Session, State, Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.importers import checkpoints, names, optimizers
-from opsig_cli.importers.series import Losses
-from opsig_cli.importers.torch_files import first_words
-from opsig_cli.recorder import Recorder
-from opsig_cli.schema import FIELDS
 from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
+from opsig_cli.studies.importing import checkpoints, names, optimizers
+from opsig_cli.studies.importing.series import Losses
+from opsig_cli.studies.importing.torch_files import first_words
 from opsig_cli.tasks import Task
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.recorder import Recorder
+from opsig_cli.trajectory.schema import FIELDS
 
 Warn = Callable[[str], None]
 

@@ -18,9 +18,9 @@ from opsig_cli.analysis.mining import WIDTH
 from opsig_cli.analysis.significance import Null
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.movers import Movers
-from opsig_cli.recorder import read_state
-from opsig_cli.trajectory import Trajectory
+from opsig_cli.studies.mining import Movers
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 BY = ("gradient", "loss", "both")
 CHECKPOINTS = 6
