@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import train_tiny
 from opsig_torch import TorchBackend, coupled
+from opsig_torch.captured import gradient_plan
 from opsig_zoo.models import image_model
 from tasks import tiny
 from torch import nn
@@ -111,7 +112,7 @@ def test_norms_hold_the_chunks_statistics_fixed(monkeypatch, name):
 def test_resnets_parameters_are_all_captured():
     session, state = open_double("resnet")
     session.gradient_norms(state)
-    assert session.gradient_plan().loose == []
+    assert gradient_plan(session).loose == []
 
 
 def test_the_layers_have_their_own_statistics_back():

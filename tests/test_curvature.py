@@ -11,10 +11,10 @@ from opsig_torch.hessian import Hessian
 from tasks import tiny
 
 from opsig_cli.backends import State, Training
-from opsig_cli.critical import critical_sharpness, update_direction
-from opsig_cli.curvature import scale_of
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
+from opsig_cli.studies.critical import critical_sharpness, update_direction
+from opsig_cli.studies.curvature import scale_of
 
 TASKS = {
     "mlp": tiny.Tiny,
@@ -236,7 +236,7 @@ def test_the_naive_nested_derivative_is_wrong_there(monkeypatch, name):
     session, state = open_double(name)
     direction = np.random.default_rng(1).standard_normal(len(state.params))
     right = session.curvature_along(state, direction)[2]
-    session.traces.clear()
+    session.kept.clear()
     monkeypatch.setattr(sample_curvature, "_WRITTEN_OUT", {})
     try:
         naive = session.curvature_along(state, direction)[2]
@@ -249,11 +249,11 @@ def test_one_trace_serves_all_checkpoints():
     session, state = open_double("batch norm")
     direction = np.random.default_rng(1).standard_normal(len(state.params))
     session.curvature_along(state, direction)
-    traces = list(session.traces.values())
+    traces = list(session.kept.values())
     moved = type(state)(1, state.params + 0.1, state.buffers + 0.5, {})
     values = session.curvature_along(moved, 2 * direction)
-    assert list(session.traces.values()) == traces
-    session.traces.clear()
+    assert list(session.kept.values()) == traces
+    session.kept.clear()
     np.testing.assert_allclose(session.curvature_along(moved, 2 * direction), values, rtol=1e-12)
 
 
@@ -264,7 +264,7 @@ def test_running_statistics_are_inputs_of_the_trace():
     session.curvature_along(state, direction)
     moved = type(state)(1, state.params, state.buffers + 0.5, {})
     values = session.curvature_along(moved, direction)
-    session.traces.clear()
+    session.kept.clear()
     np.testing.assert_allclose(session.curvature_along(moved, direction), values, rtol=1e-12)
 
 

@@ -1,108 +1,117 @@
-"""Who may import whom, read from the source."""
+"""Who may import whom, read from the source: every import, those inside functions and TYPE_CHECKING blocks too.
+
+FLOORS lists the rooms of `opsig_cli` from the ground up; a room imports from itself and from floors below it. Rooms on
+one floor do not know each other.
+"""
 
 import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "opsig_cli"
+PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "sklearn", "scipy", "matplotlib"}
-ALLOWED = {
-    "errors": set(),
-    "analysis": {"analysis"},
-    "figures": {"figures"},
-    "clustering": {"cluster_records", "errors", "groups", "measure", "movers", "trajectory"},
-    "report": {
-        "agreement",
-        "analysis",
-        "clustering",
-        "cluster_records",
-        "comparing",
-        "curvature",
-        "errors",
-        "figures",
-        "groups",
-        "movers",
-        "pictures",
-        "texts",
-        "trajectory",
-    },
-    "schema": {"errors"},
-    "records": {"errors"},
-    "tasks": {"errors"},
-    "backends": {"errors", "tasks"},
-    "rows": {"schema"},
-    "trajectory": {"errors", "schema", "store", "chunks", "rows", "vetting"},
-    "store": {"errors"},
-    "chunks": set(),
-    "vetting": set(),
-    "recorder": {"errors", "schema", "rows", "trajectory", "backends"},
-    "importers": {
-        "errors",
-        "schema",
-        "trajectory",
-        "backends",
-        "tasks",
-        "recorder",
-        "settings",
-        "importers",
-    },
-    "measure": {"errors", "schema", "trajectory", "backends", "tasks", "recorder", "settings"},
-}
-
-
-def imports(path: Path, top_level_only: bool) -> set[str]:
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
-    names = set()
-    for node in tree.body if top_level_only else ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+FLOORS = [
+    {"errors", "analysis", "figures"},
+    {"tasks", "settings", "records"},
+    {"backends"},
+    {"trajectory"},
+    {"studies"},
+    {"report"},
+    {"__init__"},
+    {"commands"},
+    {"main"},
+]
 
 
 def modules(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", modules(CORE), ids=lambda p: str(p.relative_to(CORE)))
-def test_core_modules_import_only_what_lies_below_them(path):
-    own = {name.split(".")[1] for name in imports(path, False) if name.startswith("opsig_cli.")}
-    unit = path.relative_to(CORE).parts[0].removesuffix(".py")
-    if unit in ALLOWED:
-        assert own <= ALLOWED[unit] | {unit}
-    if unit != "main":
-        assert "main" not in own
-    if unit not in ("main", "commands"):
-        assert "commands" not in own
-        assert "report" not in own - {unit}
-    assert not {name for name in imports(path, False) if name.split(".")[0] in ("opsig_torch", "opsig_zoo")}
+def name_of(path: Path) -> str:
+    """Dotted name of a module of ours; a package is its `__init__`."""
+    base = CORE.parent if path.is_relative_to(CORE) else PLUGINS
+    return ".".join(path.relative_to(base).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", modules(CORE), ids=lambda p: str(p.relative_to(CORE)))
-def test_heavy_libraries_are_imported_where_they_are_used(path):
-    assert not HEAVY & {name.split(".")[0] for name in imports(path, True)}
-    assert "click" not in {name.split(".")[0] for name in imports(path, False)}
+EVERY = {name_of(path): path for path in [*modules(CORE), *modules(PLUGINS)]}
 
 
-@pytest.mark.parametrize("name", ["charts", "images"])
+def imported(path: Path, top_level_only: bool = False) -> Iterator[str]:
+    """Dotted names of the modules that a file imports; ours are resolved to the module that is meant."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield resolved(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                yield resolved(f"{node.module}.{alias.name}", node.module or "")
+
+
+def resolved(name: str, package: str = "") -> str:
+    for candidate in (name, f"{name}.__init__", package, f"{package}.__init__"):
+        if candidate in EVERY:
+            return candidate
+    return name
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def floor(name: str) -> int:
+    return next(level for level, rooms in enumerate(FLOORS) if room(name) in rooms)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name.startswith("opsig_cli.")])
+def test_a_room_imports_from_itself_and_from_floors_below(name):
+    ours = {found for found in imported(EVERY[name]) if found.split(".")[0] == "opsig_cli"}
+    climbs = [found for found in ours if room(found) != room(name) and floor(found) >= floor(name)]
+    assert not climbs, f"{name} (floor {floor(name)}) imports {climbs}"
+    assert not {found for found in imported(EVERY[name]) if found.split(".")[0] in ("opsig_torch", "opsig_zoo")}
+
+
+def test_no_module_imports_in_a_circle():
+    graph = {name: {found for found in imported(path) if found in EVERY} - {name} for name, path in EVERY.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as circle:
+        pytest.fail(" <- ".join(circle.args[1]))
+
+
+def test_only_the_session_knows_the_measurements():
+    """In `opsig_torch`, the top floor alone is imported by none of the others, and only it names them all."""
+    assert [name for name, path in EVERY.items() if "opsig_torch.session" in imported(path)] == ["opsig_torch.__init__"]
+
+
+def test_the_top_of_the_house_is_a_screen():
+    entries = {path.name for path in CORE.iterdir() if not path.name.startswith("__")}
+    assert len(entries) <= 12, sorted(entries)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name.startswith("opsig_cli.")])
+def test_heavy_libraries_are_imported_where_they_are_used(name):
+    assert not HEAVY & {found.split(".")[0] for found in imported(EVERY[name], True)}
+    assert "click" not in {found.split(".")[0] for found in imported(EVERY[name])}
+
+
+@pytest.mark.parametrize("name", ["opsig_cli.report.charts", "opsig_cli.report.images"])
 def test_what_draws_the_report_imports_nothing_of_ours(name):
-    own = {found for found in imports(CORE / "report" / f"{name}.py", False) if found.startswith("opsig_cli")}
-    assert not own
+    assert not {found for found in imported(EVERY[name]) if found in EVERY}
 
 
-@pytest.mark.parametrize("path", modules(ROOT / "plugins"), ids=lambda p: p.name)
-def test_plugins_import_only_the_contracts(path):
-    own = {name.split(".")[1] for name in imports(path, False) if name.startswith("opsig_cli.")}
-    assert own <= {"backends", "tasks", "errors", "analysis"}  # analysis imports nothing of ours
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("opsig_cli.")])
+def test_plugins_import_only_the_contracts(name):
+    ours = {room(found) for found in imported(EVERY[name]) if found.split(".")[0] == "opsig_cli"}
+    assert ours <= {"backends", "tasks", "errors", "analysis"}  # analysis imports nothing of ours
+
+
+@pytest.mark.parametrize("package", [name for name in EVERY if name.endswith("__init__")])
+def test_each_package_says_what_lives_there(package):
+    assert ast.get_docstring(ast.parse(EVERY[package].read_text()))

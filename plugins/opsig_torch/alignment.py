@@ -7,7 +7,7 @@ own layers, of recurrent ones, or used outside of a layer) through vmapped gradi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from torch.utils._pytree import tree_map
 from opsig_torch import captured, layer_gradients
 from opsig_torch.flat import replaced
 from opsig_torch.frozen import frozen_statistics
-
-if TYPE_CHECKING:
-    from opsig_torch.session import TorchSession
+from opsig_torch.opened import Opened
 
 VANISHES = 1e-30
 """Norm up to which a gradient is taken for zero: its inverse would not be a float32."""
@@ -29,18 +27,18 @@ DIRECTIONS_BYTES = 256 << 20
 """Bound on the mean gradients of sets that are held at a time."""
 
 
-def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
+def gradient_gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
     """Inner products of the loss gradients of chosen samples at the loaded parameters, (M, M) float64.
 
     Memory: M x M in float64, layer_gradients.MEMORY_BYTES for a group of layers, and layer_gradients.BLOCK_BYTES;
     where parameters are loose, a quarter of the former for their gradients.
     """
-    plan = session.gradient_plan()
-    gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=session.flat.vector.device)
+    plan = captured.gradient_plan(opened)
+    gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=opened.flat.vector.device)
     for group in plan.groups(len(samples)):
-        _add_group_gram(session, samples, plan, group, gram)
+        _add_group_gram(opened, samples, plan, group, gram)
     if plan.loose:
-        _add_loose_gram(session, samples, plan.loose, gram)
+        _add_loose_gram(opened, samples, plan.loose, gram)
     found = gram.cpu().numpy()
     for first in range(0, len(found), layer_gradients.TILE):  # the upper triangle, a band at a time
         band = slice(first, first + layer_gradients.TILE)
@@ -49,77 +47,77 @@ def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
     return found
 
 
-def gradient_norms(session: TorchSession, samples: np.ndarray | None = None) -> np.ndarray:
+def gradient_norms(opened: Opened, samples: np.ndarray | None = None) -> np.ndarray:
     """Norm of every (chosen) sample's loss gradient at the loaded parameters, (M,) float64.
 
     With batch norm by chunks a proxy: the chunks' statistics are held fixed, and all samples must be asked for.
     """
-    everybody = np.arange(session.samples) if samples is None else samples
+    everybody = np.arange(opened.samples) if samples is None else samples
     squares = []
-    with frozen_statistics(session) as frozen:
-        plan = session.gradient_plan()
-        for part in sample_batches(session, everybody):
-            total = torch.zeros(len(part), dtype=torch.float64, device=session.flat.vector.device)
-            for parameter in captured.capture(session, part, plan, list(plan.covered)):
+    with frozen_statistics(opened) as frozen:
+        plan = captured.gradient_plan(opened)
+        for part in sample_batches(opened, everybody):
+            total = torch.zeros(len(part), dtype=torch.float64, device=opened.flat.vector.device)
+            for parameter in captured.capture(opened, part, plan, list(plan.covered)):
                 total += parameter.squares()
             if plan.loose:
                 with frozen.held(part):
-                    total += loose_gradients(session, part, plan.loose).square().sum(1)
+                    total += loose_gradients(opened, part, plan.loose).square().sum(1)
             squares.append(total)
     return torch.cat(squares).sqrt().cpu().numpy()
 
 
-def mean_cosines(session: TorchSession, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
+def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
     """Mean cosine of each sample's gradient with those of each set of samples, (M, G) float64.
 
     A gradient that vanishes has no direction: as a member it counts as 0, as a sample it is NaN.
 
     It is the product with the mean of the set's unit gradients, so that no two samples' gradients meet.
     """
-    norms = np.full(session.samples, np.nan)
+    norms = np.full(opened.samples, np.nan)
     needed = np.unique(np.concatenate([samples, *sets]))
-    norms[needed] = gradient_norms(session, needed)
-    together = max(1, DIRECTIONS_BYTES // (4 * session.flat.vector.numel()))
-    parts = [_products(session, samples, sets[i : i + together], norms) for i in range(0, len(sets), together)]
+    norms[needed] = gradient_norms(opened, needed)
+    together = max(1, DIRECTIONS_BYTES // (4 * opened.flat.vector.numel()))
+    parts = [_products(opened, samples, sets[i : i + together], norms) for i in range(0, len(sets), together)]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.concatenate(parts, 1) / norms[samples][:, None]
 
 
-def _products(session: TorchSession, samples: np.ndarray, sets: list[np.ndarray], norms: np.ndarray) -> np.ndarray:
+def _products(opened: Opened, samples: np.ndarray, sets: list[np.ndarray], norms: np.ndarray) -> np.ndarray:
     """Inner products of the samples' gradients with the mean unit gradient of each set, (M, G)."""
-    plan = session.gradient_plan()
-    model = session.flat.model
-    directions = [_mean_unit_gradient(session, members, norms) for members in sets]
+    plan = captured.gradient_plan(opened)
+    model = opened.flat.model
+    directions = [_mean_unit_gradient(opened, members, norms) for members in sets]
     by_parameter = {
         parameter: torch.stack([direction[number].reshape(-1) for direction in directions])
-        for number, parameter in enumerate(session.flat.parameters)
+        for number, parameter in enumerate(opened.flat.parameters)
     }
     del directions
     products = []
-    for part in sample_batches(session, samples):
-        total = torch.zeros(len(part), len(sets), dtype=torch.float64, device=session.flat.vector.device)
-        for parameter in captured.capture(session, part, plan, list(plan.covered)):
+    for part in sample_batches(opened, samples):
+        total = torch.zeros(len(part), len(sets), dtype=torch.float64, device=opened.flat.vector.device)
+        for parameter in captured.capture(opened, part, plan, list(plan.covered)):
             total += parameter.products(by_parameter[parameter.parameter])
         if plan.loose:
             flat = torch.cat([by_parameter[model.get_parameter(name)] for name in plan.loose], 1)
-            total += loose_gradients(session, part, plan.loose) @ flat.double().T
+            total += loose_gradients(opened, part, plan.loose) @ flat.double().T
         products.append(total)
     return torch.cat(products).cpu().numpy()
 
 
-def sample_batches(session: TorchSession, samples: np.ndarray) -> Iterator[np.ndarray]:
+def sample_batches(opened: Opened, samples: np.ndarray) -> Iterator[np.ndarray]:
     """Chosen samples in pieces that go through the network at a time."""
-    size = session.inference_batch()
+    size = opened.inference_batch()
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
 
 
-def _mean_unit_gradient(session: TorchSession, samples: np.ndarray, norms: np.ndarray) -> list[torch.Tensor]:
+def _mean_unit_gradient(opened: Opened, samples: np.ndarray, norms: np.ndarray) -> list[torch.Tensor]:
     """Mean over the samples of their gradients of length one, for each parameter."""
-    parameters = session.flat.parameters
+    parameters = opened.flat.parameters
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    for chosen in sample_batches(session, samples):
-        losses = session.task.losses(session.flat.model, session.batches.take(chosen))
+    for chosen in sample_batches(opened, samples):
+        losses = opened.task.losses(opened.flat.model, opened.batches.take(chosen))
         weights = torch.from_numpy(inverse(norms[chosen]) / len(samples)).to(losses)
         gradients = torch.autograd.grad((losses * weights).sum(), parameters, materialize_grads=True)
         for sum_, gradient in zip(total, gradients, strict=True):
@@ -132,40 +130,40 @@ def inverse(norms: np.ndarray) -> np.ndarray:
     return np.divide(1, norms, out=np.zeros_like(norms), where=norms > VANISHES)
 
 
-def loose_gradients(session: TorchSession, samples: np.ndarray, names: list[str]) -> torch.Tensor:
+def loose_gradients(opened: Opened, samples: np.ndarray, names: list[str]) -> torch.Tensor:
     """Per-sample gradients over the parameters of these names, by vmap, (M, their number) float64."""
-    model = session.flat.model
+    model = opened.flat.model
     loose = {name: model.get_parameter(name) for name in names}
-    constants = {parameter: parameter.detach() for parameter in session.flat.parameters}
+    constants = {parameter: parameter.detach() for parameter in opened.flat.parameters}
 
     def loss(parameters: dict[str, torch.Tensor], item: Any) -> torch.Tensor:
         batch = tree_map(lambda leaf: leaf.unsqueeze(0), item)
         with replaced(model, constants | {loose[name]: tensor for name, tensor in parameters.items()}):
-            return session.task.losses(model, batch)[0]
+            return opened.task.losses(model, batch)[0]
 
     values = {name: parameter.detach() for name, parameter in loose.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be vmapped
-        per_sample = vmap(grad(loss), (None, 0))(values, session.batches.take(samples))
+        per_sample = vmap(grad(loss), (None, 0))(values, opened.batches.take(samples))
     return torch.cat([per_sample[name].reshape(len(samples), -1) for name in names], 1).double()
 
 
 def _add_group_gram(
-    session: TorchSession, samples: np.ndarray, plan: captured.Plan, group: list[nn.Parameter], gram: torch.Tensor
+    opened: Opened, samples: np.ndarray, plan: captured.Plan, group: list[nn.Parameter], gram: torch.Tensor
 ) -> None:
     """Add inner products over these parameters to the lower triangle, and let go of all that is held for them."""
-    rows, weights = captured.gather(session, samples, plan, group)
+    rows, weights = captured.gather(opened, samples, plan, group)
     layer_gradients.add_gram(gram, rows)
     for weight in weights:
         weight.add_gram(gram)
 
 
-def _add_loose_gram(session: TorchSession, samples: np.ndarray, names: list[str], gram: torch.Tensor) -> None:
+def _add_loose_gram(opened: Opened, samples: np.ndarray, names: list[str], gram: torch.Tensor) -> None:
     """Add inner products over these parameters to the lower triangle, one block of sample pairs at a time."""
-    size = sum(session.flat.model.get_parameter(name).numel() for name in names)
+    size = sum(opened.flat.model.get_parameter(name).numel() for name in names)
     height = max(1, min(len(samples), layer_gradients.MEMORY_BYTES // (64 * size)))
     starts = range(0, len(samples), height)
     for i in starts:
-        left = loose_gradients(session, samples[i : i + height], names)
+        left = loose_gradients(opened, samples[i : i + height], names)
         for j in starts[: i // height + 1]:
-            right = left if i == j else loose_gradients(session, samples[j : j + height], names)
+            right = left if i == j else loose_gradients(opened, samples[j : j + height], names)
             gram[i : i + len(left), j : j + len(right)] += left @ right.T

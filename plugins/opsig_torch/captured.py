@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from opsig_torch import layer_gradients
 from opsig_torch.layer_gradients import NORMS, Captured, Use
-
-if TYPE_CHECKING:
-    from opsig_torch.session import TorchSession
+from opsig_torch.opened import Opened
 
 AGREES = 1e-3
 """Relative error up to which a captured gradient is the one of autograd."""
@@ -52,22 +49,29 @@ class Plan:
         return parameter.numel() <= self.floats[parameter]
 
 
-def plan(session: TorchSession) -> Plan:
+def gradient_plan(opened: Opened) -> Plan:
+    """How each parameter's per-sample gradients are had, found at the first call."""
+    if "plan" not in opened.kept:
+        opened.kept["plan"] = plan(opened)
+    return opened.kept["plan"]
+
+
+def plan(opened: Opened) -> Plan:
     """Which parameters' gradients can be captured: every use goes through a layer of a known kind that keeps samples
     apart, and the gradients of two samples are those of autograd."""
-    model = session.flat.model
+    model = opened.flat.model
     holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(parameter, []).append((module, name))
     known = {p: places for p, places in holders.items() if len({_kind(m, n) for m, n in places} - {None}) == 1}
     known = {p: places for p, places in known.items() if all(_kind(m, n) for m, n in places)}
-    two = np.unique([0, session.samples - 1])
+    two = np.unique([0, opened.samples - 1])
     modules = list(dict.fromkeys(module for places in known.values() for module, _ in places))
-    uses = _captured_uses(session, two, modules)
+    uses = _captured_uses(opened, two, modules)
     known = {p: places for p, places in known.items() if all(_separate(uses[m], len(two)) for m, _ in places)}
-    losses = session.task.losses(session.flat.model, session.batches.take(two))
-    parameters = session.flat.parameters
+    losses = opened.task.losses(opened.flat.model, opened.batches.take(two))
+    parameters = opened.flat.parameters
     exact = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in losses]
     covered = {}
     for number, parameter in enumerate(parameters):
@@ -81,28 +85,26 @@ def plan(session: TorchSession) -> Plan:
     return Plan(covered, floats, loose)
 
 
-def capture(
-    session: TorchSession, samples: np.ndarray, chosen: Plan, parameters: list[nn.Parameter]
-) -> Iterator[Captured]:
+def capture(opened: Opened, samples: np.ndarray, chosen: Plan, parameters: list[nn.Parameter]) -> Iterator[Captured]:
     """Gradients of these parameters for a batch, all of whose activations are held until the last is taken."""
     modules = list(dict.fromkeys(module for p in parameters for module, _ in chosen.covered[p]))
-    uses = _captured_uses(session, samples, modules)
+    uses = _captured_uses(opened, samples, modules)
     for parameter in parameters:
         yield _collect(parameter, chosen.covered[parameter], uses)
 
 
 def gather(
-    session: TorchSession, samples: np.ndarray, chosen: Plan, parameters: list[nn.Parameter]
+    opened: Opened, samples: np.ndarray, chosen: Plan, parameters: list[nn.Parameter]
 ) -> tuple[torch.Tensor, list[Captured]]:
     """Gradients of these parameters for many samples: those of small ones side by side, (M, D), and the others'."""
     small = [p for p in parameters if chosen.is_small(p)]
-    rows = session.flat.vector.new_empty(len(samples), sum(p.numel() for p in small))
+    rows = opened.flat.vector.new_empty(len(samples), sum(p.numel() for p in small))
     weights: list[Captured] = []
-    size = session.inference_batch()
+    size = opened.inference_batch()
     for start in range(0, len(samples), size):
         batch = slice(start, start + size)
         left = number = 0
-        for parameter in capture(session, samples[batch], chosen, parameters):
+        for parameter in capture(opened, samples[batch], chosen, parameters):
             if chosen.is_small(parameter.parameter):
                 right = left + parameter.parameter.numel()
                 rows[batch, left:right] = parameter.gradients()
@@ -124,7 +126,7 @@ def _collect(
     )
 
 
-def _captured_uses(session: TorchSession, samples: np.ndarray, modules: list[nn.Module]) -> dict[nn.Module, list[Use]]:
+def _captured_uses(opened: Opened, samples: np.ndarray, modules: list[nn.Module]) -> dict[nn.Module, list[Use]]:
     """Every entry of these layers for a batch."""
     seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor, GradientEdge]]] = {module: [] for module in modules}
 
@@ -134,7 +136,7 @@ def _captured_uses(session: TorchSession, samples: np.ndarray, modules: list[nn.
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
-        losses = session.task.losses(session.flat.model, session.batches.take(samples))
+        losses = opened.task.losses(opened.flat.model, opened.batches.take(samples))
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ pass a sample over the chunk's graph. No array of M x P is made beyond MEMORY_BY
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ from torch.autograd import forward_ad
 from opsig_torch.alignment import inverse
 from opsig_torch.flat import replaced
 from opsig_torch.layer_gradients import inner
+from opsig_torch.opened import Opened
 from opsig_torch.sample_curvature import Primitives
-
-if TYPE_CHECKING:
-    from opsig_torch.session import TorchSession
 
 MEMORY_BYTES = 1 << 30
 """Bound on the gradients that are held at a time."""
@@ -29,21 +27,21 @@ STRIP = 16
 """Gradients that are multiplied at a time with those that are held."""
 
 
-def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
+def gradient_gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
     """Inner products of the loss gradients of chosen samples at the loaded parameters, (M, M) float64.
 
     Memory: M x M in float64, MEMORY_BYTES of gradients, and the graph of one chunk. Where the gradients do not fit,
     those that follow a block of held ones are made anew for the next block.
     """
     order = np.argsort(samples, kind="stable")  # a pass meets every chunk once
-    size = session.flat.vector.numel()
-    height = max(STRIP, MEMORY_BYTES // (session.flat.vector.element_size() * size) - STRIP)
+    size = opened.flat.vector.numel()
+    height = max(STRIP, MEMORY_BYTES // (opened.flat.vector.element_size() * size) - STRIP)
     gram = np.zeros((len(samples), len(samples)))
     for first in range(0, len(samples), height):
         held = order[first : first + height]
-        rows = session.flat.vector.new_empty(min(height, len(held)), size)
+        rows = opened.flat.vector.new_empty(min(height, len(held)), size)
         filled = 0
-        for place, strip in _strips(session, samples, order[first:]):
+        for place, strip in _strips(opened, samples, order[first:]):
             room = rows[filled : filled + len(strip)]
             room.copy_(strip[: len(room)])
             filled += len(room)
@@ -53,24 +51,24 @@ def gradient_gram(session: TorchSession, samples: np.ndarray) -> np.ndarray:
     return gram
 
 
-def mean_cosines(session: TorchSession, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
+def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
     """Mean cosine of each sample's gradient with those of each set of samples, (M, G) float64; NaN where one is 0.
 
     One backward pass over a chunk for every sample's norm; then, for each set, a backward pass for the mean of its unit
     gradients and a forward derivative along it, which is every sample's inner product with it.
     """
-    norms = np.full(session.samples, np.nan)
-    for _, sample, gradient in _gradients(session, np.unique(np.concatenate([samples, *sets]))):
+    norms = np.full(opened.samples, np.nan)
+    for _, sample, gradient in _gradients(opened, np.unique(np.concatenate([samples, *sets]))):
         norms[sample] = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
     products = np.empty((len(samples), len(sets)))
-    together = max(1, DIRECTIONS_BYTES // (session.flat.vector.element_size() * session.flat.vector.numel()))
+    together = max(1, DIRECTIONS_BYTES // (opened.flat.vector.element_size() * opened.flat.vector.numel()))
     for first in range(0, len(sets), together):
         some = slice(first, first + together)
-        directions = _mean_unit_gradients(session, sets[some], norms)
-        for indices, batch in session.batches:
+        directions = _mean_unit_gradients(opened, sets[some], norms)
+        for indices, batch in opened.batches:
             place = _inside(samples, indices)
             if len(place):
-                slopes = [_slopes(session, direction, batch) for direction in directions]
+                slopes = [_slopes(opened, direction, batch) for direction in directions]
                 products[place, some] = np.stack(slopes, 1)[samples[place] - indices.start]
     with np.errstate(invalid="ignore", divide="ignore"):
         return products / norms[samples][:, None]
@@ -81,28 +79,28 @@ def _inside(samples: np.ndarray, indices: slice) -> np.ndarray:
     return np.flatnonzero((samples >= indices.start) & (samples < indices.stop))
 
 
-def _gradients(session: TorchSession, samples: np.ndarray) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _gradients(opened: Opened, samples: np.ndarray) -> Iterator[tuple[int, int, torch.Tensor]]:
     """The place in `samples`, the sample and its gradient (P,), chunk after chunk."""
-    for indices, batch in session.batches:
+    for indices, batch in opened.batches:
         places = _inside(samples, indices)
         if not len(places):
             continue
-        losses = session.task.losses(session.flat.model, batch)
+        losses = opened.task.losses(opened.flat.model, batch)
         for place in places.tolist():
             sample = int(samples[place])
-            yield place, sample, _gradient(session, losses[sample - indices.start])
+            yield place, sample, _gradient(opened, losses[sample - indices.start])
 
 
-def _gradient(session: TorchSession, loss: torch.Tensor) -> torch.Tensor:
+def _gradient(opened: Opened, loss: torch.Tensor) -> torch.Tensor:
     """Gradient of a loss whose graph is kept, (P,)."""
-    parts = torch.autograd.grad(loss, session.flat.parameters, retain_graph=True, materialize_grads=True)
+    parts = torch.autograd.grad(loss, opened.flat.parameters, retain_graph=True, materialize_grads=True)
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _strips(session: TorchSession, samples: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+def _strips(opened: Opened, samples: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """STRIP gradients at a time: their places in `samples` and the gradients."""
     places, rows = [], []
-    for place, _, gradient in _gradients(session, samples[order]):
+    for place, _, gradient in _gradients(opened, samples[order]):
         places.append(order[place])
         rows.append(gradient)
         if len(rows) == STRIP:
@@ -112,28 +110,28 @@ def _strips(session: TorchSession, samples: np.ndarray, order: np.ndarray) -> It
         yield np.array(places), torch.stack(rows)
 
 
-def _mean_unit_gradients(session: TorchSession, sets: list[np.ndarray], norms: np.ndarray) -> list[torch.Tensor]:
+def _mean_unit_gradients(opened: Opened, sets: list[np.ndarray], norms: np.ndarray) -> list[torch.Tensor]:
     """For each set, the mean over its samples of their gradients of length one, (P,)."""
-    totals = [torch.zeros_like(session.flat.vector.detach()) for _ in sets]
-    for indices, batch in session.batches:
+    totals = [torch.zeros_like(opened.flat.vector.detach()) for _ in sets]
+    for indices, batch in opened.batches:
         losses: Any = None
         for members, total in zip(sets, totals, strict=True):
             inside = members[_inside(members, indices)]
             if not len(inside):
                 continue
-            losses = session.task.losses(session.flat.model, batch) if losses is None else losses
+            losses = opened.task.losses(opened.flat.model, batch) if losses is None else losses
             weights = torch.from_numpy(inverse(norms[inside]) / len(members)).to(losses)
-            total += _gradient(session, (losses[torch.from_numpy(inside - indices.start)] * weights).sum())
+            total += _gradient(opened, (losses[torch.from_numpy(inside - indices.start)] * weights).sum())
     return totals
 
 
-def _slopes(session: TorchSession, direction: torch.Tensor, batch: Any) -> np.ndarray:
+def _slopes(opened: Opened, direction: torch.Tensor, batch: Any) -> np.ndarray:
     """Derivative of every loss of a chunk along a direction (P,), (B,) float64: the gradients' products with it."""
-    pieces = [direction[t.offset : t.offset + t.size].view(t.shape) for t in session.layout if t.kind == "parameter"]
+    pieces = [direction[t.offset : t.offset + t.size].view(t.shape) for t in opened.layout if t.kind == "parameter"]
     with torch.no_grad(), Primitives(), forward_ad.dual_level():
-        moving = {p: forward_ad.make_dual(p, d) for p, d in zip(session.flat.parameters, pieces, strict=True)}
-        with replaced(session.flat.model, moving):
-            losses = session.task.losses(session.flat.model, batch)
+        moving = {p: forward_ad.make_dual(p, d) for p, d in zip(opened.flat.parameters, pieces, strict=True)}
+        with replaced(opened.flat.model, moving):
+            losses = opened.task.losses(opened.flat.model, batch)
         tangent = forward_ad.unpack_dual(losses).tangent
         slopes = torch.zeros_like(losses) if tangent is None else tangent
         return slopes.double().cpu().numpy()

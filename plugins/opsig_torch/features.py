@@ -3,50 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from opsig_torch.session import TorchSession
+from opsig_torch.opened import Opened
 
 
-def features(session: TorchSession, samples: np.ndarray) -> np.ndarray | None:
+def features(opened: Opened, samples: np.ndarray) -> np.ndarray | None:
     """Features of chosen samples, less the mean of all samples and of length one, (M, D) float32.
 
     The product of two rows is the cosine of centred features. Features are the task's own, else what enters the last
     linear layer; None where a task has neither, or a layer that sees several positions a sample. One forward pass over
     all samples.
     """
-    found = _centred(session, samples)
+    found = _centred(opened, samples)
     return None if found is None else found[0].cpu().numpy()
 
 
-def mean_feature_cosines(session: TorchSession, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray | None:
+def mean_feature_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray | None:
     """Mean cosine of each sample's centred features with those of each set of samples, (M, G) float64, or None.
 
     Two forward passes over all samples, of which only the sets' features are held.
     """
     members = np.unique(np.concatenate(sets))
-    found = _centred(session, members)
+    found = _centred(opened, members)
     if found is None:
         return None
     rows, centre = found
     means_GD = torch.stack([rows[np.searchsorted(members, chosen)].double().mean(0) for chosen in sets])
-    everybody = np.full((session.samples, len(sets)), np.nan)
-    for indices, rows in _everybody(session):
+    everybody = np.full((opened.samples, len(sets)), np.nan)
+    for indices, rows in _everybody(opened):
         everybody[indices] = (_unit(rows.double() - centre) @ means_GD.T).cpu().numpy()
     return everybody[samples]
 
 
-def _centred(session: TorchSession, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _centred(opened: Opened, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Centred features of length one of the samples, (M, D) float32, and the mean of all samples, (D,) float64."""
-    place = np.full(session.samples, -1)
+    place = np.full(opened.samples, -1)
     place[samples] = np.arange(len(samples))
     kept, total = None, 0.0
-    for indices, rows in _everybody(session):
+    for indices, rows in _everybody(opened):
         if kept is None:
             kept = rows.new_empty(len(samples), rows.shape[1])
         here = place[indices]
@@ -54,7 +53,7 @@ def _centred(session: TorchSession, samples: np.ndarray) -> tuple[torch.Tensor, 
         total = total + rows.double().sum(0)
     if kept is None or not isinstance(total, torch.Tensor):
         return None
-    centre = total / session.samples
+    centre = total / opened.samples
     return _unit(kept - centre.to(kept)), centre
 
 
@@ -62,26 +61,26 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
 
-def _everybody(session: TorchSession) -> Iterator[tuple[slice, torch.Tensor]]:
+def _everybody(opened: Opened) -> Iterator[tuple[slice, torch.Tensor]]:
     """Features of all samples, piece by piece, each in the company that it was trained in; nothing without features."""
     with torch.inference_mode():
-        for indices, batch in session.batches.in_pieces(session.inference_batch()):
-            found = _features(session, batch)
+        for indices, batch in opened.batches.in_pieces(opened.inference_batch()):
+            found = _features(opened, batch)
             if found is None:
                 return
             yield indices, found
 
 
-def _features(session: TorchSession, batch: Any) -> torch.Tensor | None:
+def _features(opened: Opened, batch: Any) -> torch.Tensor | None:
     """Features of a batch, (B, D), or None."""
-    own = getattr(session.task, "features", None)
+    own = getattr(opened.task, "features", None)
     if own is not None:
-        return own(session.flat.model, batch)
+        return own(opened.flat.model, batch)
     entered: list[torch.Tensor] = []
-    layers = [module for module in session.flat.model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in opened.flat.model.modules() if isinstance(module, nn.Linear)]
     handles = [layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])) for layer in layers]
     try:
-        losses = session.task.losses(session.flat.model, batch)
+        losses = opened.task.losses(opened.flat.model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from opsig_torch.session import TorchSession
+from opsig_torch.opened import Opened
 
 Statistics = tuple[torch.Tensor, torch.Tensor]
 
 
 class Frozen:
-    """The batch norm layers of a session whose statistics are the chunk's; none for other sessions."""
+    """The batch norm layers where statistics are the chunk's; none elsewhere."""
 
-    def __init__(self, session: TorchSession):
-        self.layers = session.batch_norms() if session.couples_samples else []
-        self._session = session
+    def __init__(self, opened: Opened):
+        self.layers = opened.batch_norms() if opened.couples_samples else []
+        self._opened = opened
         self._noted: dict[nn.Module, list[Statistics]] | None = None
         self._held: dict[nn.Module, Iterator[Statistics]] | None = None
 
@@ -38,7 +36,7 @@ class Frozen:
         self._noted = {layer: [] for layer in self.layers}
         try:
             with torch.no_grad():
-                self._session.task.losses(self._session.flat.model, self._session.batches.take(samples))
+                self._opened.task.losses(self._opened.flat.model, self._opened.batches.take(samples))
             self._held = {layer: iter(statistics) for layer, statistics in self._noted.items()}
             yield
         finally:
@@ -60,9 +58,9 @@ class Frozen:
 
 
 @contextmanager
-def frozen_statistics(session: TorchSession) -> Iterator[Frozen]:
+def frozen_statistics(opened: Opened) -> Iterator[Frozen]:
     """Differentiate inside with each chunk's statistics held constant; batches must be whole chunks."""
-    frozen = Frozen(session)
+    frozen = Frozen(opened)
     before = [(layer, layer._buffers["running_mean"], layer._buffers["running_var"]) for layer in frozen.layers]
     handles = [layer.eval().register_forward_pre_hook(frozen.enter) for layer in frozen.layers]
     try:

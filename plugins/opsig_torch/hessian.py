@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opsig_cli.errors import OpsigError
 from opsig_torch.eigen import Memory, Solution, random_start, top_eigenpairs
-
-if TYPE_CHECKING:
-    from opsig_torch.session import TorchSession
+from opsig_torch.opened import Opened
 
 GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
@@ -33,9 +30,9 @@ class Hessian:
     Raises OpsigError where the task's losses differ from one evaluation to the next.
     """
 
-    def __init__(self, session: TorchSession, scale: torch.Tensor | None = None):
+    def __init__(self, opened: Opened, scale: torch.Tensor | None = None):
         self.products = 0
-        self._session = session
+        self._opened = opened
         self._scale = scale
         self._kept: list[tuple[torch.Tensor, ...]] | None = None
         self._check_repeatable()
@@ -43,16 +40,16 @@ class Hessian:
     def __call__(self, vector: torch.Tensor) -> torch.Tensor:
         """H v, (P,)."""
         self.products += 1
-        session = self._session
+        opened = self._opened
         scaled = vector if self._scale is None else vector * self._scale
-        pieces = [scaled[t.offset : t.offset + t.size].view(t.shape) for t in session.layout if t.kind == "parameter"]
+        pieces = [scaled[t.offset : t.offset + t.size].view(t.shape) for t in opened.layout if t.kind == "parameter"]
         total = torch.zeros_like(vector)
         for gradients, keep in self._gradients():
             differentiable = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
             if not differentiable:
                 continue  # a loss that is linear in the parameters
             parts = torch.autograd.grad(
-                [gradients[i] for i in differentiable], session.flat.parameters,
+                [gradients[i] for i in differentiable], opened.flat.parameters,
                 [pieces[i] for i in differentiable], retain_graph=keep, materialize_grads=True,
             )  # fmt: skip
             total += torch.cat([part.reshape(-1) for part in parts])
@@ -70,16 +67,14 @@ class Hessian:
             for gradients in self._kept:
                 yield gradients, True
             return
-        session = self._session
-        count = len(session.batches.slices())
+        opened = self._opened
+        count = len(opened.batches.slices())
         keep: bool | None = None
         kept = []
-        for _, batch in session.batches:
+        for _, batch in opened.batches:
             with sdpa_kernel(SDPBackend.MATH), _saved_bytes() as saved:  # fused attention has no second derivative
-                loss = session.task.losses(session.flat.model, batch).sum() / session.samples
-                gradients = torch.autograd.grad(
-                    loss, session.flat.parameters, create_graph=True, materialize_grads=True
-                )
+                loss = opened.task.losses(opened.flat.model, batch).sum() / opened.samples
+                gradients = torch.autograd.grad(loss, opened.flat.parameters, create_graph=True, materialize_grads=True)
             if keep is None:
                 keep = saved.total * count <= GRAPH_BYTES
             if keep:
@@ -89,10 +84,10 @@ class Hessian:
             self._kept = kept
 
     def _check_repeatable(self) -> None:
-        session = self._session
+        opened = self._opened
         with torch.no_grad():
-            _, batch = next(iter(session.batches))
-            first, second = (session.task.losses(session.flat.model, batch) for _ in range(2))
+            _, batch = next(iter(opened.batches))
+            first, second = (opened.task.losses(opened.flat.model, batch) for _ in range(2))
         if not torch.isfinite(first).all():
             raise OpsigError(
                 "losses are not finite at this checkpoint: the run has diverged. Choose others with --steps"
@@ -126,7 +121,7 @@ def _saved_bytes() -> Iterator[_Saved]:
 
 
 def solve(
-    session: TorchSession, count: int, tolerance: float, seed: int, memory: Memory | None = None,
+    opened: Opened, count: int, tolerance: float, seed: int, memory: Memory | None = None,
     scale: torch.Tensor | None = None,
 ) -> Solution:  # fmt: skip
     """The `count` most positive eigenpairs of the loaded parameters' Hessian.
@@ -135,9 +130,9 @@ def solve(
     eigenvectors; with a random part from `seed`. Raises OpsigError for a tolerance that cannot be met, or where the
     Hessian is not finite.
     """
-    hessian = Hessian(session, scale)
+    hessian = Hessian(opened, scale)
     start = hessian.gradient() if memory is None else memory.start(count)
-    noise = random_start(session.flat.vector.detach(), seed)
+    noise = random_start(opened.flat.vector.detach(), seed)
     start = start / torch.linalg.vector_norm(start).clamp_min(1e-30) + NOVELTY * noise
     try:
         return top_eigenpairs(hessian, start, count, tolerance, memory=memory)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,38 +21,36 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from opsig_torch.flat import replaced
+from opsig_torch.opened import Opened
 from opsig_torch.tracing import traced
 
-if TYPE_CHECKING:
-    from opsig_torch.session import TorchSession
 
-
-def curvature_along(session: TorchSession, direction: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def curvature_along(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss, slope v'g and curvature v'Hv of every sample at the loaded parameters, (S,) float64 each.
 
     Memory is bounded by one batch. Raises nothing of its own.
     """
-    found = np.empty((3, session.samples))
-    pieces = [direction[t.offset : t.offset + t.size].view(t.shape) for t in session.layout if t.kind == "parameter"]
-    values = [parameter.detach() for parameter in session.flat.parameters]
-    buffers = [buffer for _, buffer in session.flat.buffers]
-    traces = session.traces
+    found = np.empty((3, opened.samples))
+    pieces = [direction[t.offset : t.offset + t.size].view(t.shape) for t in opened.layout if t.kind == "parameter"]
+    values = [parameter.detach() for parameter in opened.flat.parameters]
+    buffers = [buffer for _, buffer in opened.flat.buffers]
+    traces = opened.kept
     with torch.no_grad():
-        for indices, batch in session.batches.in_pieces(session.inference_batch()):
+        for indices, batch in opened.batches.in_pieces(opened.inference_batch()):
             leaves, shape = tree_flatten(batch)
             inputs = [*values, *pieces, *buffers, *leaves]
             key = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
             if key not in traces:
-                traces[key] = _trace(session, shape, len(leaves), inputs)
+                traces[key] = _trace(opened, shape, len(leaves), inputs)
             for row, numbers in zip(found, traces[key](*inputs), strict=True):
                 row[indices] = numbers.cpu().numpy()
     return found[0], found[1], found[2]
 
 
-def _trace(session: TorchSession, shape: Any, leaves: int, inputs: list[Any]) -> Callable[..., Any]:
-    model, parameters = session.flat.model, session.flat.parameters
+def _trace(opened: Opened, shape: Any, leaves: int, inputs: list[Any]) -> Callable[..., Any]:
+    model, parameters = opened.flat.model, opened.flat.parameters
     count = len(parameters)
-    buffers = len(session.flat.buffers)
+    buffers = len(opened.flat.buffers)
 
     def second_order(*flat: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         values, direction = flat[:count], flat[count : 2 * count]
@@ -60,8 +58,8 @@ def _trace(session: TorchSession, shape: Any, leaves: int, inputs: list[Any]) ->
         batch = tree_unflatten(list(data), shape)
 
         def losses(*at: torch.Tensor) -> torch.Tensor:
-            with replaced(model, dict(zip(parameters, at, strict=True))), _buffers(session, held):
-                return session.task.losses(model, batch)
+            with replaced(model, dict(zip(parameters, at, strict=True))), _buffers(opened, held):
+                return opened.task.losses(model, batch)
 
         def slope(*at: torch.Tensor) -> Any:
             return jvp(losses, at, direction)
@@ -75,12 +73,12 @@ def _trace(session: TorchSession, shape: Any, leaves: int, inputs: list[Any]) ->
 
 
 @contextmanager
-def _buffers(session: TorchSession, held: tuple[torch.Tensor, ...]):
+def _buffers(opened: Opened, held: tuple[torch.Tensor, ...]):
     """The model with these tensors for its buffers: a trace must not hold a checkpoint's."""
-    names = {id(buffer): number for number, (_, buffer) in enumerate(session.flat.buffers)}
+    names = {id(buffer): number for number, (_, buffer) in enumerate(opened.flat.buffers)}
     places = [
         (module, name, buffer)
-        for module in session.flat.model.modules()
+        for module in opened.flat.model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and id(buffer) in names
     ]

@@ -9,37 +9,33 @@ for gradients of length one is at most 2 / K (Charikar, Chen & Farach-Colton 200
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from opsig_torch import captured
 from opsig_torch.alignment import loose_gradients, sample_batches
-
-if TYPE_CHECKING:
-    from opsig_torch.layer_gradients import Captured
-    from opsig_torch.session import TorchSession
+from opsig_torch.layer_gradients import Captured
+from opsig_torch.opened import Opened
 
 
-def gradient_sketch(session: TorchSession, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
+def gradient_sketch(opened: Opened, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Sketches of the chosen samples' gradients at the loaded parameters, each gradient scaled to length one first.
 
     (M, size) float32, NaN where a gradient is 0. Memory: the sketches, a batch's activations, and a block of its
     gradients; never M x P.
     """
-    plan = session.gradient_plan()
-    model = session.flat.model
-    number_of = {parameter: number for number, parameter in enumerate(session.flat.parameters)}
+    plan = captured.gradient_plan(opened)
+    model = opened.flat.model
+    number_of = {parameter: number for number, parameter in enumerate(opened.flat.parameters)}
     parts = []
-    for chosen in sample_batches(session, samples):
-        sketch = torch.zeros(len(chosen), size, device=session.flat.vector.device)
+    for chosen in sample_batches(opened, samples):
+        sketch = torch.zeros(len(chosen), size, device=opened.flat.vector.device)
         squares = torch.zeros(len(chosen), dtype=torch.float64, device=sketch.device)
-        for parameter in captured.capture(session, chosen, plan, list(plan.covered)):
+        for parameter in captured.capture(opened, chosen, plan, list(plan.covered)):
             squares += parameter.squares()
             _add(sketch, parameter, [seed, number_of[parameter.parameter]])
         for name in plan.loose:
-            gradients = loose_gradients(session, chosen, [name])
+            gradients = loose_gradients(opened, chosen, [name])
             squares += gradients.square().sum(1)
             places = _Places(1, gradients.shape[1], size, [seed, number_of[model.get_parameter(name)]])
             places.scatter(sketch, slice(0, 1), gradients[:, None].float())

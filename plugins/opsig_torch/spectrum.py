@@ -5,7 +5,7 @@ P parameters, R probes, m Lanczos steps, b samples of a block.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,8 @@ from torch.utils._pytree import tree_map
 from opsig_torch.eigen import PIECE, lanczos_matrix, random_start
 from opsig_torch.flat import replaced
 from opsig_torch.hessian import Hessian
+from opsig_torch.opened import Opened
 from opsig_torch.sample_curvature import Primitives
-
-if TYPE_CHECKING:
-    from opsig_torch.session import TorchSession
 
 PROBES, STEPS = 4, 30
 SAMPLE_STEPS = 10
@@ -26,13 +24,13 @@ BLOCK_BYTES = 64 << 20
 """Bound on the bases of a block of samples."""
 
 
-def spectral_density(session: TorchSession) -> tuple[np.ndarray, np.ndarray, float]:
+def spectral_density(opened: Opened) -> tuple[np.ndarray, np.ndarray, float]:
     """Nodes and weights (R, m) whose weighted sums estimate traces of functions of H, and the trace's standard error.
 
     The weights of all probes sum to P. (Ghorbani et al. 2019, arXiv 1901.10159.)
     """
-    like = session.flat.vector.detach()
-    hessian = Hessian(session)
+    like = opened.flat.vector.detach()
+    hessian = Hessian(opened)
     size = like.numel()
     nodes, weights = np.zeros((2, PROBES, min(STEPS, size)))
     for probe in range(PROBES):
@@ -45,23 +43,23 @@ def spectral_density(session: TorchSession) -> tuple[np.ndarray, np.ndarray, flo
     return nodes, weights, float(traces.std(ddof=1) / np.sqrt(PROBES))
 
 
-def sample_sharpness(session: TorchSession, samples: np.ndarray) -> np.ndarray:
+def sample_sharpness(opened: Opened, samples: np.ndarray) -> np.ndarray:
     """The most positive eigenvalue of every chosen sample's Hessian at the loaded parameters, (M,) float64.
 
     SAMPLE_STEPS steps of Lanczos from each sample's gradient, with full reorthogonalisation, a block of samples at a
     time: power iteration would converge to the end that is largest in size.
     """
-    model, parameters = session.flat.model, session.flat.parameters
+    model, parameters = opened.flat.model, opened.flat.parameters
     values = [parameter.detach() for parameter in parameters]
-    layout = [tensor for tensor in session.layout if tensor.kind == "parameter"]
-    size = session.flat.vector.numel()
-    block = max(1, BLOCK_BYTES // (session.flat.vector.element_size() * size * (SAMPLE_STEPS + 4)))
+    layout = [tensor for tensor in opened.layout if tensor.kind == "parameter"]
+    size = opened.flat.vector.numel()
+    block = max(1, BLOCK_BYTES // (opened.flat.vector.element_size() * size * (SAMPLE_STEPS + 4)))
     steps = min(SAMPLE_STEPS, size)
 
     def loss(at: list[torch.Tensor], item: Any) -> torch.Tensor:
         batch = tree_map(lambda leaf: leaf.unsqueeze(0), item)
         with replaced(model, dict(zip(parameters, at, strict=True))):
-            return session.task.losses(model, batch)[0]
+            return opened.task.losses(model, batch)[0]
 
     def gradient(item: Any) -> torch.Tensor:
         return torch.cat([g.reshape(-1) for g in grad(loss)(values, item)])
@@ -74,7 +72,7 @@ def sample_sharpness(session: TorchSession, samples: np.ndarray) -> np.ndarray:
     found = np.empty(len(samples))
     with Primitives():
         for first in range(0, len(samples), block):
-            batch = session.batches.take(samples[first : first + block])
+            batch = opened.batches.take(samples[first : first + block])
             start = vmap(gradient)(batch)
             found[first : first + len(start)] = _batched_lanczos(lambda v, b=batch: vmap(product)(v, b), start, steps)
     return found

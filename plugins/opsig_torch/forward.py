@@ -1,0 +1,93 @@
+"""Losses and predictions of one batch from one forward pass, and the row of all that batches make up. S samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from opsig_cli.errors import OpsigError
+from opsig_cli.tasks import Task
+
+
+def forward(task: Task, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Losses (B,) and predictions (B,) or None of one batch; the task's losses() and predictions() share the pass."""
+    predict = getattr(task, "predictions", None)
+    if predict is None:
+        return task.losses(model, batch), None
+    replay = _Replay(model)
+    losses = task.losses(replay, batch)
+    with torch.no_grad():
+        return losses, predict(replay, batch)
+
+
+class LossRow:
+    """Losses and predictions of one step, gathered batch by batch on the device they are made on."""
+
+    def __init__(self, samples: int):
+        self._samples = samples
+        self._losses: torch.Tensor | None = None
+        self._predictions: torch.Tensor | None = None
+
+    def put(self, indices: slice, losses: torch.Tensor, predictions: torch.Tensor | None) -> None:
+        """Keep one batch's (B,) losses and predictions. Raises OpsigError where there is not one loss a sample."""
+        if losses.shape != (indices.stop - indices.start,):
+            raise OpsigError(
+                f"the task's losses() returned shape {tuple(losses.shape)} for {indices.stop - indices.start} samples. "
+                "It must return one unreduced loss a sample"
+            )
+        losses = losses.detach()
+        if self._losses is None:
+            self._losses = losses.new_empty(self._samples, dtype=torch.float64)
+        self._losses[indices] = losses.double()
+        if predictions is None:
+            return
+        if self._predictions is None:
+            self._predictions = predictions.new_empty(self._samples, dtype=torch.int32)
+        self._predictions[indices] = predictions.to(torch.int32)
+
+    def mean(self) -> float:
+        """Mean loss, summed in float64."""
+        assert self._losses is not None
+        return self._losses.mean().item()
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Losses (S,) float32 and predictions (S,) int32 or None."""
+        assert self._losses is not None
+        predictions = None if self._predictions is None else self._predictions.cpu().numpy()
+        return self._losses.float().cpu().numpy(), predictions
+
+
+class _Replay(nn.Module):
+    """A model that returns the output it gave before when it is called with the very same input again.
+
+    A task's losses() and predictions() each call the model; this makes them share one forward pass.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.inner = model
+        self._seen: list[tuple[tuple, dict, Any]] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for old_args, old_kwargs, output in self._seen:
+            if _identical(args, old_args) and _identical(kwargs.items(), old_kwargs.items()):
+                return output
+        output = self.inner(*args, **kwargs)
+        self._seen.append((args, kwargs, output))
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def _identical(left: Any, right: Any) -> bool:
+    left, right = list(left), list(right)
+    return len(left) == len(right) and all(
+        (a[0] == b[0] and a[1] is b[1]) if isinstance(a, tuple) else a is b for a, b in zip(left, right, strict=True)
+    )

@@ -1,0 +1,145 @@
+"""A task opened on a device: the model as a vector, the data in batches, the convention of batch norm. S samples.
+
+The ground that every measurement of this package stands on; it knows none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from opsig_cli.backends import State
+from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.tasks import Task
+from opsig_torch.data import Batches
+from opsig_torch.flat import FlatModel
+from opsig_torch.forward import forward
+
+BATCH_SIZE = 500
+CONVOLUTION_BATCH = 50
+STATISTICS = ("chunk", "running")
+
+
+class Opened:
+    """A task on a device, ready to be measured.
+
+    `statistics` is the batch-norm convention: "chunk" normalises by each fixed batch of `batch_size` consecutive
+    samples, as full-batch training that accumulates over those batches does; "running" uses the running statistics,
+    as evaluation does. Dropout is off except while training on minibatches. `double` computes in float64.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        device: str | None = None,
+        batch_size: int | None = None,
+        statistics: str | None = None,
+        double: bool = False,
+    ):
+        if statistics not in (None, *STATISTICS):
+            raise UsageError(f"batch-norm statistics are {' or '.join(STATISTICS)}, not '{statistics}'")
+        self.task = task
+        self.device = _choose_device(device)
+        _make_deterministic(self.device)
+        self.batch_size = batch_size or BATCH_SIZE
+        self.statistics = statistics or "chunk"
+        self.double = double
+        self.batches = Batches(task, torch.device(self.device), self.batch_size, double)
+        self.samples = self.batches.count
+        self.kept: dict[Any, Any] = {}
+        """What measurements find out once for the model: traces by batch shape, how gradients are had."""
+        self._flat: FlatModel | None = None
+
+    @property
+    def flat(self) -> FlatModel:
+        """The model as one vector, built on first use."""
+        if self._flat is None:
+            self._flat = FlatModel(self.task.model(), torch.device(self.device), self.double)
+        return self._flat
+
+    @property
+    def layout(self):
+        """Names, shapes and places of all parameters and buffers."""
+        return self.flat.layout
+
+    @property
+    def device_name(self) -> str:
+        """The device as a person knows it."""
+        return torch.cuda.get_device_name() if self.device == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+
+    def batch_norms(self) -> list[nn.Module]:
+        """The model's batch norm layers."""
+        return [m for m in self.flat.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether a sample's loss depends on the others of its chunk."""
+        return self.statistics == "chunk" and bool(self.batch_norms())
+
+    def initial(self, seed: int) -> State:
+        """The run's first state: the task's model built after seeding torch with `seed`."""
+        torch.manual_seed(seed)
+        self._flat = None
+        self.kept.clear()
+        return self.state(0)
+
+    def state(self, step: int) -> State:
+        """Parameters and buffers as they are now."""
+        return State(step, self.flat.vector.detach().cpu().numpy().copy(), self.flat.read_buffers())
+
+    @contextmanager
+    def at(self, state: State) -> Iterator[None]:
+        """Measure at another state: its parameters and buffers inside, those of before, to the bit, afterwards."""
+        vector = self.flat.vector.detach().clone()
+        buffers = [buffer.clone() for _, buffer in self.flat.buffers]
+        self.flat.load(state)
+        self.measuring_mode()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.flat.vector.copy_(vector)
+                for (_, buffer), saved in zip(self.flat.buffers, buffers, strict=True):
+                    buffer.copy_(saved)
+
+    def measuring_mode(self) -> None:
+        """Everything in evaluation mode, batch norm excepted where its statistics are the chunk's."""
+        self.flat.model.eval()
+        if self.statistics == "chunk":
+            for layer in self.batch_norms():
+                layer.train()
+
+    def inference_batch(self) -> int:
+        """Convolutions on the CPU run up to three times faster in small batches; batch norm needs its own."""
+        convolves = any(isinstance(module, nn.Conv2d) for module in self.flat.model.modules())
+        if self.device == "cpu" and convolves and not self.couples_samples:
+            return min(self.batch_size, CONVOLUTION_BATCH)
+        return self.batch_size
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Losses (B,) and predictions (B,) or None of one batch, from one forward pass."""
+        return forward(self.task, self.flat.model, batch)
+
+
+def _choose_device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"no device is called '{name}'. Known: cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OpsigError("no CUDA device can be used here. Use --device cpu, or install a CUDA build of torch")
+    return name
+
+
+def _make_deterministic(device: str) -> None:
+    torch.use_deterministic_algorithms(device == "cpu")
+    # Nothing here reads what it has not written, and the filling took a quarter of the time of gradient cosines.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.allow_tf32 = (
+        False  # ten bits of mantissa are too few for losses that are compared step by step
+    )
+    torch.backends.cuda.matmul.allow_tf32 = False
