@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.func import grad, jvp, vmap
-from torch.utils._pytree import tree_map
 
 from opsig_torch.eigen import PIECE, lanczos_matrix, random_start
-from opsig_torch.flat import replaced
 from opsig_torch.hessian import Hessian
 from opsig_torch.opened import Opened
-from opsig_torch.sample_curvature import Primitives
+from opsig_torch.sample_products import sample_hessians
 
 PROBES, STEPS = 4, 30
 SAMPLE_STEPS = 10
@@ -49,32 +46,13 @@ def sample_sharpness(opened: Opened, samples: np.ndarray) -> np.ndarray:
     SAMPLE_STEPS steps of Lanczos from each sample's gradient, with full reorthogonalisation, a block of samples at a
     time: power iteration would converge to the end that is largest in size.
     """
-    model, parameters = opened.flat.model, opened.flat.parameters
-    values = [parameter.detach() for parameter in parameters]
-    layout = [tensor for tensor in opened.layout if tensor.kind == "parameter"]
     size = opened.flat.vector.numel()
     block = max(1, BLOCK_BYTES // (opened.flat.vector.element_size() * size * (SAMPLE_STEPS + 4)))
     steps = min(SAMPLE_STEPS, size)
-
-    def loss(at: list[torch.Tensor], item: Any) -> torch.Tensor:
-        batch = tree_map(lambda leaf: leaf.unsqueeze(0), item)
-        with replaced(model, dict(zip(parameters, at, strict=True))):
-            return opened.task.losses(model, batch)[0]
-
-    def gradient(item: Any) -> torch.Tensor:
-        return torch.cat([g.reshape(-1) for g in grad(loss)(values, item)])
-
-    def product(vector: torch.Tensor, item: Any) -> torch.Tensor:
-        pieces = [vector[t.offset : t.offset + t.size].view(t.shape) for t in layout]
-        image = jvp(lambda at: grad(loss)(at, item), (values,), (pieces,))[1]
-        return torch.cat([g.reshape(-1) for g in image])
-
     found = np.empty(len(samples))
-    with Primitives():
-        for first in range(0, len(samples), block):
-            batch = opened.batches.take(samples[first : first + block])
-            start = vmap(gradient)(batch)
-            found[first : first + len(start)] = _batched_lanczos(lambda v, b=batch: vmap(product)(v, b), start, steps)
+    for first in range(0, len(samples), block):
+        start, product = sample_hessians(opened, samples[first : first + block])
+        found[first : first + len(start)] = _batched_lanczos(product, start, steps)
     return found
 
 
