@@ -18,7 +18,9 @@ def sharpness(
     steps: Annotated[
         str | None, typer.Option(metavar="A:B:C", help="Checkpoints of steps A to B, every C-th of them. Default: all.")
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Residual |Hv - av| / |a| to reach.")] = 1e-3,
+    tolerance: Annotated[
+        float, typer.Option(help="Residual |Hv - av| / |a| to reach; of a sample, over the largest |eigenvalue|.")
+    ] = 1e-3,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -48,6 +50,9 @@ def sharpness(
     With --metrics, curvature of single samples instead: those of records on stdin, of --random, or all. With --slice,
     the losses of the groups that `opsig cluster` piped in, along the top eigenvector.
 
+    sample_sharpness, the top eigenvalue a of a sample's own Hessian H, comes with its residual: |Hv - av| over the
+    largest size of an eigenvalue of H.
+
     Example: opsig sharpness run.h5 -k 2 --steps 0:400:2 --figure sharpness.png
     """
     from opsig_cli import backends, records
@@ -76,7 +81,9 @@ def sharpness(
         elif samples:
             chosen = chosen_samples(trajectory, piped, random, seed)
             with options.progress("curvature", len(chosen_steps), quiet) as advance:
-                written = curvature.sample_records(trajectory, session, chosen_steps, chosen, samples, advance)
+                written = curvature.sample_records(
+                    trajectory, session, chosen_steps, chosen, samples, tolerance, advance
+                )
         elif wanted:
             with options.progress("curvature", len(chosen_steps), quiet) as advance:
                 written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
@@ -99,7 +106,7 @@ def sharpness(
             options.save_figure(figure, drawing.draw_curvature, trajectory, written)
     title = f"{path}: preconditioned Hessian" if any(r.get("preconditioned") for r in written) else path
     records.write(written, format, [records.Table(title, _rows(written))])
-    unmet = [r for r in written if r.get("converged") is False]
+    unmet = [r for r in written if r.get("converged") is False or r.get("sample_sharpness_residual", 0) > tolerance]
     if unmet:
         note(f"note: {len(unmet)} eigenvalues did not reach the tolerance; see their residuals")
 
