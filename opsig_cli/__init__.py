@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `opsig --help` needs none of them."""
     from importlib import import_module
 
-    home = {"Recorder": "recorder", "Task": "tasks", "open_trajectory": "trajectory"}.get(name)
+    home = {"Recorder": "trajectory.recorder", "Task": "tasks", "open_trajectory": "trajectory.file"}.get(name)
     if home is None:
         raise AttributeError(f"module 'opsig_cli' has no attribute '{name}'")
     return getattr(import_module(f"opsig_cli.{home}"), name)
