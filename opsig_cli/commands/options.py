@@ -111,11 +111,13 @@ def trajectory_of(records: list[dict[str, Any]]) -> str:
     return named.pop()
 
 
-def save_figure(path: Path | None, draw: Any, *arguments: Any, **keywords: Any) -> None:
-    """Call a figure's function with the path; a path that cannot be written is a user's error."""
+def save_figure(path: Path | None, draw: Any, *arguments: Any) -> None:
+    """Save the figure that `draw` returns; a path that cannot be written is a user's error."""
     if path is None:
         return
+    from opsig_cli.figures import canvas
+
     try:
-        draw(path, *arguments, **keywords)
+        canvas.save(draw(*arguments), path)
     except (OSError, ValueError) as error:
         raise OpsigError(f"--figure {path}: {' '.join(str(error).split())}") from error
