@@ -198,8 +198,10 @@ class Curvature(Protocol):
         """Gradient of the mean training loss, (P,)."""
         ...
 
-    def sample_sharpness(self, state: State, samples: np.ndarray) -> np.ndarray:
-        """The most positive eigenvalue of each chosen sample's Hessian, (M,) float64."""
+    def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+        """The most positive eigenvalue a of each chosen sample's Hessian, (M,) float64, to the tolerance of its
+        residual |Hv - av| / |H|, (M,) float64, |H| the largest size of an eigenvalue. Never above the true one, to
+        rounding; a sample that is not finite has NaN."""
         ...
 
     def spectral_density(self, state: State) -> tuple[np.ndarray, np.ndarray, float]:

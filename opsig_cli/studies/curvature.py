@@ -158,12 +158,13 @@ def direction_at(run: Trajectory, session: Session, step: int, state: State) -> 
 
 def sample_records(
     run: Trajectory, session: Session, steps: Sequence[int], chosen: dict[str, np.ndarray], metrics: Sequence[str],
-    advance: Callable[..., None],
+    tolerance: float, advance: Callable[..., None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Metrics of chosen samples (positions by the name of their set) at checkpoints, one record a sample and step.
 
     `gradient_norm`: of the sample's loss; `curvature`: v'H(z)v along the whole loss's top eigenvector v;
-    `sample_sharpness`: the most positive eigenvalue of H(z). (The paper's Fig. 2.)
+    `sample_sharpness`: the most positive eigenvalue a of H(z), with `sample_sharpness_residual`, |H(z)u - au| over the
+    largest size of an eigenvalue. (The paper's Fig. 2.)
     """
     ids = run.samples
     found = []
@@ -178,7 +179,8 @@ def sample_records(
         for name, position in chosen.items():
             rows = {metric: values[position] for metric, values in measured.items()}
             if "sample_sharpness" in metrics:
-                rows["sample_sharpness"] = session.sample_sharpness(state, ids[position])  # pyright: ignore
+                values, residuals = session.sample_sharpness(state, ids[position], tolerance)  # pyright: ignore
+                rows |= {"sample_sharpness": values, "sample_sharpness_residual": residuals}
             for place, sample in enumerate(ids[position].tolist()):
                 record = {"trajectory": run.path, "step": step, "sample": sample, "set": name}
                 found.append(record | {metric: float(values[place]) for metric, values in rows.items()})

@@ -158,8 +158,8 @@ class TorchSession(Opened):
                     total += plain.flattened(plain.gradients(self, self.batch_losses(batch).sum() / self.samples))
             return total.cpu().numpy()
 
-    def sample_sharpness(self, state: State, samples: np.ndarray) -> np.ndarray:
-        """The most positive eigenvalue of chosen samples' Hessians, (M,) float64; see `opsig_torch.spectrum`."""
+    def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+        """The most positive eigenvalue of chosen samples' Hessians, and residuals; see `opsig_torch.spectrum`."""
         from opsig_torch.spectrum import sample_sharpness
 
         if self.couples_samples:
@@ -168,7 +168,8 @@ class TorchSession(Opened):
                 "its own there. Measure curvature instead, or train with --statistics running"
             )
         with self.at(state):
-            return sample_sharpness(self, samples)
+            found = sample_sharpness(self, samples, tolerance)
+        return found.values, found.residuals
 
     def spectral_density(self, state: State) -> tuple[np.ndarray, np.ndarray, float]:
         """Nodes and weights (R, m) of the Hessian's spectral density, and the trace's standard error."""
