@@ -1,6 +1,6 @@
 """Every per-sample quantity of every architecture and of many single layers, against float64 differences of gradients.
 
-    python benchmarks/layers.py [--only NAME,...] [--samples 8]
+    python benchmarks/layers.py [--only NAME,...] [--samples 8] [--costs]
 
 A column's number is the largest error over samples, relative to the largest value. What is measured is float32, as
 commands measure it; what it is held against is plain autograd's gradient, one sample at a time, in float64, and central
@@ -11,13 +11,17 @@ which slower way was taken, and how many rows are outside of the bound of 1e-5.
 import argparse
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from opsig_torch import TorchBackend
-from opsig_zoo import Text
+from opsig_torch import TorchBackend, plain
+from opsig_torch.apart import require_apart
+from opsig_torch.second import tell_of_second_derivative
+from opsig_zoo import FashionMnist, Text
 from opsig_zoo.chebyshev import Chebyshev
 from opsig_zoo.models import image_model
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -36,8 +40,8 @@ SHARPNESS_TOLERANCE = 1e-4
 """Residual asked of the top eigenvalues of single samples' Hessians; their error is about its square."""
 COLUMNS = ("loss", "gradient", "cosines", "slope", "curvature", "sharpness", "product")
 ZOO = (
-    "mlp:width=8,depth=2", "mlp:width=8,depth=2,activation=tanh", "cnn:width=3", "resnet18:width=2", "resnet20:width=2",
-    "resnet56:width=2", "resnet20:width=2,project=true", "vgg11:width=2", "vgg11-bn:width=2", "vit:width=8,depth=2",
+    "mlp:width=8,depth=2", "mlp:width=8,depth=2,activation=tanh", "cnn:width=3", "resnet18:width=1", "resnet20:width=2",
+    "resnet56:width=1", "resnet20:width=2,project=true", "vgg11:width=1", "vgg11-bn:width=1", "vit:width=8,depth=1",
 )  # fmt: skip
 
 
@@ -121,7 +125,7 @@ class Truth:
         size = len(self.at)
         operator = LinearOperator((size, size), lambda v: self.product(sample, v.ravel()), dtype=np.float64)
         start = self.gradient(sample)[1] + 1e-3
-        return float(eigsh(operator, 1, which="LA", v0=start, tol=1e-6, return_eigenvectors=False)[0])
+        return float(eigsh(operator, 1, which="LA", v0=start, tol=1e-5, return_eigenvectors=False)[0])
 
 
 def relative(found, exact) -> float:
@@ -157,7 +161,8 @@ def row(task, samples: int) -> tuple[dict[str, float | str], list[str]]:
         "slope": (lambda: session.curvature_along(state, v)[1], lambda: gradients @ direction),
         "curvature": (lambda: session.curvature_along(state, v)[2], lambda: products @ direction),
         "sharpness": (
-            lambda: session.sample_sharpness(state, few, SHARPNESS_TOLERANCE)[0], lambda: np.array([truth.sharpness(int(i)) for i in few])
+            lambda: session.sample_sharpness(state, few, SHARPNESS_TOLERANCE)[0],
+            lambda: np.array([truth.sharpness(int(i)) for i in few]),
         ),
         "product": (lambda: session.hessian_vectors(state, v[None])[0], lambda: products.mean(0)),
     }  # fmt: skip
@@ -171,11 +176,55 @@ def row(task, samples: int) -> tuple[dict[str, float | str], list[str]]:
     return errors, said
 
 
+def costs(name: str) -> None:
+    """What the checks cost, in passes over 5,000 samples."""
+    task = FashionMnist(model=name)
+    session = TorchBackend().open(task, "cpu")
+    state = session.initial(0)
+    v = torch.randn(len(state.params), generator=torch.Generator().manual_seed(0))
+    v /= v.norm()
+
+    def anew(check: Callable[..., None]) -> None:
+        session.kept.clear()
+        check(session)
+
+    def passing() -> None:
+        for _, batch in session.batches.in_pieces(session.inference_batch()):
+            torch.autograd.grad(task.losses(session.flat.model, batch).sum(), session.flat.parameters)
+
+    with session.at(state):
+        whole = seconds(passing, 1)
+        print(f"{name}: a forward and backward pass over {session.samples} samples takes {whole:.2f} s of CPU time")
+        for what, check in (
+            ("two batchings, once a session", lambda: anew(require_apart)),
+            ("the second derivative by differences, once a session", lambda: anew(tell_of_second_derivative)),
+            ("one gradient, at each use", lambda: plain.gradients(session, plain.sample_loss(session, 7))),
+            ("one curvature, at each use", lambda: plain.curvature(session, 7, v)),
+        ):
+            print(f"  {what}: {seconds(check, 9) / whole:.2%} of that")
+
+
+def seconds(call: Callable[[], object], times: int) -> float:
+    """Median seconds of CPU time of a call."""
+    call()
+    taken = []
+    for _ in range(times):
+        begin = time.process_time()
+        call()
+        taken.append(time.process_time() - begin)
+    return float(np.median(taken))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only")
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--costs", action="store_true", help="what the checks cost, and nothing else")
     options = parser.parse_args()
+    if options.costs:
+        for name in ("mlp", "cnn", "vit"):
+            costs(name)
+        return
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "text.txt").write_text("the cat sat on the mat; the dog sat on the log. " * 3)

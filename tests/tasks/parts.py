@@ -4,6 +4,7 @@ PARTS names layers that keep samples apart, COUPLED ones that do not, and REFUSE
 measured. Every part takes (B, 12) and gives (B, 12). `Part:which=NAME` is the task.
 """
 
+import random
 from functools import partial
 
 import torch
@@ -432,3 +433,61 @@ class Part:
 
     def label(self, i):
         return str(i % 3)
+
+
+def margins(outputs, y):
+    """Hinge loss of every class against the right one."""
+    wrong = (outputs - outputs.gather(1, y[:, None]) + 1).clamp_min(0)
+    return wrong.sum(1) - 1
+
+
+LOSSES = {
+    "entropy": lambda outputs, y: cross_entropy(outputs, y, reduction="none"),
+    "smoothed": lambda outputs, y: cross_entropy(outputs, y, reduction="none", label_smoothing=0.1),
+    "square": lambda outputs, y: (outputs - F.one_hot(y, 3)).square().sum(1),
+    "huber": lambda outputs, y: F.huber_loss(outputs, F.one_hot(y, 3).to(outputs), reduction="none").mean(1),
+    "hinge": margins,
+    "logistic": lambda outputs, y: F.binary_cross_entropy_with_logits(
+        outputs, F.one_hot(y, 3).to(outputs), reduction="none"
+    ).sum(1),
+    "gaussian": lambda outputs, y: F.gaussian_nll_loss(
+        outputs[:, :1], y[:, None].to(outputs), F.softplus(outputs[:, 1:2]) + 0.1, reduction="none"
+    )[:, 0],
+    "cosine": lambda outputs, y: 1 - F.cosine_similarity(outputs, F.one_hot(y, 3) - 0.4, dim=1),
+    "triplet": lambda outputs, y: F.triplet_margin_loss(
+        outputs, F.one_hot(y, 3).to(outputs), F.one_hot((y + 1) % 3, 3).to(outputs), reduction="none"
+    ),
+    "absolute": lambda outputs, y: (outputs - F.one_hot(y, 3)).abs().sum(1),
+    "focal": lambda outputs, y: (
+        (1 - torch.softmax(outputs, 1).gather(1, y[:, None])[:, 0]) ** 2 * cross_entropy(outputs, y, reduction="none")
+    ),
+}
+
+
+class Drawn(Part):
+    """A network of layers, a depth and a loss that are drawn at random."""
+
+    def __init__(self, seed: int = 0):
+        draw = random.Random(seed)
+        kinds = [*PARTS, *PARTS, *PARTS, *COUPLED, *STOPPED, *REFUSED, *["batch norm"] * 4]
+        self.names = [draw.choice(kinds) for _ in range(draw.randint(1, 4))]
+        self.tied, self.residual = draw.random() < 0.1, draw.random() < 0.3
+        super().__init__(" ".join(self.names), draw.randint(6, 30), draw.choice(list(LOSSES)))
+
+    def model(self):
+        every = EVERY | {"batch norm": lambda: nn.BatchNorm1d(12)}
+        layers = [every[name]() for name in self.names]
+        layers = [Residual(layer) for layer in layers] if self.residual else layers
+        return nn.Sequential(nn.Linear(8, 12), *layers, *layers[: int(self.tied)], nn.Linear(12, 3))
+
+    def losses(self, model, batch):
+        return LOSSES[self.loss](model(batch[0]), batch[1])
+
+
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x.clone())
