@@ -115,7 +115,7 @@ def train(
     options.note(f"device: {session.device_name}", quiet)
     start = session.initial(settings.seed)
     if like is not None:
-        start = State(0, initial.params, initial.buffers)
+        start = State(0, initial.params, initial.buffers, frozen=initial.frozen)
     if resume:
         recorder = Recorder(output, session.samples, resume=True, commit_every=commit_every)
     else:

@@ -230,7 +230,7 @@ def slice_records(
     direction = direction_at(run, session, step, state)
     found = []
     for position in np.linspace(-span, span, SLICE_POINTS):
-        moved = State(step, (state.params + position * direction).astype(np.float32), state.buffers)
+        moved = replace(state, params=(state.params + position * direction).astype(np.float32))
         losses = session.losses([moved])[0][0][run.samples].astype(np.float64)
         means = {"all samples": losses.mean()} | {name: losses[p].mean() for name, p in groups.items()}
         found.append({"trajectory": run.path, "step": step, "position": float(position), "losses": means})

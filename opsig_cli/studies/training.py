@@ -19,7 +19,7 @@ from opsig_cli import backends, tasks
 from opsig_cli.backends import Eigenpairs, Session, Snapshot, State, Training
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
-from opsig_cli.trajectory.recorder import Recorder, read_state
+from opsig_cli.trajectory.recorder import Recorder, check_trained, read_state
 
 THUMBNAIL_BYTES = 64 << 20
 """Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""
@@ -158,9 +158,10 @@ def run(
 def resume_point(recorder: Recorder, session: Session, settings: Settings) -> State:
     """The last checkpoint, or the initial state where there is none yet."""
     steps = recorder.run.steps("checkpoints")
+    initial = session.initial(settings.seed)
+    check_trained(recorder.run, session.layout)
     if not len(steps):
-        return session.initial(settings.seed)
-    session.initial(settings.seed)
+        return initial
     return read_state(recorder.run, int(steps[-1]))
 
 
