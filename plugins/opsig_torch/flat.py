@@ -6,6 +6,7 @@ operation.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -101,7 +102,7 @@ class FlatModel:
 
 def _layout(named: Iterable[tuple[str, str, torch.Tensor]]) -> list[backends.Tensor]:
     """Where the tensors of these names and kinds lie, each kind in a row of its own."""
-    found, offsets = [], dict.fromkeys(("parameter", "frozen", "buffer"), 0)
+    found, offsets = [], Counter()
     for name, kind, tensor in named:
         found.append(backends.Tensor(name, kind, tuple(tensor.shape), offsets[kind], tensor.numel()))
         offsets[kind] += tensor.numel()

@@ -22,8 +22,8 @@ SHOWN = 3
 class Fit:
     """Which key of the checkpoint each tensor of the layout has; `prefix` is what stands before its name there.
 
-    `kept`: frozen parameters and buffers that the checkpoint lacks; `unused`: keys beside the model's that it lacks; `others`: prefixes under
-    which the whole model lies, too.
+    `kept`: frozen parameters and buffers that the checkpoint lacks; `unused`: keys beside the model's that it lacks;
+    `others`: prefixes under which the whole model lies, too.
     """
 
     prefix: str

@@ -1,4 +1,4 @@
-"""Tensors of checkpoints as flat rows: those of each checkpoint, and the frozen ones, which all must agree on. F of them.
+"""Tensors of checkpoints as flat rows; and those that are frozen, which all must agree on. F numbers of these.
 
 A parameter that the task's model does not train is kept once for the run. It is taken from the first checkpoint that
 has it, and one that none has (where scripts save only what is trained) is as the model makes it.
