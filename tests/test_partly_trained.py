@@ -94,6 +94,26 @@ def test_a_heads_sharpness_is_that_of_its_closed_form():
     )
 
 
+def test_a_single_trained_number_has_its_second_derivative():
+    class Temperature(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(8, 3).requires_grad_(False)
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            return self.scale * self.base(x)
+
+    class Scaled(partly.Head):
+        def model(self):
+            return Temperature()
+
+    session, state = opened(Scaled())
+    losses, at = reference(session, state)
+    dense = torch.autograd.functional.hessian(lambda v: losses(v).mean(), at)
+    assert session.top_eigenpairs(state, 1, 1e-7).values[0] == pytest.approx(dense.item())
+
+
 def test_chunks_statistics_and_frozen_norms_go_together():
     session, state = opened(partly.Normed(), batch_size=20)
     everybody = np.arange(session.samples)
