@@ -99,11 +99,12 @@ class Opened:
         self.flat.load(state)
 
     def adopt(self, frozen: np.ndarray) -> None:
-        """Make a run's frozen parameters, (F,), the model's own, so that its states, which bring the same array, cost
-        no copy of it. What was found out of the model with others is forgotten."""
+        """Make a run's frozen parameters, (F,), the model's own: its states bring the same array and cost no copy.
+
+        They are set in place, where traces that are kept see them.
+        """
         if not self.flat.has_frozen(frozen):
             self.flat.load_frozen(frozen)
-            self.kept.clear()
 
     @contextmanager
     def at(self, state: State) -> Iterator[None]:
