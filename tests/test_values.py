@@ -1,5 +1,9 @@
 """Values that vanish, are missing or are not finite, data in another order, and what people ask for that cannot be."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from conftest import TASKS
@@ -34,3 +38,89 @@ def test_the_share_of_samples_that_rise_is_the_same_wherever_a_block_ends(tmp_pa
             np.testing.assert_array_equal(np.concatenate(kept), losses)
             rising = comparing.series_of(run)["rising"].values
         np.testing.assert_array_equal(rising, (losses[1:] > losses[:-1]).mean(1))
+
+
+# -- what cannot be written, and code that fails
+
+
+BAD = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Bad:
+    def __init__(self, after=3, wide=False, rate=1.0):
+        assert (type(after), type(wide), type(rate)) == (int, bool, float)
+        self.after, self.calls = after, 0
+
+    def model(self):
+        return nn.Linear(2, 1)
+
+    def dataset(self):
+        return TensorDataset(torch.ones(4, 2))
+
+    def losses(self, model, batch):
+        self.calls += 1
+        return helper(batch) if self.calls > self.after else model(batch[0])[:, 0].square()
+
+
+def helper(batch):
+    return batch["x"]
+"""
+
+
+def test_an_exception_in_a_persons_code_shows_their_frames_and_no_others(opsig, tmp_path):
+    (tmp_path / "bad.py").write_text(BAD)
+    task = f"{tmp_path / 'bad.py'}:Bad:after=5,wide=true,rate=2"  # options take their defaults' types
+    failed = opsig("train", "--task", task, "--steps", 9, "-o", tmp_path / "run.h5", "-q")
+    assert failed.code == 1
+    assert [line.split(", ")[-1] for line in failed.err.splitlines() if "File" in line] == ["in losses", "in helper"]
+    assert failed.err.count("bad.py") == 2
+    assert failed.err.splitlines()[-1].startswith("opsig: the task's own code failed: TypeError: list indices")
+    opsig("train", "--task", task.replace("5", "x"), "-o", tmp_path / "b.h5").fails(2, "after is 'x'", "an integer")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_a_full_or_closed_stdout_is_one_line(tmp_path):
+    path = write_losses(tmp_path / "run.h5", np.random.default_rng(0).random((30, 10)))
+    command = f"{sys.executable} -m opsig_cli.main mine {path} --quiet"
+    for into, words in (("> /dev/full", "stdout cannot be written: No space left"), (">&-", "stdout is closed")):
+        for unbuffered in ("", "1"):
+            done = subprocess.run(
+                f"{command} {into}", shell=True, capture_output=True, text=True,
+                env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            )  # fmt: skip
+            assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+            assert done.stderr.startswith(f"opsig: {words}")
+
+
+def test_a_path_that_cannot_be_written_is_found_before_the_work(opsig, tmp_path):
+    (tmp_path / "bad.py").write_text("raise SystemExit('the work has begun')")
+    task = ("--task", f"{tmp_path / 'bad.py'}:Bad")
+    run = tmp_path / "run.h5"
+    run.write_bytes(b"not a run, and never opened")
+    for option, path, words in (
+        ("-o", tmp_path / "none" / "run.h5", "there is no folder"),
+        ("-o", tmp_path, "is a folder"),
+        ("-o", run, "exists"),
+    ):
+        opsig("train", *task, option, path).fails(1, words)
+    for command in ("mine", "cluster", "sharpness", "probe", "compare"):
+        opsig(command, run, "--figure", tmp_path / "none" / "a.png").fails(1, "--figure", "there is no folder")
+        opsig(command, run, "--figure", tmp_path / "a.doc").fails(1, "--figure", ".doc")
+    opsig("report", run, "-o", tmp_path / "none" / "a.html").fails(1, "there is no folder")
+    opsig("import", "--losses", "x.npy", "-o", tmp_path / "none" / "a.h5").fails(1, "there is no folder")
+    opsig("simulate", "valley", "-o", run).fails(1, "exists")
+    assert not list(tmp_path.glob("*.png"))
+
+
+# -- steps
+
+
+def test_steps_that_are_not_there_name_the_nearest(opsig, tiny_run):
+    opsig("sharpness", tiny_run, *OWN, "--steps", 7).fails(1, "Nearest: 6, 9, of 21 from 0 to 60")
+    opsig("sharpness", tiny_run, *OWN, "--steps", "61:70").fails(1, "Nearest: 60, of 21")
+    opsig("sharpness", tiny_run, *OWN, "--steps", "0:60:0").fails(2, "every 0th")
+    opsig("sharpness", tiny_run, *OWN, "--steps", "30:3").fails(2, "ends before it begins")
+    opsig("train", "-o", tiny_run, "--resume", *OWN, "--steps", 30).fails(1, "at step 60 already", "--steps 30")

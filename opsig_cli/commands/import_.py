@@ -11,7 +11,10 @@ from opsig_cli.commands import options
 
 
 def import_(
-    output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="Trajectory file to write.")],
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="RUN", callback=options.check_output, help="Trajectory file to write."),
+    ],
     paths: Annotated[
         list[str] | None,
         typer.Argument(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,38 @@ import typer
 from typer.core import TyperCommand
 
 from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.figures.canvas import SUFFIXES
+
+
+def check_output(context: typer.Context, path: Any) -> Any:
+    """Raise OpsigError, before any work is done, where nothing can be written at a path that was given."""
+    if path is not None and not context.resilient_parsing:
+        _check_writable("-o", Path(path))
+    return path
+
+
+def check_figure(context: typer.Context, path: Path | None) -> Path | None:
+    """The same of a picture, whose name's ending must be one that is known."""
+    if path is not None and not context.resilient_parsing:
+        if path.suffix.lower() not in SUFFIXES:
+            raise OpsigError(f"--figure {path}: pictures are saved as {', '.join(SUFFIXES)}, not '{path.suffix}'")
+        _check_writable("--figure", path)
+    return path
+
+
+def _check_writable(option: str, path: Path) -> None:
+    try:
+        if not path.parent.is_dir():
+            raise OpsigError(f"{option} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise OpsigError(f"{option} {path} is a folder. Name a file in it")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise OpsigError(f"{option} {path}: the file cannot be written")
+        with tempfile.TemporaryFile(dir=path.parent):  # asks the file system itself: root may do what modes forbid
+            pass
+    except OSError as error:
+        raise OpsigError(f"{option} {path}: {error.strerror or error}") from error
+
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
 RunOrRecords = Annotated[
@@ -32,7 +66,8 @@ FormatOption = Annotated[
     typer.Option("--format", metavar="table|json|csv", help="Default: table on a terminal, JSON lines in a pipe."),
 ]
 FigureOption = Annotated[
-    Path | None, typer.Option("--figure", metavar="PATH", help="Save the picture (.png, .pdf or .svg).")
+    Path | None,
+    typer.Option("--figure", metavar="PATH", callback=check_figure, help="Save the picture (.png, .pdf or .svg)."),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: the best.")]
 BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="Installed backend.")]

@@ -17,7 +17,10 @@ from opsig_cli.errors import UsageError
 def report(
     run: options.RunArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="PATH", help="Default: the run's name with .html.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="PATH", callback=options.check_output, help="Default: the run's name with .html."
+        ),
     ] = None,
     by: Annotated[
         str | None,

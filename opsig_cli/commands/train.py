@@ -12,7 +12,10 @@ from opsig_cli.errors import OpsigError, UsageError
 
 
 def train(
-    output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="Trajectory file to write.")],
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="RUN", callback=options.check_output, help="Trajectory file to write."),
+    ],
     task: options.TaskOption = None,
     model: Annotated[
         str | None,
@@ -78,7 +81,7 @@ def train(
     from opsig_cli.backends import State, load_backend
     from opsig_cli.settings import Settings
     from opsig_cli.studies import training
-    from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli.trajectory.file import check_new, open_trajectory
     from opsig_cli.trajectory.recorder import Recorder, read_state
 
     if resume and replace:
@@ -99,12 +102,19 @@ def train(
     if resume:
         with open_trajectory(output) as run:
             settings = Settings.stored(run.attributes, output).resumed(given, output)
+            reached = max(run.steps("checkpoints"), default=0)
+            if reached > settings.steps:
+                raise OpsigError(
+                    f"{output} is at step {reached} already, past --steps {settings.steps}. Give more steps"
+                )
     elif like is not None:
         with open_trajectory(like) as run:
             settings = Settings.stored(run.attributes, like).varied(given)
             initial = read_state(run, 0)
     else:
         settings = Settings.of(given)
+    if not resume:
+        check_new(output, replace)
     spec = tasks.parse_spec(task or settings.task, settings.model)
     if task is None and tasks.is_own(spec):  # a file is never a reason to run code that the command does not name
         of = output if resume else like
