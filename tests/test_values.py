@@ -1,6 +1,8 @@
 """Values that vanish, are missing or are not finite, data in another order, and what people ask for that cannot be."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -124,3 +126,17 @@ def test_steps_that_are_not_there_name_the_nearest(opsig, tiny_run):
     opsig("sharpness", tiny_run, *OWN, "--steps", "0:60:0").fails(2, "every 0th")
     opsig("sharpness", tiny_run, *OWN, "--steps", "30:3").fails(2, "ends before it begins")
     opsig("train", "-o", tiny_run, "--resume", *OWN, "--steps", 30).fails(1, "at step 60 already", "--steps 30")
+
+
+def test_a_stored_eigenvalue_that_misses_the_tolerance_is_measured_again(opsig, tiny_run, tmp_path):
+    run = shutil.copy(tiny_run, tmp_path / "run.h5")
+    steps = ("--steps", "0:9")
+    rough = opsig("sharpness", run, *OWN, *steps, "--tolerance", 0.2)
+    fine = opsig("sharpness", run, *OWN, "--steps", "3:12", "--tolerance", 1e-4)
+    assert "measured already" not in fine.err
+    assert re.search(r"measured again: [123] checkpoints", fine.err)
+    again = opsig("sharpness", run, *OWN, *steps, "--tolerance", 0.2)
+    assert "measured already: 4 of 4" in again.err
+    assert max(r["residual"] for r in rough.records[1:]) > 1e-4 > max(r["residual"] for r in again.records[1:])
+    assert again.records[0] == rough.records[0]
+    assert opsig("verify", run).code == 0

@@ -85,10 +85,11 @@ def sharpness(
             if replace:
                 trajectory.remove(group)
             measured = curvature.count_to_measure(trajectory, group, count)
-            have = set(trajectory.steps(group).tolist())
-            missing = [step for step in chosen_steps if step not in have]
+            missing, rough = curvature.to_measure(trajectory, group, chosen_steps, count, tolerance)
             if len(missing) < len(chosen_steps):
                 note(f"measured already: {len(chosen_steps) - len(missing)} of {len(chosen_steps)} checkpoints")
+            if rough:
+                note(f"measured again: {rough} checkpoints, held to a residual above the tolerance {tolerance:g}")
             with options.progress("sharpness", len(missing), quiet) as advance:
                 for step in curvature.measure(trajectory, session, group, missing, measured, tolerance):
                     advance(note=f"step {step}")

@@ -96,10 +96,21 @@ def count_to_measure(run: Trajectory, group: str, count: int) -> int:
     return held
 
 
+def to_measure(
+    run: Trajectory, group: str, steps: Sequence[int], count: int, tolerance: float
+) -> tuple[list[int], int]:
+    """The steps that lack their first `count` eigenvalues or hold them to a residual above the tolerance, and how many
+    of them are of the latter."""
+    have = run.steps(group).tolist()
+    residuals = run.rows(f"{group}/residual", 0, len(have))[:, :count] if have else np.empty((0, count))
+    met = dict(zip(have, (residuals <= tolerance).all(1).tolist(), strict=True))
+    return [step for step in steps if not met.get(step)], sum(not met.get(step, True) for step in steps)
+
+
 def measure(
     run: Trajectory, session: Session, group: str, steps: Sequence[int], count: int, tolerance: float
 ) -> Iterator[int]:
-    """Append the `count` top eigenpairs at these checkpoints and commit each; yields the step.
+    """Write the `count` top eigenpairs at these checkpoints and commit each; yields the step.
 
     A checkpoint of Adam's before its first step has no preconditioner and is passed over.
     """
@@ -120,7 +131,10 @@ def measure(
         }  # fmt: skip
         if group == "sharpness":
             columns |= {"eigenvector": found.vectors[0], "layer_fraction": layer_fractions(session, found.vectors[0])}
-        run.append(group, step, **columns)
+        if step in run.steps(group):
+            run.replace_row(group, step, **columns)
+        else:
+            run.append(group, step, **columns)
         run.commit()
         yield step
 

@@ -144,6 +144,16 @@ class Trajectory(Reading):
         write_row(self._column(FIELDS[f"{group}/checksum"], crc, place), place, crc)
         rows.add(step)
 
+    def replace_row(self, group: str, step: int, **columns: np.ndarray | float) -> None:
+        """Write columns of a step's row in the place of what it held, as `append` does; its others stay."""
+        rows = self._rows(group)
+        place = rows.steps.index(step)
+        for name, value in columns.items():
+            field = FIELDS[f"{group}/{name.replace('__', '/')}"]
+            value = as_array(value)
+            self._column(field, value, rows.count)[place] = value
+        self._file[f"{group}/checksum"][place] = self.row_checksum(group, place)
+
     def write(self, name: str, values: np.ndarray, replace: bool = False) -> None:
         """Write a whole dataset of the schema. Raises OpsigError where it exists, unless `replace`."""
         field = FIELDS[name]
