@@ -8,11 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import TASKS
 
 from opsig_cli.studies import comparing
 from opsig_cli.trajectory import reading
 from opsig_cli.trajectory.file import create_trajectory, open_trajectory
+from opsig_cli.trajectory.recorder import read_state
 
 OWN = ("--task", f"{TASKS}:Tiny")
 
@@ -140,3 +142,80 @@ def test_a_stored_eigenvalue_that_misses_the_tolerance_is_measured_again(opsig, 
     assert max(r["residual"] for r in rough.records[1:]) > 1e-4 > max(r["residual"] for r in again.records[1:])
     assert again.records[0] == rough.records[0]
     assert opsig("verify", run).code == 0
+
+
+# -- losses and gradients that are not finite
+
+
+BROKEN = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Broken:
+    def __init__(self, nan=-1, root=-1):
+        x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+        if nan >= 0:
+            x[nan, 1] = float("nan")
+        if root >= 0:
+            x[root] = 0
+        self.x, self.root = x, root
+
+    def model(self):
+        return nn.Linear(3, 2, bias=False)
+
+    def dataset(self):
+        return TensorDataset(self.x)
+
+    def losses(self, model, batch):
+        out = model(batch[0]).square().sum(1)
+        return out.sqrt() if self.root >= 0 else out
+
+    def label(self, i):
+        return f"item {i}"
+"""
+
+
+@pytest.fixture
+def broken(tmp_path, opsig):
+    (tmp_path / "broken.py").write_text(BROKEN)
+
+    def train(options, *more):
+        task = ("--task", f"{tmp_path / 'broken.py'}:Broken{options}", "--steps", 200, "--replace", "-q")
+        return opsig("train", *task, "-o", tmp_path / "run.h5", *more)
+
+    return train
+
+
+def test_train_names_the_sample_whose_loss_or_gradient_is_not_finite(broken, tmp_path, opsig):
+    track = ("--track", "--learning-rate", 0.01)
+    broken(":nan=7", *track).fails(1, "the loss is not finite at step 0", "the loss of sample 7 (label item 7)")
+    with open_trajectory(tmp_path / "run.h5") as run:
+        assert np.flatnonzero(~np.isfinite(run.row("losses/loss", 0))).tolist() == [7]
+        assert run.steps("checkpoints").tolist() == [0]
+    outcome = broken(":nan=7", "--optimizer", "sgd", "--batch-size", 2, "--learning-rate", 0.01, "--seed", 1)
+    outcome.fails(1, "the loss is not finite at step ", "the loss of sample 7 (label item 7)")
+    assert "learning rate" not in outcome.err
+    step = int(outcome.err.split("not finite at step ")[1].split(":")[0])
+    assert step > 1
+    with open_trajectory(tmp_path / "run.h5") as run:
+        assert run.steps("scalars")[-1] == step
+        assert np.isnan(run.row("scalars/train_loss", step))
+        assert run.steps("checkpoints").tolist() == [0, step - 1]
+    broken(":root=5", *track).fails(
+        1, "the gradient is not finite at step 0", "the gradient of sample 5 (label item 5)"
+    )
+
+
+def test_train_speaks_of_the_learning_rate_where_most_losses_are_not_finite(broken, tmp_path):
+    outcome = broken("", "--track", "--learning-rate", 1e4, "--optimizer", "momentum", "--checkpoint-every", 100)
+    outcome.fails(1, "Try a learning rate below 10000")
+    with open_trajectory(tmp_path / "run.h5") as run:
+        last = int(run.steps("losses")[-1])
+        assert run.steps("checkpoints").tolist() == [0, last - 1]
+        state, before = read_state(run, last - 1), run.row("losses/loss", last - 1)
+        assert np.isfinite(before).all()
+        assert not np.isfinite(run.row("losses/loss", last)).all()
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose((x @ torch.tensor(state.params).view(2, 3).T).square().sum(1), before, rtol=1e-5)
