@@ -103,7 +103,7 @@ def to_measure(
     of them are of the latter."""
     have = run.steps(group).tolist()
     residuals = run.rows(f"{group}/residual", 0, len(have))[:, :count] if have else np.empty((0, count))
-    met: dict[int, bool] = dict(zip(have, (residuals <= tolerance).all(1).tolist(), strict=True))
+    met: dict[int, bool] = dict(zip(have, np.all(residuals <= tolerance, axis=1).tolist(), strict=True))
     return [step for step in steps if not met.get(step)], sum(not met.get(step, True) for step in steps)
 
 

@@ -108,8 +108,9 @@ def _find(
 
 
 def _worst(steps: np.ndarray, movers: Movers) -> str:
-    rise = int(np.diff(movers.movement.mean_T).argmax()) + 1
-    return f"the whole loss rose most at step {steps[rise]}"
+    rises = np.diff(movers.movement.mean_T)
+    row = int(rises.argmax())
+    return f"the whole loss rose most at step {steps[row + 1]}" if rises[row] > 0 else "the whole loss never rose"
 
 
 def window_rows(run: Trajectory, steps: np.ndarray, window: tuple[int | None, int | None]) -> tuple[int, int]:
