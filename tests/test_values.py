@@ -11,6 +11,10 @@ import pytest
 import torch
 from conftest import TASKS
 
+from opsig_cli import tasks
+from opsig_cli.analysis.grouping import Grouping, group_by_similarity, pair_anew
+from opsig_cli.analysis.significance import p_value, series_p_value
+from opsig_cli.backends import load_backend
 from opsig_cli.studies import comparing
 from opsig_cli.trajectory import reading
 from opsig_cli.trajectory.file import create_trajectory, open_trajectory
@@ -219,3 +223,76 @@ def test_train_speaks_of_the_learning_rate_where_most_losses_are_not_finite(brok
         assert not np.isfinite(run.row("losses/loss", last)).all()
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose((x @ torch.tensor(state.params).view(2, 3).T).square().sum(1), before, rtol=1e-5)
+
+
+# -- values that vanish
+
+
+SATURATED = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+
+class Saturated:
+    def __init__(self, steep=200.0):
+        self.steep = steep
+
+    def model(self):
+        model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+        with torch.no_grad():
+            model[2].weight.mul_(self.steep)
+        return model
+
+    def dataset(self):
+        draw = torch.Generator().manual_seed(0)
+        return TensorDataset(torch.randn(60, 8, generator=draw), torch.randint(0, 3, (60,), generator=draw))
+
+    def losses(self, model, batch):
+        return cross_entropy(model(batch[0]), batch[1], reduction="none")
+"""
+
+
+def test_gradients_that_underflow_have_no_cosine_and_make_no_pair_of_a_group_with_itself(opsig, tmp_path):
+    (tmp_path / "s.py").write_text(SATURATED)
+    for steep in (1, 200):
+        task = ("--task", f"{tmp_path / 's.py'}:Saturated:steep={steep}")
+        run = tmp_path / f"{steep}.h5"
+        train = ("--learning-rate", 0.3, "--steps", 30, "--track", "--checkpoint-every", 5, "-q")
+        assert opsig("train", *task, *train, "-o", run).code == 0
+        found = opsig("cluster", run, *task, "--by", "gradient")
+        assert found.code == 0, found.err
+        pairs = [r for r in found.records if r["kind"] == "pair"]
+        assert pairs
+        for record in pairs + [r for r in found.records if r["kind"] == "group"]:
+            assert abs(record["cohesion"]) < 1 + 1e-9
+            if record["kind"] == "pair":
+                assert len(set(record["groups"])) == 2
+                assert -1 <= record["opposition"] < 0
+                measured = [record[name] for name in ("opposition", "opposition_error", "loss_correlation", "shared")]
+                assert record["p_value"] == 1 or None not in measured
+        loaded, _ = tasks.load(tasks.parse_spec(task[1]))
+        session = load_backend("torch").open(loaded)
+        with open_trajectory(run) as trajectory:
+            state = read_state(trajectory, 0)
+        cosines, norms = session.gradient_cosines(state, np.arange(60)), session.gradient_norms(state)
+        gone = norms < 1e-15
+        assert gone.any() == (steep == 200)
+        assert np.isnan(cosines[gone]).all()
+        assert np.isnan(cosines[:, gone]).all()
+        assert np.isnan(session.mean_cosines(state, np.arange(60), [np.arange(9)])[gone]).all()
+        np.testing.assert_allclose(np.diag(cosines)[~gone], 1)
+        assert np.abs(cosines[np.ix_(~gone, ~gone)]).max() < 1 + 1e-6
+
+
+def test_nothing_opposes_itself_and_what_is_not_known_is_not_significant():
+    against = np.full((4, 4), -0.9)
+    grouping = Grouping(np.array([0, 0, 1, 1]), np.array([-1, -1]), np.full(4, np.nan))
+    assert pair_anew(against, grouping, np.zeros((2, 2), bool)).pairs() == [(0, 1)]
+    lone = Grouping(np.zeros(4, int), np.array([-1]), np.full(4, np.nan))
+    assert pair_anew(against, lone, np.zeros((1, 1), bool)).pairs() == []
+    assert p_value(float("nan"), np.zeros(199)) == 1
+    assert series_p_value(np.full(20, np.nan), np.arange(20.0)) == 1
+    infinite = np.where(np.eye(8) > 0, 1, np.inf)
+    assert group_by_similarity(infinite).pairs() == []

@@ -146,7 +146,8 @@ def pair_evidence(pair: Record) -> list[Evidence]:
             "p-value",
             p_value(pair["p_value"]),
             f"Share of {ROUNDS} rounds in which the same search over shuffled similarities finds as strong a pair. "
-            "It is 1 where the groups hardly share a feature, or their losses move together.",
+            "It is 1 where the groups hardly share a feature, their losses move together, or any of this could not be "
+            "measured.",
         ),
         (
             "p against random groups",

@@ -55,7 +55,7 @@ class TorchSession(Opened):
         with self.at(state):
             gram = (coupled if self.couples_samples else alignment).gradient_gram(self, samples)
         with np.errstate(invalid="ignore", divide="ignore"):
-            norms = np.sqrt(np.diag(gram))
+            norms = alignment.directed(np.sqrt(np.diag(gram)))
             gram /= norms[:, None]
             gram /= norms
         return gram
