@@ -61,7 +61,8 @@ def cluster(
     )  # fmt: skip
     options.save_figure(figure, found.figure)
     options.say(found.notes, quiet)
-    tables = [records.Table(f"{found.title}, the significant ones first", saying.pair_table(found))]
+    tables = options.not_finite_tables(found)
+    tables.append(records.Table(f"{found.title}, the significant ones first", saying.pair_table(found)))
     if said := saying.sentence_table(found):
         tables.append(records.Table("in words", said))
     if alone := saying.alone_table(found):

@@ -170,6 +170,14 @@ def records_of(run: str) -> tuple[str, list[dict[str, Any]] | None]:
     return trajectory_of(piped), piped
 
 
+def not_finite_tables(found: Any) -> list[Any]:
+    """The table that comes first where samples are not finite while the others are."""
+    from opsig_cli.records import Table
+
+    rows = [{name: r[name] for name in ("sample", "label", "step")} for r in found.of("not_finite")]
+    return [Table("samples whose loss is not finite, from this step on", rows)] if rows else []
+
+
 def say(notes: list[str], quiet: bool) -> None:
     """Say notes on stderr, one a line."""
     for words in notes:

@@ -43,6 +43,7 @@ def report(
     from opsig_cli import records
     from opsig_cli.report import content, page
     from opsig_cli.studies.clustering import finding, saying, weighing
+    from opsig_cli.studies.filled import filled
     from opsig_cli.trajectory.file import open_trajectory
 
     if by not in (None, *weighing.BY):
@@ -60,7 +61,7 @@ def report(
         progress = partial(options.progress, quiet=quiet)
         found = finding.find(trajectory, by, top, task, device, backend, warn, progress)
         written = saying.records(trajectory, found.clusters)
-        shown = content.gather(trajectory, found, written, task, said)
+        shown = content.gather(filled(trajectory, found.movers.known), found, written, task, said)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
     for words in found.notes:
         options.note(f"note: {words}", quiet)

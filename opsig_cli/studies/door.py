@@ -17,6 +17,7 @@ from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import curvature, mining, tracking
 from opsig_cli.studies.clustering import agreement, finding, saying, weighing
+from opsig_cli.studies.filled import filled
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
 from opsig_cli.trajectory.file import Trajectory
@@ -30,6 +31,8 @@ def mine(
 ) -> Records:  # fmt: skip
     """The samples whose loss moves most, one record each, the largest score first (the paper's section 2).
 
+    Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
+
     `step`: rank by the change of this one step; `window`: steps "A:B" to look at, both ends included; `score`: one of
     `mining.SCORES`, or as the run allows; `direction`: "up", "down" or "both"; `share`: add each sample's part of the
     whole loss's change at this step.
@@ -40,7 +43,8 @@ def mine(
         raise UsageError("--step and --window exclude each other. Give one of them")
     with opened(run) as trajectory:
         found = mining.find(trajectory, top, score, step, parse_range(window, "--window"), direction)
-        records = mining.records(trajectory, found, share)
+        records = mining.records(filled(trajectory, found.known), found, share)
+        broken = mining.not_finite(trajectory, found)
     notes = [found.note] if found.note else []
     if share is not None:
         carried = sum(record["share_at_step"] or 0 for record in records)
@@ -48,10 +52,10 @@ def mine(
 
     def draw():
         with opened(run) as trajectory:
-            return drawing.draw_movers(trajectory, found, records)
+            return drawing.draw_movers(filled(trajectory, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
-    return Records(records, notes=notes, title=title, draw=draw)
+    return Records(broken + records, notes=notes, title=title, draw=draw)
 
 
 def cluster(
@@ -61,6 +65,8 @@ def cluster(
     backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
+
+    Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
 
     `by`: "gradient", "loss" or "both", or as the run allows; `top`: samples to mine first; `records`: those of `mine`,
     to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that were not
@@ -81,9 +87,10 @@ def cluster(
             sketch=sketch,
         )  # fmt: skip
         clusters = found.clusters
-        written = saying.records(trajectory, clusters)
+        known = found.movers.known
+        written = mining.not_finite(trajectory, found.movers) + saying.records(trajectory, clusters)
         if explain is not None:
-            written += saying.explain(trajectory, clusters, explain)
+            written += saying.explain(filled(trajectory, known), clusters, explain)
         if truth:
             written.append(agreement.agreement(trajectory, clusters))
     notes = list(found.notes)
@@ -93,7 +100,7 @@ def cluster(
 
     def draw():
         with opened(run) as trajectory:
-            return drawing.draw_pairs(trajectory, clusters, written)
+            return drawing.draw_pairs(filled(trajectory, known), clusters, written)
 
     return Records(written, notes=notes, title=f"{trajectory.path}: opposing pairs", draw=draw)
 
@@ -166,8 +173,9 @@ def sharpness(
 
 
 def _samples_of(records: Sequence[dict[str, Any]]) -> list[int]:
-    """The samples that records name, each once, in order."""
-    return list(dict.fromkeys(r["sample"] for r in records if isinstance(r.get("sample"), int)))
+    """The samples that records name, each once, in order; those that are not finite have nothing to measure."""
+    named = (r["sample"] for r in records if isinstance(r.get("sample"), int) and r.get("kind") != "not_finite")
+    return list(dict.fromkeys(named))
 
 
 def _chosen(run: Trajectory, records: Sequence[dict[str, Any]], random: int, seed: int) -> dict[str, np.ndarray]:

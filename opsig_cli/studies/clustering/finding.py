@@ -7,10 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies import mining, tracking
 from opsig_cli.studies.clustering import saying, weighing
 from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.filled import filled
 from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory
 
@@ -37,7 +40,10 @@ def find(
     run.require("losses/loss")
     by, fallback = weighing.choose_by(run, by)
     found = mining.find(run, top or mining.default_count(len(run.samples)), window=window)
+    run = filled(run, found.known)
     position = found.position if samples is None else mining.positions_of(run, samples)
+    if found.known is not None:
+        position = position[~np.isin(position, found.known.never)]
     if len(position) < 2:
         raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
     weighed = weighing.window_of(run, found)
@@ -55,5 +61,6 @@ def find(
                 run, session, backend, position, by, weighed, advance,
                 widen=samples is None, joining=join, sketch=sketch,
             )  # fmt: skip
-    notes = [words for words in (fallback, found.note, saying.caveat(clusters)) if words]
+    first, second = (fallback, found.note) if found.known is None else (found.note, fallback)
+    notes = [words for words in (first, second, saying.caveat(clusters)) if words]
     return Found(clusters, found, notes)
