@@ -33,6 +33,7 @@ def cluster(
     ] = None,
     truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -56,7 +57,8 @@ def cluster(
     path, piped = options.records_of(run)
     found = door.cluster(
         path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, records=piped,
-        task=task, device=device, backend=backend, note=partial(options.note, quiet=quiet),
+        task=task, device=device, backend=backend,
+        allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)

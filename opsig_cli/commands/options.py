@@ -60,6 +60,9 @@ TaskOption = Annotated[
         show_default=False,
     ),
 ]
+AllowOption = Annotated[
+    bool, typer.Option("--allow-changed-data", help="Go on where the task's losses are not those that were recorded.")
+]
 FormatOption = Annotated[
     str | None,
     typer.Option("--format", metavar="table|json|csv", help="Default: table on a terminal, JSON lines in a pipe."),

@@ -28,6 +28,7 @@ def report(
         bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
     ] = False,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -59,7 +60,9 @@ def report(
     with open_trajectory(run) as trajectory:
         page.check_output(path, run, replace)
         progress = partial(options.progress, quiet=quiet)
-        found = finding.find(trajectory, by, top, task, device, backend, warn, progress)
+        found = finding.find(
+            trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
+        )
         written = saying.records(trajectory, found.clusters)
         shown = content.gather(filled(trajectory, found.movers.known), found, written, task, said)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))

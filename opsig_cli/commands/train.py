@@ -68,6 +68,7 @@ def train(
     ] = 10,
     chunk_size: options.BatchSizeOption = None,
     statistics: Annotated[str | None, typer.Option(metavar="chunk|running", help="Batch norm's statistics.")] = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -80,7 +81,7 @@ def train(
     from opsig_cli import records, tasks
     from opsig_cli.backends import State, load_backend
     from opsig_cli.settings import Settings
-    from opsig_cli.studies import training
+    from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import check_new, open_trajectory
     from opsig_cli.trajectory.recorder import Recorder, read_state
@@ -124,6 +125,8 @@ def train(
     session = load_backend(settings.backend).open(loaded, device, settings.chunk_size, settings.statistics)
     options.note(f"device: {session.device_name}", quiet)
     start = session.initial(settings.seed)
+    if settings.batch_size is None and getattr(session, "drops_out", False):
+        options.note("note: full-batch training leaves the model's dropout out. With --batch-size it is on", quiet)
     if like is not None:
         start = State(0, initial.params, initial.buffers)
     if resume:
@@ -135,6 +138,7 @@ def train(
     stop = training.StopRequest()
     with recorder:
         if resume:
+            tracking.check_data(recorder.run, session, lambda text: options.note(text, quiet), allow_changed_data)
             start = training.resume_point(recorder, session, settings)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():

@@ -62,7 +62,7 @@ def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
     sketch: int | None = None, explain: int | None = None, truth: bool = False,
     records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
-    backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
 
@@ -84,7 +84,7 @@ def cluster(
     with opened(run) as trajectory:
         found = finding.find(
             trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-            sketch=sketch,
+            sketch=sketch, allow_changed_data=allow_changed_data,
         )  # fmt: skip
         clusters = found.clusters
         known = found.movers.known
@@ -109,7 +109,8 @@ def sharpness(
     run: Run, *, k: int = 1, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
     random: int = 0, slice: int | None = None, span: float = 0.2, plain: bool = False, seed: int = 0,
     replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly,
+    progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
 
@@ -131,7 +132,7 @@ def sharpness(
         if keeps and not trajectory.writable:
             raise OpsigError(f"{trajectory.path} is open for reading. Eigenvalues are kept in it: open it with 'r+'")
         chosen_steps = curvature.select_steps(trajectory, steps)
-        session, _ = tracking.open_session(trajectory, task, device, backend, note)
+        session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
         backends.require(session, backends.Curvature, backend, "curvature")
         if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
             note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")

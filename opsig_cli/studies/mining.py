@@ -72,7 +72,7 @@ def find(
     if known.diverged is not None and known.diverged < movers.first + len(movers.movement.mean_T):
         at = int(steps[known.diverged])
         if known.diverged <= movers.first or step is not None:
-            reason = f"losses are not finite from step {at} on, so nothing is known from there on"
+            reason = f"losses are not finite at step {at}, so nothing is known from there on"
             raise OpsigError(f"{run.path}: {'; '.join([*words, reason])}")
         words.append(f"from step {at} on losses are not finite: only the steps before it are looked at")
         window = (window[0], int(steps[known.diverged - 1]))

@@ -31,7 +31,7 @@ def find(
     run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str,
     warn: Callable[[str], None], progress: Callable[[str, int], AbstractContextManager[Any]], *,
     samples: Sequence[int] | None = None, window: tuple[int | None, int | None] = (None, None),
-    join: bool | None = None, sketch: int | None = None,
+    join: bool | None = None, sketch: int | None = None, allow_changed_data: bool = False,
 ) -> Found:  # fmt: skip
     """Group the samples of a run that move most, or the `samples` given by index, by what they do in a window of steps.
 
@@ -53,7 +53,7 @@ def find(
         steps = weighing.checkpoints_in(run, weighed)
         if sketch is not None:
             weighing.sketch_band(run, weighed, sketch)  # refused before anything is loaded
-        session, _ = tracking.open_session(run, task, device, backend, warn)
+        session, _ = tracking.open_session(run, task, device, backend, warn, allow_changed_data)
         if join is None and not (join := not getattr(session, "couples_samples", False)):
             warn("note: nobody joins: with batch norm in chunks each costs a chunk; see --join")
         with progress("gradients", (3 if samples is None else 2) * len(steps)) as advance:
