@@ -408,7 +408,13 @@ def test_a_run_that_diverges_ends_at_the_step_where_most_losses_do(opsig, tmp_pa
 
 def test_the_whole_loss_is_not_said_to_rise_where_it_never_does(opsig, tmp_path):
     falls = np.exp(-np.arange(40) / 9)[:, None] * np.linspace(1, 2, 12)
-    assert "the whole loss never rose" in opsig("mine", write_losses(tmp_path / "a.h5", falls)).err
+    run = write_losses(tmp_path / "a.h5", falls)
+    assert "the whole loss never rose" in opsig("mine", run).err
+    assert opsig("report", run, "-q").code == 0
+    page = (tmp_path / "a.html").read_text()
+    assert "never rose" in page
+    assert "rises most" not in page
+    assert "largest rise" not in page.lower()
 
 
 @settings(max_examples=60, deadline=None)
