@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -12,11 +11,8 @@ import numpy as np
 from opsig_cli import backends
 from opsig_cli.backends import Session, Snapshot, State, Training
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.studies.missing import named
 from opsig_cli.trajectory.recorder import Recorder
-
-NAMED = 5
-"""Samples that are named; of more the number is said."""
 
 
 def not_finite(snapshot: Snapshot) -> str | None:
@@ -63,14 +59,3 @@ def _whose(session: Session, state: State) -> tuple[str, np.ndarray]:
     if len(broken) or not isinstance(session, backends.Curvature):
         return "loss", broken
     return "gradient", np.flatnonzero(~np.isfinite(session.gradient_norms(state)))
-
-
-def named(run: Trajectory, positions: Sequence[int] | np.ndarray) -> str:
-    """Samples in these columns by index and label, the first few of many."""
-    ids, labels = run.samples, run.read("samples/label") if run.has("samples/label") else None
-    words = [
-        f"{ids[position]}" + ("" if labels is None else f" (label {labels[position]})")
-        for position in positions[:NAMED]
-    ]
-    more = f" and {len(positions) - NAMED} more" if len(positions) > NAMED else ""
-    return f"sample{'s' * (len(positions) > 1)} {', '.join(words)}{more}"

@@ -15,7 +15,7 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, mining, tracking
+from opsig_cli.studies import curvature, mining, missing, tracking
 from opsig_cli.studies.clustering import agreement, finding, saying, weighing
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.ranges import parse_range
@@ -44,7 +44,7 @@ def mine(
     with opened(run) as trajectory:
         found = mining.find(trajectory, top, score, step, parse_range(window, "--window"), direction)
         records = mining.records(filled(trajectory, found.known), found, share)
-        broken = mining.not_finite(trajectory, found)
+        broken = missing.not_finite(trajectory, found.known)
     notes = [found.note] if found.note else []
     if share is not None:
         carried = sum(record["share_at_step"] or 0 for record in records)
@@ -88,7 +88,7 @@ def cluster(
         )  # fmt: skip
         clusters = found.clusters
         known = found.movers.known
-        written = mining.not_finite(trajectory, found.movers) + saying.records(trajectory, clusters)
+        written = missing.not_finite(trajectory, known) + saying.records(trajectory, clusters)
         if explain is not None:
             written += saying.explain(filled(trajectory, known), clusters, explain)
         if truth:

@@ -12,6 +12,7 @@ from opsig_cli.analysis import mining
 from opsig_cli.analysis.coverage import Coverage
 from opsig_cli.analysis.mining import Movement
 from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.studies import missing
 from opsig_cli.studies.filled import coverage_of, filled, measured_before
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import Texts
@@ -26,8 +27,6 @@ SCORES = {
 
 SPARSE = 0.1
 """Share of losses that were not measured above which no oscillation can be seen."""
-NAMED = 5
-"""Samples that are named in a note; of more the number is said."""
 DIRECTIONS = ("both", "up", "down")
 
 
@@ -63,12 +62,12 @@ def find(
     try:
         with np.errstate(invalid="ignore", over="ignore"):
             movers = _find(run, count, score, step, window, direction)
-    except OpsigError as error:  # such as too few steps: what is not finite may be why
-        raise _explained(error, run) from error
+    except OpsigError as error:
+        raise missing.explained(error, run) from error
     if np.isfinite(movers.movement.mean_T).all():
         return movers
     steps, known = run.steps("losses"), coverage_of(run)
-    words = said(run, known, movers.first, movers.first + len(movers.movement.mean_T))
+    words = missing.said(run, known, movers.first + len(movers.movement.mean_T))
     if known.diverged is not None and known.diverged < movers.first + len(movers.movement.mean_T):
         at = int(steps[known.diverged])
         if known.diverged <= movers.first or step is not None:
@@ -79,62 +78,8 @@ def find(
     try:
         movers = _find(filled(run, known), count, score, step, window, direction, known)
     except OpsigError as error:
-        raise _explained(error, run) from error
+        raise missing.explained(error, run) from error
     return replace(movers, note="; ".join([*words, *([movers.note] if movers.note else [])]), known=known)
-
-
-def _explained(error: OpsigError, run: Trajectory) -> OpsigError:
-    """The error, with the samples before it that are not finite while the others are."""
-    steps = run.steps("losses")
-    if isinstance(error, UsageError) or not len(steps):
-        return error
-    known = coverage_of(run)
-    words = said(run, known, 0, len(steps)) if len(known.broken_N) else []
-    return OpsigError("; ".join([*words[:1], str(error)]), error.exit_code)
-
-
-def said(run: Trajectory, known: Coverage, first: int, stop: int) -> list[str]:
-    """What of the rows `first` to `stop` (exclusive) was not measured or is not finite, the samples that are not finite
-    first."""
-    found = []
-    inside = known.broken_N[known.broken_row_N < stop]
-    if len(inside):
-        found.append(f"not finite while other losses are: {named(run, inside, known.broken_row_N)}")
-    if known.gaps:
-        cells = (known.rows if known.diverged is None else known.diverged) * len(known.first_S)
-        found.append(
-            f"{known.gaps:,} of {cells:,} losses were not measured: a sample without one is taken to have its last"
-        )
-    return found
-
-
-def named(run: Trajectory, positions: np.ndarray, rows: np.ndarray) -> str:
-    """The first few of these samples by index and label, each with the step of its row."""
-    ids, labels, steps = run.samples, labels_of(run), run.steps("losses")
-    words = [
-        f"sample {ids[p]}{'' if labels is None else f' (label {labels[p]})'} from step {steps[row]} on"
-        for p, row in zip(positions[:NAMED], rows[:NAMED], strict=True)
-    ]
-    return ", ".join(words) + (f" and {len(positions) - NAMED} more" if len(positions) > NAMED else "")
-
-
-def not_finite(run: Trajectory, movers: Movers) -> list[dict[str, Any]]:
-    """A record of each sample whose loss is not finite while the others are, and the step from which on."""
-    if movers.known is None:
-        return []
-    ids, labels, steps = run.samples, labels_of(run), run.steps("losses")
-    return [
-        {
-            "kind": "not_finite", "trajectory": run.path, "sample": int(ids[position]), "step": int(steps[row]),
-            "label": None if labels is None else str(labels[position]),
-        }
-        for position, row in zip(movers.known.broken_N.tolist(), movers.known.broken_row_N.tolist(), strict=True)
-    ]  # fmt: skip
-
-
-def labels_of(run: Trajectory) -> np.ndarray | None:
-    """Every sample's label, (S,), where the file has them."""
-    return run.read("samples/label") if run.has("samples/label") else None
 
 
 def _find(
@@ -223,7 +168,7 @@ def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> l
     run.check("losses", (movers.row[:, None] + around.get(movers.score_name, np.arange(-1, 1))).ravel())
     steps = run.steps("losses")
     ids = run.samples
-    labels = labels_of(run)
+    labels = missing.labels_of(run)
     previous = movers.row - 1 if movers.known is None else measured_before(run, movers.position, movers.row)
     before, after = predictions_around(run, movers)
     moved = movers.movement
