@@ -516,3 +516,12 @@ def test_dropout_that_full_batch_training_leaves_out_is_said(opsig, tmp_path, sh
     assert "dropout" not in opsig("train", *shuffled(), *run).err
     batches = ("--optimizer", "sgd", "--batch-size", 10)
     assert "dropout" not in opsig("train", *shuffled(":drop=.5"), *batches, *run).err
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_losses_with_random_holes_end_no_command_in_a_traceback(tmp_path, seed, monkeypatch):
+    monkeypatch.syspath_prepend(str(TASKS.parents[2] / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", [])
+    import missing  # pyright: ignore[reportMissingImports]
+
+    assert missing.problems(seed, tmp_path) == []

@@ -74,7 +74,8 @@ def loss_chart(loss: Series, window: Window, rise: int) -> Chart:
 
 def larger_rise(loss: Series, rise: int) -> int | None:
     """The step where the whole loss rose most, where that is another one than in the window."""
-    rises = np.nan_to_num(np.diff(loss.values), nan=-np.inf, posinf=-np.inf)
+    finite = np.where(np.isfinite(loss.values), loss.values, np.nan)
+    rises = np.nan_to_num(np.diff(finite), nan=-np.inf)
     row = int(rises.argmax()) + 1
     here = int(np.searchsorted(loss.steps, rise))
     return int(loss.steps[row]) if rises[row - 1] > max(0.0, rises[here - 1]) else None
