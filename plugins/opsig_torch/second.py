@@ -55,11 +55,13 @@ def tell_of_second_derivative(opened: Opened) -> None:
 def _outcome(opened: Opened, sample: int) -> bool | None:
     """Whether both agree for one sample; None where they cannot be had, or vanish."""
     parameters = opened.flat.parameters
+    frozen = {parameter: _double(parameter.detach()) for parameter in opened.flat.frozen}
     buffers = [b.double() if b.is_floating_point() else b for _, b in opened.flat.buffers]
     batch = tree_map(_double, opened.batches.take([sample]))
 
     def loss(*at: torch.Tensor) -> torch.Tensor:
-        with replaced(opened.flat.model, dict(zip(parameters, at, strict=True))), held_buffers(opened.flat, buffers):
+        new: dict = frozen | dict(zip(parameters, at, strict=True))
+        with replaced(opened.flat.model, new), held_buffers(opened.flat, buffers):
             return opened.batch_losses(batch, 2)[0]
 
     try:

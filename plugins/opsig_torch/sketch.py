@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from opsig_torch import captured
-from opsig_torch.alignment import in_some_way, loose_blocks, require_norm, sample_batches
+from opsig_torch.alignment import directed, in_some_way, loose_blocks, require_norm, sample_batches
 from opsig_torch.layer_gradients import Captured
 from opsig_torch.opened import Opened
 
@@ -46,9 +46,10 @@ def _sketch(opened: Opened, samples: np.ndarray, size: int, seed: int, plan: cap
             split = rows.split([parameter.numel() for parameter in loose.values()], 1)
             for name, gradients in zip(loose, split, strict=True):
                 places[name].scatter(sketch[chosen], slice(0, 1), gradients[:, None].float())
-        norms.append(squares.sqrt())
-        parts.append((sketch / norms[-1][:, None]).float().cpu())
-    require_norm(opened, samples, torch.cat(norms).cpu().numpy())
+        norms.append(squares.sqrt().cpu().numpy())
+        lengths = torch.from_numpy(directed(norms[-1])).to(sketch)
+        parts.append((sketch / lengths[:, None]).float().cpu())
+    require_norm(opened, samples, np.concatenate(norms))
     return torch.cat(parts).numpy()
 
 
