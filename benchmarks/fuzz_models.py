@@ -111,7 +111,7 @@ def main() -> None:
                 counts["WRONG"] += bool(wrong)
                 if wrong:
                     print(f"{said}: {wrong}", flush=True)
-            if number % 100 == 99:
+            if number % 20 == 19:
                 print(f"{number + 1} models, {time.perf_counter() - begin:.0f} s: {dict(counts)}", flush=True)
     print(f"{options.models} models, {time.perf_counter() - begin:.0f} s")
     for what, count in counts.most_common():

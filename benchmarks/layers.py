@@ -40,8 +40,8 @@ SHARPNESS_TOLERANCE = 1e-4
 """Residual asked of the top eigenvalues of single samples' Hessians; their error is about its square."""
 COLUMNS = ("loss", "gradient", "cosines", "slope", "curvature", "sharpness", "product")
 ZOO = (
-    "mlp:width=8,depth=2", "mlp:width=8,depth=2,activation=tanh", "cnn:width=3", "resnet18:width=1", "resnet20:width=2",
-    "resnet56:width=1", "resnet20:width=2,project=true", "vgg11:width=1", "vgg11-bn:width=1", "vit:width=8,depth=1",
+    "mlp:width=8,depth=2", "mlp:width=8,depth=2,activation=tanh", "cnn:width=3", "resnet18:width=2", "resnet20:width=2",
+    "resnet56:width=2", "resnet20:width=2,project=true", "vgg11:width=2", "vgg11-bn:width=2", "vit:width=8,depth=1",
 )  # fmt: skip
 
 
