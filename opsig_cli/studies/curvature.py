@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.backends import Eigenpairs, Session, State
+from opsig_cli.backends import Eigenpairs, SampleLosses, Session, State
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.critical import critical_sharpness
@@ -205,11 +205,22 @@ def sample_records(
         for name, position in chosen.items():
             rows = {metric: values[position] for metric, values in measured.items()}
             if "sample_sharpness" in metrics:
-                rows["sample_sharpness"] = session.sample_sharpness(state, ids[position])  # pyright: ignore
+                rows["sample_sharpness"] = _sample_sharpness(session, state, ids[position])
             for place, sample in enumerate(ids[position].tolist()):
                 record = {"trajectory": run.path, "step": step, "sample": sample, "set": name}
                 found.append(record | {metric: float(values[place]) for metric, values in rows.items()})
         advance(note=f"step {step}")
+    return found
+
+
+def _sample_sharpness(session: Session, state: State, samples: np.ndarray) -> np.ndarray:
+    """The most positive eigenvalue of each sample's Hessian, (M,); NaN where its loss is not finite."""
+    finite = np.ones(len(samples), bool)
+    if isinstance(session, SampleLosses):
+        finite = np.isfinite(session.sample_losses(state, samples))
+    found = np.full(len(samples), np.nan)
+    if finite.any():
+        found[finite] = session.sample_sharpness(state, samples[finite])  # pyright: ignore
     return found
 
 
