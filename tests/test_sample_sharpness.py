@@ -16,7 +16,7 @@ ROUNDING = 1e-6
 
 
 def solve(spectra, tolerance=1e-3, dtype=torch.float64, size=200, limit=200, seed=0):
-    """Eigenvalues, residuals, products and the true residuals of operators of these spectra, the rest being 0."""
+    """What is found of operators of these spectra, the rest of each being 0, in directions of chance."""
     generator = np.random.default_rng(seed)
     turns = [np.linalg.qr(generator.standard_normal((size, size)))[0] for _ in spectra]
     padded = [np.pad(spectrum, (0, size - len(spectrum))) for spectrum in spectra]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.backends import Eigenpairs, Session, State
+from opsig_cli.backends import Eigenpairs, SampleLosses, Session, State
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.critical import critical_sharpness
@@ -206,13 +206,26 @@ def sample_records(
         for name, position in chosen.items():
             rows = {metric: values[position] for metric, values in measured.items()}
             if "sample_sharpness" in metrics:
-                values, residuals = session.sample_sharpness(state, ids[position], tolerance)  # pyright: ignore
+                values, residuals = _sample_sharpness(session, state, ids[position], tolerance)
                 rows |= {"sample_sharpness": values, "sample_sharpness_residual": residuals}
             for place, sample in enumerate(ids[position].tolist()):
                 record = {"trajectory": run.path, "step": step, "sample": sample, "set": name}
                 found.append(record | {metric: float(values[place]) for metric, values in rows.items()})
         advance(note=f"step {step}")
     return found
+
+
+def _sample_sharpness(
+    session: Session, state: State, samples: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each sample's most positive Hessian eigenvalue and its residual, (M,); NaN where its loss is not finite."""
+    finite = np.ones(len(samples), bool)
+    if isinstance(session, SampleLosses):
+        finite = np.isfinite(session.sample_losses(state, samples))
+    found = np.full((2, len(samples)), np.nan)
+    if finite.any():
+        found[:, finite] = session.sample_sharpness(state, samples[finite], tolerance)  # pyright: ignore
+    return found[0], found[1]
 
 
 def step_records(
