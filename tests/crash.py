@@ -1,7 +1,7 @@
 """What a disk holds after a crash, simulated from a recording of everything that a writer did to it.
 
-A recorded writer's every operation on the file and its log goes through `store.os`, as HDF5 itself never touches the
-disk. `kill_states` are what a killed process leaves: every prefix of the operations, and halves of writes.
+A recorded writer's every operation on the file and its log goes through the `os` of MODULES, as HDF5 itself never
+touches the disk. `kill_states` are what a killed process leaves: every prefix of the operations, and halves of writes.
 `power_loss` is what a power cut may leave: of the operations on a file after its last sync, any subset of sectors.
 """
 
@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from opsig_cli.trajectory import store
+from opsig_cli.trajectory import disk, locks, redo_log, snapshot, store
+
+MODULES = (disk, locks, redo_log, snapshot, store)
 
 SECTOR = 512
 
 
 class Recorder:
-    """Stands for the module `os` in `opsig_cli.trajectory.store`, does everything, and writes it down."""
+    """Stands for the module `os` in MODULES, does everything, and writes it down."""
 
     def __init__(self):
         self.operations: list[tuple] = []
@@ -70,11 +72,13 @@ class Recorder:
 def recorded():
     """Record what a writer does inside."""
     recorder = Recorder()
-    real, store.os = store.os, recorder
+    for module in MODULES:
+        module.os = recorder  # pyright: ignore
     try:
         yield recorder
     finally:
-        store.os = real
+        for module in MODULES:
+            module.os = os
 
 
 def apply(files: dict[str, bytearray], operation: tuple) -> None:

@@ -19,11 +19,13 @@ import h5py
 import numpy as np
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.trajectory.locks import writer_of
 from opsig_cli.trajectory.naming import describe
 from opsig_cli.trajectory.reading import Reading
 from opsig_cli.trajectory.rows import as_array, column_checksum, is_fill, stated_fill, write_fill, write_row
 from opsig_cli.trajectory.schema import FIELDS, SCHEMA_VERSION, Field
-from opsig_cli.trajectory.store import RedoFile, SnapshotFile, writer_of
+from opsig_cli.trajectory.snapshot import SnapshotFile
+from opsig_cli.trajectory.store import RedoFile
 from opsig_cli.trajectory.vetting import Refused, vet
 
 WIDE = 200_000
