@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,39 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.errors import OpsigError
+from opsig_cli.figures.canvas import SUFFIXES
+
+
+def check_output(context: typer.Context, path: Any) -> Any:
+    """Raise OpsigError, before any work is done, where nothing can be written at a path that was given."""
+    if path is not None and not context.resilient_parsing:
+        _check_writable("-o", Path(path))
+    return path
+
+
+def check_figure(context: typer.Context, path: Path | None) -> Path | None:
+    """The same of a picture, whose name's ending must be one that is known."""
+    if path is not None and not context.resilient_parsing:
+        if path.suffix.lower() not in SUFFIXES:
+            raise OpsigError(f"--figure {path}: pictures are saved as {', '.join(SUFFIXES)}, not '{path.suffix}'")
+        _check_writable("--figure", path)
+    return path
+
+
+def _check_writable(option: str, path: Path) -> None:
+    try:
+        if not path.parent.is_dir():
+            raise OpsigError(f"{option} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise OpsigError(f"{option} {path} is a folder. Name a file in it")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise OpsigError(f"{option} {path}: the file cannot be written")
+        with tempfile.TemporaryFile(dir=path.parent):  # asks the file system itself: root may do what modes forbid
+            pass
+    except OSError as error:
+        raise OpsigError(f"{option} {path}: {error.strerror or error}") from error
+
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
 RunOrRecords = Annotated[
@@ -27,12 +60,16 @@ TaskOption = Annotated[
         show_default=False,
     ),
 ]
+AllowOption = Annotated[
+    bool, typer.Option("--allow-changed-data", help="Go on where the task's losses are not those that were recorded.")
+]
 FormatOption = Annotated[
     str | None,
     typer.Option("--format", metavar="table|json|csv", help="Default: table on a terminal, JSON lines in a pipe."),
 ]
 FigureOption = Annotated[
-    Path | None, typer.Option("--figure", metavar="PATH", help="Save the picture (.png, .pdf or .svg).")
+    Path | None,
+    typer.Option("--figure", metavar="PATH", callback=check_figure, help="Save the picture (.png, .pdf or .svg)."),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: the best.")]
 BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="Installed backend.")]
@@ -54,6 +91,22 @@ class Command(TyperCommand):
                 kind = getattr(getattr(param, "type_descriptor", None), "annotation", None)
                 param.metavar = "" if getattr(param, "is_flag", False) else shown.get(kind)
         return params
+
+
+TopOption = Annotated[
+    int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
+]
+ByOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="gradient|loss|both",
+        help="What must align: gradients, loss changes, or both. Default: both; without checkpoints, loss.",
+    ),
+]
+WindowOption = Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")]
+StepsOption = Annotated[
+    str | None, typer.Option(metavar="A:B:C", help="Checkpoints of steps A to B, every C-th of them. Default: all.")
+]
 
 
 def note(text: str, quiet: bool = False) -> None:
@@ -89,19 +142,6 @@ def progress(label: str, total: int, quiet: bool) -> Iterator[Any]:
         yield lambda count=1, note="": bar.update(task, advance=count, note=note)
 
 
-def parse_range(text: str | None, what: str) -> tuple[int | None, int | None]:
-    """Steps written `A:B`, either end left out, B included. Raises UsageError for anything else."""
-    if text is None:
-        return None, None
-    found = re.fullmatch(r"(\d*):(\d*)", text.strip())
-    if not found:
-        raise UsageError(f"{what} '{text}' is not a range of steps. Write A:B, as in 100:200")
-    first, last = (int(part) if part else None for part in found.groups())
-    if first is not None and last is not None and first > last:
-        raise UsageError(f"{what} '{text}' ends before it begins")
-    return first, last
-
-
 def trajectory_of(records: list[dict[str, Any]]) -> str:
     """The one trajectory that records speak of. Raises OpsigError where they name none or several."""
     named = {str(record["trajectory"]) for record in records if record.get("trajectory")}
@@ -121,3 +161,27 @@ def save_figure(path: Path | None, draw: Any, *arguments: Any) -> None:
         canvas.save(draw(*arguments), path)
     except (OSError, ValueError) as error:
         raise OpsigError(f"--figure {path}: {' '.join(str(error).split())}") from error
+
+
+def records_of(run: str) -> tuple[str, list[dict[str, Any]] | None]:
+    """The trajectory that `run` names and, where it is "-", the records on stdin that name it, read to their end."""
+    if run != "-":
+        return run, None
+    from opsig_cli import records
+
+    piped = records.read(sys.stdin)
+    return trajectory_of(piped), piped
+
+
+def not_finite_tables(found: Any) -> list[Any]:
+    """The table that comes first where samples are not finite while the others are."""
+    from opsig_cli.records import Table
+
+    rows = [{name: r[name] for name in ("sample", "label", "step")} for r in found.of("not_finite")]
+    return [Table("samples whose loss is not finite, from this step on", rows)] if rows else []
+
+
+def say(notes: list[str], quiet: bool) -> None:
+    """Say notes on stderr, one a line."""
+    for words in notes:
+        note(f"note: {words}", quiet)

@@ -17,19 +17,18 @@ from opsig_cli.errors import UsageError
 def report(
     run: options.RunArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="PATH", help="Default: the run's name with .html.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="PATH", callback=options.check_output, help="Default: the run's name with .html."
+        ),
     ] = None,
-    by: Annotated[
-        str | None,
-        typer.Option(metavar="gradient|loss|both", help="What must align, as in cluster. Default: as the run allows."),
-    ] = None,
-    top: Annotated[
-        int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
-    ] = None,
+    by: options.ByOption = None,
+    top: options.TopOption = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
     ] = False,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -45,6 +44,7 @@ def report(
     from opsig_cli import records
     from opsig_cli.report import content, page
     from opsig_cli.studies.clustering import finding, saying, weighing
+    from opsig_cli.studies.filled import filled
     from opsig_cli.trajectory.file import open_trajectory
 
     if by not in (None, *weighing.BY):
@@ -60,9 +60,11 @@ def report(
     with open_trajectory(run) as trajectory:
         page.check_output(path, run, replace)
         progress = partial(options.progress, quiet=quiet)
-        found = finding.find(trajectory, by, top, task, device, backend, warn, progress)
+        found = finding.find(
+            trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
+        )
         written = saying.records(trajectory, found.clusters)
-        shown = content.gather(trajectory, found, written, task, said)
+        shown = content.gather(filled(trajectory, found.movers.known), found, written, task, said)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
     for words in found.notes:
         options.note(f"note: {words}", quiet)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.backends import Eigenpairs, Session, State
+from opsig_cli.backends import Eigenpairs, SampleLosses, Session, State
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.critical import critical_sharpness
@@ -33,11 +33,24 @@ def select_steps(run: Trajectory, text: str | None) -> list[int]:
     if len(parts) > 3 or not all(part.isdigit() or not part for part in parts) or not any(parts):
         raise UsageError(f"--steps '{text}' is not a range of steps. Write A:B, A:B:C or one step")
     first, last = parts[0], parts[1] if len(parts) > 1 else parts[0]
+    if len(parts) > 2 and parts[2] and int(parts[2]) == 0:
+        raise UsageError(f"--steps '{text}' takes every 0th checkpoint. Write A:B:C with C from 1 on")
+    if first and last and int(first) > int(last):
+        raise UsageError(f"--steps '{text}' ends before it begins")
     chosen = [step for step in steps if (not first or step >= int(first)) and (not last or step <= int(last))]
     chosen = chosen[:: int(parts[2]) if len(parts) > 2 and parts[2] else 1]
     if not chosen:
-        raise OpsigError(f"{run.path} has no checkpoint at --steps {text}. It has: {steps[0]} to {steps[-1]}")
+        raise OpsigError(f"{run.path} has no checkpoint at --steps {text}. {_nearest(steps, first, last)}")
     return chosen
+
+
+def _nearest(steps: list[int], first: str, last: str) -> str:
+    """The checkpoints next to a range that holds none, in words."""
+    if not steps:
+        return "It has none at all"
+    before = [step for step in steps if step < int(first or 0)][-1:]
+    after = [step for step in steps if last and step > int(last)][:1]
+    return f"Nearest: {', '.join(map(str, before + after))}, of {len(steps)} from {steps[0]} to {steps[-1]}"
 
 
 def settings_of(run: Trajectory) -> Settings | None:
@@ -83,10 +96,21 @@ def count_to_measure(run: Trajectory, group: str, count: int) -> int:
     return held
 
 
+def to_measure(
+    run: Trajectory, group: str, steps: Sequence[int], count: int, tolerance: float
+) -> tuple[list[int], int]:
+    """The steps that lack their first `count` eigenvalues or hold them to a residual above the tolerance, and how many
+    of them are of the latter."""
+    have = run.steps(group).tolist()
+    residuals = run.rows(f"{group}/residual", 0, len(have))[:, :count] if have else np.empty((0, count))
+    met: dict[int, bool] = dict(zip(have, np.all(residuals <= tolerance, axis=1).tolist(), strict=True))
+    return [step for step in steps if not met.get(step)], sum(not met.get(step, True) for step in steps)
+
+
 def measure(
     run: Trajectory, session: Session, group: str, steps: Sequence[int], count: int, tolerance: float
 ) -> Iterator[int]:
-    """Append the `count` top eigenpairs at these checkpoints and commit each; yields the step.
+    """Write the `count` top eigenpairs at these checkpoints and commit each; yields the step.
 
     A checkpoint of Adam's before its first step has no preconditioner and is passed over.
     """
@@ -107,7 +131,10 @@ def measure(
         }  # fmt: skip
         if group == "sharpness":
             columns |= {"eigenvector": found.vectors[0], "layer_fraction": layer_fractions(session, found.vectors[0])}
-        run.append(group, step, **columns)
+        if step in run.steps(group):
+            run.replace_row(group, step, **columns)
+        else:
+            run.append(group, step, **columns)
         run.commit()
         yield step
 
@@ -158,12 +185,13 @@ def direction_at(run: Trajectory, session: Session, step: int, state: State) -> 
 
 def sample_records(
     run: Trajectory, session: Session, steps: Sequence[int], chosen: dict[str, np.ndarray], metrics: Sequence[str],
-    advance: Callable[..., None],
+    tolerance: float, advance: Callable[..., None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Metrics of chosen samples (positions by the name of their set) at checkpoints, one record a sample and step.
 
     `gradient_norm`: of the sample's loss; `curvature`: v'H(z)v along the whole loss's top eigenvector v;
-    `sample_sharpness`: the most positive eigenvalue of H(z). (The paper's Fig. 2.)
+    `sample_sharpness`: the most positive eigenvalue a of H(z), with `sample_sharpness_residual`, |H(z)u - au| over the
+    largest size of an eigenvalue. (The paper's Fig. 2.)
     """
     ids = run.samples
     found = []
@@ -178,12 +206,26 @@ def sample_records(
         for name, position in chosen.items():
             rows = {metric: values[position] for metric, values in measured.items()}
             if "sample_sharpness" in metrics:
-                rows["sample_sharpness"] = session.sample_sharpness(state, ids[position])  # pyright: ignore
+                values, residuals = _sample_sharpness(session, state, ids[position], tolerance)
+                rows |= {"sample_sharpness": values, "sample_sharpness_residual": residuals}
             for place, sample in enumerate(ids[position].tolist()):
                 record = {"trajectory": run.path, "step": step, "sample": sample, "set": name}
                 found.append(record | {metric: float(values[place]) for metric, values in rows.items()})
         advance(note=f"step {step}")
     return found
+
+
+def _sample_sharpness(
+    session: Session, state: State, samples: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each sample's most positive Hessian eigenvalue and its residual, (M,); NaN where its loss is not finite."""
+    finite = np.ones(len(samples), bool)
+    if isinstance(session, SampleLosses):
+        finite = np.isfinite(session.sample_losses(state, samples))
+    found = np.full((2, len(samples)), np.nan)
+    if finite.any():
+        found[:, finite] = session.sample_sharpness(state, samples[finite], tolerance)  # pyright: ignore
+    return found[0], found[1]
 
 
 def step_records(
@@ -228,7 +270,7 @@ def slice_records(
     direction = direction_at(run, session, step, state)
     found = []
     for position in np.linspace(-span, span, SLICE_POINTS):
-        moved = State(step, (state.params + position * direction).astype(np.float32), state.buffers)
+        moved = replace(state, params=(state.params + position * direction).astype(np.float32))
         losses = session.losses([moved])[0][0][run.samples].astype(np.float64)
         means = {"all samples": losses.mean()} | {name: losses[p].mean() for name, p in groups.items()}
         found.append({"trajectory": run.path, "step": step, "position": float(position), "losses": means})

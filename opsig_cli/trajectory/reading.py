@@ -39,6 +39,7 @@ class Reading:
         self._store = store
         self._groups: dict[str, Rows] = {}
         self._chunks: dict[str, Chunks | None] = {}
+        self._frozen: np.ndarray | None = None
 
     # -- what the file says of itself
 
@@ -52,9 +53,22 @@ class Reading:
             }
 
     @property
+    def writable(self) -> bool:
+        """Whether rows can be appended."""
+        return isinstance(self._store, RedoFile)
+
+    @property
     def samples(self) -> np.ndarray:
         """Dataset index of every sample, (S,) int64."""
         return self.read("sample")
+
+    @property
+    def frozen(self) -> np.ndarray:
+        """The parameters that are not trained, (F,) float32, empty where all are: one array, read once."""
+        if self._frozen is None and self.has("frozen/params"):
+            self._frozen = self.read("frozen/params")
+            self._frozen.flags.writeable = False
+        return np.empty(0, np.float32) if self._frozen is None else self._frozen
 
     def has(self, name: str) -> bool:
         """Whether the dataset or group is in the file."""
@@ -97,6 +111,10 @@ class Reading:
     def steps(self, group: str) -> np.ndarray:
         """Steps recorded in a row group, increasing, (T,) int64; empty where the group is absent."""
         return self._rows(group).sorted_steps()
+
+    def losses(self) -> np.ndarray:
+        """Every sample's loss at every recorded step, in order of step, (T, S) float32; NaN where not measured."""
+        return self.rows("losses/loss", 0, len(self.steps("losses")))
 
     def row(self, name: str, step: int) -> np.ndarray:
         """The row of one step, (S,) or (P,), checked against its checksum.
@@ -150,28 +168,18 @@ class Reading:
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Consecutive blocks of rows `start:stop` of at most BLOCK_BYTES: pairs of first position and rows.
 
-        One array may serve all blocks: copy what you keep of it.
+        Each block is an array of its own: what is kept of one is not overwritten by the next.
         """
         self.require(name)
         dataset = self._file[name]
-        rows = self._rows(group_of(name))
-        stop = rows.count if stop is None else stop
+        stop = self._rows(group_of(name)).count if stop is None else stop
         height = max(1, BLOCK_BYTES // max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize))
         if dataset.chunks and height > dataset.chunks[0]:
             height -= height % dataset.chunks[0]
-        chunks = self._chunks_of(name) if rows.in_order else None
-        buffer = (
-            None if chunks is None else np.empty((min(height, max(0, stop - start)), *dataset.shape[1:]), dataset.dtype)
-        )
         first = start
         while first < stop:
             last = min(first - first % height + height, stop)
-            if chunks is None or buffer is None:
-                yield first, self.rows(name, first, last)
-            else:
-                with self.damage(name):
-                    chunks.read_into(buffer, first, last)
-                yield first, self._missing(name, buffer[: last - first])
+            yield first, self.rows(name, first, last)
             first = last
 
     # -- is it whole
