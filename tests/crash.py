@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from opsig_cli.trajectory import disk, locks, redo_log, snapshot, store
+from opsig_cli.trajectory import disk, locks, pending, recovery, redo_log, snapshot, store, whereabouts
 
-MODULES = (disk, locks, redo_log, snapshot, store)
+MODULES = (disk, locks, pending, recovery, redo_log, snapshot, store, whereabouts)
 
 SECTOR = 512
 
@@ -63,6 +63,12 @@ class Recorder:
         self.operations.append(("unlink", os.path.basename(path)))
         os.unlink(path)
 
+    def replace(self, source, target):
+        old, new = os.path.basename(source), os.path.basename(target)
+        self.operations.append(("rename", old, new))
+        os.replace(source, target)
+        self._names = {fd: new if name == old else name for fd, name in self._names.items()}
+
     def mark(self, what: Any) -> None:
         """Note in the recording that something was promised."""
         self.operations.append(("mark", what))
@@ -88,6 +94,8 @@ def apply(files: dict[str, bytearray], operation: tuple) -> None:
         files[name] = bytearray()
     elif kind == "unlink":
         files.pop(name, None)
+    elif kind == "rename" and name in files:
+        files[operation[2]] = files.pop(name)
     elif kind in ("truncate", "allocate") and name in files:
         size = operation[2]
         content = files[name]
@@ -133,7 +141,7 @@ def power_loss(operations: list[tuple], generator: random.Random):
         if kind in ("mark", "sync"):
             continue
         # names are durable with the folder, contents with the file
-        anchor = "" if kind in ("create", "unlink") else operation[1]
+        anchor = "" if kind in ("create", "unlink", "rename") else operation[1]
         if place < last_sync.get(anchor, -1):
             apply(files, operation)
         elif kind == "create":  # ordered journals keep a name once its file was synced

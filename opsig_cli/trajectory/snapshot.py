@@ -5,9 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 
-from opsig_cli.trajectory.redo_log import Extent, committed
+from opsig_cli.errors import OpsigError
+from opsig_cli.trajectory.disk import read_into, same_file
+from opsig_cli.trajectory.locks import lock_or_fail, pass_gate
+from opsig_cli.trajectory.redo_log import Extent, own_log
 from opsig_cli.trajectory.superblock import SUPERBLOCK, hide_flag
 
+TRIES = 50
+"""How often a file may be replaced under somebody who opens it."""
 _PAGE = 16  # bits: extents are found by the 64 KiB pages that they touch
 
 
@@ -48,19 +53,38 @@ class SnapshotFile:
     """
 
     def __init__(self, path: str):
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.path = path
+        self._position = 0
+        for _ in range(TRIES):
+            if self._open():
+                return
+        raise OpsigError(f"{path} is replaced again and again while it is being opened. Try again later")
+
+    def _open(self) -> bool:
+        """Whether file and log belong together; where they do not, one was replaced between our looking at them."""
+        pass_gate(self.path)
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_SH)
+            lock_or_fail(self.fd, fcntl.LOCK_SH, self.path)
             self.size = os.fstat(self.fd).st_size
             self.overlay = Overlay()
-            for size, extents in committed(path, self.fd):
+            try:
+                log = own_log(self.path, self.fd)
+            except OpsigError:
+                if same_file(self.fd, self.path):
+                    raise
+                log = None
+            for size, extents, _ in log.records if log else ():
                 self.size = size
                 for offset, data in extents:
                     self.overlay.add(offset, data)
+            if same_file(self.fd, self.path):
+                return True
         except BaseException:
             os.close(self.fd)
             raise
-        self._position = 0
+        os.close(self.fd)
+        return False
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._position = offset + (0, self._position, self.size)[whence]
@@ -71,7 +95,7 @@ class SnapshotFile:
 
     def readinto(self, target: memoryview) -> int:
         start = self._position
-        filled = os.preadv(self.fd, [target], start)
+        filled = read_into(self.fd, target, start)
         target[filled:] = bytes(len(target) - filled)
         self._lay_over(start, target)
         if start < SUPERBLOCK:
@@ -91,4 +115,6 @@ class SnapshotFile:
         pass
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
