@@ -74,19 +74,24 @@ def cluster(
     samples = None if samples is None else list(dict.fromkeys(samples))
     span = options.parse_range(window, "--window") if window else mining.mined_window(mined or [])
     with open_trajectory(path) as trajectory:
-        found = finding.find(
-            trajectory, by, top, task, device, backend, partial(options.note, quiet=quiet),
-            partial(options.progress, quiet=quiet), samples=samples, window=span, join=join,
-            sketch=sketch,
-        )  # fmt: skip
-        clusters = found.clusters
-        written = saying.records(trajectory, clusters)
-        agreed = agreement.agreement(trajectory, clusters) if truth else None
-        explained = saying.explain(trajectory, clusters, explain) if explain is not None else []
-        if figure:
-            from opsig_cli.studies import drawing
 
-            options.save_figure(figure, drawing.draw_pairs, trajectory, clusters, written)
+        def work():
+            found = finding.find(
+                trajectory, by, top, task, device, backend, partial(options.note, quiet=quiet),
+                partial(options.progress, quiet=quiet), samples=samples, window=span, join=join,
+                sketch=sketch,
+            )  # fmt: skip
+            written = saying.records(trajectory, found.clusters)
+            agreed = agreement.agreement(trajectory, found.clusters) if truth else None
+            explained = saying.explain(trajectory, found.clusters, explain) if explain is not None else []
+            if figure:
+                from opsig_cli.studies import drawing
+
+                options.save_figure(figure, drawing.draw_pairs, trajectory, found.clusters, written)
+            return found, written, agreed, explained
+
+        found, written, agreed, explained = options.without_damage(work)
+    clusters = found.clusters
     for words in found.notes:
         options.note(f"note: {words}", quiet)
     if not clusters.pairs:

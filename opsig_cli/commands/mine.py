@@ -45,13 +45,19 @@ def mine(
 
     if step is not None and window is not None:
         raise UsageError("--step and --window exclude each other. Give one of them")
+    span = options.parse_range(window, "--window")
     with open_trajectory(run) as trajectory:
-        found = mining.find(trajectory, top, score, step, options.parse_range(window, "--window"), direction)
-        mined = mining.records(trajectory, found, share)
-        if figure:
-            from opsig_cli.studies import drawing
 
-            options.save_figure(figure, drawing.draw_movers, trajectory, found, mined)
+        def work():
+            found = mining.find(trajectory, top, score, step, span, direction)
+            mined = mining.records(trajectory, found, share)
+            if figure:
+                from opsig_cli.studies import drawing
+
+                options.save_figure(figure, drawing.draw_movers, trajectory, found, mined)
+            return found, mined
+
+        found, mined = options.without_damage(work)
     if found.note:
         options.note(f"note: {found.note}", quiet)
     if share is not None:

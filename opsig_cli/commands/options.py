@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
 from opsig_cli.errors import OpsigError, UsageError
+
+Result = TypeVar("Result")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
 RunOrRecords = Annotated[
@@ -62,6 +64,13 @@ def note(text: str, quiet: bool = False) -> None:
         from opsig_cli.records import printable
 
         print(printable(text), file=sys.stderr)
+
+
+def without_damage(work: Callable[[], Result]) -> Result:
+    """What `work()` returns, done without the rows that prove damaged on the way; stderr says which, even if quiet."""
+    from opsig_cli.trajectory.checking import without_damage
+
+    return without_damage(work, lambda words: note(f"note: {words}"))
 
 
 @contextmanager

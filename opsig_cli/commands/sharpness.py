@@ -62,37 +62,41 @@ def sharpness(
     for name in wanted:
         if name not in known:
             raise UsageError(f"no metric is called '{name}'. Known: {', '.join(known)}")
-    with open_trajectory(path, "r+" if not wanted and slice_step is None else "r") as trajectory:
-        chosen_steps = curvature.select_steps(trajectory, steps)
+
+    def work(trajectory):
+        only = steps if slice_step is None else str(slice_step)
+        chosen_steps = curvature.select_steps(trajectory, only)
+        group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
+        have = set() if replace or wanted else set(trajectory.steps(group).tolist()) & set(chosen_steps)
+        trajectory.check(group, have)
         session, _ = tracking.open_session(trajectory, task, device, backend, note)
         backends.require(session, backends.Curvature, backend, "curvature")
         samples = [name for name in wanted if name in curvature.SAMPLE_METRICS]
         if "gradient_norm" in samples and getattr(session, "couples_samples", False):
             note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
         if slice_step is not None:
-            curvature.select_steps(trajectory, str(slice_step))
             groups = curvature_groups(trajectory, piped)
-            written = curvature.slice_records(trajectory, session, slice_step, span, groups)
-        elif samples:
+            return curvature.slice_records(trajectory, session, slice_step, span, groups)
+        if samples:
             chosen = chosen_samples(trajectory, piped, random, seed)
             with options.progress("curvature", len(chosen_steps), quiet) as advance:
-                written = curvature.sample_records(trajectory, session, chosen_steps, chosen, samples, advance)
-        elif wanted:
+                return curvature.sample_records(trajectory, session, chosen_steps, chosen, samples, advance)
+        if wanted:
             with options.progress("curvature", len(chosen_steps), quiet) as advance:
-                written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
-        else:
-            group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
-            if replace:
-                trajectory.remove(group)
-            measured = curvature.count_to_measure(trajectory, group, count)
-            have = set(trajectory.steps(group).tolist())
-            missing = [step for step in chosen_steps if step not in have]
-            if len(missing) < len(chosen_steps):
-                note(f"measured already: {len(chosen_steps) - len(missing)} of {len(chosen_steps)} checkpoints")
-            with options.progress("sharpness", len(missing), quiet) as advance:
-                for step in curvature.measure(trajectory, session, group, missing, measured, tolerance):
-                    advance(note=f"step {step}")
-            written = curvature.records(trajectory, group, chosen_steps, tolerance, count)
+                return curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
+        if replace:
+            trajectory.remove(group)
+        measured = curvature.count_to_measure(trajectory, group, count)
+        missing = [step for step in chosen_steps if step not in have]
+        if have:
+            note(f"measured already: {len(have)} of {len(chosen_steps)} checkpoints")
+        with options.progress("sharpness", len(missing), quiet) as advance:
+            for step in curvature.measure(trajectory, session, group, missing, measured, tolerance):
+                advance(note=f"step {step}")
+        return curvature.records(trajectory, group, chosen_steps, tolerance, count)
+
+    with open_trajectory(path, "r+" if not wanted and slice_step is None else "r") as trajectory:
+        written = options.without_damage(lambda: work(trajectory))
         if figure:
             from opsig_cli.studies import drawing
 

@@ -23,7 +23,7 @@ def track(
 
     with open_trajectory(run, "r+") as trajectory:
         trajectory.require("checkpoints/params")
-        steps = tracking.missing_losses(trajectory)
+        steps = options.without_damage(lambda: tracking.missing_losses(trajectory))
         skipped = len(trajectory.steps("checkpoints")) - len(steps)
         if skipped:
             options.note(f"{skipped} checkpoints have losses already and are skipped", quiet)

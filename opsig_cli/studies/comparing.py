@@ -84,6 +84,7 @@ def summarise(run: Trajectory, series: Mapping[str, Series]) -> dict[str, Any]:
     if settings is not None and settings.optimizer != "splitsgd":
         record["sign_learning_rate"] = None
     steps = run.steps("scalars")
+    run.check("scalars", steps[-1:].tolist())
     record["steps"] = int(steps[-1]) if len(steps) else None
     for name in ("loss", "accuracy"):
         record[name] = series[name].last if name in series else None

@@ -142,12 +142,10 @@ def default_count(samples: int) -> int:
 
 
 def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> list[dict[str, Any]]:
-    """One record for each mined sample, in order. Raises OpsigError where a row that its score is from is damaged.
+    """One record for each mined sample, in order.
 
     With `share_step` each also has the sample's part of the whole loss's change at that step.
     """
-    around = {"oscillation": np.arange(-mining.WIDTH, 2), "surprise": np.arange(-mining.WIDTH - 1, 1)}
-    run.check("losses", (movers.row[:, None] + around.get(movers.score_name, np.arange(-1, 1))).ravel())
     steps = run.steps("losses")
     ids = run.samples
     labels = run.read("samples/label") if run.has("samples/label") else None
@@ -192,7 +190,6 @@ def _shares(run: Trajectory, steps: np.ndarray, step: int, position: np.ndarray)
     row = _row_of(run, steps, step)
     if row == 0:
         raise OpsigError(f"{run.path}: step {step} is the first with losses, so nothing changed before it")
-    run.check("losses", np.array([row - 1, row]))
     before, after = run.rows("losses/loss", row - 1, row + 1).astype(np.float64)
     whole = float((after - before).sum())
     return [float(change) / whole if whole else None for change in (after - before)[position]]

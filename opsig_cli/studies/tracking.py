@@ -64,8 +64,14 @@ def _changed_label(run: Trajectory, task: tasks.Task) -> str | None:
 
 
 def missing_losses(run: Trajectory) -> np.ndarray:
-    """Steps that have a checkpoint but no losses, increasing."""
-    return np.setdiff1d(run.steps("checkpoints"), run.steps("losses"))
+    """Steps that have a checkpoint but no losses, increasing. Raises DamagedRows for what is damaged of what is asked:
+    the checkpoints, the losses at them, and the log that new ones are held against."""
+    checkpoints = run.steps("checkpoints")
+    run.check("losses", np.intersect1d(checkpoints, run.steps("losses")).tolist())
+    steps = np.setdiff1d(checkpoints, run.steps("losses"))
+    run.check("checkpoints", steps.tolist())
+    run.check("scalars", np.intersect1d(steps, run.steps("scalars")).tolist())
+    return steps
 
 
 def fill_losses(run: Trajectory, session: Session, steps: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -76,7 +82,7 @@ def fill_losses(run: Trajectory, session: Session, steps: np.ndarray) -> Iterato
     Raises OpsigError where the mean of a full-batch run's losses is not the loss that its training logged.
     """
     together = max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
-    logged = _logged_losses(run)
+    logged = _logged_losses(run, steps)
     settings = run.attributes.get("settings_json") or {}
     agrees = AGREES_ROUNDED if settings.get("checkpoint_dtype") == "bfloat16" else AGREES
     committed = time.monotonic()
@@ -92,12 +98,12 @@ def fill_losses(run: Trajectory, session: Session, steps: np.ndarray) -> Iterato
             yield step, losses
 
 
-def _logged_losses(run: Trajectory) -> dict[int, float]:
+def _logged_losses(run: Trajectory, wanted: np.ndarray) -> dict[int, float]:
     settings = run.attributes.get("settings_json") or {}
     if settings.get("batch_size") is not None or not run.has("scalars/train_loss"):
         return {}
-    steps = run.steps("scalars")
-    return dict(zip(steps.tolist(), run.rows("scalars/train_loss", 0, len(steps)).tolist(), strict=True))
+    steps = np.intersect1d(wanted, run.steps("scalars")).tolist()
+    return {step: float(run.row("scalars/train_loss", step)) for step in steps}
 
 
 def _check_mean(run: Trajectory, step: int, mean: float, logged: dict[int, float], agrees: float) -> None:

@@ -121,23 +121,24 @@ class Trajectory(Reading):
         where the step is there already.
         """
         rows = self._rows(group)
-        if step in rows:
+        if step in rows and not rows.is_left_out(step):
             raise OpsigError(f"{self.path} already has {group} at step {step}")
-        place = rows.count
+        place = rows.place_of(step)
         given = {f"{group}/{name.replace('__', '/')}": as_array(value) for name, value in columns.items()}
-        given |= {f"{group}/step": np.asarray(step)}
         checksum = 0
-        for name, value in given.items():
-            dataset = self._column(FIELDS[name], value, place)
+        for name, value in (given | {f"{group}/step": np.asarray(step)}).items():
+            dataset = self._column(FIELDS[name], value)
             value = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
-            write_row(dataset, place, value)
+            if name in given:
+                write_row(dataset, place, value, place == rows.count)
             if not is_fill(value):
                 checksum ^= column_checksum(name, value)
-        for name in rows.columns(self._file, group).keys() - given.keys() - {f"{group}/checksum"}:
-            write_fill(rows.columns(self._file, group)[name], place)
-        crc = np.asarray(checksum, np.uint32)
-        write_row(self._column(FIELDS[f"{group}/checksum"], crc, place), place, crc)
-        rows.add(step)
+        about = {f"{group}/checksum": np.asarray(checksum, np.uint32), f"{group}/step": np.asarray(step, np.int64)}
+        for name in rows.columns(self._file, group).keys() - given.keys() - about.keys():
+            write_fill(rows.columns(self._file, group)[name], place, place == rows.count)
+        for name, value in about.items():  # step is written last: a row of which it is not there does not count
+            write_row(self._column(FIELDS[name], value), place, value, place == rows.count)
+        rows.put(step, place)
 
     def write(self, name: str, values: np.ndarray, replace: bool = False) -> None:
         """Write a whole dataset of the schema. Raises OpsigError where it exists, unless `replace`."""
@@ -188,8 +189,8 @@ class Trajectory(Reading):
         self._file.close()
         self._store.close()
 
-    def _column(self, field: Field, value: np.ndarray, place: int) -> Any:
-        """The dataset for rows like `value`, made where it is new: the rows before `place` hold the fill."""
+    def _column(self, field: Field, value: np.ndarray) -> Any:
+        """The dataset for rows like `value`, made where it is new: the rows that there are hold the fill."""
         rows = self._rows(field.path.split("/")[0])
         known = rows.columns(self._file, field.path.split("/")[0])
         if field.path in known:
@@ -210,7 +211,7 @@ class Trajectory(Reading):
         )  # fmt: skip
         describe(self._file, dataset, field)
         known[field.path] = dataset
-        for row in range(place):
+        for row in range(rows.count):
             write_fill(dataset, row)
         return dataset
 
