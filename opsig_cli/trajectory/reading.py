@@ -56,6 +56,11 @@ class Reading:
             }
 
     @property
+    def writable(self) -> bool:
+        """Whether rows can be appended."""
+        return isinstance(self._store, RedoFile)
+
+    @property
     def samples(self) -> np.ndarray:
         """Dataset index of every sample, (S,) int64."""
         return self.read("sample")
@@ -106,6 +111,10 @@ class Reading:
             steps = sorted({rows.steps[place] for place in odd.tolist()})
             raise OpsigError(f"{self.path}: {group} has {named_steps(steps)} twice or below 0, as opsig writes none")
         return rows.sorted_steps()
+
+    def losses(self) -> np.ndarray:
+        """Every sample's loss at every recorded step, in order of step, (T, S) float32; NaN where not measured."""
+        return self.rows("losses/loss", 0, len(self.steps("losses")))
 
     def row(self, name: str, step: int) -> np.ndarray:
         """The row of one step, (S,) or (P,).
@@ -195,10 +204,20 @@ class Reading:
         damaged = self._damaged(group, places, known)
         if len(damaged):
             steps = sorted(rows.steps[place] for place in damaged.tolist())
-            raise DamagedRows(self.path, group, steps, lambda: self._leave_out(group))
+            raise DamagedRows(self.path, group, steps, lambda: self._leave_out_damaged(group))
         checked[places] = True
 
-    def _leave_out(self, group: str) -> str:
+    @property
+    def left_out(self) -> dict[str, np.ndarray]:
+        """Places in the file of rows that are not presented, by their group."""
+        return {group: rows.left_out for group, rows in self._groups.items() if len(rows.left_out)}
+
+    def leave_out(self, places: Mapping[str, np.ndarray]) -> None:
+        """Present these rows no more, given as `left_out` gives them."""
+        for group, there in places.items():
+            self._rows(group).leave_out(there)
+
+    def _leave_out_damaged(self, group: str) -> str:
         """Present no damaged row of the group any more, and say which they were."""
         rows = self._rows(group)
         damaged = self._damaged(group, np.arange(rows.count))

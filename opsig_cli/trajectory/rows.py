@@ -51,6 +51,11 @@ class Rows:
         self._left_out.update(places.tolist())
         self._order = self._sorted = None
 
+    @property
+    def left_out(self) -> np.ndarray:
+        """Places of the rows that were left out, increasing."""
+        return np.array(sorted(self._left_out), np.int64)
+
     def is_left_out(self, step: int) -> bool:
         """Whether the row of this step is one that was left out."""
         return self._place.get(step) in self._left_out
