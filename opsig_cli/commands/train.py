@@ -80,7 +80,7 @@ def train(
     from opsig_cli.studies import training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import open_trajectory
-    from opsig_cli.trajectory.recorder import Recorder, read_state
+    from opsig_cli.trajectory.recorder import read_state
 
     if resume and replace:
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
@@ -117,7 +117,7 @@ def train(
     if like is not None:
         start = State(0, initial.params, initial.buffers)
     if resume:
-        recorder = Recorder(output, session.samples, resume=True, commit_every=commit_every)
+        recorder = training.resumed_recorder(output, session, commit_every)
     else:
         training.check_optimizer(settings.optimizer, session)
         recorder = training.new_recorder(output, settings, session, loaded, spec, replace, commit_every)
@@ -125,7 +125,7 @@ def train(
     stop = training.StopRequest()
     with recorder:
         if resume:
-            start = training.resume_point(recorder, session, settings)
+            start = training.resume_point(recorder, session, settings, options.note)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():
             written.extend(training.run(recorder, session, settings, start, stop, advance))

@@ -31,8 +31,8 @@ class Records(list[dict[str, Any]]):
     """
 
     def __init__(
-        self, records: Iterable[dict[str, Any]] = (), *, notes: Sequence[str] = (), damage: Sequence[str] = (), title: str = "",
-        draw: Callable[[], Figure] | None = None,
+        self, records: Iterable[dict[str, Any]] = (), *, notes: Sequence[str] = (), damage: Sequence[str] = (),
+        title: str = "", draw: Callable[[], Figure] | None = None,
     ):  # fmt: skip
         super().__init__(records)
         self.notes = list(notes)

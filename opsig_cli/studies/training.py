@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import shlex
 import signal
@@ -19,7 +20,9 @@ from opsig_cli import backends, tasks
 from opsig_cli.backends import Eigenpairs, Session, Snapshot, State, Training
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
-from opsig_cli.trajectory.recorder import Recorder, read_state
+from opsig_cli.trajectory.checking import without_damage
+from opsig_cli.trajectory.file import open_trajectory
+from opsig_cli.trajectory.recorder import Recorder, check_samples, read_state
 
 THUMBNAIL_BYTES = 64 << 20
 """Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""
@@ -79,6 +82,12 @@ def check_optimizer(name: str, session: Session) -> None:
         raise UsageError(f"no optimizer is called '{name}'. Known: {', '.join(session.optimizers)}")
 
 
+def check_new(path: str, replace: bool) -> None:
+    """Raise OpsigError, in the command line's words, where a new run would take the place of a file."""
+    if os.path.exists(path) and not replace:
+        raise OpsigError(f"{path} exists. Continue it with --resume, or overwrite it with --replace")
+
+
 def new_recorder(
     path: str, settings: Settings, session: Session, task: tasks.Task, spec: tasks.TaskSpec, replace: bool,
     commit_every: int,
@@ -90,6 +99,7 @@ def new_recorder(
     count = session.samples
     if (settings.batch_size or 0) > count:
         raise UsageError(f"--batch-size {settings.batch_size} is more than the {count} samples there are")
+    check_new(path, replace)
     recorder = Recorder(
         path,
         count,
@@ -108,6 +118,13 @@ def new_recorder(
     _write_pictures(recorder, task, count)
     recorder.run.commit()
     return recorder
+
+
+def resumed_recorder(path: str, session: Session, commit_every: int) -> Recorder:
+    """A file to go on with. Raises OpsigError where the task's data is not what it was."""
+    with open_trajectory(path) as kept:
+        check_samples(kept, session.samples)
+    return Recorder(path, session.samples, resume=True, commit_every=commit_every)
 
 
 def run(
@@ -155,13 +172,17 @@ def run(
     trajectory.commit()
 
 
-def resume_point(recorder: Recorder, session: Session, settings: Settings) -> State:
-    """The last checkpoint, or the initial state where there is none yet."""
-    steps = recorder.run.steps("checkpoints")
-    if not len(steps):
-        return session.initial(settings.seed)
-    session.initial(settings.seed)
-    return read_state(recorder.run, int(steps[-1]))
+def resume_point(recorder: Recorder, session: Session, settings: Settings, warn: Callable[[str], None]) -> State:
+    """The last intact checkpoint, to which the run is rewound, or the initial state where there is none yet."""
+    initial = session.initial(settings.seed)
+
+    def last() -> State | None:
+        steps = recorder.run.steps("checkpoints")
+        return read_state(recorder.run, int(steps[-1])) if len(steps) else None
+
+    state = without_damage(last, warn)
+    recorder.rewind(0 if state is None else state.step)  # what came later is trained, and recorded, again
+    return initial if state is None else state
 
 
 def _scalars(snapshot: Snapshot) -> dict[str, float]:

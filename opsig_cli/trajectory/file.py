@@ -22,8 +22,8 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory import frames
 from opsig_cli.trajectory.naming import describe
 from opsig_cli.trajectory.reading import Reading
-from opsig_cli.trajectory.rows import as_array, column_checksum, is_fill, stated_fill, write_fill, write_row
-from opsig_cli.trajectory.schema import FIELDS, SCHEMA_VERSION, Field
+from opsig_cli.trajectory.rows import as_array, column_checksum, fill_row, is_fill, stated_fill, write_row
+from opsig_cli.trajectory.schema import ROW_GROUPS, SCHEMA_VERSION, Field, field_of, is_known
 from opsig_cli.trajectory.store import RedoFile, SnapshotFile, writer_of
 from opsig_cli.trajectory.vetting import Refused, vet
 
@@ -48,7 +48,7 @@ def create_trajectory(
     """
     path = os.fspath(path)
     if os.path.exists(path) and not replace:
-        raise OpsigError(f"{path} exists. Continue it with --resume, or overwrite it with --replace")
+        raise OpsigError(f"{path} exists. Go on with it, overwrite it, or choose another name")
     with _file_errors(path):
         store = RedoFile(path, create=True)
     run = Trajectory(path, h5py.File(store, "w", libver=("v110", "v110"), rdcc_nbytes=0), store)
@@ -83,7 +83,7 @@ def _open_snapshot(path: str) -> Trajectory:
             file = h5py.File(store, "r", rdcc_nbytes=0)
         run = Trajectory(path, file, store)
         with run.damage("its structure"):
-            vet(file, store.size, FIELDS)
+            vet(file, store.size, is_known)
             run.check_version()
             run.check_shapes()
         return run
@@ -136,29 +136,67 @@ class Trajectory(Reading):
         rows = self._rows(group)
         if step in rows and not rows.is_left_out(step):
             raise OpsigError(f"{self.path} already has {group} at step {step}")
+        self._write_row(group, step, columns)
+
+    def rewrite(self, group: str, step: int, **columns: np.ndarray | float) -> None:
+        """Put a row in the place of the one that a step has; columns as in `append`, which all are replaced."""
+        assert step in self._rows(group)
+        self._write_row(group, step, columns)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of all later steps from every row group."""
+        for group in ROW_GROUPS:
+            rows = self._rows(group)
+            kept = [place for place, at in enumerate(rows.steps) if at <= step]
+            if len(kept) == rows.count:
+                continue
+            columns = rows.columns(self._file, group)
+            for dataset in columns.values():
+                for place, source in enumerate(kept):
+                    if place != source:
+                        write_row(dataset, place, np.asarray(dataset[source], dataset.dtype, order="C"), False)
+            for name in sorted(columns, key=f"{group}/step".__ne__):  # step first: it says which rows there are
+                columns[name].resize(len(kept), axis=0)
+            del self._groups[group]
+            self._checked.pop(group, None)
+
+    def _write_row(self, group: str, step: int, columns: Mapping[str, Any]) -> None:
+        """Write a whole row, at the end or in the place of the one that the step has."""
+        rows = self._rows(group)
         place = rows.place_of(step)
-        given = {f"{group}/{name.replace('__', '/')}": as_array(value) for name, value in columns.items()}
+        named = columns if group == "logged" else {name.replace("__", "/"): value for name, value in columns.items()}
+        given = {f"{group}/{name}": as_array(value) for name, value in named.items()}
+        given[f"{group}/step"] = np.asarray(step, np.int64)
+        row: dict[str, np.ndarray] = {}
         checksum = 0
-        for name, value in (given | {f"{group}/step": np.asarray(step)}).items():
-            dataset = self._column(FIELDS[name], value)
-            value = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
-            if name in given:
-                write_row(dataset, place, value, place == rows.count)
-            if not is_fill(value):
-                checksum ^= column_checksum(name, value)
-        about = {f"{group}/checksum": np.asarray(checksum, np.uint32), f"{group}/step": np.asarray(step, np.int64)}
-        for name in rows.columns(self._file, group).keys() - given.keys() - about.keys():
-            write_fill(rows.columns(self._file, group)[name], place, place == rows.count)
-        for name, value in about.items():  # step is written last: a row of which it is not there does not count
-            write_row(self._column(FIELDS[name], value), place, value, place == rows.count)
+        for name, value in given.items():
+            dataset = self._column(field_of(name), value)
+            row[name] = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
+            if not is_fill(row[name]):
+                checksum ^= column_checksum(name, row[name])
+        crc = np.asarray(checksum, np.uint32)
+        self._column(field_of(f"{group}/checksum"), crc)
+        known = rows.columns(self._file, group)
+        row = {name: row[name] if name in row else fill_row(dataset) for name, dataset in known.items()}
+        row[f"{group}/checksum"] = crc
+        row[f"{group}/step"] = row.pop(f"{group}/step")  # written last: a row of which it is not there does not count
+        new = place == rows.count
+        before = {} if new else {name: np.asarray(known[name][place], value.dtype) for name, value in row.items()}
+        try:
+            for name, value in row.items():
+                write_row(known[name], place, value, new)
+        except BaseException:  # Ctrl-C, too: a row in the middle of others is one or the other
+            for name, value in before.items():
+                write_row(known[name], place, value, False)
+            raise
         rows.put(step, place)
 
     def write(self, name: str, values: np.ndarray, replace: bool = False) -> None:
         """Write a whole dataset of the schema. Raises OpsigError where it exists, unless `replace`."""
-        field = FIELDS[name]
+        field = field_of(name)
         if name in self._file:
             if not replace:
-                raise OpsigError(f"{self.path} already has {name}. Overwrite it with --replace")
+                raise OpsigError(f"{self.path} already has {name}")
             del self._file[name]
         values = np.asarray(values)
         if field.dtype == "S*":
@@ -225,7 +263,7 @@ class Trajectory(Reading):
         describe(self._file, dataset, field)
         known[field.path] = dataset
         for row in range(rows.count):
-            write_fill(dataset, row)
+            write_row(dataset, row, fill_row(dataset))
         return dataset
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajectory
 from opsig_cli.trajectory.packing import copy_packed
-from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS
+from opsig_cli.trajectory.schema import ROW_GROUPS, field_of
 
 
 def verify(run: Trajectory) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def verify(run: Trajectory) -> list[dict[str, Any]]:
             damaged, reason = steps, str(error)
         records.append(_record(run, group, len(steps), damaged, reason or ("checksum" if damaged else None)))
     for name in run.names():
-        if FIELDS[name].dims[0] == "step":
+        if field_of(name).dims[0] == "step":
             continue
         rows = run.shape(name)[0]
         try:

@@ -18,8 +18,8 @@ import numpy as np
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.checking import DamagedRows, named_steps, row_checksums
 from opsig_cli.trajectory.chunks import Chunks
-from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16
-from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, SCHEMA_VERSION, dimension
+from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16, known_names
+from opsig_cli.trajectory.schema import ROW_GROUPS, SCHEMA_VERSION, dimension, field_of
 from opsig_cli.trajectory.store import RedoFile, SnapshotFile
 
 BLOCK_BYTES = 16 << 20
@@ -72,7 +72,7 @@ class Reading:
     def require(self, name: str) -> None:
         """Raise OpsigError, naming the command that makes it, where the dataset is not in the file."""
         if not self.has(name):
-            field = FIELDS[name]
+            field = field_of(name)
             how = "Record it in a run of its own: opsig train, or opsig import CHECKPOINT... --task TASK"
             if field.made_by:
                 how = f"Run: {field.made_by} {self.path}"
@@ -84,7 +84,7 @@ class Reading:
 
     def names(self) -> list[str]:
         """Names of the schema's datasets that are in the file, in the schema's order."""
-        return [name for name in FIELDS if self.has(name)]
+        return known_names(self._file)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a dataset."""
@@ -272,10 +272,8 @@ class Reading:
     def check_shapes(self) -> None:
         """Raise OpsigError where a dataset is not what the schema says: its type, its dimensions, or their lengths."""
         lengths: dict[tuple[str, str], int] = {}
-        for name, field in FIELDS.items():
-            if name not in self._file:
-                continue
-            dataset = self._file[name]
+        for name in self.names():
+            field, dataset = field_of(name), self._file[name]
             if not isinstance(dataset, h5py.Dataset) or dataset.ndim != len(field.dims):
                 raise OpsigError(f"{self.path}: {name} must have the dimensions {', '.join(field.dims)}")
             if dataset.dtype.kind not in {kind[0] for kind in field.dtype.split("|")}:
@@ -330,9 +328,9 @@ class Reading:
 
     def _missing(self, name: str, values: np.ndarray) -> np.ndarray:
         """bfloat16 becomes float32, and unsigned integers int64 with -1 for the fill."""
-        if values.dtype.kind != "u" or "|" not in FIELDS[name].dtype:
+        if values.dtype.kind != "u" or "|" not in field_of(name).dtype:
             return values
-        if FIELDS[name].dtype == "f4|u2":
+        if field_of(name).dtype == "f4|u2":
             return from_bfloat16(values)
         return np.where(values == fill_of(values.dtype), np.int64(-1), values.astype(np.int64))
 

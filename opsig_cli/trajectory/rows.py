@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from h5py import h5s  # pyright: ignore[reportAttributeAccessIssue]
 
-from opsig_cli.trajectory.schema import FIELDS, Field
+from opsig_cli.trajectory.schema import FIELDS, Field, field_of
 
 
 class Rows:
@@ -86,9 +86,16 @@ class Rows:
     def columns(self, file: Any, group: str) -> dict[str, Any]:
         """The group's datasets with a row for every step, by name."""
         if self._columns is None:
-            names = (name for name in FIELDS if name.startswith(group + "/"))
-            self._columns = {name: file[name] for name in names if FIELDS[name].dims[0] == "step" and name in file}
+            names = known_names(file, group)
+            self._columns = {name: file[name] for name in names if field_of(name).dims[0] == "step"}
         return self._columns
+
+
+def known_names(file: Any, group: str | None = None) -> list[str]:
+    """The schema's datasets that are in an open file, or in one group of it, in the schema's order."""
+    logged = sorted(f"logged/{name}" for name in file["logged"]) if "logged" in file else []
+    names = [name for name in (*FIELDS, *logged) if name in file]
+    return [name for name in dict.fromkeys(names) if group is None or name.startswith(group + "/")]
 
 
 def consecutive(places: np.ndarray) -> list[tuple[int, int]]:
@@ -113,9 +120,9 @@ def write_row(dataset: Any, place: int, value: np.ndarray, last: bool = True) ->
     dataset.id.write(h5s.create_simple(shape), space, value)
 
 
-def write_fill(dataset: Any, place: int, last: bool = True) -> None:
-    """Write a row in which nothing was measured."""
-    write_row(dataset, place, np.full(dataset.shape[1:], fill_of(dataset.dtype), dataset.dtype), last)
+def fill_row(dataset: Any) -> np.ndarray:
+    """A row in which nothing was measured."""
+    return np.full(dataset.shape[1:], fill_of(dataset.dtype), dataset.dtype)
 
 
 def as_array(value: Any) -> np.ndarray:
