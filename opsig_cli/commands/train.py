@@ -74,10 +74,12 @@ def train(
 
     Example: opsig train --task digits --learning-rate 0.2 --steps 50 --track -o run.h5
     """
+    from dataclasses import replace as varied
+
     from opsig_cli import records, tasks
     from opsig_cli.backends import State, load_backend
     from opsig_cli.settings import Settings
-    from opsig_cli.studies import training
+    from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import open_trajectory
     from opsig_cli.trajectory.recorder import read_state
@@ -97,11 +99,14 @@ def train(
         sharpness_every=sharpness_every, statistics=statistics,
         backend=backend,
     )  # fmt: skip
+    kept: tuple[str, int] | None = None
     if resume:
         with open_trajectory(output) as run:
+            kept = output, len(run.samples)
             settings = Settings.stored(run.attributes, output).resumed(given, output)
     elif like is not None:
         with open_trajectory(like) as run:
+            kept = like, len(run.samples)
             settings = Settings.stored(run.attributes, like).varied(given)
             initial = read_state(run, 0)
     else:
@@ -110,9 +115,16 @@ def train(
     if task is None and tasks.is_own(spec):  # a file is never a reason to run code that the command does not name
         of = output if resume else like
         raise OpsigError(f"{of} was trained with a task of your own. Give it again: --task {settings.task}")
+    if task is None and like is not None and tasks.reads_files(spec):  # what they hold would go into the new run
+        raise OpsigError(f"{like} was trained on files that it names: {settings.task}. Give the task again: --task")
+    if kept is not None:
+        tasks.check_recorded(spec if task is None else varied(spec, options={}), *kept)
     loaded, spec = tasks.load(spec)
     session = load_backend(settings.backend).open(loaded, device, settings.chunk_size, settings.statistics)
     options.note(f"device: {session.device_name}", quiet)
+    if like is not None:
+        with open_trajectory(like) as run:
+            tracking.check_model(run, session)
     start = session.initial(settings.seed)
     if like is not None:
         start = State(0, initial.params, initial.buffers)

@@ -230,7 +230,7 @@ def positions_of(run: Trajectory, samples: Sequence[int]) -> np.ndarray:
     """Columns of samples given by index, (M,). Raises OpsigError for one that the file does not have."""
     ids = run.samples
     order = np.argsort(ids)
-    wanted = np.asarray(samples, np.int64)
+    wanted = np.array([min(sample, np.iinfo(np.int64).max) for sample in samples], np.int64)
     places = np.searchsorted(ids, wanted, sorter=order)
     places = order[np.minimum(places, len(ids) - 1)]
     missing = wanted[ids[places] != wanted]

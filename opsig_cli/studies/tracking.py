@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -40,15 +41,30 @@ def open_session(
         raise OpsigError(
             f"{run.path} was trained with a task of your own, {stored.task}. Give it again: --task {stored.task}"
         )
+    tasks.check_recorded(spec if task is None else replace(spec, options={}), run.path, len(run.samples))
     loaded, found = tasks.load(spec)
     if found.digest and attributes.get("task_sha256") not in (None, found.digest):
         warn(f"{spec.name} has changed since {run.path} was recorded")
     session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
     check_samples(run, session.samples)
+    check_model(run, session)
     if changed := _changed_label(run, loaded):
         warn(f"{run.path}: {changed}. Has the task's data changed?")
     warn(f"device: {session.device_name}")
     return session, loaded
+
+
+def check_model(run: Trajectory, session: Session) -> None:
+    """Raise OpsigError, before the model is built, where it is not of the size that the checkpoints have."""
+    count = getattr(session, "parameter_count", lambda: None)()
+    if count is None or not run.has("checkpoints/params"):
+        return
+    held = run.shape("checkpoints/params")[1]
+    if count != held:
+        raise OpsigError(
+            f"{run.path} holds {held:,} parameters a checkpoint and the task's model has {count:,}. Give the --task, "
+            "with the options, that the run was made with"
+        )
 
 
 def _changed_label(run: Trajectory, task: tasks.Task) -> str | None:

@@ -20,6 +20,7 @@ from opsig_cli import backends, tasks
 from opsig_cli.backends import Eigenpairs, Session, Snapshot, State, Training
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
+from opsig_cli.studies import tracking
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import open_trajectory
 from opsig_cli.trajectory.recorder import Recorder, check_samples, read_state
@@ -124,6 +125,7 @@ def resumed_recorder(path: str, session: Session, commit_every: int) -> Recorder
     """A file to go on with. Raises OpsigError where the task's data is not what it was."""
     with open_trajectory(path) as kept:
         check_samples(kept, session.samples)
+        tracking.check_model(kept, session)
     return Recorder(path, session.samples, resume=True, commit_every=commit_every)
 
 

@@ -19,7 +19,7 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.checking import DamagedRows, named_steps, row_checksums
 from opsig_cli.trajectory.chunks import Chunks
 from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16, known_names
-from opsig_cli.trajectory.schema import ROW_GROUPS, SCHEMA_VERSION, dimension, field_of
+from opsig_cli.trajectory.schema import ATTRIBUTES, ROW_GROUPS, SCHEMA_VERSION, dimension, field_of
 from opsig_cli.trajectory.store import RedoFile, SnapshotFile
 
 BLOCK_BYTES = 16 << 20
@@ -48,12 +48,16 @@ class Reading:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The file's provenance as Python values."""
+        """The file's provenance as Python values. Raises OpsigError where one is not what the schema says."""
+        found = {}
         with self.damage("an attribute"):
-            return {
-                key: json.loads(value) if key.endswith("_json") else as_value(value)
-                for key, value in self._file.attrs.items()
-            }
+            for key, value in self._file.attrs.items():
+                found[key] = json.loads(value) if key.endswith("_json") else as_value(value)
+        for key, value in found.items():
+            if not isinstance(value, ATTRIBUTES.get(key, object)):
+                what = {str: "text", dict: "an object of JSON"}[ATTRIBUTES[key]]
+                raise OpsigError(f"{self.path}: the attribute {key} is not {what}, as opsig writes it")
+        return found
 
     @property
     def writable(self) -> bool:
@@ -260,7 +264,7 @@ class Reading:
         return sums, readable
 
     def check_version(self) -> None:
-        version = str(as_value(self._file.attrs.get("schema_version", "")))
+        version = str(as_value(self._file.attrs.get("schema_version", ""))).strip()
         if not version:
             raise OpsigError(f"{self.path} is HDF5 but not an opsig trajectory (it states no schema_version)")
         if int(version.split(".")[0]) > SCHEMA_VERSION[0]:
@@ -276,7 +280,8 @@ class Reading:
             field, dataset = field_of(name), self._file[name]
             if not isinstance(dataset, h5py.Dataset) or dataset.ndim != len(field.dims):
                 raise OpsigError(f"{self.path}: {name} must have the dimensions {', '.join(field.dims)}")
-            if dataset.dtype.kind not in {kind[0] for kind in field.dtype.split("|")}:
+            kinds = field.dtype.replace("S*", dataset.dtype.str[1:]).split("|")
+            if dataset.dtype.kind + str(dataset.dtype.itemsize) not in kinds:
                 raise OpsigError(f"{self.path}: {name} must be {field.dtype}, not {dataset.dtype}")
             for axis, length in zip(field.dims, dataset.shape, strict=True):
                 expected = lengths.setdefault(dimension(field, axis), length)

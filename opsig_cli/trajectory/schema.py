@@ -39,6 +39,13 @@ def _fields(*fields: Field) -> dict[str, Field]:
     return {field.path: field for field in fields}
 
 
+ATTRIBUTES = {
+    **dict.fromkeys(("schema_version", "state", "task", "task_source", "task_sha256", "command", "title"), str),
+    **dict.fromkeys(("opsig_version", "python_version", "torch_version", "device", "git_commit"), str),
+    "settings_json": dict,
+}
+"""Root attributes that opsig writes, and what they are; names that end in `_json` hold JSON."""
+
 ROW_CHECKSUM = "exclusive or, over the row's measured columns, of crc32(column name, bytes of the row)"
 
 # "S*" is a fixed-length UTF-8 string as wide as the longest value, and "S64" one of 64 bytes; "u1|i4" is u1 where 254
