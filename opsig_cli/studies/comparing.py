@@ -57,6 +57,8 @@ def tracked(run: Trajectory) -> dict[str, Series]:
     if not run.has("losses/loss"):
         return {}
     steps = run.steps("losses")
+    if not len(steps):
+        return {}
     means, shares, previous = [], [], None
     for _, rows in run.blocks("losses/loss"):
         for row in rows:

@@ -110,8 +110,9 @@ class Reading:
     def steps(self, group: str) -> np.ndarray:
         """Steps recorded in a row group, increasing, (T,) int64, read-only; empty where the group is absent."""
         rows = self._rows(group)
-        if len(odd := rows.disordered()):
-            self._hold(group, odd)
+        if len(rows.suspicious()):
+            self._hold(group, rows.suspicious())
+        if len(odd := rows.impossible()):
             steps = sorted({rows.steps[place] for place in odd.tolist()})
             raise OpsigError(f"{self.path}: {group} has {named_steps(steps)} twice or below 0, as opsig writes none")
         return rows.sorted_steps()

@@ -11,6 +11,9 @@ from h5py import h5s  # pyright: ignore[reportAttributeAccessIssue]
 
 from opsig_cli.trajectory.schema import FIELDS, Field, field_of
 
+SELDOM = 8
+"""Times that steps may fall in the order of recording before that is taken for the way the run was recorded."""
+
 
 class Rows:
     """The rows of a group: their steps by their places in the file, and which of them are presented, in order of step.
@@ -25,6 +28,7 @@ class Rows:
         self._columns: dict[str, Any] | None = None
         self._order: np.ndarray | None = None
         self._sorted: np.ndarray | None = None
+        self._suspicious: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -44,12 +48,12 @@ class Rows:
             self.steps.append(step)
         self._place[step] = place
         self._left_out.discard(place)
-        self._order = self._sorted = None
+        self._order = self._sorted = self._suspicious = None
 
     def leave_out(self, places: np.ndarray) -> None:
         """Present these rows no more; their steps may be written anew."""
         self._left_out.update(places.tolist())
-        self._order = self._sorted = None
+        self._order = self._sorted = self._suspicious = None
 
     @property
     def left_out(self) -> np.ndarray:
@@ -74,7 +78,7 @@ class Rows:
             self._sorted.flags.writeable = False
         return self._sorted
 
-    def disordered(self) -> np.ndarray:
+    def impossible(self) -> np.ndarray:
         """Places of presented rows whose step is negative or also another's."""
         steps = self.sorted_steps()
         if not len(steps) or (steps[0] >= 0 and np.all(np.diff(steps) > 0)):
@@ -82,6 +86,16 @@ class Rows:
         same = np.diff(steps) == 0
         odd = (steps < 0) | np.append(same, False) | np.insert(same, 0, False)
         return self.order()[odd]
+
+    def suspicious(self) -> np.ndarray:
+        """Places of presented rows whose step may not be what was written: those above, and rows on both sides of where
+        the order of recording is not that of steps, as long as that is seldom."""
+        if self._suspicious is None:
+            places = np.sort(self.order())
+            falls = np.flatnonzero(np.diff(np.array(self.steps, np.int64)[places]) < 0)
+            beside = places[np.union1d(falls, falls + 1)] if len(falls) <= SELDOM else places[:0]
+            self._suspicious = np.union1d(self.impossible(), beside)
+        return self._suspicious
 
     def columns(self, file: Any, group: str) -> dict[str, Any]:
         """The group's datasets with a row for every step, by name."""
