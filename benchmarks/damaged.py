@@ -36,6 +36,7 @@ import h5py
 import numpy as np
 
 from opsig_cli.trajectory.file import create_trajectory, open_trajectory
+from opsig_cli.trajectory.schema import is_known
 
 TASKS = Path(__file__).parent.parent / "tests" / "tasks" / "tiny.py"
 TASK = ("--task", f"{TASKS}:Tiny:samples=24")
@@ -62,7 +63,7 @@ HEAVY = {
 }
 COMMANDS = LIGHT | HEAVY
 CHANGES_FILE = {"sharpness", "track", "train --resume"}
-NOT_COMPARED = ("trajectory", "path", "bytes", "bytes_before", "reason")
+NOT_COMPARED = ("trajectory", "path", "bytes", "bytes_before", "reason", "groups", "parameters")
 SECONDS = 20
 """A command that takes longer hangs."""
 
@@ -132,7 +133,7 @@ class Original:
         self.answer = functools.lru_cache(None)(self._answer)
 
     def _keep(self, name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset):
+        if isinstance(item, h5py.Dataset) and is_known(name):  # others stand for dimensions and hold nothing
             self.datasets[name] = item[()]
 
     def damage_of(self, path: Path) -> dict[str, set[int]] | None:
@@ -184,12 +185,13 @@ def clear(folder: Path) -> None:
         path.unlink()
 
 
-def judge(name: str, original: Original, damaged: Path, folder: Path) -> tuple[str, str]:
+def judge(
+    name: str, original: Original, damaged: Path, damage: dict[str, set[int]] | None, folder: Path
+) -> tuple[str, str]:
     """What became of one command: "intact", "left out", "refused", or a failure; and what it said."""
     run, new = folder / "run.h5", folder / "new.h5"
     clear(folder)
     shutil.copy(damaged, run)
-    damage = original.damage_of(run)
     code, out, err = call(COMMANDS[name], run, new)
     said = [line for line in err.splitlines() if not line.startswith(("note:", "device:", "measured", "resuming"))]
     if code < 0:
@@ -280,10 +282,11 @@ def worker(source: Path, first: int, last: int, heavy: int) -> None:
             original = originals[seed % 2]
             damaged = parts[2] / "damaged.h5"
             kind = damage(original.path.read_bytes(), damaged, generator, original)
+            found = original.damage_of(damaged)
             chosen = list(HEAVY) if heavy == 0 else generator.sample(list(HEAVY), heavy)
             for command in (*LIGHT, *chosen):
                 print(json.dumps([seed, command, "starts", kind]), flush=True)
-                outcome, said = judge(command, original, damaged, parts[1])
+                outcome, said = judge(command, original, damaged, found, parts[1])
                 print(json.dumps([seed, command, outcome, said if outcome.isupper() else ""]), flush=True)
 
 
@@ -367,6 +370,8 @@ def main() -> int:
             source, options.first, options.first + options.files, options.heavy
         ):
             counts.setdefault(command, Counter())[outcome] += 1
+            if seed % 100 == 99 and command == "info":
+                print(f"{seed - options.first + 1} files", file=sys.stderr, flush=True)
             if outcome.isupper():
                 failures += 1
                 print(f"seed {seed}: {command}: {outcome}\n{said}", flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Session
+from opsig_cli.errors import OpsigError
 from opsig_cli.studies.curvature import group_of, settings_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.recorder import read_state
@@ -97,7 +98,10 @@ def summarise(run: Trajectory, series: Mapping[str, Series]) -> dict[str, Any]:
 
 def accuracy_on(run: Trajectory, session: Session, task: Any) -> float:
     """Share of a task's samples that the run's last checkpoint predicts as labelled."""
-    state = read_state(run, int(run.steps("checkpoints")[-1]))
+    steps = run.steps("checkpoints")
+    if not len(steps):
+        raise OpsigError(f"{run.path} has no checkpoint that can be used")
+    state = read_state(run, int(steps[-1]))
     predictions = session.losses([state])[0][1]
     assert predictions is not None
     return float(np.mean([task.classes[p] == task.label(i) for i, p in enumerate(predictions.tolist())]))

@@ -27,6 +27,8 @@ def select_steps(run: Trajectory, text: str | None) -> list[int]:
     """
     run.require("checkpoints/params")
     steps = run.steps("checkpoints").tolist()
+    if not steps:
+        raise OpsigError(f"{run.path} has no checkpoint that can be used")
     chosen = steps if text is None else _chosen(run, steps, text)
     run.check("checkpoints", chosen)
     run.check("scalars", np.intersect1d(chosen, run.steps("scalars")).tolist())  # see `settings_at`

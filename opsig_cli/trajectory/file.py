@@ -150,13 +150,14 @@ class Trajectory(Reading):
             kept = [place for place, at in enumerate(rows.steps) if at <= step]
             if len(kept) == rows.count:
                 continue
-            columns = rows.columns(self._file, group)
-            for dataset in columns.values():
-                for place, source in enumerate(kept):
-                    if place != source:
-                        write_row(dataset, place, np.asarray(dataset[source], dataset.dtype, order="C"), False)
-            for name in sorted(columns, key=f"{group}/step".__ne__):  # step first: it says which rows there are
-                columns[name].resize(len(kept), axis=0)
+            with self.damage(group):
+                columns = rows.columns(self._file, group)
+                for dataset in columns.values():
+                    for place, source in enumerate(kept):
+                        if place != source:
+                            write_row(dataset, place, np.asarray(dataset[source], dataset.dtype, order="C"), False)
+                for name in sorted(columns, key=f"{group}/step".__ne__):  # step first: it says which rows there are
+                    columns[name].resize(len(kept), axis=0)
             del self._groups[group]
             self._checked.pop(group, None)
 

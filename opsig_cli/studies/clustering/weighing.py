@@ -150,7 +150,7 @@ def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
 def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
     """The steps of the checkpoints whose gradients are compared. Raises OpsigError where the run has none, or one of
     them is damaged."""
-    if not run.has("checkpoints/params"):
+    if not run.has("checkpoints/params") or not len(run.steps("checkpoints")):
         raise OpsigError(f"{run.path} holds no checkpoints, which gradients need. Use --by loss")
     steps = grouping.spread(int(window.steps_T[0]), int(window.steps_T[-1]), run.steps("checkpoints"), CHECKPOINTS)
     run.check("checkpoints", steps.tolist())
