@@ -33,6 +33,7 @@ def cluster(
     ] = None,
     truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -56,13 +57,15 @@ def cluster(
     path, piped = options.records_of(run)
     found = door.cluster(
         path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, records=piped,
-        task=task, device=device, backend=backend, note=partial(options.note, quiet=quiet),
+        task=task, device=device, backend=backend,
+        allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)
-    tables = [records.Table(f"{found.title}, the significant ones first", saying.pair_table(found))]
+    tables = options.not_finite_tables(found)
+    tables.append(records.Table(f"{found.title}, the significant ones first", saying.pair_table(found)))
     if said := saying.sentence_table(found):
         tables.append(records.Table("in words", said))
     if alone := saying.alone_table(found):

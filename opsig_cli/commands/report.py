@@ -17,7 +17,10 @@ from opsig_cli.errors import UsageError
 def report(
     run: options.RunArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="PATH", help="Default: the run's name with .html.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="PATH", callback=options.check_output, help="Default: the run's name with .html."
+        ),
     ] = None,
     by: options.ByOption = None,
     top: options.TopOption = None,
@@ -25,6 +28,7 @@ def report(
         bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
     ] = False,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -40,6 +44,7 @@ def report(
     from opsig_cli import records
     from opsig_cli.report import content, page
     from opsig_cli.studies.clustering import finding, saying, weighing
+    from opsig_cli.studies.filled import filled
     from opsig_cli.trajectory.checking import without_damage
     from opsig_cli.trajectory.file import open_trajectory
 
@@ -60,9 +65,12 @@ def report(
 
         def work():
             said.clear()
-            found = finding.find(trajectory, by, top, task, device, backend, warn, progress)
+            found = finding.find(
+                trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
+            )
             written = saying.records(trajectory, found.clusters)
-            return found, written, content.gather(trajectory, found, written, task, [*damage, *said])
+            whole = filled(trajectory, found.movers.known)
+            return found, written, content.gather(whole, found, written, task, [*damage, *said])
 
         found, written, shown = without_damage(work, damage.append)
     options.say(damage, False)

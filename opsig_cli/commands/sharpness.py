@@ -33,6 +33,7 @@ def sharpness(
     seed: Annotated[int, typer.Option(help="Of the random samples.")] = 0,
     replace: Annotated[bool, typer.Option("--replace", help="Measure what was measured again.")] = False,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -53,6 +54,7 @@ def sharpness(
     found = door.sharpness(
         path, k=count, steps=steps, tolerance=tolerance, metrics=metrics, random=random, slice=slice_step, span=span,
         plain=plain, seed=seed, replace=replace, records=piped, task=task, device=device, backend=backend,
+        allow_changed_data=allow_changed_data,
         note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from opsig_cli.commands import options
 
 
 def track(
     run: options.RunArgument,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -29,11 +32,12 @@ def track(
             options.note(f"{skipped} checkpoints have losses already and are skipped", quiet)
         written = []
         if len(steps):
-            session, _ = tracking.open_session(
-                trajectory, task, device, backend, lambda text: options.note(text, quiet)
+            note = partial(options.note, quiet=quiet)
+            session, _ = options.without_damage(
+                lambda: tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
             )
             with options.progress("tracking", len(steps), quiet) as advance:
-                for step, losses in tracking.fill_losses(trajectory, session, steps):
+                for step, losses in tracking.fill_losses(trajectory, session, steps, allow_changed_data):
                     written.append({"trajectory": run, "step": step, "loss": losses.mean(dtype="f8")})
                     advance(note=f"step {step}")
     records.write(written, format)

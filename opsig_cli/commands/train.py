@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -12,7 +13,10 @@ from opsig_cli.errors import OpsigError, UsageError
 
 
 def train(
-    output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="Trajectory file to write.")],
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="RUN", callback=options.check_output, help="Trajectory file to write."),
+    ],
     task: options.TaskOption = None,
     model: Annotated[
         str | None,
@@ -65,6 +69,7 @@ def train(
     ] = 10,
     chunk_size: options.BatchSizeOption = None,
     statistics: Annotated[str | None, typer.Option(metavar="chunk|running", help="Batch norm's statistics.")] = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -81,7 +86,7 @@ def train(
     from opsig_cli.settings import Settings
     from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
-    from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli.trajectory.file import check_new, open_trajectory
     from opsig_cli.trajectory.recorder import read_state
 
     if resume and replace:
@@ -104,6 +109,11 @@ def train(
         with open_trajectory(output) as run:
             kept = output, len(run.samples)
             settings = Settings.stored(run.attributes, output).resumed(given, output)
+            reached = max(run.steps("checkpoints"), default=0)
+            if reached > settings.steps:
+                raise OpsigError(
+                    f"{output} is at step {reached} already, past --steps {settings.steps}. Give more steps"
+                )
     elif like is not None:
         with open_trajectory(like) as run:
             kept = like, len(run.samples)
@@ -111,6 +121,8 @@ def train(
             initial = read_state(run, 0)
     else:
         settings = Settings.of(given)
+    if not resume:
+        check_new(output, replace)
     spec = tasks.parse_spec(task or settings.task, settings.model)
     if task is None and tasks.is_own(spec):  # a file is never a reason to run code that the command does not name
         of = output if resume else like
@@ -126,6 +138,8 @@ def train(
         with open_trajectory(like) as run:
             tracking.check_model(run, session)
     start = session.initial(settings.seed)
+    if settings.batch_size is None and getattr(session, "drops_out", False):
+        options.note("note: full-batch training leaves the model's dropout out. With --batch-size it is on", quiet)
     if like is not None:
         start = State(0, initial.params, initial.buffers)
     if resume:
@@ -137,6 +151,8 @@ def train(
     stop = training.StopRequest()
     with recorder:
         if resume:
+            note = partial(options.note, quiet=quiet)
+            options.without_damage(lambda: tracking.check_data(recorder.run, session, note, allow_changed_data))
             start = training.resume_point(recorder, session, settings, options.note)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():

@@ -16,8 +16,9 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, mining, tracking
+from opsig_cli.studies import curvature, mining, missing, tracking
 from opsig_cli.studies.clustering import agreement, finding, saying, weighing
+from opsig_cli.studies.filled import filled
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
 from opsig_cli.trajectory.checking import without_damage
@@ -31,6 +32,8 @@ def mine(
     direction: str = "both", share: int | None = None,
 ) -> Records:  # fmt: skip
     """The samples whose loss moves most, one record each, the largest score first (the paper's section 2).
+
+    Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
 
     `step`: rank by the change of this one step; `window`: steps "A:B" to look at, both ends included; `score`: one of
     `mining.SCORES`, or as the run allows; `direction`: "up", "down" or "both"; `share`: add each sample's part of the
@@ -46,9 +49,10 @@ def mine(
 
         def work():
             found = mining.find(trajectory, top, score, step, span, direction)
-            return found, mining.records(trajectory, found, share)
+            records = mining.records(filled(trajectory, found.known), found, share)
+            return found, records, missing.not_finite(trajectory, found.known)
 
-        found, records = without_damage(work, damage.append)
+        found, records, broken = without_damage(work, damage.append)
     notes = [found.note] if found.note else []
     if share is not None:
         carried = sum(record["share_at_step"] or 0 for record in records)
@@ -56,19 +60,21 @@ def mine(
 
     def draw():
         with opened(run, like=trajectory) as again:
-            return drawing.draw_movers(again, found, records)
+            return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
-    return Records(records, notes=notes, damage=damage, title=title, draw=draw)
+    return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw)
 
 
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
     sketch: int | None = None, explain: int | None = None, truth: bool = False,
     records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
-    backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
+
+    Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
 
     `by`: "gradient", "loss" or "both", or as the run allows; `top`: samples to mine first; `records`: those of `mine`,
     to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that were not
@@ -89,11 +95,12 @@ def cluster(
         def work():
             found = finding.find(
                 trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-                sketch=sketch,
+                sketch=sketch, allow_changed_data=allow_changed_data,
             )  # fmt: skip
-            written = saying.records(trajectory, found.clusters)
+            whole = filled(trajectory, found.movers.known)
+            written = missing.not_finite(trajectory, found.movers.known) + saying.records(trajectory, found.clusters)
             if explain is not None:
-                written += saying.explain(trajectory, found.clusters, explain)
+                written += saying.explain(whole, found.clusters, explain)
             if truth:
                 written.append(agreement.agreement(trajectory, found.clusters))
             return found, written
@@ -106,7 +113,7 @@ def cluster(
 
     def draw():
         with opened(run, like=trajectory) as again:
-            return drawing.draw_pairs(again, clusters, written)
+            return drawing.draw_pairs(filled(again, found.movers.known), clusters, written)
 
     title = f"{trajectory.path}: opposing pairs"
     return Records(written, notes=notes, damage=damage, title=title, draw=draw)
@@ -116,7 +123,8 @@ def sharpness(
     run: Run, *, k: int = 1, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
     random: int = 0, slice: int | None = None, span: float = 0.2, plain: bool = False, seed: int = 0,
     replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly,
+    progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
 
@@ -144,7 +152,7 @@ def sharpness(
             group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
             have = set(trajectory.steps(group).tolist()) & set(chosen_steps) if keeps and not replace else set()
             trajectory.check(group, have)
-            session, _ = tracking.open_session(trajectory, task, device, backend, note)
+            session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
             backends.require(session, backends.Curvature, backend, "curvature")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
                 note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
@@ -160,9 +168,11 @@ def sharpness(
             if replace:
                 trajectory.remove(group)
             count = curvature.count_to_measure(trajectory, group, k)
-            missing = [step for step in chosen_steps if step not in have]
-            if have:
-                note(f"measured already: {len(have)} of {len(chosen_steps)} checkpoints")
+            missing, rough = curvature.to_measure(trajectory, group, chosen_steps, k, tolerance)
+            if len(missing) < len(chosen_steps):
+                note(f"measured already: {len(chosen_steps) - len(missing)} of {len(chosen_steps)} checkpoints")
+            if rough:
+                note(f"measured again: {rough} checkpoints, held to a residual above the tolerance {tolerance:g}")
             with progress("sharpness", len(missing)) as advance:
                 for step in curvature.measure(trajectory, session, group, missing, count, tolerance):
                     advance(note=f"step {step}")
@@ -182,8 +192,9 @@ def sharpness(
 
 
 def _samples_of(records: Sequence[dict[str, Any]]) -> list[int]:
-    """The samples that records name, each once, in order."""
-    return list(dict.fromkeys(r["sample"] for r in records if isinstance(r.get("sample"), int)))
+    """The samples that records name, each once, in order; those that are not finite have nothing to measure."""
+    named = (r["sample"] for r in records if isinstance(r.get("sample"), int) and r.get("kind") != "not_finite")
+    return list(dict.fromkeys(named))
 
 
 def _chosen(run: Trajectory, records: Sequence[dict[str, Any]], random: int, seed: int) -> dict[str, np.ndarray]:

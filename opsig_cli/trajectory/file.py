@@ -47,14 +47,19 @@ def create_trajectory(
     Raises OpsigError where the file exists (unless `replace`), is being written, or cannot be written.
     """
     path = os.fspath(path)
-    if os.path.exists(path) and not replace:
-        raise OpsigError(f"{path} exists. Go on with it, overwrite it, or choose another name")
+    check_new(path, replace)
     with _file_errors(path):
         store = RedoFile(path, create=True)
     run = Trajectory(path, h5py.File(store, "w", libver=("v110", "v110"), rdcc_nbytes=0), store)
     run.set_attributes(schema_version=".".join(map(str, SCHEMA_VERSION)), **(attributes or {}))
     run.write("sample", np.asarray(samples, np.int64))
     return run
+
+
+def check_new(path: str, replace: bool) -> None:
+    """Raise OpsigError where a new file would take the place of another, unless `replace`."""
+    if os.path.exists(path) and not replace:
+        raise OpsigError(f"{path} exists. Continue it with --resume, or overwrite it with --replace")
 
 
 def open_trajectory(path: str | os.PathLike, mode: str = "r") -> Trajectory:

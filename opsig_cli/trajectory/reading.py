@@ -155,17 +155,16 @@ class Reading:
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Consecutive blocks of rows `start:stop` of at most BLOCK_BYTES: pairs of first position and rows.
 
-        One array may serve all blocks: copy what you keep of it.
+        Each block is an array of its own: what is kept of one is not overwritten by the next.
         """
         self.require(name)
         order, dataset = self._rows(group_of(name)).order(), self._file[name]
         stop = len(order) if stop is None else min(stop, len(order))
         height = _height(dataset)
-        buffer = np.empty((min(height, max(0, stop - start)), *dataset.shape[1:]), dataset.dtype)
         first = start
         while first < stop:
             last = min(first - first % height + height, stop)
-            yield first, self._missing(name, self._held(name, order[first:last], buffer[: last - first]))
+            yield first, self._missing(name, self._held(name, order[first:last]))
             first = last
 
     # -- is it whole
@@ -181,11 +180,11 @@ class Reading:
         steps = self._rows(group).steps
         return sorted(steps[place] for place in self._damaged(group, np.arange(len(steps))).tolist())
 
-    def _held(self, name: str, places: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+    def _held(self, name: str, places: np.ndarray) -> np.ndarray:
         """The rows at these places as the file holds them, (N, ...), held against their checksums."""
         group = group_of(name)
         try:
-            raw = self._gather(name, places, into)
+            raw = self._gather(name, places)
         except OpsigError:
             self._hold(group, places)  # names the steps
             raise
@@ -308,11 +307,11 @@ class Reading:
             raise OpsigError(f"{self.path} has no {group} at step {step}. Nearest: {near or 'none'}")
         return position
 
-    def _gather(self, name: str, places: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+    def _gather(self, name: str, places: np.ndarray) -> np.ndarray:
         """The rows at these places as the file holds them, (N, ...). Raises OpsigError where they cannot be read."""
         with self.damage(name):
             dataset, chunks = self._file[name], self._chunks_of(name)
-            found = np.empty((len(places), *dataset.shape[1:]), dataset.dtype) if into is None else into
+            found = np.empty((len(places), *dataset.shape[1:]), dataset.dtype)
             for first, last in consecutive(places):
                 start, stop = int(places[first]), int(places[last - 1]) + 1
                 if chunks is None:

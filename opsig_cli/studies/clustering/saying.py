@@ -161,14 +161,20 @@ def pair_sentence(
     up, down = weight.changes
     text += f"; at step {rise_step} their losses changed by {up:+.2g} and {down:+.2g} nats, together {_part(weight)}"
     if weight.p_value == 1:
-        text += ". " + _why_not(weight)
+        text += ". " + _why_not(weight, measure)
     return text
 
 
-def _why_not(weight: PairWeight) -> str:
+def _why_not(weight: PairWeight, measure: str) -> str:
     """Why a pair is not significant."""
+    if not np.isfinite(weight.loss_correlation):
+        return "The losses of one side do not move, so this is no opposition that can be seen"
+    if measure == "cosine" and not np.isfinite(weight.opposition_error):
+        return "It was measured at one checkpoint alone, which is too little to tell it from chance"
     if weight.loss_correlation >= 0:
         return f"Their losses move together ({weight.loss_correlation:.2f}), so this is no opposition that can be seen"
+    if not np.isfinite(weight.claim):
+        return "Chance gives as strong a pair"
     return (
         f"They hardly share a feature ({weight.shared:.2f} alike, claim {weight.claim:.2f}): it may be by labels alone"
     )

@@ -80,8 +80,9 @@ class GroupWeight:
 class PairWeight:
     """What speaks for a pair, as for a group, and: `opposition`, the mean similarity across; `shared`, the mean cosine
     of the two groups' centred features, NaN where there are none; `claim`, by how much looks and opposition exceed
-    what labels alone give (see CLAIMS), NaN likewise; `p_value`, 1 where that is little; `loss_correlation` of their
-    mean loss changes, and `p_value_losses`, its p-value against phase-shuffled series."""
+    what labels alone give (see CLAIMS), NaN likewise; `p_value`, 1 where that is little or any of this could not be
+    measured; `loss_correlation` of their mean loss changes, and `p_value_losses`, its p-value against phase-shuffled
+    series."""
 
     cohesion: float
     opposition: float
@@ -170,7 +171,7 @@ def _with_largest_gradients(
         return position
     score = np.zeros(len(run.samples))
     for step in checkpoints_in(run, window).tolist():
-        norms = np.nan_to_num(session.gradient_norms(read_state(run, step)))
+        norms = grouping.known(session.gradient_norms(read_state(run, step)))
         score += norms / (np.sqrt(np.mean(norms**2)) or 1.0)
         advance(note=f"step {step}")
     largest = np.argsort(-score, kind="stable")[: len(position)]
@@ -194,9 +195,9 @@ def _mean_similarity(
         state = read_state(run, step)
         if sketch is None:
             found = session.gradient_cosines(state, samples)  # pyright: ignore[reportAttributeAccessIssue]
-            np.add(total, np.nan_to_num(found, copy=False), out=total, casting="same_kind")
+            np.add(total, grouping.known(found, copy=False), out=total, casting="same_kind")
         else:
-            rows = np.nan_to_num(session.gradient_sketch(state, samples, sketch, step))  # pyright: ignore[reportAttributeAccessIssue]
+            rows = grouping.known(session.gradient_sketch(state, samples, sketch, step))  # pyright: ignore[reportAttributeAccessIssue]
             for first in range(0, len(rows), grouping.ROWS):
                 total[first : first + grouping.ROWS] += rows[first : first + grouping.ROWS] @ rows.T
         advance(note=f"step {step}")
@@ -241,7 +242,7 @@ def by_gradient(
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
     claimed_GG = ~(_claims(similarity_MM, likeness_MM, found.group_M) < CLAIMS)  # what is not known is not held against
     if by == "both":
-        claimed_GG &= ~(evidence.group_correlation(losses_TM, members) >= 0)
+        claimed_GG &= evidence.group_correlation(losses_TM, members) < 0  # losses that do not move claim nothing
     found = grouping.pair_anew(similarity_MM, found, claimed_GG)
     everybody = np.arange(len(run.samples)) if joining else position
     sets = [run.samples[position[inside]] for inside in members]
@@ -284,7 +285,7 @@ def _mean_cosines(
     for step in checkpoints_in(run, window).tolist():
         rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore[reportAttributeAccessIssue]
         advance(note=f"step {step}")
-    return np.nan_to_num(np.stack(rows))
+    return grouping.known(np.stack(rows))
 
 
 def _mean_likeness(run: Trajectory, session: Session, position: np.ndarray, window: Window) -> np.ndarray | None:
@@ -300,7 +301,7 @@ def _mean_likeness(run: Trajectory, session: Session, position: np.ndarray, wind
         rows = session.features(read_state(run, step), run.samples[position])
         if rows is None:
             return None
-        rows = np.nan_to_num(rows, copy=False)
+        rows = grouping.known(rows, copy=False)
         for first in range(0, len(rows), grouping.ROWS):
             total[first : first + grouping.ROWS] += rows[first : first + grouping.ROWS] @ rows.T / len(steps)
     return total
@@ -312,7 +313,7 @@ def _mean_likeness_with(
     """Mean cosine of these samples' centred features with every group's, averaged over the checkpoints, (N, G)."""
     steps = checkpoints_in(run, window).tolist()
     rows = [session.mean_feature_cosines(read_state(run, step), run.samples[outside], sets) for step in steps]  # pyright: ignore[reportAttributeAccessIssue]
-    return np.nan_to_num(np.mean(rows, axis=0))
+    return grouping.known(np.mean(rows, axis=0))
 
 
 def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
@@ -321,7 +322,7 @@ def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
     half = (len(losses_TM) - 1) // 2
     first_MM, second_MM = (
-        np.nan_to_num(grouping.change_correlation(part)) for part in (losses_TM[: half + 1], losses_TM[half:])
+        grouping.known(grouping.change_correlation(part)) for part in (losses_TM[: half + 1], losses_TM[half:])
     )
     smallest = _smallest(position)
     found = grouping.group_by_similarity(first_MM, smallest)
@@ -371,9 +372,14 @@ def _weigh(
         outside_band = opposition < -(clusters.sketch_error or 0)
         p_value = p_value if claimed_GG[a, b] and outside_band else 1.0
         changes = [evidence.mean_changes(clusters.losses_TM, side) for side in sides]
+        correlation = evidence.correlation(*changes)
+        measured = [groups[a].cohesion, groups[b].cohesion, opposition, correlation]
+        measured += [] if clusters.by == "loss" else [error]
+        measured += [] if likeness_MM is None else [shared_GG[a, b], claims_GG[a, b]]
+        p_value = p_value if np.isfinite(measured).all() else 1.0  # what could not be measured speaks for nothing
         pairs.append(PairWeight(
             (groups[a].cohesion + groups[b].cohesion) / 2, opposition, error, float(shared_GG[a, b]),
-            float(claims_GG[a, b]), evidence.correlation(*changes), stable.pair[a, b],
+            float(claims_GG[a, b]), correlation, stable.pair[a, b],
             min(groups[a].kept, groups[b].kept), p_value,
             significance.random_pair_p(tested_MM, opposition, *sizes),
             significance.series_p_value(changes[0], changes[1]),
