@@ -6,8 +6,8 @@ Each file is a small run (as written, or repacked) with bytes changed, a page ze
 off, or a value changed behind its checksum. Which rows are damaged is found by comparing it with the original through
 plain h5py. Each command's exit code and records are then held against those for a run in which these rows were never
 recorded. Commands that take long take turns, `--heavy` of them a file (0: all). A sample is run again in processes of
-their own. Prints counts by command, and every failure with the seed that makes it again; exit code 1 where there is
-one.
+their own. Prints counts by command, also where it is interrupted, and every failure with the seed that makes it again;
+exit code 1 where there is one.
 """
 
 import argparse
@@ -298,20 +298,25 @@ def supervised(source: Path, first: int, last: int, heavy: int) -> Iterator[tupl
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         at, pending, until = (first, ""), b"", time.monotonic() + 20 * SECONDS
-        while time.monotonic() < until:
-            if not select.select([process.stdout], [], [], 1)[0]:
-                continue
-            piece = process.stdout.read()
-            if not piece:
-                break
-            *lines, pending = (pending + piece).split(b"\n")
-            for line in lines:
-                seed, name, outcome, said = json.loads(line)
-                at, until = (seed, name), time.monotonic() + 3 * SECONDS
-                if outcome != "starts":
-                    yield seed, name, outcome, said
-        else:
+        try:
+            while time.monotonic() < until:
+                if not select.select([process.stdout], [], [], 1)[0]:
+                    continue
+                piece = process.stdout.read()
+                if not piece:
+                    break
+                *lines, pending = (pending + piece).split(b"\n")
+                for line in lines:
+                    seed, name, outcome, said = json.loads(line)
+                    at, until = (seed, name), time.monotonic() + 3 * SECONDS
+                    if outcome != "starts":
+                        yield seed, name, outcome, said
+            else:
+                process.kill()
+                process.wait()
+        except BaseException:  # the reader of these has had enough
             process.kill()
+            raise
         err = process.communicate()[1].decode(errors="replace")
         if process.returncode == 0:
             return
@@ -359,29 +364,31 @@ def main() -> int:
         worker(Path(source), *map(int, numbers))
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     counts: dict[str, Counter] = {name: Counter() for name in COMMANDS}
-    failures = 0
+    failures, files, alone = 0, set(), Counter()
     with tempfile.TemporaryDirectory() as name:
         source, empty = Path(name) / "source", Path(name) / "empty"
         source.mkdir()
         empty.mkdir()
         make(source)
-        for seed, command, outcome, said in supervised(
-            source, options.first, options.first + options.files, options.heavy
-        ):
-            counts.setdefault(command, Counter())[outcome] += 1
-            if seed % 100 == 99 and command == "info":
-                print(f"{seed - options.first + 1} files", file=sys.stderr, flush=True)
-            if outcome.isupper():
-                failures += 1
-                print(f"seed {seed}: {command}: {outcome}\n{said}", flush=True)
-        alone = again(source, list(range(options.first, options.first + options.processes)), empty)
+        last = options.first + options.files
+        with contextlib.suppress(KeyboardInterrupt):  # says what it has so far
+            for seed, command, outcome, said in supervised(source, options.first, last, options.heavy):
+                counts.setdefault(command, Counter())[outcome] += 1
+                files.add(seed)
+                if outcome.isupper():
+                    failures += 1
+                    print(f"seed {seed}: {command}: {outcome}\n{said}", flush=True)
+                if len(files) % 100 == 0 and command == "info":
+                    print(f"{len(files)} files", file=sys.stderr, flush=True)
+            alone = again(source, list(range(options.first, options.first + options.processes)), empty)
     for command, found in counts.items():
         print(f"{command:20}", ", ".join(f"{outcome} {count}" for outcome, count in sorted(found.items())))
     print(", ".join(f"{what} {count}" for what, count in alone.items()))
     failures += sum(count for what, count in alone.items() if what != "same alone")
-    print(f"{options.files} files, {sum(map(Counter.total, counts.values()))} answers, {failures} failures")
-    return 1 if failures else 0
+    print(f"{len(files)} files, {sum(map(Counter.total, counts.values()))} answers, {failures} failures")
+    return 1 if failures or not files else 0
 
 
 if __name__ == "__main__":
