@@ -14,7 +14,9 @@ def sharpness(
     run: options.RunOrRecords,
     count: Annotated[int, typer.Option("-k", min=1, help="Eigenvalues.")] = 1,
     steps: options.StepsOption = None,
-    tolerance: Annotated[float, typer.Option(help="Residual |Hv - av| / |a| to reach.")] = 1e-3,
+    tolerance: Annotated[
+        float, typer.Option(help="Residual |Hv - av| / |a| to reach; of a sample, over the largest size.")
+    ] = 1e-3,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -44,6 +46,9 @@ def sharpness(
 
     With --metrics, curvature of single samples instead: those of records on stdin, of --random, or all. With --slice,
     the losses of the groups that `opsig cluster` piped in, along the top eigenvector.
+
+    sample_sharpness, the top eigenvalue a of a sample's own Hessian H, comes with its residual: |Hv - av| over the
+    largest size of an eigenvalue of H.
 
     Example: opsig sharpness run.h5 -k 2 --steps 0:400:2 --figure sharpness.png
     """

@@ -87,7 +87,7 @@ def train(
     from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import check_new, open_trajectory
-    from opsig_cli.trajectory.recorder import read_state
+    from opsig_cli.trajectory.recorder import check_trained, read_state
 
     if resume and replace:
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
@@ -141,7 +141,7 @@ def train(
     if settings.batch_size is None and getattr(session, "drops_out", False):
         options.note("note: full-batch training leaves the model's dropout out. With --batch-size it is on", quiet)
     if like is not None:
-        start = State(0, initial.params, initial.buffers)
+        start = State(0, initial.params, initial.buffers, frozen=initial.frozen)
     if resume:
         recorder = training.resumed_recorder(output, session, commit_every)
     else:
@@ -152,6 +152,7 @@ def train(
     with recorder:
         if resume:
             note = partial(options.note, quiet=quiet)
+            check_trained(recorder.run, session.layout)
             options.without_damage(lambda: tracking.check_data(recorder.run, session, note, allow_changed_data))
             start = training.resume_point(recorder, session, settings, options.note)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)

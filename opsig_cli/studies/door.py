@@ -163,7 +163,9 @@ def sharpness(
                 with progress("curvature", len(chosen_steps)) as advance:
                     if of_samples:
                         chosen = _chosen(trajectory, records or [], random, seed)
-                        return curvature.sample_records(trajectory, session, chosen_steps, chosen, of_samples, advance)
+                        return curvature.sample_records(
+                            trajectory, session, chosen_steps, chosen, of_samples, tolerance, advance
+                        )
                     return curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
             if replace:
                 trajectory.remove(group)
@@ -179,7 +181,7 @@ def sharpness(
             return curvature.records(trajectory, group, chosen_steps, tolerance, k)
 
         written = without_damage(work, damage.append)
-    unmet = sum(record.get("converged") is False for record in written)
+    unmet = sum(r.get("converged") is False or r.get("sample_sharpness_residual", 0) > tolerance for r in written)
     notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []
 
     def draw():

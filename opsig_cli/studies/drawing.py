@@ -16,6 +16,7 @@ from opsig_cli.studies import mining as finding
 from opsig_cli.studies.clustering.saying import describe, plus_minus
 from opsig_cli.studies.clustering.weighing import Clusters
 from opsig_cli.studies.comparing import QUANTITIES, Series
+from opsig_cli.studies.curvature import SAMPLE_METRICS
 from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import clause
@@ -115,7 +116,7 @@ def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
         layers = {layer: np.array([share.get(layer, np.nan) for share in shares]) for layer in shares[0]}
         return curvature.sharpness_page(steps, values, threshold, layers, f"{name}: sharpness")
     elif records and "sample" in records[0]:
-        metrics = [key for key in records[0] if key not in ("trajectory", "step", "sample", "set")]
+        metrics = [key for key in records[0] if key in SAMPLE_METRICS]
         steps = sorted({r["step"] for r in records})
         sets = list(dict.fromkeys(r["set"] for r in records))
         panels = []

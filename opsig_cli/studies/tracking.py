@@ -13,7 +13,7 @@ from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import check_samples, read_state
+from opsig_cli.trajectory.recorder import check_samples, check_trained, read_state
 
 STATES_BYTES = 256 << 20
 """Bound on the checkpoints held in memory at a time."""
@@ -56,6 +56,9 @@ def open_session(
     session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
     check_samples(run, session.samples)
     check_model(run, session)
+    if run.has("checkpoints/params"):
+        check_trained(run, session.layout)
+        session.adopt(run.frozen)
     if changed := _changed_label(run, loaded):
         warn(f"{run.path}: {changed}. Has the task's data changed?")
     warn(f"device: {session.device_name}")
@@ -68,7 +71,7 @@ def check_model(run: Trajectory, session: Session) -> None:
     count = getattr(session, "parameter_count", lambda: None)()
     if count is None or not run.has("checkpoints/params"):
         return
-    held = run.shape("checkpoints/params")[1]
+    held = run.shape("checkpoints/params")[1] + (run.shape("frozen/params")[0] if run.has("frozen/params") else 0)
     if count != held:
         raise OpsigError(
             f"{run.path} holds {held:,} parameters a checkpoint and the task's model has {count:,}. Give the --task, "

@@ -1,6 +1,6 @@
 """Checkpoints of a plain torch model and its optimizer. torch itself is not imported: the tensors bring it along.
 
-P parameters, B buffers.
+P trained parameters, B buffers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ WRAPPER = re.compile(r"^(?:(?:_orig_mod|module)\.)+")
 
 
 def layout_of(model: Any) -> list[Tensor]:
-    """Names, shapes and places of a model's parameters, in its own order, tied ones once, and of its buffers.
+    """Names, shapes and places of a model's parameters, trained and frozen, in its own order, tied ones once, and of
+    its buffers.
 
     Raises OpsigError where it is not a model of torch.
     """
-    found = []
-    for kind, named in (("parameter", _named(model, "parameters")), ("buffer", _named(model, "buffers"))):
-        offset = 0
-        for name, tensor in named:
-            found.append(Tensor(WRAPPER.sub("", name), kind, tuple(tensor.shape), offset, tensor.numel()))
-            offset += tensor.numel()
+    named = [(name, "parameter" if p.requires_grad else "frozen", p) for name, p in _named(model, "parameters")]
+    named += [(name, "buffer", tensor) for name, tensor in _named(model, "buffers")]
+    found, ends = [], dict.fromkeys(("parameter", "frozen", "buffer"), 0)
+    for name, kind, tensor in named:
+        found.append(Tensor(WRAPPER.sub("", name), kind, tuple(tensor.shape), ends[kind], tensor.numel()))
+        ends[kind] += tensor.numel()
     return found
 
 
@@ -40,7 +41,8 @@ def state_of(model: Any, optimizer: Any = None, step: int = 0) -> State:
     Of the optimizer SLOTS are kept; a parameter that it has no state of yet counts as 0. Raises OpsigError where these
     are no model and optimizer of torch.
     """
-    parameters = [tensor for _, tensor in _named(model, "parameters")]
+    named = [tensor for _, tensor in _named(model, "parameters")]
+    parameters, frozen = [p for p in named if p.requires_grad], [p for p in named if not p.requires_grad]
     buffers = [tensor for _, tensor in _named(model, "buffers")]
     slots = {}
     if optimizer is not None:
@@ -53,7 +55,9 @@ def state_of(model: Any, optimizer: Any = None, step: int = 0) -> State:
                     [p.new_zeros(p.shape) if row is None else row for p, row in zip(parameters, held, strict=True)],
                     np.float32,
                 )
-    return State(step, _row(parameters, np.float32), _row(buffers, np.float64), slots)
+    return State(
+        step, _row(parameters, np.float32), _row(buffers, np.float64), slots, _row(frozen, np.float32)
+    )  # fmt: skip
 
 
 def _named(model: Any, kind: str) -> list[tuple[str, Any]]:

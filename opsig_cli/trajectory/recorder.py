@@ -82,6 +82,7 @@ class Recorder:
             self._bfloat16 = self.run._file["checkpoints/params"].dtype.kind == "u"
         self._closed = False
         self._uncommitted = 0
+        self._frozen: np.ndarray | None = None
         self._rewound: tuple[int, set[str]] = (-1, set())
 
     def __enter__(self) -> Self:
@@ -133,19 +134,26 @@ class Recorder:
             plan.append(("losses", self._samples(losses, predictions, samples)))
         elif samples is not None:
             raise OpsigError("samples says which samples losses or predictions are of. Give these, too")
-        if model is not None or state is not None:
-            plan.append(("checkpoints", self._checkpoint(step, model, optimizer, state, source)))
-        elif optimizer is not None or source is not None:
+        if model is not None and state is not None:
+            raise OpsigError("model and state are two ways to give a checkpoint. Give one of them")
+        if model is not None:
+            self._check_layout("model", layout_of(model))
+            state = state_of(model, optimizer, step)
+        if state is not None:
+            plan.append(("checkpoints", self._checkpoint(step, state, source)))
+        if (optimizer is not None and model is None) or (source is not None and (state is None or model is not None)):
             raise OpsigError("optimizer goes with model, and source with state. Give these, too")
         if not plan:
             raise OpsigError(f"there is nothing to record at step {step}. Give losses, scalars, model or state")
         rows = [self._merged(step, *part) for part in plan]
         if model is not None:
             self._keep_layout("model", layout_of(model))
+        if state is not None:
+            self._keep_frozen(state.frozen)
         for (group, _), row in zip(plan, rows, strict=True):
             self._put(group, step, row)
         self._uncommitted += 1
-        if model is not None or state is not None or self._uncommitted >= self._commit_every:
+        if state is not None or self._uncommitted >= self._commit_every:
             self.commit()
 
     def rewind(self, step: int) -> None:
@@ -187,16 +195,8 @@ class Recorder:
             raise OpsigError(f"samples names {unknown[0]}, which is none of the run's {len(self._ids):,} samples")
         return places
 
-    def _checkpoint(
-        self, step: int, model: Any, optimizer: Any, state: State | None, source: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
+    def _checkpoint(self, step: int, state: State, source: Mapping[str, Any] | None) -> dict[str, Any]:
         """Columns of the row group `checkpoints`."""
-        if model is not None:
-            if state is not None:
-                raise OpsigError("model and state are two ways to give a checkpoint. Give one of them")
-            self._check_layout("model", layout_of(model))
-            state = state_of(model, optimizer, step)
-        assert state is not None
         if state.step != step:
             raise OpsigError(f"state is of step {state.step}, and is recorded at step {step}")
         params = given.as_vector("state.params", state.params, np.float32)
@@ -215,13 +215,31 @@ class Recorder:
                 expected = params.shape if FIELDS[path].dims[-1] == "parameter" else ()
             if row.shape != expected:
                 raise OpsigError(f"state has {name.rpartition('__')[2]} of shape {row.shape}, and not {expected}")
-        for kind, row in (("parameter", params), ("buffer", buffers)) if self.run.has("layout/name") else ():
+        self._check_frozen(state.frozen)
+        parts = {"parameter": params, "buffer": buffers, "frozen": state.frozen}
+        for kind, row in parts.items() if self.run.has("layout/name") else ():
             size = sum(tensor.size for tensor in read_layout(self.run) if tensor.kind == kind)
             if row.size != size:
                 raise OpsigError(f"state has {row.size:,} {kind} entries, and the layout {size:,}")
         if unknown := set(source or {}) - {"path", "bytes", "sha256"}:
             raise OpsigError(f"source has '{min(unknown)}', and may have path, bytes and sha256")
         return columns | {f"source__{name}": value for name, value in (source or {}).items()}
+
+    def _keep_frozen(self, frozen: np.ndarray) -> None:
+        """Write the parameters that are not trained, once."""
+        if frozen.size and not self.run.has("frozen/params"):
+            self.run.write("frozen/params", frozen)
+        self._frozen = frozen
+
+    def _check_frozen(self, frozen: np.ndarray) -> None:
+        """Raise OpsigError where a later state has other parameters that are not trained."""
+        if not frozen.size or frozen is self._frozen or not self.run.has("frozen/params"):
+            return
+        if not np.array_equal(self.run.frozen, frozen.astype(np.float32), equal_nan=True):
+            raise OpsigError(
+                f"{self.run.path} holds frozen parameters that are not those of this state. What changes is trained: "
+                "its requires_grad must be True"
+            )
 
     def _keep_layout(self, argument: str, layout: list[Tensor]) -> None:
         self._check_layout(argument, layout)
@@ -308,7 +326,7 @@ def write_layout(run: Trajectory, layout: list[Tensor]) -> None:
 
 def read_layout(run: Trajectory) -> list[Tensor]:
     """Names, shapes and places of parameters and buffers. Raises OpsigError where they do not follow each other."""
-    found, ends = [], {"parameter": 0, "buffer": 0}
+    found, ends = [], {"parameter": 0, "frozen": 0, "buffer": 0}
     columns = [run.read(f"layout/{name}").tolist() for name in ("name", "kind", "shape", "offset", "size")]
     for name, kind, axes, offset, size in zip(*columns, strict=True):
         shape = tuple(axis for axis in axes if axis >= 0)
@@ -319,6 +337,21 @@ def read_layout(run: Trajectory) -> list[Tensor]:
         ends[kind] += size
         found.append(Tensor(name, kind, shape, offset, size))
     return found
+
+
+def check_trained(run: Trajectory, layout: Iterable[Tensor]) -> None:
+    """Raise OpsigError where a model trains a parameter that was frozen in the run, or the other way round."""
+    if not run.has("layout/kind"):
+        return
+    kinds = dict(zip(run.read("layout/name").tolist(), run.read("layout/kind").tolist(), strict=True))
+    for tensor in layout:
+        kind = kinds.get(tensor.name, tensor.kind)
+        if kind != tensor.kind and "buffer" not in (kind, tensor.kind):
+            before, now = ("trained", "freezes") if kind == "parameter" else ("frozen", "trains")
+            raise OpsigError(
+                f"{run.path} was recorded with {tensor.name} {before}, and the task's model {now} it (requires_grad). "
+                "Give the --task that the run was made with, or record it anew"
+            )
 
 
 def read_state(run: Trajectory, step: int) -> State:
@@ -332,4 +365,4 @@ def read_state(run: Trajectory, step: int) -> State:
             row = run.row(path, step)
             if not np.isnan(row).all():
                 slots[name] = row
-    return State(step, params, buffers, slots)
+    return State(step, params, buffers, slots, run.frozen)
