@@ -284,6 +284,28 @@ def test_a_model_becomes_a_checkpoint(path):
         assert (state.optimizer["exp_avg"][-4:] == 0).all()
 
 
+def test_what_a_model_does_not_train_is_kept_once(path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
+    with Recorder(path, samples=S) as recorder:
+        for step in range(3):
+            recorder.record(step, model=model, optimizer=optimizer)
+            model(torch.ones(4, 3)).sum().backward()
+            optimizer.step()
+        with torch.no_grad():
+            model[0].weight += 1
+        with pytest.raises(OpsigError, match="holds frozen parameters that are not those of this state"):
+            recorder.record(3, model=model, optimizer=optimizer)
+    with open_trajectory(path) as run:
+        assert [(t.name, t.kind, t.offset) for t in read_layout(run)] == [
+            ("0.weight", "frozen", 0), ("0.bias", "frozen", 6), ("1.weight", "parameter", 0), ("1.bias", "parameter", 2),
+        ]  # fmt: skip
+        assert (run.steps("checkpoints").tolist(), run.frozen.size) == ([0, 1, 2], 8)
+        state = read_state(run, 2)
+        assert (state.params.size, state.optimizer["momentum_buffer"].size) == (3, 3)
+
+
 def test_the_loop_in_the_readme_runs_and_is_measured(tmp_path, monkeypatch, opsig):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Recorder" in b]

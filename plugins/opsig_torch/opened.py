@@ -68,7 +68,7 @@ class Opened:
         return self.flat.layout
 
     def parameter_count(self) -> int | None:
-        """How many parameters the model has, trained or not, without memory for them; None where it cannot be built so."""
+        """How many parameters the model has, trained or not, without memory for them; None where that is not known."""
         try:
             with torch.device("meta"):
                 return sum(parameter.numel() for parameter in self.task.model().parameters())
