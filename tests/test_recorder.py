@@ -299,7 +299,8 @@ def test_what_a_model_does_not_train_is_kept_once(path):
             recorder.record(3, model=model, optimizer=optimizer)
     with open_trajectory(path) as run:
         assert [(t.name, t.kind, t.offset) for t in read_layout(run)] == [
-            ("0.weight", "frozen", 0), ("0.bias", "frozen", 6), ("1.weight", "parameter", 0), ("1.bias", "parameter", 2),
+            ("0.weight", "frozen", 0), ("0.bias", "frozen", 6),
+            ("1.weight", "parameter", 0), ("1.bias", "parameter", 2),
         ]  # fmt: skip
         assert (run.steps("checkpoints").tolist(), run.frozen.size) == ([0, 1, 2], 8)
         state = read_state(run, 2)
