@@ -28,7 +28,8 @@ def layout_of(model: Any) -> list[Tensor]:
     """
     named = [(name, "parameter" if p.requires_grad else "frozen", p) for name, p in _named(model, "parameters")]
     named += [(name, "buffer", tensor) for name, tensor in _named(model, "buffers")]
-    found, ends = [], dict.fromkeys(("parameter", "frozen", "buffer"), 0)
+    found: list[Tensor] = []
+    ends: dict[str, int] = {"parameter": 0, "frozen": 0, "buffer": 0}
     for name, kind, tensor in named:
         found.append(Tensor(WRAPPER.sub("", name), kind, tuple(tensor.shape), ends[kind], tensor.numel()))
         ends[kind] += tensor.numel()
