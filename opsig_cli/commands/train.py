@@ -86,7 +86,7 @@ def train(
     from opsig_cli.settings import Settings
     from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
-    from opsig_cli.trajectory.file import check_new, open_trajectory
+    from opsig_cli.trajectory.file import check_new, cut_off_at_birth, open_trajectory
     from opsig_cli.trajectory.recorder import check_trained, read_state
 
     if resume and replace:
@@ -105,6 +105,9 @@ def train(
         backend=backend,
     )  # fmt: skip
     kept: tuple[str, int] | None = None
+    if resume and cut_off_at_birth(output):
+        options.note(f"{output} was cut off before it had its name: beginning with the options of this command", quiet)
+        resume = False
     if resume:
         with open_trajectory(output) as run:
             kept = output, len(run.samples)
@@ -147,6 +150,8 @@ def train(
     else:
         training.check_optimizer(settings.optimizer, session)
         recorder = training.new_recorder(output, settings, session, loaded, spec, replace, commit_every)
+        if like is not None:  # what a seed does not tell, for a run that is killed before its first checkpoint
+            recorder.record(0, state=start)
     written = []
     stop = training.StopRequest()
     with recorder:
@@ -154,7 +159,7 @@ def train(
             note = partial(options.note, quiet=quiet)
             check_trained(recorder.run, session.layout)
             options.without_damage(lambda: tracking.check_data(recorder.run, session, note, allow_changed_data))
-            start = training.resume_point(recorder, session, settings, options.note)
+            start = training.resume_point(recorder, session, loaded, settings, options.note)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():
             written.extend(training.run(recorder, session, settings, start, stop, advance))

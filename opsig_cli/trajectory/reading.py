@@ -20,7 +20,8 @@ from opsig_cli.trajectory.checking import DamagedRows, named_steps, row_checksum
 from opsig_cli.trajectory.chunks import Chunks
 from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16, known_names
 from opsig_cli.trajectory.schema import ATTRIBUTES, ROW_GROUPS, SCHEMA_VERSION, dimension, field_of
-from opsig_cli.trajectory.store import RedoFile, SnapshotFile
+from opsig_cli.trajectory.snapshot import SnapshotFile
+from opsig_cli.trajectory.store import RedoFile
 
 BLOCK_BYTES = 16 << 20
 """Bound on the memory that one block of `Reading.blocks` takes."""
