@@ -17,6 +17,8 @@ from opsig_cli.errors import OpsigError, UsageError
 Record = Mapping[str, Any]
 FORMATS = ("table", "json", "csv")
 NUMBER = re.compile(r"-|[-+]?\d[\d.]*(e[-+]?\d+)?%?")
+FORMULA = tuple("=+-@\t\n")
+"""What a cell begins with that spreadsheets take for a formula, or skip before one."""
 GAP = 2
 """Blanks between the columns of a table."""
 LONG = 24
@@ -47,7 +49,7 @@ def write(
         case "csv":
             columns = list(dict.fromkeys(key for record in records for key in record))
             writer = csv.DictWriter(out, columns, lineterminator="\n")
-            writer.writeheader()
+            writer.writerow({column: _cell(column) for column in columns})
             for record in records:
                 writer.writerow({key: _cell(plain(value)) for key, value in record.items()})
         case "table":
@@ -111,7 +113,13 @@ def _plain_table(records: Sequence[Record]) -> Table:
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list | dict) else value
+    """A value of a CSV file: text without characters that steer a terminal, and none that a spreadsheet would run."""
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        return value
+    text = "".join(c if c in "\n\t" else printable(c) for c in value)
+    return f"'{text}" if text[:1] in FORMULA and not NUMBER.fullmatch(text) else text
 
 
 def _print_table(table: Table, out: TextIO) -> None:

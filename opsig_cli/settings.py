@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 from opsig_cli.errors import OpsigError, UsageError
 
@@ -14,6 +15,13 @@ DTYPES = ("float32", "bfloat16")
 """What checkpoints can be kept in."""
 OTHER = "other"
 """The optimizer of an imported run that is none of opsig's: it has no threshold here."""
+LARGEST = 1 << 53
+"""No number of a run is larger."""
+LEAST = dict.fromkeys(("steps", "learning_rate", "batch_size", "track_every", "sharpness_every", "epsilon"), 0) | {
+    "chunk_size": 1,
+    "checkpoint_every": 0,
+}
+"""The least that a setting can be."""
 UNKNOWN_BATCH = 0
 """The batch size of an imported run that does not tell it."""
 
@@ -79,10 +87,13 @@ class Settings:
             raise OpsigError(f"{path} does not say how it was trained. Give --task")
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in kept.items() if key in known}
-        if values.get("checkpoint_window") is not None:
+        if isinstance(values.get("checkpoint_window"), list):
             values["checkpoint_window"] = tuple(values["checkpoint_window"])  # JSON has no tuples
         if values.get("learning_rate", 0.0) is None:
             values["learning_rate"] = math.nan
+        for name, kind in get_type_hints(cls).items():
+            if name in values and not (_is_a(values[name], kind) and LEAST.get(name, -LARGEST) <= _size(values[name])):
+                raise OpsigError(f"{path}: {name} in settings_json is {values[name]!r:.40}, which opsig never writes")
         return cls(**values)
 
     def varied(self, given: Mapping[str, Any]) -> Self:
@@ -146,8 +157,8 @@ class Settings:
         of `checkpoint_window`."""
         if self.checkpoint_window is not None and self.checkpoint_window[0] <= step <= self.checkpoint_window[1]:
             return True
-        due = step % self.checkpoint_every == 0 or step == self.steps
-        return due or (self.checkpoint_pairs and step % self.checkpoint_every == 1)
+        due = step % max(1, self.checkpoint_every) == 0 or step == self.steps
+        return due or (self.checkpoint_pairs and step % max(1, self.checkpoint_every) == 1)
 
     def losses_at(self, step: int) -> bool:
         """Whether the schedule records every sample's loss at this step."""
@@ -186,5 +197,24 @@ class Settings:
                 ahead = 1 + 2 * self.momentum if self.nesterov else 1
                 return (2 + 2 * self.momentum) / ahead / self.learning_rate
             case "adam":
-                return (2 + 2 * self.beta1) / ((1 - self.beta1) * self.learning_rate)
+                return (2 + 2 * self.beta1) / ((1 - self.beta1) * self.learning_rate) if self.beta1 != 1 else math.inf
         return 2 / self.learning_rate
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of an annotated type, and of a size that a run can have."""
+    if get_origin(kind) in (UnionType, Union):
+        return any(_is_a(value, each) for each in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > LARGEST
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_a, value, parts))
+    return isinstance(value, kind)
+
+
+def _size(value: Any) -> float:
+    """A number to be held against the least; infinity for what is not one."""
+    return value if isinstance(value, int | float) and value == value else math.inf

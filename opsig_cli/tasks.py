@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 ENTRY_POINT_GROUP = "opsig.tasks"
+FILES = {"path", "root"}
+"""Options of tasks that name files or folders."""
+LARGE, LARGEST = 1_000_000, {"depth": 1000, "seed": 1 << 62}
+"""The largest numbers that are taken from a file in a task's or a model's options."""
 
 OURS = ("opsig_cli", "opsig_torch", "opsig_zoo")
 
@@ -166,6 +170,24 @@ def installed() -> list[str]:
 def is_own(spec: TaskSpec) -> bool:
     """Whether the task is a person's own code (a file or a module) rather than an installed one."""
     return ":" in spec.name
+
+
+def check_recorded(spec: TaskSpec, path: str, samples: int) -> None:
+    """Raise OpsigError where a file, and not the command line, names a task of absurd size, for a run of so many
+    `samples`: a data file is no reason to fill the memory."""
+    options = {**spec.options, **(parse_spec(spec.model).options if spec.model else {})}
+    if "model" in options:
+        options |= parse_spec(options["model"]).options
+    for name, text in options.items():
+        size = text.lstrip("+-")
+        most = max(samples, LARGE) if name == "samples" else LARGEST.get(name, LARGE)
+        if size.isdecimal() and (len(size) > 18 or int(size) > most):
+            raise OpsigError(f"{path} names a task with {name} {text[:24]}, which is not this run's. Give --task")
+
+
+def reads_files(spec: TaskSpec) -> bool:
+    """Whether the task's options name files or folders to read."""
+    return bool(FILES & spec.options.keys())
 
 
 def load(spec: TaskSpec) -> tuple[Task, TaskSpec]:

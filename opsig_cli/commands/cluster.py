@@ -62,6 +62,7 @@ def cluster(
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
+    options.say(found.damage, False)
     options.say(found.notes, quiet)
     tables = options.not_finite_tables(found)
     tables.append(records.Table(f"{found.title}, the significant ones first", saying.pair_table(found)))

@@ -34,12 +34,17 @@ def compare(
 
     with ExitStack() as stack:
         opened = [stack.enter_context(open_trajectory(path)) for path in runs]
-        series = [comparing.series_of(run) for run in opened]
-        written = [comparing.summarise(run, found) for run, found in zip(opened, series, strict=True)]
-        if test is not None:
-            for run, record in zip(opened, written, strict=True):
-                record["test_accuracy"] = _test_accuracy(run, test, device, backend)
-        options.save_figure(figure, drawing.draw_compared, opened, series)
+
+        def work():
+            series = [comparing.series_of(run) for run in opened]
+            written = [comparing.summarise(run, found) for run, found in zip(opened, series, strict=True)]
+            if test is not None:
+                for run, record in zip(opened, written, strict=True):
+                    record["test_accuracy"] = _test_accuracy(run, test, device, backend)
+            options.save_figure(figure, drawing.draw_compared, opened, series)
+            return written
+
+        written = options.without_damage(work)
     records.write(written, format, [records.Table("", _rows(written))])
 
 

@@ -26,9 +26,16 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
     from opsig_cli.trajectory.file import open_trajectory
     from opsig_cli.trajectory.schema import ROW_GROUPS
 
+    def recorded(trajectory):
+        """Steps of every row group; the first and the last row of each are held against their checksums."""
+        rows = {group: trajectory.steps(group) for group in ROW_GROUPS}
+        for group, steps in rows.items():
+            trajectory.check(group, {int(step) for step in (*steps[:1], *steps[-1:])})
+        return rows
+
     with open_trajectory(run) as trajectory:
         attributes = trajectory.attributes
-        rows = {group: trajectory.steps(group) for group in ROW_GROUPS}
+        rows = options.without_damage(lambda: recorded(trajectory))
         record = {
             "trajectory": run,
             "task": attributes.get("task"),

@@ -43,6 +43,7 @@ def mine(
 
     found = door.mine(run, top=top, step=step, window=window, score=score, direction=direction, share=share)
     options.save_figure(figure, found.figure)
+    options.say(found.damage, False)
     options.say(found.notes, quiet)
     shown = [
         {

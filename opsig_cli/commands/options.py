@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -46,6 +46,8 @@ def _check_writable(option: str, path: Path) -> None:
     except OSError as error:
         raise OpsigError(f"{option} {path}: {error.strerror or error}") from error
 
+
+Result = TypeVar("Result")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
 RunOrRecords = Annotated[
@@ -115,6 +117,13 @@ def note(text: str, quiet: bool = False) -> None:
         from opsig_cli.records import printable
 
         print(printable(text), file=sys.stderr)
+
+
+def without_damage(work: Callable[[], Result]) -> Result:
+    """What `work()` returns, done without the rows that prove damaged on the way; stderr says which, even if quiet."""
+    from opsig_cli.trajectory.checking import without_damage
+
+    return without_damage(work, lambda words: note(f"note: {words}"))
 
 
 @contextmanager

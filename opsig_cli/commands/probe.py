@@ -50,8 +50,11 @@ def probe(
         if projection:
             from opsig_cli.studies import probing
 
-            with options.progress("projecting", len(runs), quiet) as advance:
-                written = probing.project(runs[0], runs, steps, advance)
+            def project():
+                with options.progress("projecting", len(runs), quiet) as advance:
+                    return probing.project(runs[0], runs, steps, advance)
+
+            written = options.without_damage(project)
             summaries = [record for record in written if record["kind"] == "summary"]
             if any(record["reversals"] is None for record in summaries):
                 options.note("note: reversals need checkpoints at every step: train --checkpoint-window A:B", quiet)
@@ -59,7 +62,9 @@ def probe(
             shown = [{key: value for key, value in record.items() if key != "kind"} for record in summaries]
             tables = [records.Table(f"{run}: along its top eigenvector", shown)]
         else:
-            written, drawn = _inputs(runs, inputs or [], steps, task, device, backend, quiet, allow_changed_data)
+            written, drawn = options.without_damage(
+                lambda: _inputs(runs, inputs or [], steps, task, device, backend, quiet, allow_changed_data)
+            )
             options.save_figure(figure, drawing.draw_probe, runs, written, drawn)
             hidden = ("trajectory", "logits", "probabilities")
             rows = [{key: value for key, value in record.items() if key not in hidden} for record in written]

@@ -45,12 +45,14 @@ def report(
     from opsig_cli.report import content, page
     from opsig_cli.studies.clustering import finding, saying, weighing
     from opsig_cli.studies.filled import filled
+    from opsig_cli.trajectory.checking import without_damage
     from opsig_cli.trajectory.file import open_trajectory
 
     if by not in (None, *weighing.BY):
         raise UsageError(f"--by is one of {', '.join(weighing.BY)}, not '{by}'")
     path = output or Path(run).with_suffix(".html")
     said: list[str] = []
+    damage: list[str] = []
 
     def warn(text: str) -> None:
         if not text.startswith("device:"):
@@ -60,11 +62,18 @@ def report(
     with open_trajectory(run) as trajectory:
         page.check_output(path, run, replace)
         progress = partial(options.progress, quiet=quiet)
-        found = finding.find(
-            trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
-        )
-        written = saying.records(trajectory, found.clusters)
-        shown = content.gather(filled(trajectory, found.movers.known), found, written, task, said)
+
+        def work():
+            said.clear()
+            found = finding.find(
+                trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
+            )
+            written = saying.records(trajectory, found.clusters)
+            whole = filled(trajectory, found.movers.known)
+            return found, written, content.gather(whole, found, written, task, [*damage, *said])
+
+        found, written, shown = without_damage(work, damage.append)
+    options.say(damage, False)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
     for words in found.notes:
         options.note(f"note: {words}", quiet)

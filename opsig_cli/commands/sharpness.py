@@ -64,6 +64,7 @@ def sharpness(
     )  # fmt: skip
     options.save_figure(figure, found.figure)
     records.write(found, format, [records.Table(found.title, _rows(found))])
+    options.say(found.damage, False)
     options.say(found.notes, quiet)
 
 

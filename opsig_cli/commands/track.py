@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from opsig_cli.commands import options
 
 
@@ -24,14 +26,15 @@ def track(
 
     with open_trajectory(run, "r+") as trajectory:
         trajectory.require("checkpoints/params")
-        steps = tracking.missing_losses(trajectory)
+        steps = options.without_damage(lambda: tracking.missing_losses(trajectory))
         skipped = len(trajectory.steps("checkpoints")) - len(steps)
         if skipped:
             options.note(f"{skipped} checkpoints have losses already and are skipped", quiet)
         written = []
         if len(steps):
-            session, _ = tracking.open_session(
-                trajectory, task, device, backend, lambda text: options.note(text, quiet), allow_changed_data
+            note = partial(options.note, quiet=quiet)
+            session, _ = options.without_damage(
+                lambda: tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
             )
             with options.progress("tracking", len(steps), quiet) as advance:
                 for step, losses in tracking.fill_losses(trajectory, session, steps, allow_changed_data):

@@ -79,13 +79,15 @@ def train(
 
     Example: opsig train --task digits --learning-rate 0.2 --steps 50 --track -o run.h5
     """
+    from dataclasses import replace as varied
+
     from opsig_cli import records, tasks
     from opsig_cli.backends import State, load_backend
     from opsig_cli.settings import Settings
     from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import check_new, cut_off_at_birth, open_trajectory
-    from opsig_cli.trajectory.recorder import Recorder, check_trained, read_state
+    from opsig_cli.trajectory.recorder import check_trained, read_state
 
     if resume and replace:
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
@@ -102,11 +104,13 @@ def train(
         sharpness_every=sharpness_every, statistics=statistics,
         backend=backend,
     )  # fmt: skip
+    kept: tuple[str, int] | None = None
     if resume and cut_off_at_birth(output):
         options.note(f"{output} was cut off before it had its name: beginning with the options of this command", quiet)
         resume = False
     if resume:
         with open_trajectory(output) as run:
+            kept = output, len(run.samples)
             settings = Settings.stored(run.attributes, output).resumed(given, output)
             reached = max(run.steps("checkpoints"), default=0)
             if reached > settings.steps:
@@ -115,6 +119,7 @@ def train(
                 )
     elif like is not None:
         with open_trajectory(like) as run:
+            kept = like, len(run.samples)
             settings = Settings.stored(run.attributes, like).varied(given)
             initial = read_state(run, 0)
     else:
@@ -125,17 +130,24 @@ def train(
     if task is None and tasks.is_own(spec):  # a file is never a reason to run code that the command does not name
         of = output if resume else like
         raise OpsigError(f"{of} was trained with a task of your own. Give it again: --task {settings.task}")
+    if task is None and like is not None and tasks.reads_files(spec):  # what they hold would go into the new run
+        raise OpsigError(f"{like} was trained on files that it names: {settings.task}. Give the task again: --task")
+    if kept is not None:
+        tasks.check_recorded(spec if task is None else varied(spec, options={}), *kept)
     loaded, spec = tasks.load(spec)
     session = load_backend(settings.backend).open(loaded, device, settings.chunk_size, settings.statistics)
     session.tell = partial(options.note, quiet=quiet)
     options.note(f"device: {session.device_name}", quiet)
+    if like is not None:
+        with open_trajectory(like) as run:
+            tracking.check_model(run, session)
     start = session.initial(settings.seed)
     if settings.batch_size is None and getattr(session, "drops_out", False):
         options.note("note: full-batch training leaves the model's dropout out. With --batch-size it is on", quiet)
     if like is not None:
         start = State(0, initial.params, initial.buffers, frozen=initial.frozen)
     if resume:
-        recorder = Recorder(output, session.samples, resume=True, commit_every=commit_every)
+        recorder = training.resumed_recorder(output, session, commit_every)
     else:
         training.check_optimizer(settings.optimizer, session)
         recorder = training.new_recorder(output, settings, session, loaded, spec, replace, commit_every)
@@ -145,9 +157,10 @@ def train(
     stop = training.StopRequest()
     with recorder:
         if resume:
+            note = partial(options.note, quiet=quiet)
             check_trained(recorder.run, session.layout)
-            tracking.check_data(recorder.run, session, lambda text: options.note(text, quiet), allow_changed_data)
-            start = training.resume_point(recorder, session, loaded, settings)
+            options.without_damage(lambda: tracking.check_data(recorder.run, session, note, allow_changed_data))
+            start = training.resume_point(recorder, session, loaded, settings, options.note)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():
             written.extend(training.run(recorder, session, settings, start, stop, advance))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.backends import Session
+from opsig_cli.errors import OpsigError
 from opsig_cli.studies.curvature import group_of, settings_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.recorder import read_state
@@ -57,6 +58,8 @@ def tracked(run: Trajectory) -> dict[str, Series]:
     if not run.has("losses/loss"):
         return {}
     steps = run.steps("losses")
+    if not len(steps):
+        return {}
     means, shares, previous, whole = [], [], None, True
     for _, rows in run.blocks("losses/loss"):
         for row in rows:
@@ -107,6 +110,7 @@ def summarise(run: Trajectory, series: Mapping[str, Series]) -> dict[str, Any]:
     if settings is not None and settings.optimizer != "splitsgd":
         record["sign_learning_rate"] = None
     steps = run.steps("scalars")
+    run.check("scalars", steps[-1:].tolist())
     record["steps"] = int(steps[-1]) if len(steps) else None
     for name in ("loss", "accuracy"):
         record[name] = series[name].last if name in series else None
@@ -117,7 +121,10 @@ def summarise(run: Trajectory, series: Mapping[str, Series]) -> dict[str, Any]:
 
 def accuracy_on(run: Trajectory, session: Session, task: Any) -> float:
     """Share of a task's samples that the run's last checkpoint predicts as labelled."""
-    state = read_state(run, int(run.steps("checkpoints")[-1]))
+    steps = run.steps("checkpoints")
+    if not len(steps):
+        raise OpsigError(f"{run.path} has no checkpoint that can be used")
+    state = read_state(run, int(steps[-1]))
     predictions = session.losses([state])[0][1]
     assert predictions is not None
     return float(np.mean([task.classes[p] == task.label(i) for i, p in enumerate(predictions.tolist())]))

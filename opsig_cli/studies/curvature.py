@@ -23,12 +23,19 @@ SLICE_POINTS = 41
 def select_steps(run: Trajectory, text: str | None) -> list[int]:
     """Steps of checkpoints, all or those of `A:B:C`: A to B, both included, every C-th; or one step.
 
-    Raises OpsigError where the run has none there.
+    Raises OpsigError where the run has none there, or one of them is damaged.
     """
     run.require("checkpoints/params")
     steps = run.steps("checkpoints").tolist()
-    if text is None:
-        return steps
+    if not steps:
+        raise OpsigError(f"{run.path} has no checkpoint that can be used")
+    chosen = steps if text is None else _chosen(run, steps, text)
+    run.check("checkpoints", chosen)
+    run.check("scalars", np.intersect1d(chosen, run.steps("scalars")).tolist())  # see `settings_at`
+    return chosen
+
+
+def _chosen(run: Trajectory, steps: list[int], text: str) -> list[int]:
     parts = text.split(":")
     if len(parts) > 3 or not all(part.isdigit() or not part for part in parts) or not any(parts):
         raise UsageError(f"--steps '{text}' is not a range of steps. Write A:B, A:B:C or one step")
@@ -132,7 +139,7 @@ def measure(
         if group == "sharpness":
             columns |= {"eigenvector": found.vectors[0], "layer_fraction": layer_fractions(session, found.vectors[0])}
         if step in run.steps(group):
-            run.replace_row(group, step, **columns)
+            run.rewrite(group, step, **columns)
         else:
             run.append(group, step, **columns)
         run.commit()

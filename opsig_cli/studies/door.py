@@ -1,7 +1,8 @@
 """The Python door: `mine`, `cluster` and `sharpness` with the options of the commands, under the same names.
 
 The commands call exactly these functions, so that a notebook and a shell never differ. `run` is a path, or a trajectory
-that `open_trajectory` gave. Each returns `Records`: a list of dictionaries with `.frame()`, `.figure()` and `.notes`.
+that `open_trajectory` gave. Each returns `Records`: a list of dictionaries with `.frame()`, `.figure()`, `.notes`, and
+`.damage`, which names rows of the file that are damaged: the records are those of the run without them.
 All raise OpsigError, whose text says what is wrong, where, and what to do.
 """
 
@@ -20,6 +21,7 @@ from opsig_cli.studies.clustering import agreement, finding, saying, weighing
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
+from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory
 
 Run = str | os.PathLike | Trajectory
@@ -41,21 +43,27 @@ def mine(
 
     if step is not None and window is not None:
         raise UsageError("--step and --window exclude each other. Give one of them")
+    span = parse_range(window, "--window")
+    damage: list[str] = []
     with opened(run) as trajectory:
-        found = mining.find(trajectory, top, score, step, parse_range(window, "--window"), direction)
-        records = mining.records(filled(trajectory, found.known), found, share)
-        broken = missing.not_finite(trajectory, found.known)
+
+        def work():
+            found = mining.find(trajectory, top, score, step, span, direction)
+            records = mining.records(filled(trajectory, found.known), found, share)
+            return found, records, missing.not_finite(trajectory, found.known)
+
+        found, records, broken = without_damage(work, damage.append)
     notes = [found.note] if found.note else []
     if share is not None:
         carried = sum(record["share_at_step"] or 0 for record in records)
         notes.append(f"these {len(records)} samples carry {carried:.0%} of the change at step {share}")
 
     def draw():
-        with opened(run) as trajectory:
-            return drawing.draw_movers(filled(trajectory, found.known), found, records)
+        with opened(run, like=trajectory) as again:
+            return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
-    return Records(broken + records, notes=notes, title=title, draw=draw)
+    return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw)
 
 
 def cluster(
@@ -81,28 +89,34 @@ def cluster(
         raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
     samples = None if records is None else _samples_of(records)
     span = parse_range(window, "--window") if window else mining.mined_window(records or [])
+    damage: list[str] = []
     with opened(run) as trajectory:
-        found = finding.find(
-            trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-            sketch=sketch, allow_changed_data=allow_changed_data,
-        )  # fmt: skip
-        clusters = found.clusters
-        known = found.movers.known
-        written = missing.not_finite(trajectory, known) + saying.records(trajectory, clusters)
-        if explain is not None:
-            written += saying.explain(filled(trajectory, known), clusters, explain)
-        if truth:
-            written.append(agreement.agreement(trajectory, clusters))
-    notes = list(found.notes)
+
+        def work():
+            found = finding.find(
+                trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
+                sketch=sketch, allow_changed_data=allow_changed_data,
+            )  # fmt: skip
+            whole = filled(trajectory, found.movers.known)
+            written = missing.not_finite(trajectory, found.movers.known) + saying.records(trajectory, found.clusters)
+            if explain is not None:
+                written += saying.explain(whole, found.clusters, explain)
+            if truth:
+                written.append(agreement.agreement(trajectory, found.clusters))
+            return found, written
+
+        found, written = without_damage(work, damage.append)
+    clusters, notes = found.clusters, list(found.notes)
     if not clusters.pairs:
         more = "Mine more: opsig mine --top" if records else "Look at more: --top, or other steps: --window"
         notes.append(f"no opposing pair was found among {len(clusters.position)} samples. {more}")
 
     def draw():
-        with opened(run) as trajectory:
-            return drawing.draw_pairs(filled(trajectory, known), clusters, written)
+        with opened(run, like=trajectory) as again:
+            return drawing.draw_pairs(filled(again, found.movers.known), clusters, written)
 
-    return Records(written, notes=notes, title=f"{trajectory.path}: opposing pairs", draw=draw)
+    title = f"{trajectory.path}: opposing pairs"
+    return Records(written, notes=notes, damage=damage, title=title, draw=draw)
 
 
 def sharpness(
@@ -131,26 +145,28 @@ def sharpness(
     with opened(run, "r+" if keeps else "r") as trajectory:
         if keeps and not trajectory.writable:
             raise OpsigError(f"{trajectory.path} is open for reading. Eigenvalues are kept in it: open it with 'r+'")
-        chosen_steps = curvature.select_steps(trajectory, steps)
-        session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
-        backends.require(session, backends.Curvature, backend, "curvature")
-        if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
-            note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
-        if slice is not None:
-            curvature.select_steps(trajectory, str(slice))
-            groups = _groups_of(trajectory, records or [])
-            written = curvature.slice_records(trajectory, session, slice, span, groups)
-        elif wanted:
-            with progress("curvature", len(chosen_steps)) as advance:
-                if of_samples:
-                    chosen = _chosen(trajectory, records or [], random, seed)
-                    written = curvature.sample_records(
-                        trajectory, session, chosen_steps, chosen, of_samples, tolerance, advance
-                    )
-                else:
-                    written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
-        else:
+        damage: list[str] = []
+
+        def work():
+            chosen_steps = curvature.select_steps(trajectory, steps if slice is None else str(slice))
             group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
+            have = set(trajectory.steps(group).tolist()) & set(chosen_steps) if keeps and not replace else set()
+            trajectory.check(group, have)
+            session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
+            backends.require(session, backends.Curvature, backend, "curvature")
+            if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
+                note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
+            if slice is not None:
+                groups = _groups_of(trajectory, records or [])
+                return curvature.slice_records(trajectory, session, slice, span, groups)
+            if wanted:
+                with progress("curvature", len(chosen_steps)) as advance:
+                    if of_samples:
+                        chosen = _chosen(trajectory, records or [], random, seed)
+                        return curvature.sample_records(
+                            trajectory, session, chosen_steps, chosen, of_samples, tolerance, advance
+                        )
+                    return curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
             if replace:
                 trajectory.remove(group)
             count = curvature.count_to_measure(trajectory, group, k)
@@ -162,17 +178,19 @@ def sharpness(
             with progress("sharpness", len(missing)) as advance:
                 for step in curvature.measure(trajectory, session, group, missing, count, tolerance):
                     advance(note=f"step {step}")
-            written = curvature.records(trajectory, group, chosen_steps, tolerance, k)
+            return curvature.records(trajectory, group, chosen_steps, tolerance, k)
+
+        written = without_damage(work, damage.append)
     unmet = sum(r.get("converged") is False or r.get("sample_sharpness_residual", 0) > tolerance for r in written)
     notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []
 
     def draw():
-        with opened(run) as trajectory:
-            return drawing.draw_curvature(trajectory, written)
+        with opened(run, like=trajectory) as again:
+            return drawing.draw_curvature(again, written)
 
     conditioned = any(record.get("preconditioned") for record in written)
     title = f"{trajectory.path}: preconditioned Hessian" if conditioned else trajectory.path
-    return Records(written, notes=notes, title=title, draw=draw)
+    return Records(written, notes=notes, damage=damage, title=title, draw=draw)
 
 
 def _samples_of(records: Sequence[dict[str, Any]]) -> list[int]:

@@ -160,12 +160,10 @@ def default_count(samples: int) -> int:
 
 
 def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> list[dict[str, Any]]:
-    """One record for each mined sample, in order. Raises OpsigError where a row that its score is from is damaged.
+    """One record for each mined sample, in order.
 
     With `share_step` each also has the sample's part of the whole loss's change at that step.
     """
-    around = {"oscillation": np.arange(-mining.WIDTH, 2), "surprise": np.arange(-mining.WIDTH - 1, 1)}
-    run.check("losses", (movers.row[:, None] + around.get(movers.score_name, np.arange(-1, 1))).ravel())
     steps = run.steps("losses")
     ids = run.samples
     labels = missing.labels_of(run)
@@ -211,7 +209,6 @@ def _shares(run: Trajectory, steps: np.ndarray, step: int, position: np.ndarray)
     row = _row_of(run, steps, step)
     if row == 0:
         raise OpsigError(f"{run.path}: step {step} is the first with losses, so nothing changed before it")
-    run.check("losses", np.array([row - 1, row]))
     before, after = run.rows("losses/loss", row - 1, row + 1).astype(np.float64)
     whole = float((after - before).sum())
     return [float(change) / whole if whole else None for change in (after - before)[position]]
@@ -252,7 +249,7 @@ def positions_of(run: Trajectory, samples: Sequence[int]) -> np.ndarray:
     """Columns of samples given by index, (M,). Raises OpsigError for one that the file does not have."""
     ids = run.samples
     order = np.argsort(ids)
-    wanted = np.asarray(samples, np.int64)
+    wanted = np.array([min(sample, np.iinfo(np.int64).max) for sample in samples], np.int64)
     places = np.searchsorted(ids, wanted, sorter=order)
     places = order[np.minimum(places, len(ids) - 1)]
     missing = wanted[ids[places] != wanted]

@@ -43,7 +43,9 @@ def make_input(text: str, shape: tuple[int, int, int]) -> np.ndarray:
     if not path.is_file():
         raise OpsigError(f"--input {text} is neither a file nor color:NAME nor sample:N")
     try:
-        pixels = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _picture(path, height, width)
+        pixels = (
+            np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else _picture(path, height, width)
+        )
     except (OSError, ValueError) as error:
         raise OpsigError(f"--input {text} cannot be read: {' '.join(str(error).split())}") from error
     if pixels.ndim == 2:

@@ -22,7 +22,8 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 class Records(list[dict[str, Any]]):
     """The records of a study, a list of dictionaries in the order in which its command prints them.
 
-    `notes`: what a person should know of them, in sentences. `title`: what they are of.
+    `notes`: what a person should know of them, in sentences. `damage`: rows of the file that were left out since they
+    are damaged, in sentences. `title`: what they are of.
 
     >>> found = Records([{"kind": "pair", "pair": 1}, {"kind": "member", "sample": 4, "pair": 1}])
     >>> [record["sample"] for record in found.of("member")]
@@ -30,11 +31,12 @@ class Records(list[dict[str, Any]]):
     """
 
     def __init__(
-        self, records: Iterable[dict[str, Any]] = (), *, notes: Sequence[str] = (), title: str = "",
-        draw: Callable[[], Figure] | None = None,
+        self, records: Iterable[dict[str, Any]] = (), *, notes: Sequence[str] = (), damage: Sequence[str] = (),
+        title: str = "", draw: Callable[[], Figure] | None = None,
     ):  # fmt: skip
         super().__init__(records)
         self.notes = list(notes)
+        self.damage = list(damage)
         self.title = title
         self._draw = draw
 
@@ -69,10 +71,17 @@ def unseen(label: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def opened(run: str | os.PathLike | Trajectory, mode: str = "r") -> Iterator[Trajectory]:
-    """The trajectory of this path, open for the time inside; one that is open already is given as it is."""
+def opened(
+    run: str | os.PathLike | Trajectory, mode: str = "r", like: Trajectory | None = None
+) -> Iterator[Trajectory]:
+    """The trajectory of this path, open for the time inside; one that is open already is given as it is.
+
+    `like`: one whose damaged rows were left out, as they are then here.
+    """
     if isinstance(run, Trajectory):
         yield run
     else:
         with open_trajectory(run, mode) as trajectory:
+            if like is not None:
+                trajectory.leave_out(like.left_out)
             yield trajectory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from opsig_cli.analysis import linear_descent, linear_model
 from opsig_cli.analysis import valley as toy
 from opsig_cli.backends import Tensor
-from opsig_cli.errors import UsageError
+from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.trajectory.recorder import Recorder
 
@@ -220,6 +221,8 @@ def write(run: Simulation, path: str, replace: bool) -> None:
 
     Every point of time is a step. For gradient flow, the time from one to the next is the learning rate.
     """
+    if os.path.exists(path) and not replace:
+        raise OpsigError(f"{path} exists. Overwrite it with --replace")
     labels = [run.names[[1, -1, 0].index(int(side))] for side in run.side]
     attributes = {
         "opsig_version": version("opsig"), "command": shlex.join(["opsig", *sys.argv[1:]]), "title": run.title,

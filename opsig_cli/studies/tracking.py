@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -48,12 +49,14 @@ def open_session(
         raise OpsigError(
             f"{run.path} was trained with a task of your own, {stored.task}. Give it again: --task {stored.task}"
         )
+    tasks.check_recorded(spec if task is None else replace(spec, options={}), run.path, len(run.samples))
     loaded, found = tasks.load(spec)
     if found.digest and attributes.get("task_sha256") not in (None, found.digest):
         warn(f"{spec.name} has changed since {run.path} was recorded")
     session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
     session.tell = warn
     check_samples(run, session.samples)
+    check_model(run, session)
     if run.has("checkpoints/params"):
         check_trained(run, session.layout)
         session.adopt(run.frozen)
@@ -62,6 +65,19 @@ def open_session(
     warn(f"device: {session.device_name}")
     check_data(run, session, warn, allow_changed_data)
     return session, loaded
+
+
+def check_model(run: Trajectory, session: Session) -> None:
+    """Raise OpsigError, before the model is built, where it is not of the size that the checkpoints have."""
+    count = getattr(session, "parameter_count", lambda: None)()
+    if count is None or not run.has("checkpoints/params"):
+        return
+    held = run.shape("checkpoints/params")[1] + (run.shape("frozen/params")[0] if run.has("frozen/params") else 0)
+    if count != held:
+        raise OpsigError(
+            f"{run.path} holds {held:,} parameters a checkpoint and the task's model has {count:,}. Give the --task, "
+            "with the options, that the run was made with"
+        )
 
 
 def check_data(run: Trajectory, session: Session, warn: Callable[[str], None], allow_changed_data: bool) -> None:
@@ -129,8 +145,14 @@ def _changed_label(run: Trajectory, task: tasks.Task) -> str | None:
 
 
 def missing_losses(run: Trajectory) -> np.ndarray:
-    """Steps that have a checkpoint but no losses, increasing."""
-    return np.setdiff1d(run.steps("checkpoints"), run.steps("losses"))
+    """Steps that have a checkpoint but no losses, increasing. Raises DamagedRows for what is damaged of what is asked:
+    the checkpoints, the losses at them, and the log that new ones are held against."""
+    checkpoints = run.steps("checkpoints")
+    run.check("losses", np.intersect1d(checkpoints, run.steps("losses")).tolist())
+    steps = np.setdiff1d(checkpoints, run.steps("losses"))
+    run.check("checkpoints", steps.tolist())
+    run.check("scalars", np.intersect1d(steps, run.steps("scalars")).tolist())
+    return steps
 
 
 def fill_losses(
@@ -144,7 +166,7 @@ def fill_losses(
     `allow_changed_data`.
     """
     together = max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
-    logged = {} if allow_changed_data else _logged_losses(run)
+    logged = {} if allow_changed_data else _logged_losses(run, steps)
     settings = run.attributes.get("settings_json") or {}
     agrees = AGREES_ROUNDED if settings.get("checkpoint_dtype") == "bfloat16" else AGREES
     committed = time.monotonic()
@@ -160,12 +182,12 @@ def fill_losses(
             yield step, losses
 
 
-def _logged_losses(run: Trajectory) -> dict[int, float]:
+def _logged_losses(run: Trajectory, wanted: np.ndarray) -> dict[int, float]:
     settings = run.attributes.get("settings_json") or {}
     if settings.get("batch_size") is not None or not run.has("scalars/train_loss"):
         return {}
-    steps = run.steps("scalars")
-    return dict(zip(steps.tolist(), run.rows("scalars/train_loss", 0, len(steps)).tolist(), strict=True))
+    steps = np.intersect1d(wanted, run.steps("scalars")).tolist()
+    return {step: float(run.row("scalars/train_loss", step)) for step in steps}
 
 
 def _check_mean(run: Trajectory, step: int, mean: float, logged: dict[int, float], agrees: float) -> None:

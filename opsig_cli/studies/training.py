@@ -19,9 +19,10 @@ from opsig_cli import backends, tasks
 from opsig_cli.backends import Session, Snapshot, State, Training
 from opsig_cli.errors import UsageError
 from opsig_cli.settings import Settings
-from opsig_cli.studies import divergence
-from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import Recorder, read_state, write_layout
+from opsig_cli.studies import divergence, tracking
+from opsig_cli.trajectory.checking import without_damage
+from opsig_cli.trajectory.file import Trajectory, check_new, open_trajectory
+from opsig_cli.trajectory.recorder import Recorder, check_samples, read_state, write_layout
 
 THUMBNAIL_BYTES = 64 << 20
 """Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""
@@ -94,6 +95,7 @@ def new_recorder(
     count = session.samples
     if (settings.batch_size or 0) > count:
         raise UsageError(f"--batch-size {settings.batch_size} is more than the {count} samples there are")
+    check_new(path, replace)
     about = _description(session, task)
     recorder = Recorder(
         path,
@@ -126,6 +128,14 @@ def _describe(run: Trajectory, session: Session, about: dict[str, np.ndarray]) -
         run.write(name, values)
     write_layout(run, list(session.layout))
     run.commit()
+
+
+def resumed_recorder(path: str, session: Session, commit_every: int) -> Recorder:
+    """A file to go on with. Raises OpsigError where the task's data is not what it was."""
+    with open_trajectory(path) as kept:
+        check_samples(kept, session.samples)
+        tracking.check_model(kept, session)
+    return Recorder(path, session.samples, resume=True, commit_every=commit_every)
 
 
 def run(
@@ -169,18 +179,24 @@ def run(
     trajectory.commit()
 
 
-def resume_point(recorder: Recorder, session: Session, task: tasks.Task, settings: Settings) -> State:
-    """The last checkpoint, or the initial state where there is none yet.
+def resume_point(
+    recorder: Recorder, session: Session, task: tasks.Task, settings: Settings, warn: Callable[[str], None]
+) -> State:
+    """The last intact checkpoint, to which the run is rewound, or the initial state where there is none yet.
 
     Says what the samples are where the run was killed before it did.
     """
     if not recorder.run.has("layout/name"):
         _describe(recorder.run, session, _description(session, task))
-    steps = recorder.run.steps("checkpoints")
     initial = session.initial(settings.seed)
-    if not len(steps):
-        return initial
-    return read_state(recorder.run, int(steps[-1]))
+
+    def last() -> State | None:
+        steps = recorder.run.steps("checkpoints")
+        return read_state(recorder.run, int(steps[-1])) if len(steps) else None
+
+    state = without_damage(last, warn)
+    recorder.rewind(0 if state is None else state.step)  # what came later is trained, and recorded, again
+    return initial if state is None else state
 
 
 def _scalars(snapshot: Snapshot) -> dict[str, float]:

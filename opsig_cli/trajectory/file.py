@@ -26,8 +26,8 @@ from opsig_cli.trajectory.naming import describe
 from opsig_cli.trajectory.pending import NEW_SUFFIX
 from opsig_cli.trajectory.reading import Reading, as_value
 from opsig_cli.trajectory.redo_log import LOG_SUFFIX
-from opsig_cli.trajectory.rows import as_array, column_checksum, is_fill, stated_fill, write_fill, write_row
-from opsig_cli.trajectory.schema import FIELDS, SCHEMA_VERSION, Field
+from opsig_cli.trajectory.rows import as_array, column_checksum, fill_row, is_fill, stated_fill, write_row
+from opsig_cli.trajectory.schema import ROW_GROUPS, SCHEMA_VERSION, Field, field_of, is_known
 from opsig_cli.trajectory.snapshot import SnapshotFile
 from opsig_cli.trajectory.store import RedoFile
 from opsig_cli.trajectory.vetting import Refused, vet
@@ -129,7 +129,7 @@ def _open_snapshot(path: str) -> Trajectory:
             file = h5py.File(store, "r", rdcc_nbytes=0)
         run = Trajectory(path, file, store)
         with run.damage("its structure"):
-            vet(file, store.size, FIELDS)
+            vet(file, store.size, is_known)
             run.check_version()
             run.check_shapes()
         return run
@@ -180,40 +180,70 @@ class Trajectory(Reading):
         where the step is there already.
         """
         rows = self._rows(group)
-        if step in rows:
+        if step in rows and not rows.is_left_out(step):
             raise OpsigError(f"{self.path} already has {group} at step {step}")
-        place = rows.count
-        given = {f"{group}/{name.replace('__', '/')}": as_array(value) for name, value in columns.items()}
-        given |= {f"{group}/step": np.asarray(step)}
+        self._write_row(group, step, columns)
+
+    def rewrite(self, group: str, step: int, **columns: np.ndarray | float) -> None:
+        """Put a row in the place of the one that a step has; columns as in `append`, which all are replaced."""
+        assert step in self._rows(group)
+        self._write_row(group, step, columns)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of all later steps from every row group."""
+        for group in ROW_GROUPS:
+            rows = self._rows(group)
+            kept = [place for place, at in enumerate(rows.steps) if at <= step]
+            if len(kept) == rows.count:
+                continue
+            with self.damage(group):
+                columns = rows.columns(self._file, group)
+                for dataset in columns.values():
+                    for place, source in enumerate(kept):
+                        if place != source:
+                            write_row(dataset, place, np.asarray(dataset[source], dataset.dtype, order="C"), False)
+                for name in sorted(columns, key=f"{group}/step".__ne__):  # step first: it says which rows there are
+                    columns[name].resize(len(kept), axis=0)
+            del self._groups[group]
+            self._checked.pop(group, None)
+
+    def _write_row(self, group: str, step: int, columns: Mapping[str, Any]) -> None:
+        """Write a whole row, at the end or in the place of the one that the step has."""
+        rows = self._rows(group)
+        place = rows.place_of(step)
+        named = columns if group == "logged" else {name.replace("__", "/"): value for name, value in columns.items()}
+        given = {f"{group}/{name}": as_array(value) for name, value in named.items()}
+        given[f"{group}/step"] = np.asarray(step, np.int64)
+        row: dict[str, np.ndarray] = {}
         checksum = 0
         for name, value in given.items():
-            dataset = self._column(FIELDS[name], value, place)
-            value = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
-            write_row(dataset, place, value)
-            if not is_fill(value):
-                checksum ^= column_checksum(name, value)
-        for name in rows.columns(self._file, group).keys() - given.keys() - {f"{group}/checksum"}:
-            write_fill(rows.columns(self._file, group)[name], place)
+            dataset = self._column(field_of(name), value)
+            row[name] = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
+            if not is_fill(row[name]):
+                checksum ^= column_checksum(name, row[name])
         crc = np.asarray(checksum, np.uint32)
-        write_row(self._column(FIELDS[f"{group}/checksum"], crc, place), place, crc)
-        rows.add(step)
-
-    def replace_row(self, group: str, step: int, **columns: np.ndarray | float) -> None:
-        """Write columns of a step's row in the place of what it held, as `append` does; its others stay."""
-        rows = self._rows(group)
-        place = rows.steps.index(step)
-        for name, value in columns.items():
-            field = FIELDS[f"{group}/{name.replace('__', '/')}"]
-            value = as_array(value)
-            self._column(field, value, rows.count)[place] = value
-        self._file[f"{group}/checksum"][place] = self.row_checksum(group, place)
+        self._column(field_of(f"{group}/checksum"), crc)
+        known = rows.columns(self._file, group)
+        row = {name: row[name] if name in row else fill_row(dataset) for name, dataset in known.items()}
+        row[f"{group}/checksum"] = crc
+        row[f"{group}/step"] = row.pop(f"{group}/step")  # written last: a row of which it is not there does not count
+        new = place == rows.count
+        before = {} if new else {name: np.asarray(known[name][place], value.dtype) for name, value in row.items()}
+        try:
+            for name, value in row.items():
+                write_row(known[name], place, value, new)
+        except BaseException:  # Ctrl-C, too: a row in the middle of others is one or the other
+            for name, value in before.items():
+                write_row(known[name], place, value, False)
+            raise
+        rows.put(step, place)
 
     def write(self, name: str, values: np.ndarray, replace: bool = False) -> None:
         """Write a whole dataset of the schema. Raises OpsigError where it exists, unless `replace`."""
-        field = FIELDS[name]
+        field = field_of(name)
         if name in self._file:
             if not replace:
-                raise OpsigError(f"{self.path} already has {name}. Overwrite it with --replace")
+                raise OpsigError(f"{self.path} already has {name}")
             del self._file[name]
         values = np.asarray(values)
         if field.dtype == "S*":
@@ -276,8 +306,8 @@ class Trajectory(Reading):
             finally:
                 self._store.let_go()
 
-    def _column(self, field: Field, value: np.ndarray, place: int) -> Any:
-        """The dataset for rows like `value`, made where it is new: the rows before `place` hold the fill."""
+    def _column(self, field: Field, value: np.ndarray) -> Any:
+        """The dataset for rows like `value`, made where it is new: the rows that there are hold the fill."""
         rows = self._rows(field.path.split("/")[0])
         known = rows.columns(self._file, field.path.split("/")[0])
         if field.path in known:
@@ -298,8 +328,8 @@ class Trajectory(Reading):
         )  # fmt: skip
         describe(self._file, dataset, field)
         known[field.path] = dataset
-        for row in range(place):
-            write_fill(dataset, row)
+        for row in range(rows.count):
+            write_row(dataset, row, fill_row(dataset))
         return dataset
 
 

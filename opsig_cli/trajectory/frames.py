@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS
+from opsig_cli.trajectory.schema import ROW_GROUPS, field_of
 
 if TYPE_CHECKING:
     import pandas
@@ -27,14 +27,14 @@ def frame(run: Reading, name: str) -> pandas.DataFrame:
     group = _group(run, name)
     index = pandas.Index(run.steps(group), name="step")
     if name == group:
-        names = [field for field in _columns(run, group) if len(FIELDS[field].dims) == 1]
+        names = [field for field in _columns(run, group) if len(field_of(field).dims) == 1]
         values = {field.removeprefix(f"{group}/"): run.rows(field, 0, len(index)) for field in names}
         return pandas.DataFrame(values, index=index)
     values = run.rows(name, 0, len(index))
     if values.ndim == 1:
         return pandas.DataFrame({name.removeprefix(f"{group}/"): values}, index=index)
     columns: Any = None
-    if "sample" in FIELDS[name].dims:
+    if "sample" in field_of(name).dims:
         columns = pandas.Index(run.samples, name="sample")
         if run.has("samples/label"):
             columns = pandas.MultiIndex.from_arrays([run.samples, run.read("samples/label")], names=["sample", "label"])
@@ -53,7 +53,7 @@ def dataset(run: Reading, group: str = "losses") -> xarray.Dataset:
     _group(run, group)
     variables = {}
     for name in _columns(run, group):
-        field = FIELDS[name]
+        field = field_of(name)
         lazy = indexing.LazilyIndexedArray(_array_of(run, name))
         variables[name.removeprefix(f"{group}/")] = xarray.Variable(
             field.dims, lazy, {"long_name": field.long_name, "units": field.units}

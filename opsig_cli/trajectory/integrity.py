@@ -7,35 +7,72 @@ import tempfile
 from typing import Any
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.settings import Settings
 from opsig_cli.trajectory.disk import sync_folder
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, file_errors, open_trajectory
 from opsig_cli.trajectory.packing import copy_packed
+from opsig_cli.trajectory.recorder import read_layout
 from opsig_cli.trajectory.redo_log import LOG_SUFFIX
-from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS
+from opsig_cli.trajectory.schema import ROW_GROUPS, field_of
 
 
 def verify(run: Trajectory) -> list[dict[str, Any]]:
-    """One record for each row group and each whole dataset: its rows, those that are intact, and what is damaged."""
-    records = []
+    """One record for the attributes, each row group and each whole dataset: its rows, those that are intact, and what
+    is damaged."""
+    records = [_attributes(run)]
     for group in ROW_GROUPS:
         if not run.has(f"{group}/step"):
             continue
-        steps = run.steps(group).tolist()
-        try:
-            damaged, reason = run.damaged_steps(group), None
-        except OpsigError as error:
-            damaged, reason = steps, str(error)
-        records.append(_record(run, group, len(steps), damaged, reason or ("checksum" if damaged else None)))
+        recorded = sorted(run._rows(group).steps)
+        damaged, reason = run.damaged_steps(group), None
+        if not run.has(f"{group}/checksum"):
+            reason = "there are no checksums, so that damage does not show"
+        elif not damaged:
+            try:
+                run.steps(group)
+            except OpsigError as error:
+                damaged, reason = recorded, str(error)
+        records.append(_record(run, group, len(recorded), damaged, reason or ("checksum" if damaged else None)))
     for name in run.names():
-        if FIELDS[name].dims[0] == "step":
+        if field_of(name).dims[0] == "step":
             continue
         rows = run.shape(name)[0]
         try:
             run.read(name)
+            if name == "layout/name":
+                read_layout(run)
             records.append(_record(run, name, rows, [], None))
         except OpsigError as error:
             records.append(_record(run, name, rows, list(range(rows)), str(error)))
     return records
+
+
+def verdict(path: str, records: list[dict[str, Any]]) -> str:
+    """What `verify` found in one sentence. Raises OpsigError where something is damaged."""
+    bad = [record for record in records if record["damaged"] or record["reason"]]
+    if bad:
+        names = ", ".join(
+            f"{r['name']} ({len(r['damaged'])} of {r['rows']} rows)" if r["damaged"] else f"{r['name']} ({r['reason']})"
+            for r in bad
+        )
+        raise OpsigError(f"{path} is damaged in {names}. Its other steps can be used")
+    rows = sum(record["rows"] for record in records)
+    return f"{path} is intact: {rows:,} rows in {len(records):,} parts are what was written"
+
+
+def _attributes(run: Trajectory) -> dict[str, Any]:
+    """Whether the root's attributes, and those of the schema's datasets, can be read and are what they must be."""
+    count, reason = 0, None
+    try:
+        count = len(run.attributes)
+        if "settings_json" in run.attributes:
+            Settings.stored(run.attributes, run.path)
+        for name in run.names():
+            with run.damage(f"an attribute of {name}"):
+                dict(run._file[name].attrs.items())
+    except OpsigError as error:
+        reason = str(error)
+    return _record(run, "attributes", count, [], reason)
 
 
 def _record(run: Trajectory, name: str, rows: int, damaged: list[int], reason: str | None) -> dict[str, Any]:

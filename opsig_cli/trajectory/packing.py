@@ -10,7 +10,7 @@ from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.naming import describe
 from opsig_cli.trajectory.reading import BLOCK_BYTES
 from opsig_cli.trajectory.rows import stated_fill
-from opsig_cli.trajectory.schema import DIMENSIONS, FIELDS, Field
+from opsig_cli.trajectory.schema import DIMENSIONS, Field, field_of
 
 
 def copy_packed(run: Trajectory, copy: Trajectory) -> None:
@@ -22,7 +22,7 @@ def copy_packed(run: Trajectory, copy: Trajectory) -> None:
         if key not in ("schema_version", "run_id"):  # the copy's own
             copy._file.attrs[key] = value
     for name in run.names():
-        field = FIELDS[name]
+        field = field_of(name)
         if field.dims[0] == "step":
             _copy_rows(run, copy, field)
         elif name not in copy._file:

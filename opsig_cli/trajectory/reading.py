@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,21 +16,25 @@ import h5py
 import numpy as np
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.trajectory.checking import DamagedRows, named_steps, row_checksums
 from opsig_cli.trajectory.chunks import Chunks
-from opsig_cli.trajectory.rows import Rows, column_checksum, fill_of, from_bfloat16, is_fill
-from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, SCHEMA_VERSION, dimension
+from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16, known_names
+from opsig_cli.trajectory.schema import ATTRIBUTES, ROW_GROUPS, SCHEMA_VERSION, dimension, field_of
 from opsig_cli.trajectory.snapshot import SnapshotFile
 from opsig_cli.trajectory.store import RedoFile
 
 BLOCK_BYTES = 16 << 20
 """Bound on the memory that one block of `Reading.blocks` takes."""
+UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError, OverflowError)
+"""What HDF5 and numpy raise on a damaged file."""
 
 
 class Reading:
     """What can be read of one run's file. Datasets are named by their path in the schema, as "losses/loss".
 
     A row group (`losses`, `scalars`, `checkpoints`, `sharpness`) has one row per recorded step; rows are always
-    presented in increasing order of step, however they were appended.
+    presented in increasing order of step, however they were appended. Whatever reads rows holds them against their
+    checksums, each once while the file is open, and raises DamagedRows; see `opsig_cli.trajectory.checking`.
     """
 
     def __init__(self, path: str, file: h5py.File, store: SnapshotFile):
@@ -38,6 +42,7 @@ class Reading:
         self._file: Any = file  # h5py's items are untyped
         self._store = store
         self._groups: dict[str, Rows] = {}
+        self._checked: dict[str, np.ndarray] = {}
         self._chunks: dict[str, Chunks | None] = {}
         self._frozen: np.ndarray | None = None
 
@@ -45,12 +50,16 @@ class Reading:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The file's provenance as Python values."""
+        """The file's provenance as Python values. Raises OpsigError where one is not what the schema says."""
+        found = {}
         with self.damage("an attribute"):
-            return {
-                key: json.loads(value) if key.endswith("_json") else as_value(value)
-                for key, value in self._file.attrs.items()
-            }
+            for key, value in self._file.attrs.items():
+                found[key] = json.loads(value) if key.endswith("_json") else as_value(value)
+        for key, value in found.items():
+            if not isinstance(value, ATTRIBUTES.get(key, object)):
+                what = {str: "text", dict: "an object of JSON"}[ATTRIBUTES[key]]
+                raise OpsigError(f"{self.path}: the attribute {key} is not {what}, as opsig writes it")
+        return found
 
     @property
     def writable(self) -> bool:
@@ -77,7 +86,7 @@ class Reading:
     def require(self, name: str) -> None:
         """Raise OpsigError, naming the command that makes it, where the dataset is not in the file."""
         if not self.has(name):
-            field = FIELDS[name]
+            field = field_of(name)
             how = "Record it in a run of its own: opsig train, or opsig import CHECKPOINT... --task TASK"
             if field.made_by:
                 how = f"Run: {field.made_by} {self.path}"
@@ -89,7 +98,7 @@ class Reading:
 
     def names(self) -> list[str]:
         """Names of the schema's datasets that are in the file, in the schema's order."""
-        return [name for name in FIELDS if self.has(name)]
+        return known_names(self._file)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a dataset."""
@@ -109,61 +118,49 @@ class Reading:
             return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
 
     def steps(self, group: str) -> np.ndarray:
-        """Steps recorded in a row group, increasing, (T,) int64; empty where the group is absent."""
-        return self._rows(group).sorted_steps()
+        """Steps recorded in a row group, increasing, (T,) int64, read-only; empty where the group is absent."""
+        rows = self._rows(group)
+        if len(rows.suspicious()):
+            self._hold(group, rows.suspicious())
+        if len(odd := rows.impossible()):
+            steps = sorted({rows.steps[place] for place in odd.tolist()})
+            raise OpsigError(f"{self.path}: {group} has {named_steps(steps)} twice or below 0, as opsig writes none")
+        return rows.sorted_steps()
 
     def losses(self) -> np.ndarray:
         """Every sample's loss at every recorded step, in order of step, (T, S) float32; NaN where not measured."""
         return self.rows("losses/loss", 0, len(self.steps("losses")))
 
     def row(self, name: str, step: int) -> np.ndarray:
-        """The row of one step, (S,) or (P,), checked against its checksum.
+        """The row of one step, (S,) or (P,).
 
         Raises OpsigError, naming the nearest steps, where it was not recorded, or where it is damaged.
         """
         self.require(name)
-        group = group_of(name)
-        steps = self.steps(group)
-        position = int(np.searchsorted(steps, step))
-        if position == len(steps) or steps[position] != step:
-            near = ", ".join(str(s) for s in steps[max(0, position - 1) : position + 1])
-            raise OpsigError(f"{self.path} has no {group} at step {step}. Nearest: {near or 'none'}")
-        self._check_row(group, self._rows(group).place(position))
+        position = self._position(group_of(name), step)
         return self.rows(name, position, position + 1)[0]
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` in order of step, (stop - start, ...)."""
         self.require(name)
-        rows = self._rows(group_of(name))
-        stop = min(stop, rows.count)
-        with self.damage(name):
-            if rows.in_order:
-                return self._missing(name, self._read_rows(name, start, stop))
-            places = rows.order()[start:stop]
-            ascending = np.argsort(places)
-            values = self._file[name][places[ascending]]
-            back = np.empty_like(ascending)
-            back[ascending] = np.arange(len(ascending))
-            return self._missing(name, values[back])
-
-    def check(self, group: str, positions: np.ndarray) -> None:
-        """Hold rows, by their place in order of step, (N,), against their checksums; OpsigError where they differ."""
-        rows = self._rows(group)
-        for position in np.unique(positions).tolist():
-            self._check_row(group, rows.place(position))
+        return self._missing(name, self._held(name, self._rows(group_of(name)).order()[start:stop]))
 
     def series(self, name: str, positions: np.ndarray, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Columns of chosen samples over time, (T, M); `positions` index the file's samples, (M,)."""
         self.require(name)
-        rows = self._rows(group_of(name))
-        stop = rows.count if stop is None else min(stop, rows.count)
+        group = group_of(name)
+        places = self._rows(group).order()[start:stop]
         positions = np.asarray(positions)
         chunks = self._chunks_of(name)
-        if rows.in_order and chunks is not None:
-            with self.damage(name):
-                return self._missing(name, chunks.columns(positions, start, stop))
-        parts = [values[:, positions] for _, values in self.blocks(name, start, stop)]
-        return np.concatenate(parts) if parts else np.empty((0, len(positions)), np.float32)
+        if chunks is None:
+            parts = [values[:, positions] for _, values in self.blocks(name, start, stop)]
+            return np.concatenate(parts) if parts else np.empty((0, len(positions)), np.float32)
+        self._hold(group, places)
+        with self.damage(name):
+            raw = np.empty((len(places), len(positions)), self._file[name].dtype)
+            for a, b in consecutive(places):
+                raw[a:b] = chunks.columns(positions, int(places[a]), int(places[b - 1]) + 1)
+        return self._missing(name, raw)
 
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Consecutive blocks of rows `start:stop` of at most BLOCK_BYTES: pairs of first position and rows.
@@ -171,54 +168,113 @@ class Reading:
         Each block is an array of its own: what is kept of one is not overwritten by the next.
         """
         self.require(name)
-        dataset = self._file[name]
-        stop = self._rows(group_of(name)).count if stop is None else stop
-        height = max(1, BLOCK_BYTES // max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize))
-        if dataset.chunks and height > dataset.chunks[0]:
-            height -= height % dataset.chunks[0]
+        order, dataset = self._rows(group_of(name)).order(), self._file[name]
+        stop = len(order) if stop is None else min(stop, len(order))
+        height = _height(dataset)
         first = start
         while first < stop:
             last = min(first - first % height + height, stop)
-            yield first, self.rows(name, first, last)
+            yield first, self._missing(name, self._held(name, order[first:last]))
             first = last
 
     # -- is it whole
 
-    def damaged_steps(self, group: str) -> list[int]:
-        """Steps of a row group whose stored row does not have the checksum stored with it, increasing."""
-        rows = self._rows(group)
-        with self.damage(f"{group}/checksum"):
-            stored = self._file[f"{group}/checksum"][()][: rows.count]
-        computed = np.zeros(rows.count, np.uint32)
-        intact = np.ones(rows.count, bool)
-        for name, dataset in rows.columns(self._file, group).items():
-            if name == f"{group}/checksum":
-                continue
-            height = dataset.chunks[0]
-            for first in range(0, rows.count, height):
-                last = min(first + height, rows.count)
-                try:
-                    values = self._read_rows(name, first, last)
-                except (OSError, RuntimeError, ValueError):
-                    intact[first:last] = False
-                    continue
-                for place, value in enumerate(values, first):
-                    if not is_fill(value):
-                        computed[place] ^= column_checksum(name, np.ascontiguousarray(value))
-        bad = ~intact | (computed != stored)
-        return sorted(np.array(rows.steps)[bad].tolist())
+    def check(self, group: str, steps: Iterable[int]) -> None:
+        """Hold the rows of these steps against their checksums. Raises DamagedRows, or OpsigError for a step that was
+        not recorded."""
+        positions = [self._position(group, step) for step in steps]
+        self._hold(group, self._rows(group).order()[positions])
 
-    def row_checksum(self, group: str, place: int) -> int:
-        """The checksum of what the file holds in the row at this place, in the order of appending."""
-        checksum = 0
-        for name, dataset in self._rows(group).columns(self._file, group).items():
-            value = dataset[place]
-            if name != f"{group}/checksum" and not is_fill(value):
-                checksum ^= column_checksum(name, np.ascontiguousarray(value))
-        return checksum
+    def damaged_steps(self, group: str) -> list[int]:
+        """Steps of all rows of a group whose stored row does not have the checksum stored with it, increasing."""
+        steps = self._rows(group).steps
+        return sorted(steps[place] for place in self._damaged(group, np.arange(len(steps))).tolist())
+
+    def _held(self, name: str, places: np.ndarray) -> np.ndarray:
+        """The rows at these places as the file holds them, (N, ...), held against their checksums."""
+        group = group_of(name)
+        try:
+            raw = self._gather(name, places)
+        except OpsigError:
+            self._hold(group, places)  # names the steps
+            raise
+        self._hold(group, places, {name: raw})
+        return raw
+
+    def _hold(self, group: str, places: np.ndarray, known: Mapping[str, np.ndarray] | None = None) -> None:
+        """Raise DamagedRows where the rows at these places do not have the checksums stored with them.
+
+        `known`: columns of these rows that have been read, (N, ...), as the file holds them.
+        """
+        rows = self._rows(group)
+        checked = self._checked.get(group, np.zeros(0, bool))
+        if len(checked) < rows.count:
+            checked = self._checked[group] = np.append(checked, np.zeros(rows.count - len(checked), bool))
+        new = ~checked[places]
+        if not new.any():
+            return
+        if not new.all():
+            places, known = places[new], {name: values[new] for name, values in (known or {}).items()}
+        damaged = self._damaged(group, places, known)
+        if len(damaged):
+            steps = sorted(rows.steps[place] for place in damaged.tolist())
+            raise DamagedRows(self.path, group, steps, lambda: self._leave_out_damaged(group))
+        checked[places] = True
+
+    @property
+    def left_out(self) -> dict[str, np.ndarray]:
+        """Places in the file of rows that are not presented, by their group."""
+        return {group: rows.left_out for group, rows in self._groups.items() if len(rows.left_out)}
+
+    def leave_out(self, places: Mapping[str, np.ndarray]) -> None:
+        """Present these rows no more, given as `left_out` gives them."""
+        for group, there in places.items():
+            self._rows(group).leave_out(there)
+
+    def _leave_out_damaged(self, group: str) -> str:
+        """Present no damaged row of the group any more, and say which they were."""
+        rows = self._rows(group)
+        damaged = self._damaged(group, np.arange(rows.count))
+        rows.leave_out(damaged)
+        steps = sorted(rows.steps[place] for place in damaged.tolist())
+        are = "is" if len(steps) == 1 else "are"
+        rows_of = f"{len(steps)} of {rows.count:,} rows of {group}"
+        return f"{self.path}: {rows_of} {are} damaged and left out: {named_steps(steps)}"
+
+    def _damaged(self, group: str, places: np.ndarray, known: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """Those of these places whose row cannot be read or has another checksum; none in a group without checksums."""
+        columns = dict(self._rows(group).columns(self._file, group))
+        if columns.pop(f"{group}/checksum", None) is None:
+            return places[:0]
+        sums, readable = self._sums(f"{group}/checksum", places, lambda _, values: values)
+        for name in columns:
+            if known and name in known:
+                sums ^= row_checksums(name, known[name])
+            else:
+                found, could = self._sums(name, places, row_checksums)
+                sums, readable = sums ^ found, readable & could
+        return places[(sums != 0) | ~readable]
+
+    def _sums(
+        self, name: str, places: np.ndarray, of: Callable[[str, np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A number of a column's row at each of these places, and whether it could be read, (N,) each."""
+        sums, readable = np.zeros(len(places), np.uint32), np.ones(len(places), bool)
+        height = _height(self._file[name])
+        for first in range(0, len(places), height):
+            piece = slice(first, first + height)
+            try:
+                sums[piece] = of(name, self._gather(name, places[piece]))
+            except OpsigError:  # which of them is it?
+                for row in range(first, min(first + height, len(places))):
+                    try:
+                        sums[row] = of(name, self._gather(name, places[row : row + 1]))[0]
+                    except OpsigError:
+                        readable[row] = False
+        return sums, readable
 
     def check_version(self) -> None:
-        version = str(as_value(self._file.attrs.get("schema_version", "")))
+        version = str(as_value(self._file.attrs.get("schema_version", ""))).strip()
         if not version:
             raise OpsigError(f"{self.path} is HDF5 but not an opsig trajectory (it states no schema_version)")
         if int(version.split(".")[0]) > SCHEMA_VERSION[0]:
@@ -230,25 +286,17 @@ class Reading:
     def check_shapes(self) -> None:
         """Raise OpsigError where a dataset is not what the schema says: its type, its dimensions, or their lengths."""
         lengths: dict[tuple[str, str], int] = {}
-        for name, field in FIELDS.items():
-            if name not in self._file:
-                continue
-            dataset = self._file[name]
+        for name in self.names():
+            field, dataset = field_of(name), self._file[name]
             if not isinstance(dataset, h5py.Dataset) or dataset.ndim != len(field.dims):
                 raise OpsigError(f"{self.path}: {name} must have the dimensions {', '.join(field.dims)}")
-            if dataset.dtype.kind not in {kind[0] for kind in field.dtype.split("|")}:
+            kinds = field.dtype.replace("S*", dataset.dtype.str[1:]).split("|")
+            if dataset.dtype.kind + str(dataset.dtype.itemsize) not in kinds:
                 raise OpsigError(f"{self.path}: {name} must be {field.dtype}, not {dataset.dtype}")
             for axis, length in zip(field.dims, dataset.shape, strict=True):
                 expected = lengths.setdefault(dimension(field, axis), length)
                 if length < expected or (length != expected and axis != "step"):
                     raise OpsigError(f"{self.path}: {name} has {length} along {axis}, where {expected} are expected")
-
-    def _check_row(self, group: str, place: int) -> None:
-        """Raise OpsigError where the row at this place of the file does not have the checksum stored with it."""
-        if self.has(f"{group}/checksum"):
-            with self.damage(f"{group} at step {self._rows(group).steps[place]}"):
-                if self.row_checksum(group, place) != self._file[f"{group}/checksum"][place]:
-                    raise ValueError("its checksum is wrong")
 
     # -- inside
 
@@ -260,9 +308,27 @@ class Reading:
                 self._groups[group] = Rows(steps)
         return self._groups[group]
 
-    def _read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        chunks = self._chunks_of(name)
-        return self._file[name][start:stop] if chunks is None else chunks.rows(start, stop)
+    def _position(self, group: str, step: int) -> int:
+        """Where in order of step a step is. Raises OpsigError, naming the nearest, where it was not recorded."""
+        steps = self.steps(group)
+        position = int(np.searchsorted(steps, step))
+        if position == len(steps) or steps[position] != step:
+            near = ", ".join(str(s) for s in steps[max(0, position - 1) : position + 1])
+            raise OpsigError(f"{self.path} has no {group} at step {step}. Nearest: {near or 'none'}")
+        return position
+
+    def _gather(self, name: str, places: np.ndarray) -> np.ndarray:
+        """The rows at these places as the file holds them, (N, ...). Raises OpsigError where they cannot be read."""
+        with self.damage(name):
+            dataset, chunks = self._file[name], self._chunks_of(name)
+            found = np.empty((len(places), *dataset.shape[1:]), dataset.dtype)
+            for first, last in consecutive(places):
+                start, stop = int(places[first]), int(places[last - 1]) + 1
+                if chunks is None:
+                    found[first:last] = dataset[start:stop]
+                else:
+                    chunks.read_into(found[first:last], start, stop)
+            return found
 
     def _chunks_of(self, name: str) -> Chunks | None:
         """The dataset's chunks for reading past HDF5, where they lie in the file as they are."""
@@ -277,9 +343,9 @@ class Reading:
 
     def _missing(self, name: str, values: np.ndarray) -> np.ndarray:
         """bfloat16 becomes float32, and unsigned integers int64 with -1 for the fill."""
-        if values.dtype.kind != "u" or "|" not in FIELDS[name].dtype:
+        if values.dtype.kind != "u" or "|" not in field_of(name).dtype:
             return values
-        if FIELDS[name].dtype == "f4|u2":
+        if field_of(name).dtype == "f4|u2":
             return from_bfloat16(values)
         return np.where(values == fill_of(values.dtype), np.int64(-1), values.astype(np.int64))
 
@@ -288,11 +354,19 @@ class Reading:
         """Whatever HDF5 raises on a damaged file becomes one line."""
         try:
             yield
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+        except UNREADABLE as error:
             reason = " ".join(str(error).split())
             raise OpsigError(
                 f"{self.path}: {what} is damaged: {reason}. See what is intact: opsig verify {self.path}"
             ) from error
+
+
+def _height(dataset: Any) -> int:
+    """How many rows of a dataset make a block: whole chunks where that is possible."""
+    height = max(1, BLOCK_BYTES // max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize))
+    if dataset.chunks and height > dataset.chunks[0]:
+        height -= height % dataset.chunks[0]
+    return height
 
 
 def group_of(name: str) -> str:

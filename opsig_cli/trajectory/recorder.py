@@ -1,28 +1,40 @@
-"""Writing a run as it happens: what `opsig train` uses, and what a training loop of one's own can use."""
+"""Writing a run as it happens: what `opsig train` uses, and what a training loop of one's own can use.
+
+S samples, P parameters, N of the samples given at once.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
+from urllib.parse import unquote
 
 import numpy as np
 
 from opsig_cli.backends import State, Tensor
 from opsig_cli.errors import OpsigError
+from opsig_cli.trajectory import given
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajectory
+from opsig_cli.trajectory.modules import layout_of, state_of
 from opsig_cli.trajectory.rows import to_bfloat16
+from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, logged_name
+
+SLOTS = [name.rpartition("/")[2] for name in FIELDS if name.startswith("checkpoints/optimizer/")]
+SCALARS = {name.removeprefix("scalars/") for name in FIELDS if name.startswith("scalars/")} - {"step", "checksum"}
+"""Scalars that the schema knows and commands look at."""
 
 
 class Recorder:
-    """Appends steps to a trajectory and commits them. S samples, P parameters.
+    """Appends steps to a trajectory and commits them; the file exists, and opens, from the first line on.
 
     `samples`: their number, or their indices in the dataset. `labels`: text a sample; `classes`: names behind
-    predictions; `layout`: names and shapes of the parameters, for checkpoints. `resume` continues a file that
-    exists; what it already has at a step is not written again. Steps become durable together, every `commit_every`
-    calls of `record`, with each checkpoint, and at the end. `bfloat16` keeps checkpoints at half the size: parameters
-    alone, rounded, from which a run cannot be continued. Raises OpsigError where the file cannot be written, or
-    holds another number of samples.
+    predictions; `layout`: names and shapes of the parameters, where checkpoints are given as `State`. `resume` goes on
+    with a file that exists: `last_step` says what it holds, and `rewind` goes back to a checkpoint. Steps become
+    durable together, every `commit_every` calls of `record`, with each checkpoint, and at the end, also where an
+    exception ends the loop. `bfloat16` keeps checkpoints at half the size: parameters alone, rounded, from which a run
+    cannot be continued. Raises OpsigError where an argument is not what it must be, or the file cannot be written.
     """
 
     def __init__(
@@ -39,92 +51,254 @@ class Recorder:
         commit_every: int = 10,
         bfloat16: bool = False,
     ):
-        ids = np.arange(samples) if isinstance(samples, int) else np.asarray(samples)
-        if resume:
-            self.run = open_trajectory(path, "r+")
-            try:
-                check_samples(self.run, len(ids))
-            except OpsigError:
-                self.run.abort()  # a second try finds the file free
-                raise
-        else:
-            self.run = create_trajectory(path, ids, attributes, replace=replace)
-            if labels is not None:
-                self.run.write("samples/label", np.array(labels, dtype=str))
-            if classes is not None:
-                self.run.write("class_name", np.array(classes, dtype=str))
+        if resume and replace:
+            raise OpsigError("resume=True goes on with a file and replace=True overwrites it. Give one of them")
+        ids = given.as_ids(samples)
+        texts = {} if labels is None else {"samples/label": given.as_texts("labels", labels, len(ids))}
+        if classes is not None:
+            texts["class_name"] = given.as_texts("classes", classes)
+        if resume and not os.path.exists(path):
+            raise OpsigError(f"{os.fspath(path)} does not exist. Leave resume=True out to begin it")
+        if not resume and not replace and os.path.exists(path):
+            raise OpsigError(f"{os.fspath(path)} exists. Go on with it by resume=True, or overwrite it by replace=True")
+        self.run = open_trajectory(path, "r+") if resume else create_trajectory(path, ids, attributes, replace=replace)
+        try:
+            if resume:
+                _check_ids(self.run, ids)
+                self.run.set_attributes(**(attributes or {}))
+            for name, values in texts.items():
+                _write_once(self.run, name, values)
             if layout is not None:
-                write_layout(self.run, list(layout))
-        self._commit_every = commit_every
+                self._keep_layout("layout", list(layout))
+            self.run.commit()
+        except BaseException:
+            self.run.abort()
+            raise
+        self._ids = self.run.samples
+        self._classes = self.run.shape("class_name")[0] if self.run.has("class_name") else None
+        self._commit_every = max(1, commit_every)
         self._bfloat16 = bfloat16
+        if self.run.has("checkpoints/params"):
+            self._bfloat16 = self.run._file["checkpoints/params"].dtype.kind == "u"
+        self._closed = False
         self._uncommitted = 0
         self._frozen: np.ndarray | None = None
-        self._have = {group: set(self.run.steps(group).tolist()) for group in ("scalars", "losses", "checkpoints")}
+        self._rewound: tuple[int, set[str]] = (-1, set())
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None or issubclass(kind, OpsigError):
-            self.run.close()
-        else:  # perhaps in the middle of a row
-            self.run.abort()
+    def __exit__(self, *_: object) -> None:
+        self.close()  # a row that was not finished does not count: see Trajectory.append
+
+    def __repr__(self) -> str:
+        held = {group: self.run.steps(group) for group in ROW_GROUPS}
+        said = [f"{group} at {len(s):,} steps, {s[0]} to {s[-1]}" for group, s in held.items() if len(s)]
+        return f"Recorder({self.run.path}: {'; '.join(said) or 'nothing recorded'})"
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step of which anything is recorded; None for a new file."""
+        return max((int(self.run.steps(group)[-1]) for group in ROW_GROUPS if len(self.run.steps(group))), default=None)
 
     def record(
         self,
         step: int,
         *,
         scalars: Mapping[str, float] | None = None,
-        losses: np.ndarray | None = None,
-        predictions: np.ndarray | None = None,
+        losses: Any = None,
+        predictions: Any = None,
+        samples: Sequence[int] | None = None,
+        model: Any = None,
+        optimizer: Any = None,
         state: State | None = None,
         source: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write what is known at a step.
+        """Write what is known at a step: a number of optimizer steps taken so far, so that 0 is before the first.
 
-        Scalars go by their schema name; losses and predictions are (S,); a state becomes a checkpoint, and `source`
-        says which file it is from: path, bytes, sha256.
+        `losses` and `predictions` are (S,), NaN and -1 for samples that were not measured; or (N,), of the `samples`
+        with these dataset indices. `scalars`: numbers by any name; the schema's own, such as train_loss, are what
+        commands look at. `model`, with its `optimizer`, is a torch model that becomes a checkpoint; or `state` does, of
+        which `source` says where it is from: path, bytes, sha256. A step may be recorded in several calls as long as
+        none gives what another gave. Nothing is written where OpsigError is raised.
         """
+        step = given.as_step(step)
+        plan: list[tuple[str, dict[str, Any]]] = []
         if scalars is not None:
-            self._append("scalars", step, scalars)
-        if losses is not None:
-            self._append(
-                "losses", step, {"loss": losses} | ({} if predictions is None else {"prediction": predictions})
-            )
+            numbers = given.as_scalars(scalars)
+            own = {name: number for name, number in numbers.items() if name in SCALARS}
+            free = {logged_name(name): number for name, number in numbers.items() if name not in own}
+            plan += [("scalars", own)] if own else []
+            plan += [("logged", free)] if free else []
+        if losses is not None or predictions is not None:
+            plan.append(("losses", self._samples(losses, predictions, samples)))
+        elif samples is not None:
+            raise OpsigError("samples says which samples losses or predictions are of. Give these, too")
+        if model is not None and state is not None:
+            raise OpsigError("model and state are two ways to give a checkpoint. Give one of them")
+        if model is not None:
+            self._check_layout("model", layout_of(model))
+            state = state_of(model, optimizer, step)
+        if state is not None:
+            plan.append(("checkpoints", self._checkpoint(step, state, source)))
+        if (optimizer is not None and model is None) or (source is not None and (state is None or model is not None)):
+            raise OpsigError("optimizer goes with model, and source with state. Give these, too")
+        if not plan:
+            raise OpsigError(f"there is nothing to record at step {step}. Give losses, scalars, model or state")
+        rows = [self._merged(step, *part) for part in plan]
+        if model is not None:
+            self._keep_layout("model", layout_of(model))
         if state is not None:
             self._keep_frozen(state.frozen)
-            columns = {f"source__{name}": value for name, value in (source or {}).items()}
-            self._append("checkpoints", step, self._checkpoint(state) | columns)
+        for (group, _), row in zip(plan, rows, strict=True):
+            self._put(group, step, row)
         self._uncommitted += 1
         if state is not None or self._uncommitted >= self._commit_every:
-            self.run.commit()
-            self._uncommitted = 0
+            self.commit()
+
+    def rewind(self, step: int) -> None:
+        """Go back to a step, as to the checkpoint that a loop continues from after a crash: what was recorded of later
+        steps is dropped, at once and for good. What is recorded of `step` itself stays until it is recorded again."""
+        step = given.as_step(step)
+        self.run.rewind(step)
+        self._rewound = step, {group for group in ROW_GROUPS if step in self.run.steps(group)}
+        self.commit()
+
+    def commit(self) -> None:
+        """Make what was recorded so far durable, and visible to others."""
+        self.run.commit()
+        self._uncommitted = 0
+
+    def close(self) -> None:
+        """Commit and close: the file is complete then."""
+        if not self._closed:
+            self._closed = True
+            self.run.close()
+
+    def _samples(self, losses: Any, predictions: Any, samples: Any) -> dict[str, np.ndarray]:
+        """Columns of the row group `losses`, (S,) each."""
+        places = np.arange(len(self._ids)) if samples is None else self._places(samples)
+        columns: dict[str, np.ndarray] = {}
+        if losses is not None:
+            columns["loss"] = np.full(len(self._ids), np.nan, np.float32)
+            columns["loss"][places] = given.as_losses(losses, len(places))
+        if predictions is not None:
+            columns["prediction"] = np.full(len(self._ids), -1)
+            columns["prediction"][places] = given.as_predictions(predictions, len(places), self._classes)
+        return columns
+
+    def _places(self, samples: Any) -> np.ndarray:
+        wanted = given.as_indices(samples)
+        order = np.argsort(self._ids)
+        places = order[np.minimum(np.searchsorted(self._ids, wanted, sorter=order), len(order) - 1)]
+        if len(unknown := wanted[self._ids[places] != wanted]):
+            raise OpsigError(f"samples names {unknown[0]}, which is none of the run's {len(self._ids):,} samples")
+        return places
+
+    def _checkpoint(self, step: int, state: State, source: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Columns of the row group `checkpoints`."""
+        if state.step != step:
+            raise OpsigError(f"state is of step {state.step}, and is recorded at step {step}")
+        params = given.as_vector("state.params", state.params, np.float32)
+        buffers = given.as_vector("state.buffers", state.buffers, np.float64)
+        columns: dict[str, Any] = {"params": to_bfloat16(params) if self._bfloat16 else params}
+        columns |= {"buffers": buffers} if buffers.size else {}
+        for name, row in state.optimizer.items():
+            if name not in SLOTS:
+                raise OpsigError(f"state.optimizer['{name}'] has no place in a file. Known: {', '.join(SLOTS)}")
+            if not self._bfloat16:
+                columns[f"optimizer__{name}"] = np.asarray(row)
+        for name, row in columns.items():
+            path = f"checkpoints/{name.replace('__', '/')}"
+            expected = self.run.shape(path)[1:] if self.run.has(path) else row.shape
+            if name != "params" and FIELDS[path].dims[-1] != "buffer":
+                expected = params.shape if FIELDS[path].dims[-1] == "parameter" else ()
+            if row.shape != expected:
+                raise OpsigError(f"state has {name.rpartition('__')[2]} of shape {row.shape}, and not {expected}")
+        self._check_frozen(state.frozen)
+        parts = {"parameter": params, "buffer": buffers, "frozen": state.frozen}
+        for kind, row in parts.items() if self.run.has("layout/name") else ():
+            size = sum(tensor.size for tensor in read_layout(self.run) if tensor.kind == kind)
+            if row.size != size:
+                raise OpsigError(f"state has {row.size:,} {kind} entries, and the layout {size:,}")
+        if unknown := set(source or {}) - {"path", "bytes", "sha256"}:
+            raise OpsigError(f"source has '{min(unknown)}', and may have path, bytes and sha256")
+        return columns | {f"source__{name}": value for name, value in (source or {}).items()}
 
     def _keep_frozen(self, frozen: np.ndarray) -> None:
-        """Write the parameters that are not trained, once. Raises OpsigError where a later state has others."""
-        if not frozen.size or frozen is self._frozen:
-            return
-        if not self.run.has("frozen/params"):
+        """Write the parameters that are not trained, once."""
+        if frozen.size and not self.run.has("frozen/params"):
             self.run.write("frozen/params", frozen)
-        elif not np.array_equal(self.run.frozen, frozen.astype(np.float32), equal_nan=True):
+        self._frozen = frozen
+
+    def _check_frozen(self, frozen: np.ndarray) -> None:
+        """Raise OpsigError where a later state has other parameters that are not trained."""
+        if not frozen.size or frozen is self._frozen or not self.run.has("frozen/params"):
+            return
+        if not np.array_equal(self.run.frozen, frozen.astype(np.float32), equal_nan=True):
             raise OpsigError(
                 f"{self.run.path} holds frozen parameters that are not those of this state. What changes is trained: "
                 "its requires_grad must be True"
             )
-        self._frozen = frozen
 
-    def _checkpoint(self, state: State) -> dict[str, np.ndarray]:
-        columns: dict[str, np.ndarray] = {"params": to_bfloat16(state.params) if self._bfloat16 else state.params}
-        if state.buffers.size:
-            columns["buffers"] = state.buffers
-        if not self._bfloat16:
-            columns |= {f"optimizer__{name}": row for name, row in state.optimizer.items()}
-        return columns
+    def _keep_layout(self, argument: str, layout: list[Tensor]) -> None:
+        self._check_layout(argument, layout)
+        if not self.run.has("layout/name"):
+            write_layout(self.run, layout)
 
-    def _append(self, group: str, step: int, columns: Mapping[str, Any]) -> None:
-        if step not in self._have[group]:
-            self.run.append(group, step, **columns)
-            self._have[group].add(step)
+    def _check_layout(self, argument: str, layout: list[Tensor]) -> None:
+        if self.run.has("layout/name") and read_layout(self.run) != layout:
+            raise OpsigError(f"{argument} has other parameters or buffers than {self.run.path} holds checkpoints of")
+
+    def _merged(self, step: int, group: str, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The whole row: these columns and what earlier calls gave. Raises OpsigError where both gave a number."""
+        if step not in self.run.steps(group) or (step == self._rewound[0] and group in self._rewound[1]):
+            return columns
+        if group == "checkpoints":
+            raise OpsigError(self._twice(step, "a checkpoint"))
+        paths = [n for n in self.run.names() if n.startswith(f"{group}/") and not n.endswith(("/step", "/checksum"))]
+        row = {path.removeprefix(f"{group}/"): np.asarray(self.run.row(path, step)) for path in paths}
+        adds = False
+        for name, value in columns.items():
+            new = np.asarray(value)
+            old = row.get(name, np.full_like(new, np.nan if new.dtype.kind == "f" else -1))
+            known, gives = (~np.isnan(x) if x.dtype.kind == "f" else x >= 0 for x in (old, new))
+            if (clash := np.flatnonzero(known & gives)).size:
+                what = f"a {name} of sample {self._ids[clash[0]]}" if group == "losses" else unquote(name)
+                raise OpsigError(self._twice(step, what))
+            adds |= bool(gives.any())
+            row[name] = np.where(gives, new, old)
+        if not adds:
+            raise OpsigError(self._twice(step, group))
+        return row
+
+    def _twice(self, step: int, what: str) -> str:
+        return f"{self.run.path} has {what} at step {step} already. To go back there after a crash: rewind({step})"
+
+    def _put(self, group: str, step: int, row: Mapping[str, Any]) -> None:
+        if step not in self.run.steps(group):
+            self.run.append(group, step, **row)
+            return
+        self.run.rewrite(group, step, **row)
+        if step == self._rewound[0]:
+            self._rewound[1].discard(group)
+
+
+def _write_once(run: Trajectory, name: str, values: np.ndarray) -> None:
+    """Write a dataset that the file may hold already, if it is the same."""
+    if not run.has(name):
+        run.write(name, values)
+    elif run.read(name).tolist() != values.tolist():
+        argument = "classes" if name == "class_name" else "labels"
+        raise OpsigError(f"{argument} are not those that {run.path} holds. Leave them out, or begin anew: replace=True")
+
+
+def _check_ids(run: Trajectory, ids: np.ndarray) -> None:
+    kept = run.samples
+    if len(kept) != len(ids):
+        raise OpsigError(f"{run.path} was recorded over {len(kept):,} samples, and {len(ids):,} are given")
+    if not np.array_equal(kept, ids):
+        raise OpsigError(f"samples are not those that {run.path} was recorded over")
 
 
 def check_samples(run: Trajectory, count: int) -> None:
@@ -148,6 +322,21 @@ def write_layout(run: Trajectory, layout: list[Tensor]) -> None:
     run.write("layout/shape", shapes)
     run.write("layout/offset", np.array([tensor.offset for tensor in layout]))
     run.write("layout/size", np.array([tensor.size for tensor in layout]))
+
+
+def read_layout(run: Trajectory) -> list[Tensor]:
+    """Names, shapes and places of parameters and buffers. Raises OpsigError where they do not follow each other."""
+    found, ends = [], {"parameter": 0, "frozen": 0, "buffer": 0}
+    columns = [run.read(f"layout/{name}").tolist() for name in ("name", "kind", "shape", "offset", "size")]
+    for name, kind, axes, offset, size in zip(*columns, strict=True):
+        shape = tuple(axis for axis in axes if axis >= 0)
+        if kind not in ends or offset != ends[kind] or size < 0 or math.prod(shape) != size:
+            raise OpsigError(
+                f"{run.path}: the layout of {name} does not follow the tensor before it, as opsig writes it"
+            )
+        ends[kind] += size
+        found.append(Tensor(name, kind, shape, offset, size))
+    return found
 
 
 def check_trained(run: Trajectory, layout: Iterable[Tensor]) -> None:

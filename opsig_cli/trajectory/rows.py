@@ -3,70 +3,140 @@
 from __future__ import annotations
 
 import zlib
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from h5py import h5s  # pyright: ignore[reportAttributeAccessIssue]
 
-from opsig_cli.trajectory.schema import FIELDS, Field
+from opsig_cli.trajectory.schema import FIELDS, Field, field_of
+
+SELDOM = 8
+"""Times that steps may fall in the order of recording before that is taken for the way the run was recorded."""
 
 
 class Rows:
-    """The rows of a group: their steps in the order of appending."""
+    """The rows of a group: their steps by their places in the file, and which of them are presented, in order of step.
+
+    A row that was left out, since it is damaged, keeps its place and is presented no more.
+    """
 
     def __init__(self, steps: np.ndarray):
         self.steps: list[int] = steps.tolist()
-        self._known = set(self.steps)
-        self.in_order = bool(np.all(np.diff(steps) > 0))
+        self._place = dict(zip(self.steps, range(len(self.steps)), strict=True))
+        self._left_out: set[int] = set()
         self._columns: dict[str, Any] | None = None
         self._order: np.ndarray | None = None
+        self._sorted: np.ndarray | None = None
+        self._suspicious: np.ndarray | None = None
 
     @property
     def count(self) -> int:
+        """Places in the file, those of rows that were left out among them."""
         return len(self.steps)
 
     def __contains__(self, step: int) -> bool:
-        return step in self._known
+        return step in self._place
 
-    def add(self, step: int) -> None:
-        self.in_order = self.in_order and (not self.steps or step > self.steps[-1])
-        self.steps.append(step)
-        self._known.add(step)
-        self._order = None
+    def place_of(self, step: int) -> int:
+        """Where in the file the row of this step lies; the next free place where there is none."""
+        return self._place.get(step, self.count)
+
+    def put(self, step: int, place: int) -> None:
+        """The row of this step now lies at this place, which is one of its own or the next free one."""
+        if place == self.count:
+            self.steps.append(step)
+        self._place[step] = place
+        self._left_out.discard(place)
+        self._order = self._sorted = self._suspicious = None
+
+    def leave_out(self, places: np.ndarray) -> None:
+        """Present these rows no more; their steps may be written anew."""
+        self._left_out.update(places.tolist())
+        self._order = self._sorted = self._suspicious = None
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Places of the rows that were left out, increasing."""
+        return np.array(sorted(self._left_out), np.int64)
+
+    def is_left_out(self, step: int) -> bool:
+        """Whether the row of this step is one that was left out."""
+        return self._place.get(step) in self._left_out
 
     def order(self) -> np.ndarray:
-        """Places of the rows in order of step."""
+        """Places of the rows that are presented, in order of step."""
         if self._order is None:
-            self._order = np.argsort(np.array(self.steps, np.int64), kind="stable")
+            order = np.argsort(np.array(self.steps, np.int64), kind="stable")
+            self._order = order[~np.isin(order, list(self._left_out))] if self._left_out else order
         return self._order
 
-    def place(self, position: int) -> int:
-        """Where in the file the row lies that is at this position in order of step."""
-        return position if self.in_order else int(self.order()[position])
-
     def sorted_steps(self) -> np.ndarray:
-        return np.sort(np.array(self.steps, np.int64))
+        """Steps of the rows that are presented, increasing, not to be written to."""
+        if self._sorted is None:
+            self._sorted = np.array(self.steps, np.int64)[self.order()]
+            self._sorted.flags.writeable = False
+        return self._sorted
+
+    def impossible(self) -> np.ndarray:
+        """Places of presented rows whose step is negative or also another's."""
+        steps = self.sorted_steps()
+        if not len(steps) or (steps[0] >= 0 and np.all(np.diff(steps) > 0)):
+            return np.empty(0, np.int64)
+        same = np.diff(steps) == 0
+        odd = (steps < 0) | np.append(same, False) | np.insert(same, 0, False)
+        return self.order()[odd]
+
+    def suspicious(self) -> np.ndarray:
+        """Places of presented rows whose step may not be what was written: those above, and rows on both sides of where
+        the order of recording is not that of steps, as long as that is seldom."""
+        if self._suspicious is None:
+            places = np.sort(self.order())
+            falls = np.flatnonzero(np.diff(np.array(self.steps, np.int64)[places]) < 0)
+            beside = places[np.union1d(falls, falls + 1)] if len(falls) <= SELDOM else places[:0]
+            self._suspicious = np.union1d(self.impossible(), beside)
+        return self._suspicious
 
     def columns(self, file: Any, group: str) -> dict[str, Any]:
         """The group's datasets with a row for every step, by name."""
         if self._columns is None:
-            names = (name for name in FIELDS if name.startswith(group + "/"))
-            self._columns = {name: file[name] for name in names if FIELDS[name].dims[0] == "step" and name in file}
+            names = known_names(file, group)
+            self._columns = {name: file[name] for name in names if field_of(name).dims[0] == "step"}
         return self._columns
 
 
-def write_row(dataset: Any, place: int, value: np.ndarray) -> None:
-    """Extend the dataset to hold the row at `place` and write it; h5py's own indexing costs ten times this."""
+def known_names(file: Any, group: str | None = None) -> list[str]:
+    """The schema's datasets that are in an open file, or in one group of it, in the schema's order."""
+    logged = sorted(f"logged/{name}" for name in file["logged"]) if "logged" in file else []
+    names = [name for name in (*FIELDS, *logged) if name in file]
+    return [name for name in dict.fromkeys(names) if group is None or name.startswith(group + "/")]
+
+
+def consecutive(places: np.ndarray) -> list[tuple[int, int]]:
+    """Where runs of consecutive places begin and end, exclusive.
+
+    >>> consecutive(np.array([4, 5, 6, 8, 2]))
+    [(0, 3), (3, 4), (4, 5)]
+    """
+    cuts = np.flatnonzero(np.diff(places) != 1) + 1
+    edges = [0, *cuts.tolist(), len(places)]
+    return [(first, last) for first, last in pairwise(edges) if last > first]
+
+
+def write_row(dataset: Any, place: int, value: np.ndarray, last: bool = True) -> None:
+    """Write the row at `place`, the dataset's last one, or in place of another; h5py's own indexing costs ten times
+    this."""
     shape = (1, *value.shape)
-    dataset.id.set_extent((place + 1, *value.shape))
+    if last:
+        dataset.id.set_extent((place + 1, *value.shape))
     space = dataset.id.get_space()
     space.select_hyperslab((place, *(0 for _ in value.shape)), shape)
     dataset.id.write(h5s.create_simple(shape), space, value)
 
 
-def write_fill(dataset: Any, place: int) -> None:
-    """Write a row in which nothing was measured."""
-    write_row(dataset, place, np.full(dataset.shape[1:], fill_of(dataset.dtype), dataset.dtype))
+def fill_row(dataset: Any) -> np.ndarray:
+    """A row in which nothing was measured."""
+    return np.full(dataset.shape[1:], fill_of(dataset.dtype), dataset.dtype)
 
 
 def as_array(value: Any) -> np.ndarray:

@@ -5,7 +5,9 @@ step carry their own `step` coordinate. Unknown groups are left alone. `docs/tra
 in words and a test holds the two together.
 """
 
+import re
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 SCHEMA_VERSION = (1, 1)
 """Major, minor. A reader refuses a newer major version and reads any minor one."""
@@ -37,6 +39,13 @@ def _fields(*fields: Field) -> dict[str, Field]:
     return {field.path: field for field in fields}
 
 
+ATTRIBUTES = {
+    **dict.fromkeys(("schema_version", "state", "task", "task_source", "task_sha256", "command", "title"), str),
+    **dict.fromkeys(("opsig_version", "python_version", "torch_version", "device", "git_commit"), str),
+    "settings_json": dict,
+}
+"""Root attributes that opsig writes, and what they are; names that end in `_json` hold JSON."""
+
 ROW_CHECKSUM = "exclusive or, over the row's measured columns, of crc32(column name, bytes of the row)"
 
 # "S*" is a fixed-length UTF-8 string as wide as the longest value, and "S64" one of 64 bytes; "u1|i4" is u1 where 254
@@ -60,6 +69,9 @@ FIELDS = _fields(
         "scalars/update_norm", ("step",), "f8", "1", "Euclidean norm of the parameter change of the step that follows"
     ),
     Field("scalars/signed_fraction", ("step",), "f8", "1", "share of the parameters that SplitSGD moves by the sign"),
+    Field("logged/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field("logged/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("logged/*", ("step",), "f8", "1", "any other number of a training loop's own, under the name it gave"),
     Field("losses/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
     Field("losses/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("losses/loss", ("step", "sample"), "f4", "nat", "loss of every sample", "opsig track"),
@@ -115,8 +127,31 @@ DIMENSIONS = (
     *((group, "step") for group in ("scalars", "losses", "checkpoints", "sharpness", "preconditioned")),
     ("preconditioned", "rank"),
     ("", "frozen_parameter"),
+    ("logged", "step"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
+
+
+def logged_name(name: str) -> str:
+    """The dataset in `logged` of a scalar of this name, what HDF5 keeps for itself written as %XX.
+
+    >>> logged_name("val/acc"), field_of("logged/val%2Facc").long_name
+    ('val%2Facc', 'val/acc')
+    """
+    first = "^[.]|^(?=step$|checksum$)." if name in ("step", "checksum") else "^[.]"
+    return re.sub(rf"[%/*\x00-\x1f\x7f]|{first}", lambda found: f"%{ord(found[0]):02X}", name)
+
+
+def field_of(path: str) -> Field:
+    """The field of a dataset. Raises KeyError for what the schema does not know."""
+    if path in FIELDS or not path.startswith("logged/"):
+        return FIELDS[path]
+    return Field(path, ("step",), "f8", "1", unquote(path.removeprefix("logged/")))
+
+
+def is_known(path: str) -> bool:
+    """Whether a dataset is one of the schema's."""
+    return path in FIELDS or path.startswith("logged/")
 
 
 def dimension(field: Field, name: str) -> tuple[str, str]:

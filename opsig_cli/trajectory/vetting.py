@@ -7,7 +7,7 @@ the library. None of it occurs in a file that opsig writes.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable
 from typing import Any
 
 import h5py
@@ -29,15 +29,21 @@ class Refused(Exception):
     """Why the file is not opened, and which object of it is to blame."""
 
 
-def vet(file: h5py.File, file_bytes: int, read: Container[str]) -> None:
-    """Walk every object of an open file of this size without following links; `read`: datasets that will be read.
+def vet(file: h5py.File, file_bytes: int, will_read: Callable[[str], bool]) -> None:
+    """Walk every object of an open file of this size without following links; `will_read`: which datasets will be read.
 
     Raises Refused.
     """
-    _vet_group(file.id, "/", set(), file_bytes, read, 0)
+    stored = _vet_group(file.id, "/", set(), file_bytes, will_read, 0)
+    if stored > file_bytes:
+        raise Refused(f"its datasets claim {stored:,} bytes and the file has {file_bytes:,}: they overlap")
 
 
-def _vet_group(group: Any, path: str, seen: set[Any], file_bytes: int, read: Container[str], depth: int) -> None:
+def _vet_group(
+    group: Any, path: str, seen: set[Any], file_bytes: int, will_read: Callable[[str], bool], depth: int
+) -> int:
+    """Vet a group and what is in it; returns how many bytes its datasets say that they take in the file."""
+    stored = 0
     if depth > MAX_DEPTH:
         raise Refused(f"{path} lies more than {MAX_DEPTH} groups deep")
     _vet_attributes(group, path)
@@ -52,14 +58,15 @@ def _vet_group(group: Any, path: str, seen: set[Any], file_bytes: int, read: Con
             raise Refused(f"{place} is another name of an object" if info.addr in seen else "it has too many objects")
         seen.add(info.addr)
         if info.type == h5o.TYPE_GROUP:
-            _vet_group(h5g.open(group, name), place, seen, file_bytes, read, depth + 1)
+            stored += _vet_group(h5g.open(group, name), place, seen, file_bytes, will_read, depth + 1)
         elif info.type == h5o.TYPE_DATASET:
-            _vet_dataset(h5d.open(group, name), place, file_bytes, place[1:] in read)
+            stored += _vet_dataset(h5d.open(group, name), place, file_bytes, will_read(place[1:]))
         else:
             raise Refused(f"{place} is neither a group nor a dataset")
+    return stored
 
 
-def _vet_dataset(dataset: Any, path: str, file_bytes: int, will_be_read: bool) -> None:
+def _vet_dataset(dataset: Any, path: str, file_bytes: int, will_be_read: bool) -> int:
     _vet_type(dataset.get_type(), path)
     settings = dataset.get_create_plist()
     layout = settings.get_layout()
@@ -89,6 +96,7 @@ def _vet_dataset(dataset: Any, path: str, file_bytes: int, will_be_read: bool) -
     if will_be_read and declared > ratio * stored + SPARE_BYTES:
         raise Refused(f"{path} declares {declared:,} bytes and holds {stored:,}")
     _vet_attributes(dataset, path)
+    return stored
 
 
 def _vet_attributes(owner: Any, path: str) -> None:

@@ -81,6 +81,14 @@ class Opened:
         """Names, shapes and places of all parameters and buffers."""
         return self.flat.layout
 
+    def parameter_count(self) -> int | None:
+        """How many parameters the model has, trained or not, without memory for them; None where that is not known."""
+        try:
+            with torch.device("meta"):
+                return sum(parameter.numel() for parameter in self.task.model().parameters())
+        except Exception:  # a person's model may do anything as it is built, such as reading its own weights
+            return None
+
     @property
     def device_name(self) -> str:
         """The device as a person knows it."""

@@ -51,7 +51,8 @@ class ImageTask:
         self._model, self._loss, self._smoothing = model, loss, label_smoothing
         self.mean = self.pixels.mean((0, 1, 2), dtype=np.float64).astype(np.float32)
         self.deviation = self.pixels.std((0, 1, 2), dtype=np.float64).astype(np.float32) + np.float32(1e-6)
-        self.model()  # an unknown model or option is an error now, before a file is made
+        with torch.device("meta"):
+            self.model()  # without its memory: an unknown model or option is an error now, before a file is made
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:

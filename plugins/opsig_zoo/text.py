@@ -6,6 +6,7 @@ S samples, B a batch's size, N tokens of the text.
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from opsig_zoo.tokens import BYTES, quoted, split
 from opsig_zoo.transformers import GPT
 
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".tex")
+MAX_BYTES, MAX_FILES = 1 << 30, 100_000
+"""Of a text, and entries of a folder that are looked at."""
 SHOWN = 80
 """Characters of a context that a person is shown, its last ones."""
 
@@ -54,7 +57,8 @@ class Text:
         last = len(self.tokens) - 1
         count = min(samples or last, last - context + 1)
         self.targets = np.linspace(context, last, count).round().astype(np.int64)
-        self.model()  # an unknown option is an error now, before a file is made
+        with torch.device("meta"):
+            self.model()  # without its memory: an unknown option is an error now, before a file is made
 
     def model(self) -> nn.Module:
         """A GPT over the vocabulary."""
@@ -89,11 +93,21 @@ class Text:
 
 
 def _read(path: Path) -> bytes:
+    files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        files = sorted(p for p in islice(path.rglob("*"), MAX_FILES) if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise OpsigError(f"{path} holds no text files ({', '.join(SUFFIXES)})")
-        return b"\n".join(file.read_bytes() for file in files)
-    if not path.is_file():
+    elif not path.is_file():
         raise OpsigError(f"{path} does not exist. Give text:path=FILE or a folder")
-    return path.read_bytes()
+    try:
+        sizes = [file.stat().st_size for file in files]
+        if sum(sizes) > MAX_BYTES:
+            raise OpsigError(f"{path} holds more than {MAX_BYTES >> 20} MiB of text")
+        parts = []
+        for file, size in zip(files, sizes, strict=True):
+            with open(file, "rb") as opened:
+                parts.append(opened.read(size))  # some of the system's files never end
+    except OSError as error:
+        raise OpsigError(f"{error.filename or path}: {error.strerror}") from error
+    return b"\n".join(parts)

@@ -276,7 +276,6 @@ def explain(run: Trajectory, clusters: Clusters, step: int) -> list[dict[str, An
     row = int(np.searchsorted(steps, step))
     if row == 0 or row == len(steps) or steps[row] != step:
         raise OpsigError(f"{run.path} has no change of losses at step {step}. It has: {steps[1]} to {steps[-1]}")
-    run.check("losses", np.array([row - 1, row]))
     before, after = run.rows("losses/loss", row - 1, row + 1).astype(np.float64)
     change_S = after - before
     whole, movement = float(change_S.sum()), float(np.abs(change_S).sum())

@@ -149,10 +149,13 @@ def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
 
 
 def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
-    """The steps of the checkpoints whose gradients are compared. Raises OpsigError where the run has none."""
-    if not run.has("checkpoints/params"):
+    """The steps of the checkpoints whose gradients are compared. Raises OpsigError where the run has none, or one of
+    them is damaged."""
+    if not run.has("checkpoints/params") or not len(run.steps("checkpoints")):
         raise OpsigError(f"{run.path} holds no checkpoints, which gradients need. Use --by loss")
-    return grouping.spread(int(window.steps_T[0]), int(window.steps_T[-1]), run.steps("checkpoints"), CHECKPOINTS)
+    steps = grouping.spread(int(window.steps_T[0]), int(window.steps_T[-1]), run.steps("checkpoints"), CHECKPOINTS)
+    run.check("checkpoints", steps.tolist())
+    return steps
 
 
 def _with_largest_gradients(

@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.importing.torch_files import WRAPPERS, StoredArray, first_words, is_plain, load, number_of
+from opsig_cli.studies.importing.torch_files import (
+    WRAPPERS,
+    StoredArray,
+    check_expansion,
+    first_words,
+    is_plain,
+    load,
+    number_of,
+)
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 SUFFIXES = (*TORCH, ".safetensors", ".npz")
@@ -199,6 +207,7 @@ def _open_safetensors(path: str, content: Content, stack: contextlib.ExitStack) 
 def _open_npz(path: str, content: Content, stack: contextlib.ExitStack) -> None:
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
+        check_expansion(archive, path)
         for member in archive.namelist():
             with archive.open(member) as file:
                 shape = _npy_shape(file)
@@ -206,7 +215,7 @@ def _open_npz(path: str, content: Content, stack: contextlib.ExitStack) -> None:
             if shape == ():
                 _collect_numbers({name: _read_npy(archive, member).item()}, content)
             content.tensors[WRAPPERS.sub("", name)] = Entry(shape, partial(_npz_tensor, archive, member))
-    except OSError:
+    except (OSError, OpsigError):
         raise
     except Exception as error:  # a malformed header can raise anything
         raise OpsigError(f"{path} is not a readable npz file of arrays ({first_words(error)})") from error

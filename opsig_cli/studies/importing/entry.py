@@ -210,8 +210,7 @@ def _write(
     new = {step: path for step, path in paths.items() if step not in held}
     if len(new) < len(paths):
         warn(f"{len(paths) - len(new)} of {len(paths)} steps are in {request.output} already")
-    for step in sorted(scalars):
-        recorder.record(step, scalars=scalars[step])
+    flow.import_scalars(recorder, scalars, warn)
     records = []
     with bar("importing", len(new)) as advance:
         for record in flow.import_all(recorder, new, target, warn):
@@ -245,8 +244,7 @@ def _import_series(
             attributes={"opsig_version": version("opsig"), "command": shlex.join(["opsig", *sys.argv[1:]])},
         )  # fmt: skip
     with _kept_when_interrupted(request), recorder:
-        for step in sorted(scalars):
-            recorder.record(step, scalars=scalars[step])
+        flow.import_scalars(recorder, scalars, warn)
         times = flow.import_losses(recorder, losses, steps, warn)
         recorder.run.set_attributes(state="imported")
     return [{"trajectory": request.output, "step": step, "source": request.losses} for step in times]

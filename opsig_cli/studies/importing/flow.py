@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -248,6 +248,22 @@ def read(content: checkpoints.Content, target: Target, path: str, step: int, war
     return State(step, rows["parameter"], rows["buffer"], slots, target.frozen.row)
 
 
+def lacking(recorder: Recorder, group: str, steps: Iterable[int], warn: Warn) -> set[int]:
+    """Those of these steps at which a run has no row yet; how many it has is said."""
+    wanted = set(steps)
+    new = wanted - set(recorder.run.steps(group).tolist())
+    if len(new) < len(wanted):
+        warn(f"{len(wanted) - len(new)} of {len(wanted)} steps of {group} are in {recorder.run.path} already")
+    return new
+
+
+def import_scalars(recorder: Recorder, scalars: Mapping[int, Mapping[str, float]], warn: Warn) -> None:
+    """Append scalars at the steps that have none."""
+    known = [step for step, values in scalars.items() if values]
+    for step in sorted(lacking(recorder, "scalars", known, warn)):
+        recorder.record(step, scalars=scalars[step])
+
+
 def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:
     """Where the samples of a series lie among a run's, (S,). Raises OpsigError where it has one that the run lacks."""
     places = np.searchsorted(samples, losses.samples)
@@ -261,13 +277,17 @@ def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:
 
 
 def import_losses(recorder: Recorder, losses: Losses, steps: Sequence[int] | None, warn: Warn) -> list[int]:
-    """Append a series of losses; returns its steps. Raises OpsigError where it has samples that the run lacks."""
+    """Append a series of losses at the steps that have none; returns its steps. Raises OpsigError where it has samples
+    that the run lacks."""
     samples = recorder.run.samples
     places = places_of(losses, samples)
     if len(places) < len(samples):
         warn(f"losses of {len(places)} of the {len(samples)} samples are given")
     times = losses.steps.tolist() if steps is None else list(steps)
+    new = lacking(recorder, "losses", times, warn)
     for t, step in enumerate(times):
+        if step not in new:
+            continue
         values, predictions = losses.row(t)
         row = np.full(len(samples), np.nan, np.float32)
         row[places] = values

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.importing.torch_files import first_words
+from opsig_cli.studies.importing.torch_files import check_expansion, first_words
 from opsig_cli.trajectory.schema import FIELDS
 
 SCALARS = {name.removeprefix("scalars/") for name, field in FIELDS.items() if name.startswith("scalars/")
            and field.dtype == "f8"}  # fmt: skip
 SCALAR_NAMES = {"loss": "train_loss", "lr": "learning_rate"} | {name: name for name in SCALARS}
 
+MAX_SPREAD, SPARE_CELLS = 1000, 1 << 24
+"""A table may become so many losses for each of its lines, and so many in any case."""
 PLURALS = {"loss": "losses", "step": "steps", "label": "labels", "prediction": "predictions"}
 
 
@@ -56,6 +58,7 @@ def _losses_of_arrays(path: str) -> Losses:
     loaded: Any = np.load(path, allow_pickle=False, mmap_mode="r")
     found, inside = {"losses": loaded}, ["losses"]
     if not isinstance(loaded, np.ndarray):
+        check_expansion(loaded.zip, path)
         inside = loaded.files
         names = {PLURALS.get(name, name): name for name in inside}
         found = {name: loaded[names[name]] for name in PLURALS.values() if name in names}
@@ -96,6 +99,11 @@ def _losses_of_csv(path: str) -> Losses:
         raise OpsigError(f"{path} has two losses of sample {ids[places[twice[0]]]} at step {step_S[twice[0]]}")
     times, starts = np.unique(step_S, return_index=True)
     ends = np.append(starts[1:], len(step_S))
+    if len(times) * len(ids) > MAX_SPREAD * len(step_S) + SPARE_CELLS:
+        raise OpsigError(
+            f"{path} names {len(ids):,} samples at {len(times):,} steps in {len(step_S):,} lines: a run of them would "
+            f"be {len(times) * len(ids):,} losses, nearly all of them missing"
+        )
 
     def row(t: int) -> tuple[np.ndarray, None]:
         values = np.full(len(ids), np.nan, np.float32)

@@ -7,6 +7,7 @@ own classes are never called. Anything else is refused by name.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import zipfile
@@ -18,6 +19,8 @@ from opsig_cli.errors import OpsigError
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Segments that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
+MAX_EXPANSION, SPARE_BYTES = 100, 64 << 20
+"""An archive may unpack to so many times its size, and to this much in any case."""
 REMEDY = "Save the model's state_dict() alone, with torch.save, and import that"
 
 
@@ -143,9 +146,17 @@ def load(path: str) -> Any:
         raise OpsigError(_explain(path, error)) from error
 
 
+def check_expansion(archive: zipfile.ZipFile, path: str) -> None:
+    """Raise OpsigError where an archive unpacks to far more than it is, as numbers of a run never do."""
+    whole = sum(part.file_size for part in archive.infolist())
+    if whole > MAX_EXPANSION * os.path.getsize(path) + SPARE_BYTES:
+        raise OpsigError(f"{path} would unpack to {whole:,} bytes, more than {MAX_EXPANSION} times its size")
+
+
 def _check_stored(path: str) -> None:
     """Raise OpsigError where tensors are compressed: torch maps the bytes as they lie, and takes them for weights."""
     with zipfile.ZipFile(path) as archive:
+        check_expansion(archive, path)
         tensors = [part for part in archive.infolist() if "/data/" in part.filename]
         if any(part.compress_type != zipfile.ZIP_STORED for part in tensors):
             raise OpsigError(f"{path} holds compressed tensors, as torch.save writes none. Load it and save it again")

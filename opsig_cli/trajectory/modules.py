@@ -1,0 +1,72 @@
+"""Checkpoints of a plain torch model and its optimizer. torch itself is not imported: the tensors bring it along.
+
+P trained parameters, B buffers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from opsig_cli.backends import State, Tensor
+from opsig_cli.errors import OpsigError
+
+SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+"""What of an optimizer's state has a place in a trajectory."""
+WRAPPER = re.compile(r"^(?:(?:_orig_mod|module)\.)+")
+"""What torch.compile and data parallelism put before names."""
+
+
+def layout_of(model: Any) -> list[Tensor]:
+    """Names, shapes and places of a model's parameters, trained and frozen, in its own order, tied ones once, and of
+    its buffers.
+
+    Raises OpsigError where it is not a model of torch.
+    """
+    named = [(name, "parameter" if p.requires_grad else "frozen", p) for name, p in _named(model, "parameters")]
+    named += [(name, "buffer", tensor) for name, tensor in _named(model, "buffers")]
+    found: list[Tensor] = []
+    ends: dict[str, int] = {"parameter": 0, "frozen": 0, "buffer": 0}
+    for name, kind, tensor in named:
+        found.append(Tensor(WRAPPER.sub("", name), kind, tuple(tensor.shape), ends[kind], tensor.numel()))
+        ends[kind] += tensor.numel()
+    return found
+
+
+def state_of(model: Any, optimizer: Any = None, step: int = 0) -> State:
+    """What a model and its optimizer hold now, as a checkpoint of `step` in the order of `layout_of`: a copy.
+
+    Of the optimizer SLOTS are kept; a parameter that it has no state of yet counts as 0. Raises OpsigError where these
+    are no model and optimizer of torch.
+    """
+    named = [tensor for _, tensor in _named(model, "parameters")]
+    parameters, frozen = [p for p in named if p.requires_grad], [p for p in named if not p.requires_grad]
+    buffers = [tensor for _, tensor in _named(model, "buffers")]
+    slots = {}
+    if optimizer is not None:
+        if not hasattr(optimizer, "state") or not hasattr(optimizer, "param_groups"):
+            raise OpsigError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        for name in SLOTS:
+            held = [optimizer.state.get(parameter, {}).get(name) for parameter in parameters]
+            if any(row is not None for row in held):
+                slots[name] = _row(
+                    [p.new_zeros(p.shape) if row is None else row for p, row in zip(parameters, held, strict=True)],
+                    np.float32,
+                )
+    return State(
+        step, _row(parameters, np.float32), _row(buffers, np.float64), slots, _row(frozen, np.float32)
+    )  # fmt: skip
+
+
+def _named(model: Any, kind: str) -> list[tuple[str, Any]]:
+    if not hasattr(model, "named_parameters") or not hasattr(model, "named_buffers"):
+        raise OpsigError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    return list(getattr(model, f"named_{kind}")())
+
+
+def _row(tensors: Iterable[Any], dtype: Any) -> np.ndarray:
+    parts = [tensor.detach().cpu().double().reshape(-1).numpy().astype(dtype) for tensor in tensors]
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
