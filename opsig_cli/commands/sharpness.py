@@ -31,6 +31,15 @@ def sharpness(
         int | None, typer.Option("--slice", metavar="STEP", help="Losses of groups along the top eigenvector.")
     ] = None,
     span: Annotated[float, typer.Option(min=0, help="How far the slice goes each way.")] = 0.2,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            "--at",
+            metavar="floor|iterate",
+            help="Eigenvalues at the floor of the valley, between iterates that bounce, or where these stand. "
+            "Default: the floor where the run alternates at period two.",
+        ),
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="The Hessian itself for Adam, without preconditioner.")
     ] = False,
@@ -52,6 +61,8 @@ def sharpness(
     """
     from opsig_cli import backends, records
     from opsig_cli.studies import curvature, tracking
+    from opsig_cli.studies.floor import PLACES, choose_place
+    from opsig_cli.studies.trained import settings_of
     from opsig_cli.trajectory.file import open_trajectory
 
     note = partial(options.note, quiet=quiet)
@@ -62,6 +73,12 @@ def sharpness(
     for name in wanted:
         if name not in known:
             raise UsageError(f"no metric is called '{name}'. Known: {', '.join(known)}")
+    if at not in (None, *PLACES):
+        raise UsageError(f"--at is one of {', '.join(PLACES)}, not '{at}'")
+    if at is not None and (wanted or slice_step is not None):
+        raise UsageError(
+            "--at is of eigenvalues; --metrics and --slice are taken at the iterates. Leave one of them out"
+        )
     with open_trajectory(path, "r+" if not wanted and slice_step is None else "r") as trajectory:
         chosen_steps = curvature.select_steps(trajectory, steps)
         session, _ = tracking.open_session(trajectory, task, device, backend, note)
@@ -81,7 +98,11 @@ def sharpness(
             with options.progress("curvature", len(chosen_steps), quiet) as advance:
                 written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
         else:
-            group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
+            place, words = choose_place(trajectory, session, chosen_steps, at)
+            if words:
+                note(words)
+            settings = None if plain else settings_of(trajectory)
+            group = curvature.group_of(settings, place)
             if replace:
                 trajectory.remove(group)
             measured = curvature.count_to_measure(trajectory, group, count)
@@ -97,7 +118,11 @@ def sharpness(
             from opsig_cli.studies import drawing
 
             options.save_figure(figure, drawing.draw_curvature, trajectory, written)
-    title = f"{path}: preconditioned Hessian" if any(r.get("preconditioned") for r in written) else path
+    title = path
+    if any(r.get("preconditioned") for r in written):
+        title += ": preconditioned Hessian"
+    if any(r.get("at") == "floor" for r in written):
+        title += ", at the floor of the valley"
     records.write(written, format, [records.Table(title, _rows(written))])
     unmet = [r for r in written if r.get("converged") is False]
     if unmet:
@@ -141,7 +166,7 @@ def curvature_groups(trajectory, piped: list) -> dict:
 def _rows(records: list[dict]) -> list[dict]:
     """Records shortened to what a person reads: columns that say the same of every eigenvalue are left to JSON."""
     rows = []
-    hidden = ["trajectory", "layer_fraction", "losses", "density_nodes", "density_weights", "preconditioned"]
+    hidden = ["trajectory", "layer_fraction", "losses", "density_nodes", "density_weights", "preconditioned", "at"]
     if all(record.get("converged") for record in records):
         hidden.append("converged")
     for record in records:

@@ -99,7 +99,11 @@ def _tiles(
     ]  # fmt: skip
     if curvature is not None and curvature.ratio is not None:
         tiles.append(
-            ("Sharpness, at most", f"{curvature.ratio:.2f} \N{MULTIPLICATION SIGN}", "the stability threshold")
+            (
+                "Sharpness, at most",
+                f"{curvature.ratio:.2f} \N{MULTIPLICATION SIGN}",
+                "the stability threshold" + (", at the floor" if curvature.floor else ""),
+            )
         )
     else:
         tiles.append(("Sharpness", "\N{EN DASH}", "no threshold known" if curvature else "not in this file"))

@@ -181,9 +181,13 @@ def pair_evidence(pair: Record) -> list[Evidence]:
 
 
 def curvature_sentence(
-    steps: Sequence[int], values: Sequence[float], threshold: Sequence[float], rise: int
-) -> str | None:
-    """Where the top eigenvalue is against the threshold, in words; None where the file holds no threshold."""
+    steps: Sequence[int], values: Sequence[float], threshold: Sequence[float], rise: int,
+    floor: bool = False,
+) -> str | None:  # fmt: skip
+    """Where the top eigenvalue is against the threshold, in words; None where the file holds no threshold.
+
+    `floor`: it was measured at the floor of the valley, not where the iterates stand.
+    """
     known = [
         (step, value, limit)
         for step, value, limit in zip(steps, values, threshold, strict=True)
@@ -195,7 +199,8 @@ def curvature_sentence(
     step, value, limit = max(known, key=lambda row: row[1] / row[2])
     most = f"{value / limit:.2f} times the stability threshold ({value:.3g} against {limit:.3g}, at step {step})"
     near, there, limit = min(known, key=lambda row: abs(row[0] - rise))
-    text = f"Measured at {len(known)} step{'s' * (len(known) > 1)}, the sharpness reaches {most}"
+    where = "at the floor of the valley, between the iterates, at" if floor else "at"
+    text = f"Measured {where} {len(known)} step{'s' * (len(known) > 1)}, the sharpness reaches {most}"
     text += f", and is first above it at step {crossed[0]}. " if crossed else ", and never exceeds it. "
     text += f"At step {near}, the nearest to the largest rise at step {rise}, it is {there / limit:.2f} times."
     return text + (" Above the threshold, oscillation along the top eigenvector grows." if crossed else "")
