@@ -13,18 +13,23 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import h5py
 import numpy as np
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.trajectory import frames
 from opsig_cli.trajectory.naming import describe
 from opsig_cli.trajectory.reading import Reading
 from opsig_cli.trajectory.rows import as_array, column_checksum, is_fill, stated_fill, write_fill, write_row
 from opsig_cli.trajectory.schema import FIELDS, SCHEMA_VERSION, Field
 from opsig_cli.trajectory.store import RedoFile, SnapshotFile, writer_of
 from opsig_cli.trajectory.vetting import Refused, vet
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
 
 WIDE = 200_000
 """Samples from which on losses are kept in wider and lower chunks."""
@@ -104,6 +109,14 @@ class Trajectory(Reading):
             self.close()
         else:
             self.abort()
+
+    def frame(self, name: str = "losses/loss") -> pandas.DataFrame:
+        """Rows as a pandas frame: "losses/loss" (steps x samples, with labels), "scalars", ...; see `frames`."""
+        return frames.frame(self, name)
+
+    def dataset(self, group: str = "losses") -> xarray.Dataset:
+        """A row group as an xarray Dataset that is read when it is used, while the run is open; see `frames`."""
+        return frames.dataset(self, group)
 
     def set_attributes(self, **attributes: Any) -> None:
         """Set root attributes: text, numbers; a key that ends in `_json` takes any JSON value."""

@@ -51,6 +51,11 @@ class Reading:
             }
 
     @property
+    def writable(self) -> bool:
+        """Whether rows can be appended."""
+        return isinstance(self._store, RedoFile)
+
+    @property
     def samples(self) -> np.ndarray:
         """Dataset index of every sample, (S,) int64."""
         return self.read("sample")
@@ -96,6 +101,10 @@ class Reading:
     def steps(self, group: str) -> np.ndarray:
         """Steps recorded in a row group, increasing, (T,) int64; empty where the group is absent."""
         return self._rows(group).sorted_steps()
+
+    def losses(self) -> np.ndarray:
+        """Every sample's loss at every recorded step, in order of step, (T, S) float32; NaN where not measured."""
+        return self.rows("losses/loss", 0, len(self.steps("losses")))
 
     def row(self, name: str, step: int) -> np.ndarray:
         """The row of one step, (S,) or (P,), checked against its checksum.
