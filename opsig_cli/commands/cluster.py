@@ -61,11 +61,13 @@ def cluster(
     """
     from opsig_cli import records
     from opsig_cli.studies import mining
-    from opsig_cli.studies.clustering import agreement, finding, saying, weighing
+    from opsig_cli.studies.clustering import agreement, explaining, finding
+    from opsig_cli.studies.clustering import records as clustered
+    from opsig_cli.studies.clustering import tables as shortened
     from opsig_cli.trajectory.file import open_trajectory
 
-    if by not in (None, *weighing.BY):
-        raise UsageError(f"--by is one of {', '.join(weighing.BY)}, not '{by}'")
+    if by not in (None, *finding.BY):
+        raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
     if by == "loss" and sketch is not None:
         raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
     mined = records.read(sys.stdin) if run == "-" else None
@@ -80,9 +82,9 @@ def cluster(
             sketch=sketch,
         )  # fmt: skip
         clusters = found.clusters
-        written = saying.records(trajectory, clusters)
+        written = clustered.records(trajectory, clusters)
         agreed = agreement.agreement(trajectory, clusters) if truth else None
-        explained = saying.explain(trajectory, clusters, explain) if explain is not None else []
+        explained = explaining.explain(trajectory, clusters, explain) if explain is not None else []
         if figure:
             from opsig_cli.studies import drawing
 
@@ -92,14 +94,14 @@ def cluster(
     if not clusters.pairs:
         more = " Mine more: opsig mine --top" if mined else " Look at more: --top, or other steps: --window"
         options.note(f"no opposing pair was found among {len(clusters.position)} samples.{more}", quiet)
-    tables = [records.Table(f"{path}: opposing pairs, the significant ones first", saying.pair_table(written))]
-    if said := saying.sentence_table(written):
+    tables = [records.Table(f"{path}: opposing pairs, the significant ones first", shortened.pair_table(written))]
+    if said := shortened.sentence_table(written):
         tables.append(records.Table("in words", said))
-    if alone := saying.alone_table(written):
+    if alone := shortened.alone_table(written):
         tables.append(records.Table("groups that no other opposes", alone))
     if explained:
         written += explained
-        shown = saying.explain_table(explained)
+        shown = explaining.explain_table(explained)
         tables.append(records.Table(f"the change at step {explain}, summed over samples, in nats", shown))
     if agreed:
         written.append(agreed)
