@@ -10,7 +10,7 @@ import numpy as np
 
 from opsig_cli.report import words
 from opsig_cli.report.charts import Chart, Line, line_chart
-from opsig_cli.studies.clustering.weighing import Window
+from opsig_cli.studies.clustering.window import Window
 from opsig_cli.studies.comparing import Series
 from opsig_cli.studies.curvature import PLACE, PRECONDITIONED, held_group
 from opsig_cli.studies.trained import settings_of

@@ -16,7 +16,8 @@ import numpy as np
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import curvature, floor, mining, tracking
-from opsig_cli.studies.clustering import agreement, finding, saying, weighing
+from opsig_cli.studies.clustering import agreement, explaining, finding
+from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
 from opsig_cli.studies.trained import settings_of
@@ -70,8 +71,8 @@ def cluster(
     """
     from opsig_cli.studies import drawing
 
-    if by not in (None, *weighing.BY):
-        raise UsageError(f"--by is one of {', '.join(weighing.BY)}, not '{by}'")
+    if by not in (None, *finding.BY):
+        raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
     if by == "loss" and sketch is not None:
         raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
     samples = None if records is None else _samples_of(records)
@@ -82,9 +83,9 @@ def cluster(
             sketch=sketch,
         )  # fmt: skip
         clusters = found.clusters
-        written = saying.records(trajectory, clusters)
+        written = clustered.records(trajectory, clusters)
         if explain is not None:
-            written += saying.explain(trajectory, clusters, explain)
+            written += explaining.explain(trajectory, clusters, explain)
         if truth:
             written.append(agreement.agreement(trajectory, clusters))
     notes = list(found.notes)
@@ -101,8 +102,8 @@ def cluster(
 
 def sharpness(
     run: Run, *, k: int = 1, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
-    random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, plain: bool = False, seed: int = 0,
-    replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
+    random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, plain: bool = False,
+    seed: int = 0, replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
     device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
@@ -110,7 +111,8 @@ def sharpness(
     With `metrics` ("gradient_norm,curvature", ...), of single samples or of the whole loss instead: those that
     `records` name, `random` ones drawn with `seed`, or all. With `slice`, mean losses along the top eigenvector through
     this step, `span` each way, of the groups that `records` name. `k`: eigenvalues; `steps`: checkpoints "A:B:C";
-    `tolerance`: residual |Hv - av| / |a| to reach; `at`: "floor" or "iterate", see `studies.floor`; `plain`: without Adam's preconditioner; `replace`: measure anew.
+    `tolerance`: residual |Hv - av| / |a| to reach; `at`: "floor" or "iterate", or as the run
+    does; `plain`: without Adam's preconditioner; `replace`: measure anew.
     """
     from opsig_cli.studies import drawing
 
