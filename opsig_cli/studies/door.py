@@ -15,7 +15,7 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, floor, mining, tracking
+from opsig_cli.studies import curvature, ends, floor, mining, slopes, tracking
 from opsig_cli.studies.clustering import agreement, explaining, finding
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.ranges import parse_range
@@ -101,36 +101,42 @@ def cluster(
 
 
 def sharpness(
-    run: Run, *, k: int = 1, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
-    random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, plain: bool = False,
-    seed: int = 0, replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    run: Run, *, k: int | None = None, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
+    random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, name: bool = False,
+    plain: bool = False, seed: int = 0, replace: bool = False, records: Sequence[dict[str, Any]] | None = None,
+    task: str | None = None, device: str | None = None, backend: str = "torch", note: Note = quietly,
+    progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
 
     With `metrics` ("gradient_norm,curvature", ...), of single samples or of the whole loss instead: those that
     `records` name, `random` ones drawn with `seed`, or all. With `slice`, mean losses along the top eigenvector through
-    this step, `span` each way, of the groups that `records` name. `k`: eigenvalues; `steps`: checkpoints "A:B:C";
-    `tolerance`: residual |Hv - av| / |a| to reach; `at`: "floor" or "iterate", or as the run
+    this step, `span` each way, of the groups that `records` name. With `name`, who stands at the two ends of each
+    eigenvector: records of kind "eigenvector". `k`: eigenvalues, 1 or with `name` 4; `steps`: checkpoints "A:B:C", all
+    or with `name` the last; `tolerance`: residual |Hv - av| / |a| to reach; `at`: "floor" or "iterate", or as the run
     does; `plain`: without Adam's preconditioner; `replace`: measure anew.
     """
     from opsig_cli.studies import drawing
 
     wanted = [name for name in (metrics or "").split(",") if name]
     known = (*curvature.SAMPLE_METRICS, *curvature.STEP_METRICS)
-    for name in wanted:
-        if name not in known:
-            raise UsageError(f"no metric is called '{name}'. Known: {', '.join(known)}")
+    for metric in wanted:
+        if metric not in known:
+            raise UsageError(f"no metric is called '{metric}'. Known: {', '.join(known)}")
     if at not in (None, *floor.PLACES):
         raise UsageError(f"--at is one of {', '.join(floor.PLACES)}, not '{at}'")
     if at == "floor" and (wanted or slice is not None):
         raise UsageError("--metrics and --slice are measured where the iterates stand. Leave --at floor out")
-    of_samples = [name for name in wanted if name in curvature.SAMPLE_METRICS]
+    if name and (wanted or slice is not None or plain):
+        raise UsageError("--name is of what decides stability. Leave --metrics, --slice and --plain out")
+    of_samples = [metric for metric in wanted if metric in curvature.SAMPLE_METRICS]
     keeps = not wanted and slice is None
     with opened(run, "r+" if keeps else "r") as trajectory:
         if keeps and not trajectory.writable:
             raise OpsigError(f"{trajectory.path} is open for reading. Eigenvalues are kept in it: open it with 'r+'")
         chosen_steps = curvature.select_steps(trajectory, steps)
+        if name and steps is None:
+            chosen_steps = chosen_steps[-1:]
         session, _ = tracking.open_session(trajectory, task, device, backend, note)
         backends.require(session, backends.Curvature, backend, "curvature")
         if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
@@ -146,14 +152,28 @@ def sharpness(
                     written = curvature.sample_records(trajectory, session, chosen_steps, chosen, of_samples, advance)
                 else:
                     written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
-        else:
-            place, words = floor.choose_place(trajectory, session, chosen_steps, at)
+        elif name:
+            backends.require(session, backends.Slopes, backend, "slopes")
+            count = k or ends.NAMED
+            if replace:
+                trajectory.remove("slopes")
+            place, words = _place_of_name(trajectory, session, chosen_steps, at)
+            missing, held = slopes.check_kept(trajectory, chosen_steps, count, place)
             if words:
                 note(words)
+            with progress("eigenvectors", len(missing)) as advance:
+                for step in slopes.measure(trajectory, session, missing, held, tolerance, place):
+                    advance(note=f"step {step}")
+            written = ends.records(trajectory, chosen_steps, count, place)
+        else:
+            k = k or 1
+            place, words = floor.choose_place(trajectory, session, chosen_steps, at)
             group = curvature.group_of(None if plain else settings_of(trajectory), place)
             if replace:
                 trajectory.remove(group)
             count = curvature.count_to_measure(trajectory, group, k)
+            if words:
+                note(words)
             have = set(trajectory.steps(group).tolist())
             missing = [step for step in chosen_steps if step not in have]
             if len(missing) < len(chosen_steps):
@@ -162,12 +182,12 @@ def sharpness(
                 for step in curvature.measure(trajectory, session, group, missing, count, tolerance):
                     advance(note=f"step {step}")
             written = curvature.records(trajectory, group, chosen_steps, tolerance, k)
-    unmet = sum(record.get("converged") is False for record in written)
+    unmet = sum(record.get("converged") is False or record.get("residual", 0) > tolerance for record in written)
     notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []
 
     def draw():
         with opened(run) as trajectory:
-            return drawing.draw_curvature(trajectory, written)
+            return (drawing.draw_ends if name else drawing.draw_curvature)(trajectory, written)
 
     title = trajectory.path
     if any(record.get("preconditioned") for record in written):
@@ -175,6 +195,18 @@ def sharpness(
     if any(record.get("at") == "floor" for record in written):
         title += ", at the floor of the valley"
     return Records(written, notes=notes, title=title, draw=draw)
+
+
+def _place_of_name(
+    run: Trajectory, session: backends.Session, steps: list[int], at: str | None
+) -> tuple[str, str | None]:
+    """Where to measure slopes, and a note: where the file has others, if a person does not say."""
+    if at is None and (kept := set(slopes.places_kept(run).values())):
+        return kept.pop(), None
+    place, words = floor.choose_place(run, session, steps, at)
+    if at is None and place == "iterate" and (why := floor.why_no_floor(run, steps[-1])):
+        words = f"note: measured at the iterates, as {run.path} has no floor: {why}"
+    return place, words
 
 
 def _samples_of(records: Sequence[dict[str, Any]]) -> list[int]:

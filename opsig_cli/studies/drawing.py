@@ -95,6 +95,27 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
     return pairs_figure(panels, window.steps_T, whole, title, close_up(window.steps_T, centre), matrix if names else [])
 
 
+def draw_ends(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
+    """What `sharpness --name` found: the samples at both ends of every eigenvector."""
+    from opsig_cli.figures.ends import ends_page
+
+    pictures, place = Pictures(run), {int(sample): at for at, sample in enumerate(run.samples.tolist())}
+    panels = []
+    for record in records:
+        before, after = (predictions_at(run, record["step"] + ahead) for ahead in (0, 1))
+        sheets = []
+        for size, mix, slope, share, samples in zip(
+            *(record[key] for key in ("sizes", "labels", "slopes", "shares", "samples")), strict=True
+        ):
+            positions = [place[sample] for sample in samples[:PAIR_TILES]]
+            tiles = [pictures.tile(p, pictures.name(before, p), pictures.name(after, p)) for p in positions]
+            sheets.append((f"{describe(mix, size)}: slope {slope:+.2g}, {share:.0%} of the eigenvalue", tiles))
+        ratio = f", {record['ratio']:.2f} of the threshold" if np.isfinite(record["ratio"]) else ""
+        panels.append((f"step {record['step']}, eigenvector {record['rank']}{ratio}", *sheets))
+    where = " at the floor of the valley" if any(record["at"] == "floor" for record in records) else ""
+    return ends_page(panels, f"{Path(run.path).name}: the two ends of leading eigenvectors{where}")
+
+
 def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
     """What `sharpness` measured: eigenvalues, metrics of samples or of the whole loss, or a slice."""
     from opsig_cli.figures import curvature
@@ -113,7 +134,8 @@ def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
         threshold = np.array([r["threshold"] or np.nan for r in records if r["rank"] == 1], float)
         shares = [r.get("layer_fraction", {}) for r in records if r["rank"] == 1]
         layers = {layer: np.array([share.get(layer, np.nan) for share in shares]) for layer in shares[0]}
-        return curvature.sharpness_page(steps, values, threshold, layers, f"{name}: sharpness")
+        where = " at the floor of the valley" if records[0]["at"] == "floor" else ""
+        return curvature.sharpness_page(steps, values, threshold, layers, f"{name}: sharpness{where}")
     elif records and "sample" in records[0]:
         metrics = [key for key in records[0] if key not in ("trajectory", "step", "sample", "set")]
         steps = sorted({r["step"] for r in records})
