@@ -1,24 +1,55 @@
 """opsig finds the opposing groups of samples that make a network's training loss oscillate and spike.
 
-The public Python API: `open_trajectory` reads a run, `Recorder` writes one from a training loop of one's own, and
-`Task` is what a training problem must offer.
+The public Python API. `open_trajectory` reads a run, as arrays, pandas frames or xarray datasets; `mine`, `cluster` and
+`sharpness` are the commands of these names as functions, and return the records that the commands print; `Recorder`
+writes a run from a training loop of one's own, with `State` for checkpoints whose layout is a list of `Tensor`; `Task`
+is what a training problem must offer; `OpsigError` is what all of them raise.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opsig_cli.backends import State, Tensor
+    from opsig_cli.errors import OpsigError
+    from opsig_cli.studies.door import cluster, mine, sharpness
+    from opsig_cli.studies.results import Records
     from opsig_cli.tasks import Task
-    from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli.trajectory.file import Trajectory, open_trajectory
     from opsig_cli.trajectory.recorder import Recorder
 
-__all__ = ["Recorder", "Task", "open_trajectory"]
+_HOMES = {
+    "OpsigError": "errors",
+    "Recorder": "trajectory.recorder",
+    "Records": "studies.results",
+    "State": "backends",
+    "Task": "tasks",
+    "Tensor": "backends",
+    "Trajectory": "trajectory.file",
+    "cluster": "studies.door",
+    "mine": "studies.door",
+    "open_trajectory": "trajectory.file",
+    "sharpness": "studies.door",
+}
+
+__all__ = [
+    "OpsigError",
+    "Recorder",
+    "Records",
+    "State",
+    "Task",
+    "Tensor",
+    "Trajectory",
+    "cluster",
+    "mine",
+    "open_trajectory",
+    "sharpness",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `opsig --help` needs none of them."""
     from importlib import import_module
 
-    home = {"Recorder": "recorder", "Task": "tasks", "open_trajectory": "trajectory"}.get(name)
-    if home is None:
+    if name not in _HOMES:
         raise AttributeError(f"module 'opsig_cli' has no attribute '{name}'")
-    return getattr(import_module(f"opsig_cli.{home}"), name)
+    return getattr(import_module(f"opsig_cli.{_HOMES[name]}"), name)

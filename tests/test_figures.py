@@ -5,7 +5,7 @@ import pytest
 
 from opsig_cli.analysis.density import smoothed_density
 from opsig_cli.figures import curvature
-from opsig_cli.figures.canvas import heading, save_page
+from opsig_cli.figures.canvas import heading, page, save
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 
@@ -20,7 +20,7 @@ def tiles(count=7):
 
 def draw_pairs(path, count=1):
     panel = PairPanel("pair 1", ("G1: coats", tiles(), WHOLE), ("G2: $x_1$ <b>", [], WHOLE[::-1]))
-    pairs_figure(path, [panel] * count, STEPS, WHOLE, "a run", zoom=(10, 30))
+    save(pairs_figure([panel] * count, STEPS, WHOLE, "a run", zoom=(10, 30)), path)
 
 
 @pytest.mark.parametrize(("suffix", "signature"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
@@ -43,14 +43,14 @@ def test_wrong_predictions_are_marked_by_more_than_colour(tmp_path):
 
 
 def test_a_run_without_pairs_says_so(tmp_path):
-    pairs_figure(tmp_path / "a.svg", [], STEPS, WHOLE, "a run", zoom=(10, 30))
+    save(pairs_figure([], STEPS, WHOLE, "a run", zoom=(10, 30)), tmp_path / "a.svg")
     assert "no opposing pair was found" in (tmp_path / "a.svg").read_text()
 
 
 def test_what_is_missing_does_not_stop_a_picture(tmp_path):
     bare = [Tile(None, None, None, None), Tile("x = 1\ny = 2", "x\x1b[2J", None, "7")]
     losses = np.where(np.arange(50) % 2, np.nan, 0.0)
-    movers_figure(tmp_path / "a.svg", [("rose", bare)], STEPS, {"rose": losses}, -WHOLE, (0, 49), "t")
+    save(movers_figure([("rose", bare)], STEPS, {"rose": losses}, -WHOLE, (0, 49), "t"), tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     assert "no picture" in text
     assert "\x1b" not in text
@@ -70,7 +70,7 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        save_page(path, [heading("t"), (1.0, fail)])
+        save(page([heading("t"), (1.0, fail)]), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
@@ -97,10 +97,12 @@ def test_the_whole_losses_curvature_is_drawn_with_what_it_is_held_against(tmp_pa
         curvature.trace_panel(STEPS[:5], np.arange(5.0), np.ones(5)),
         curvature.density_panel(4, *smoothed_density(np.array([0.0, 1]), np.array([9.0, 1]))),
     ]
-    curvature.loss_page(tmp_path / "a.svg", panels, "a run")
+    save(curvature.loss_page(panels, "a run"), tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     assert ("2 / learning rate" in text) == np.isfinite(threshold)
     for words in ("any step along the update raises the loss", "standard error", "spectral density at step 4"):
         assert words in text
-    curvature.loss_page(tmp_path / "b.svg", [curvature.critical_panel(STEPS[:1], critical[:1], critical[:1])], "t")
+    save(
+        curvature.loss_page([curvature.critical_panel(STEPS[:1], critical[:1], critical[:1])], "t"), tmp_path / "b.svg"
+    )
     assert "any step" not in (tmp_path / "b.svg").read_text()

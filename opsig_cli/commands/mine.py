@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from opsig_cli.commands import options
-from opsig_cli.errors import UsageError
 
 TEXT = 40
 """Characters of a text sample that fit into a table."""
@@ -17,7 +16,7 @@ def mine(
     run: options.RunArgument,
     top: Annotated[int, typer.Option("--top", min=1, help="Samples to print.")] = 40,
     step: Annotated[int | None, typer.Option(min=0, help="Rank by the change of this one step.")] = None,
-    window: Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")] = None,
+    window: options.WindowOption = None,
     score: Annotated[
         str | None,
         typer.Option(metavar="change|oscillation|variation|surprise", help="Default: chosen by the run, and said."),
@@ -40,23 +39,11 @@ def mine(
     Example: opsig mine run.h5 --top 20 --figure movers.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import mining
-    from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli.studies import door
 
-    if step is not None and window is not None:
-        raise UsageError("--step and --window exclude each other. Give one of them")
-    with open_trajectory(run) as trajectory:
-        found = mining.find(trajectory, top, score, step, options.parse_range(window, "--window"), direction)
-        mined = mining.records(trajectory, found, share)
-        if figure:
-            from opsig_cli.studies import drawing
-
-            options.save_figure(figure, drawing.draw_movers, trajectory, found, mined)
-    if found.note:
-        options.note(f"note: {found.note}", quiet)
-    if share is not None:
-        carried = sum(r["share_at_step"] or 0 for r in mined)
-        options.note(f"note: these {len(mined)} samples carry {carried:.0%} of the change at step {share}", quiet)
+    found = door.mine(run, top=top, step=step, window=window, score=score, direction=direction, share=share)
+    options.save_figure(figure, found.figure)
+    options.say(found.notes, quiet)
     shown = [
         {
             "rank": r["rank"],
@@ -68,6 +55,6 @@ def mine(
             "score": r["score"],
             "share": None if r["share"] is None else f"{r['share']:.1%}",
         }
-        for r in mined
+        for r in found
     ]
-    records.write(mined, format, [records.Table(f"{run}: samples that move most, by {found.score_name}", shown)])
+    records.write(found, format, [records.Table(found.title, shown)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.errors import OpsigError
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
 RunOrRecords = Annotated[
@@ -56,6 +55,22 @@ class Command(TyperCommand):
         return params
 
 
+TopOption = Annotated[
+    int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
+]
+ByOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="gradient|loss|both",
+        help="What must align: gradients, loss changes, or both. Default: both; without checkpoints, loss.",
+    ),
+]
+WindowOption = Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")]
+StepsOption = Annotated[
+    str | None, typer.Option(metavar="A:B:C", help="Checkpoints of steps A to B, every C-th of them. Default: all.")
+]
+
+
 def note(text: str, quiet: bool = False) -> None:
     """Say something on stderr."""
     if not quiet:
@@ -89,19 +104,6 @@ def progress(label: str, total: int, quiet: bool) -> Iterator[Any]:
         yield lambda count=1, note="": bar.update(task, advance=count, note=note)
 
 
-def parse_range(text: str | None, what: str) -> tuple[int | None, int | None]:
-    """Steps written `A:B`, either end left out, B included. Raises UsageError for anything else."""
-    if text is None:
-        return None, None
-    found = re.fullmatch(r"(\d*):(\d*)", text.strip())
-    if not found:
-        raise UsageError(f"{what} '{text}' is not a range of steps. Write A:B, as in 100:200")
-    first, last = (int(part) if part else None for part in found.groups())
-    if first is not None and last is not None and first > last:
-        raise UsageError(f"{what} '{text}' ends before it begins")
-    return first, last
-
-
 def trajectory_of(records: list[dict[str, Any]]) -> str:
     """The one trajectory that records speak of. Raises OpsigError where they name none or several."""
     named = {str(record["trajectory"]) for record in records if record.get("trajectory")}
@@ -111,11 +113,29 @@ def trajectory_of(records: list[dict[str, Any]]) -> str:
     return named.pop()
 
 
-def save_figure(path: Path | None, draw: Any, *arguments: Any, **keywords: Any) -> None:
-    """Call a figure's function with the path; a path that cannot be written is a user's error."""
+def save_figure(path: Path | None, draw: Any, *arguments: Any) -> None:
+    """Save the figure that `draw` returns; a path that cannot be written is a user's error."""
     if path is None:
         return
+    from opsig_cli.figures import canvas
+
     try:
-        draw(path, *arguments, **keywords)
+        canvas.save(draw(*arguments), path)
     except (OSError, ValueError) as error:
         raise OpsigError(f"--figure {path}: {' '.join(str(error).split())}") from error
+
+
+def records_of(run: str) -> tuple[str, list[dict[str, Any]] | None]:
+    """The trajectory that `run` names and, where it is "-", the records on stdin that name it, read to their end."""
+    if run != "-":
+        return run, None
+    from opsig_cli import records
+
+    piped = records.read(sys.stdin)
+    return trajectory_of(piped), piped
+
+
+def say(notes: list[str], quiet: bool) -> None:
+    """Say notes on stderr, one a line."""
+    for words in notes:
+        note(f"note: {words}", quiet)

@@ -17,9 +17,7 @@ def probe(
         list[str] | None,
         typer.Option("--input", metavar="INPUT", help="color:sky, color:#87ceeb, an image or .npy file, or sample:N."),
     ] = None,
-    steps: Annotated[
-        str | None, typer.Option(metavar="A:B:C", help="Checkpoints of steps A to B, every C-th of them.")
-    ] = None,
+    steps: options.StepsOption = None,
     projection: Annotated[
         bool, typer.Option("--projection", help="Iterates along the top eigenvector at the first crossing.")
     ] = False,

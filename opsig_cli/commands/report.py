@@ -19,13 +19,8 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="PATH", help="Default: the run's name with .html.")
     ] = None,
-    by: Annotated[
-        str | None,
-        typer.Option(metavar="gradient|loss|both", help="What must align, as in cluster. Default: as the run allows."),
-    ] = None,
-    top: Annotated[
-        int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
-    ] = None,
+    by: options.ByOption = None,
+    top: options.TopOption = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
     ] = False,

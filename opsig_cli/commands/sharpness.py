@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Annotated
 
 import typer
 
 from opsig_cli.commands import options
-from opsig_cli.errors import OpsigError, UsageError
 
 
 def sharpness(
     run: options.RunOrRecords,
     count: Annotated[int, typer.Option("-k", min=1, help="Eigenvalues.")] = 1,
-    steps: Annotated[
-        str | None, typer.Option(metavar="A:B:C", help="Checkpoints of steps A to B, every C-th of them. Default: all.")
-    ] = None,
+    steps: options.StepsOption = None,
     tolerance: Annotated[float, typer.Option(help="Residual |Hv - av| / |a| to reach.")] = 1e-3,
     metrics: Annotated[
         str | None,
@@ -50,92 +46,18 @@ def sharpness(
 
     Example: opsig sharpness run.h5 -k 2 --steps 0:400:2 --figure sharpness.png
     """
-    from opsig_cli import backends, records
-    from opsig_cli.studies import curvature, tracking
-    from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli import records
+    from opsig_cli.studies import door
 
-    note = partial(options.note, quiet=quiet)
-    piped = records.read(sys.stdin) if run == "-" else []
-    path = options.trajectory_of(piped) if piped else run
-    wanted = [name for name in (metrics or "").split(",") if name]
-    known = (*curvature.SAMPLE_METRICS, *curvature.STEP_METRICS)
-    for name in wanted:
-        if name not in known:
-            raise UsageError(f"no metric is called '{name}'. Known: {', '.join(known)}")
-    with open_trajectory(path, "r+" if not wanted and slice_step is None else "r") as trajectory:
-        chosen_steps = curvature.select_steps(trajectory, steps)
-        session, _ = tracking.open_session(trajectory, task, device, backend, note)
-        backends.require(session, backends.Curvature, backend, "curvature")
-        samples = [name for name in wanted if name in curvature.SAMPLE_METRICS]
-        if "gradient_norm" in samples and getattr(session, "couples_samples", False):
-            note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
-        if slice_step is not None:
-            curvature.select_steps(trajectory, str(slice_step))
-            groups = curvature_groups(trajectory, piped)
-            written = curvature.slice_records(trajectory, session, slice_step, span, groups)
-        elif samples:
-            chosen = chosen_samples(trajectory, piped, random, seed)
-            with options.progress("curvature", len(chosen_steps), quiet) as advance:
-                written = curvature.sample_records(trajectory, session, chosen_steps, chosen, samples, advance)
-        elif wanted:
-            with options.progress("curvature", len(chosen_steps), quiet) as advance:
-                written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
-        else:
-            group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
-            if replace:
-                trajectory.remove(group)
-            measured = curvature.count_to_measure(trajectory, group, count)
-            have = set(trajectory.steps(group).tolist())
-            missing = [step for step in chosen_steps if step not in have]
-            if len(missing) < len(chosen_steps):
-                note(f"measured already: {len(chosen_steps) - len(missing)} of {len(chosen_steps)} checkpoints")
-            with options.progress("sharpness", len(missing), quiet) as advance:
-                for step in curvature.measure(trajectory, session, group, missing, measured, tolerance):
-                    advance(note=f"step {step}")
-            written = curvature.records(trajectory, group, chosen_steps, tolerance, count)
-        if figure:
-            from opsig_cli.studies import drawing
-
-            options.save_figure(figure, drawing.draw_curvature, trajectory, written)
-    title = f"{path}: preconditioned Hessian" if any(r.get("preconditioned") for r in written) else path
-    records.write(written, format, [records.Table(title, _rows(written))])
-    unmet = [r for r in written if r.get("converged") is False]
-    if unmet:
-        note(f"note: {len(unmet)} eigenvalues did not reach the tolerance; see their residuals")
-
-
-def chosen_samples(trajectory, piped: list, random: int, seed: int) -> dict:
-    """Positions of the samples to measure by the name of their set."""
-    import numpy as np
-
-    from opsig_cli.studies import mining
-
-    chosen = {}
-    ids = [r["sample"] for r in piped if isinstance(r.get("sample"), int)]
-    if piped and not ids:
-        raise OpsigError(
-            "records on stdin name no samples. Pipe those that mine prints, or cluster's members: "
-            "jq -c 'select(.kind==\"member\")'"
-        )
-    if ids:
-        chosen["chosen"] = mining.positions_of(trajectory, list(dict.fromkeys(ids)))
-    if random:
-        rest = np.setdiff1d(np.arange(len(trajectory.samples)), chosen.get("chosen", []))
-        chosen["random"] = np.sort(np.random.default_rng(seed).choice(rest, min(random, len(rest)), replace=False))
-    return chosen or {"all": np.arange(len(trajectory.samples))}
-
-
-def curvature_groups(trajectory, piped: list) -> dict:
-    """Positions of the groups that the records name."""
-    from opsig_cli.studies import mining
-
-    members: dict[str, list[int]] = {}
-    for record in piped:
-        if isinstance(record.get("sample"), int) and record.get("group") is not None:
-            members.setdefault(f"G{record['group']}", []).append(record["sample"])
-    if piped and not members:
-        raise OpsigError("records on stdin name no members of groups. Pipe those that opsig cluster prints")
-    return {name: mining.positions_of(trajectory, list(dict.fromkeys(ids))) for name, ids in members.items()}
+    path, piped = options.records_of(run)
+    found = door.sharpness(
+        path, k=count, steps=steps, tolerance=tolerance, metrics=metrics, random=random, slice=slice_step, span=span,
+        plain=plain, seed=seed, replace=replace, records=piped, task=task, device=device, backend=backend,
+        note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
+    )  # fmt: skip
+    options.save_figure(figure, found.figure)
+    records.write(found, format, [records.Table(found.title, _rows(found))])
+    options.say(found.notes, quiet)
 
 
 def _rows(records: list[dict]) -> list[dict]:

@@ -78,6 +78,7 @@ def train(
     from opsig_cli.backends import State, load_backend
     from opsig_cli.settings import Settings
     from opsig_cli.studies import training
+    from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import open_trajectory
     from opsig_cli.trajectory.recorder import Recorder, read_state
 
@@ -85,7 +86,7 @@ def train(
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
     if resume and like is not None:
         raise UsageError("--resume continues a run and --like begins another. Give one of them")
-    first, last = options.parse_range(checkpoint_window, "--checkpoint-window")
+    first, last = parse_range(checkpoint_window, "--checkpoint-window")
     window = None if checkpoint_window is None else (first or 0, sys.maxsize if last is None else last)
     given = dict(
         task=task, model=model, optimizer=optimizer, learning_rate=learning_rate, steps=steps, batch_size=batch_size,

@@ -1,1 +1,1 @@
-"""Pictures from arrays. Every function saves one file whole or not at all, and the same input gives the same bytes."""
+"""Pictures from arrays. Every page is a matplotlib Figure, and the same input gives the same bytes when it is saved."""

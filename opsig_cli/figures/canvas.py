@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 WIDTH = 11.6
 MARGIN = 0.3
 SUFFIXES = (".png", ".pdf", ".svg")
+STYLE: dict[Any, Any] = {"svg.hashsalt": "opsig", "svg.fonttype": "none", "font.size": 9}
 
 SIDES = ("#0072b2", "#d55e00")
 """Blue and vermilion: told apart by colour-blind readers and in grey."""
@@ -50,39 +51,42 @@ Block = tuple[float, Callable[[Area], None]]
 """A height, and what draws into an area of it."""
 
 
-def save_page(path: Path, blocks: Sequence[Block]) -> None:
-    """Draw the blocks one under the other and save the page.
-
-    Raises ValueError for a suffix other than those of SUFFIXES.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"pictures are saved as {', '.join(SUFFIXES)}, not '{path.suffix}'")
+def page(blocks: Sequence[Block]) -> Figure:
+    """A figure of the blocks, one under the other."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "opsig", "svg.fonttype": "none", "font.size": 9}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2 * MARGIN + sum(height for height, _ in blocks)), facecolor="white")
         FigureCanvasAgg(figure)
         top = MARGIN
         for height, draw in blocks:
             draw(Area(figure, top, height))
             top += height
-        _save(figure, path)
+    return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
-    kind = path.suffix.lower()[1:]
+def save(figure: Figure, path: Path) -> None:
+    """Save a figure whole or not at all; the same figure gives the same bytes.
+
+    Raises ValueError for a suffix other than those of SUFFIXES, OSError where the path cannot be written.
+    """
+    import matplotlib
+
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in SUFFIXES:
+        raise ValueError(f"pictures are saved as {', '.join(SUFFIXES)}, not '{path.suffix}'")
     undated: dict[str, dict[str, Any]] = {
-        "png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None},
+        ".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None},
     }  # fmt: skip
     handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
     os.close(handle)
     try:
-        with warnings.catch_warnings():
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # a label in a script that the font lacks
-            figure.savefig(temporary, format=kind, dpi=120, metadata=undated[kind])
+            figure.savefig(temporary, format=kind[1:], dpi=120, metadata=undated[kind])
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     finally:

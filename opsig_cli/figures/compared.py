@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, Area, Block, heading, quiet_axes, save_page
+from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, Area, Block, heading, page, quiet_axes
 from opsig_cli.figures.curvature import PALETTE
 from opsig_cli.figures.curves import log_scale
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEIGHT = 2.6
 
@@ -17,8 +20,8 @@ Lines = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """By the name of a run, steps and values, (T,) each."""
 
 
-def compared_page(path: Path, panels: Sequence[tuple[str, str, Lines]], names: Sequence[str], title: str) -> None:
-    """Save one panel a quantity (its name, its axis, and the lines); a run has the same colour in all of them."""
+def compared_page(panels: Sequence[tuple[str, str, Lines]], names: Sequence[str], title: str) -> Figure:
+    """One panel a quantity (its name, its axis, and the lines); a run has the same colour in all of them."""
     colours = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(names)}
 
     def block(quantity: str, axis: str, lines: Lines) -> Block:
@@ -38,4 +41,4 @@ def compared_page(path: Path, panels: Sequence[tuple[str, str, Lines]], names: S
 
         return HEIGHT, draw
 
-    save_page(path, [heading(title), *(block(*panel) for panel in panels)])
+    return page([heading(title), *(block(*panel) for panel in panels)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import FAINT, MARGIN, SIDES, WHOLE, WIDTH, Area, Block, heading, quiet_axes, save_page
+from opsig_cli.figures.canvas import FAINT, MARGIN, SIDES, WHOLE, WIDTH, Area, Block, heading, page, quiet_axes
 from opsig_cli.figures.curves import log_scale
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEIGHT = 3.6
 FAINTEST = 1e-2
@@ -17,10 +20,10 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 
 
 def sharpness_page(
-    path: Path, steps: np.ndarray, eigenvalues_TK: np.ndarray, threshold_T: np.ndarray,
+    steps: np.ndarray, eigenvalues_TK: np.ndarray, threshold_T: np.ndarray,
     fractions: Mapping[str, np.ndarray], title: str,
-) -> None:  # fmt: skip
-    """Save eigenvalues against the stability threshold and, below, layers' shares of the top eigenvector, (T,) each."""
+) -> Figure:  # fmt: skip
+    """Eigenvalues against the stability threshold and, below, layers' shares of the top eigenvector, (T,) each."""
 
     def draw(area: Area) -> None:
         axes = _axes(area)
@@ -34,7 +37,7 @@ def sharpness_page(
     blocks: list[Block] = [heading(title), (HEIGHT, draw)]
     if fractions:
         blocks += [heading("share of each layer in the top eigenvector", 10), (HEIGHT, _fractions(steps, fractions))]
-    save_page(path, blocks)
+    return page(blocks)
 
 
 def _fractions(steps: np.ndarray, fractions: Mapping[str, np.ndarray]):
@@ -52,8 +55,8 @@ def _fractions(steps: np.ndarray, fractions: Mapping[str, np.ndarray]):
     return draw
 
 
-def samples_page(path: Path, panels: Sequence[tuple[str, np.ndarray, Mapping[str, np.ndarray]]], title: str) -> None:
-    """Save metrics of sets of samples over time (the paper's Fig. 2): (metric, steps (T,), values (T, M) by set).
+def samples_page(panels: Sequence[tuple[str, np.ndarray, Mapping[str, np.ndarray]]], title: str) -> Figure:
+    """Metrics of sets of samples over time (the paper's Fig. 2): (metric, steps (T,), values (T, M) by set).
 
     Lines are medians, bands quartiles.
     """
@@ -70,12 +73,12 @@ def samples_page(path: Path, panels: Sequence[tuple[str, np.ndarray, Mapping[str
 
         return HEIGHT, panel
 
-    save_page(path, [heading(title), *(draw(*panel) for panel in panels)])
+    return page([heading(title), *(draw(*panel) for panel in panels)])
 
 
-def loss_page(path: Path, panels: Sequence[Block], title: str) -> None:
-    """Save panels of the whole loss's curvature, one under the other."""
-    save_page(path, [heading(title), *panels])
+def loss_page(panels: Sequence[Block], title: str) -> Figure:
+    """Panels of the whole loss's curvature, one under the other."""
+    return page([heading(title), *panels])
 
 
 def trace_panel(steps: np.ndarray, trace_T: np.ndarray, error_T: np.ndarray) -> Block:
@@ -139,8 +142,8 @@ def density_panel(step: int, eigenvalues_X: np.ndarray, density_X: np.ndarray, w
     return HEIGHT, draw
 
 
-def slice_page(path: Path, positions: np.ndarray, curves: Mapping[str, np.ndarray], title: str) -> None:
-    """Save mean losses of groups and of all samples along the top eigenvector (the paper's Fig. 4)."""
+def slice_page(positions: np.ndarray, curves: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Mean losses of groups and of all samples along the top eigenvector (the paper's Fig. 4)."""
 
     def draw(area: Area) -> None:
         axes = _axes(area)
@@ -153,7 +156,7 @@ def slice_page(path: Path, positions: np.ndarray, curves: Mapping[str, np.ndarra
         axes.set(xlabel="position along the top eigenvector", ylabel="mean loss (nats)")
         _legend(axes, min(6, len(curves)))
 
-    save_page(path, [heading(title), (HEIGHT, draw)])
+    return page([heading(title), (HEIGHT, draw)])
 
 
 def _axes(area: Area):

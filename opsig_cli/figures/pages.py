@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import MARGIN, SIDES, WIDTH, Area, Block, heading, save_page, sentence
+from opsig_cli.figures.canvas import MARGIN, SIDES, WIDTH, Area, Block, heading, page, sentence
 from opsig_cli.figures.contact_sheet import FULL_COLUMNS, HALF_COLUMNS, Tile, draw_sheet, sheet_height
 from opsig_cli.figures.curves import HEIGHT, Curve, draw_losses
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Side = tuple[str, Sequence[Tile], np.ndarray]
 """A group: its title, its tiles, and its mean loss (T,)."""
@@ -26,10 +29,10 @@ class PairPanel:
 
 
 def movers_figure(
-    path: Path, sheets: Sequence[tuple[str, Sequence[Tile]]], steps: np.ndarray, curves: Mapping[str, np.ndarray],
+    sheets: Sequence[tuple[str, Sequence[Tile]]], steps: np.ndarray, curves: Mapping[str, np.ndarray],
     whole: np.ndarray, zoom: tuple[int, int], title: str,
-) -> None:  # fmt: skip
-    """Save sheets of mined samples, each in a colour, and under them the curves of the same colours, (T,) each, with
+) -> Figure:  # fmt: skip
+    """Sheets of mined samples, each in a colour, and under them the curves of the same colours, (T,) each, with
     the whole loss (T,)."""
     colours = {name: SIDES[number % 2] for number, name in enumerate(curves)}
     lines = [Curve(name, values, colours[name]) for name, values in curves.items()]
@@ -38,7 +41,7 @@ def movers_figure(
     blocks.append((HEIGHT, lambda area: draw_losses(area, steps, lines, zoom)))
     for number, (name, tiles) in enumerate(sheets):
         blocks.append(_sheet(name, tiles, SIDES[number % 2]))
-    save_page(path, blocks)
+    return page(blocks)
 
 
 def _sheet(name: str, tiles: Sequence[Tile], colour: str) -> Block:
@@ -46,10 +49,10 @@ def _sheet(name: str, tiles: Sequence[Tile], colour: str) -> Block:
 
 
 def pairs_figure(
-    path: Path, panels: Sequence[PairPanel], steps: np.ndarray, whole: np.ndarray, title: str, zoom: tuple[int, int],
+    panels: Sequence[PairPanel], steps: np.ndarray, whole: np.ndarray, title: str, zoom: tuple[int, int],
     after: Sequence[Block] = (),
-) -> None:  # fmt: skip
-    """Save opposing pairs: each its groups' sheets side by side over their mean losses with the whole loss (T,).
+) -> Figure:  # fmt: skip
+    """Opposing pairs: each its groups' sheets side by side over their mean losses with the whole loss (T,).
 
     `after`: blocks that follow.
     """
@@ -59,7 +62,7 @@ def pairs_figure(
         blocks.append((HEIGHT, lambda area: draw_losses(area, steps, [Curve("all samples", whole, style="--")], zoom)))
     for panel in panels:
         blocks += [heading(panel.title, 10), _pair_sheets(panel), _pair_curves(panel, steps, whole, zoom)]
-    save_page(path, [*blocks, *after])
+    return page([*blocks, *after])
 
 
 def _pair_sheets(panel: PairPanel) -> Block:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import FAINT, MARGIN, WHOLE, WIDTH, Area, Block, heading, quiet_axes, save_page
+from opsig_cli.figures.canvas import FAINT, MARGIN, WHOLE, WIDTH, Area, Block, heading, page, quiet_axes
 from opsig_cli.figures.curvature import PALETTE
 from opsig_cli.figures.curves import log_scale
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEIGHT = 3.2
 COLOURS = (*PALETTE, "#000000", "#a6d854")
@@ -43,15 +46,13 @@ class Projection:
     step_size_along: np.ndarray
 
 
-def probe_page(
-    path: Path, panels: Sequence[tuple[str, np.ndarray, Sequence[Probe]]], classes: Sequence[str], title: str
-) -> None:
+def probe_page(panels: Sequence[tuple[str, np.ndarray, Sequence[Probe]]], classes: Sequence[str], title: str) -> Figure:
     """Save, for each input (its name, picture (H, W, C), and runs), the first run's logits, its class probabilities
     while it oscillates most, and all runs' feature norms against the mean over the data.
 
     One run is drawn over steps, several over time, the step times the learning rate.
     """
-    save_page(path, [heading(title), *(_probe(*panel, classes) for panel in panels)])
+    return page([heading(title), *(_probe(*panel, classes) for panel in panels)])
 
 
 def _probe(name: str, picture: np.ndarray, runs: Sequence[Probe], classes: Sequence[str]) -> Block:
@@ -119,8 +120,8 @@ def widest_swing(run: Probe) -> range | None:
     return range(last - 2, last + 1 + follows)
 
 
-def projection_page(path: Path, runs: Sequence[Projection], crossing: int, title: str) -> None:
-    """Save projections of runs over their steps and, where there are any, effective steps by both readings."""
+def projection_page(runs: Sequence[Projection], crossing: int, title: str) -> Figure:
+    """Projections of runs over their steps and, where there are any, effective steps by both readings."""
 
     def projections(area: Area) -> None:
         axes = _wide(area)
@@ -147,7 +148,7 @@ def projection_page(path: Path, runs: Sequence[Projection], crossing: int, title
     blocks: list[Block] = [heading(title), (HEIGHT, projections)]
     if any(np.isfinite(run.effective_step).any() for run in runs):
         blocks.append((HEIGHT, effective))
-    save_page(path, blocks)
+    return page(blocks)
 
 
 def _wide(area: Area):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import FAINT, MARGIN, SIDES, WHOLE, WIDTH, Area, Block, heading, quiet_axes, save_page
+from opsig_cli.figures.canvas import FAINT, MARGIN, SIDES, WHOLE, WIDTH, Area, Block, heading, page, quiet_axes
 from opsig_cli.figures.curves import log_scale
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEIGHT = 3.3
 APPROACH, BURST = 39, 14
@@ -16,19 +19,19 @@ APPROACH, BURST = 39, 14
 
 
 def simulation_page(
-    path: Path, times: np.ndarray, loss: np.ndarray, groups: Mapping[str, np.ndarray], sharpness: np.ndarray,
+    times: np.ndarray, loss: np.ndarray, groups: Mapping[str, np.ndarray], sharpness: np.ndarray,
     threshold: float, title: str,
-) -> None:  # fmt: skip
-    """Save the losses of the groups and the whole loss, and the sharpness against its threshold, (T,) each."""
+) -> Figure:  # fmt: skip
+    """The losses of the groups and the whole loss, and the sharpness against its threshold, (T,) each."""
 
-    save_page(path, [heading(title, 11), *_over_time(times, loss, groups, sharpness, threshold)])
+    return page([heading(title, 11), *_over_time(times, loss, groups, sharpness, threshold)])
 
 
 def valley_page(
-    path: Path, path_T2: np.ndarray, loss: np.ndarray, groups: Mapping[str, np.ndarray], sharpness: np.ndarray,
+    path_T2: np.ndarray, loss: np.ndarray, groups: Mapping[str, np.ndarray], sharpness: np.ndarray,
     threshold: float, landscape: Callable[[np.ndarray, float], Mapping[str, np.ndarray]], title: str,
-) -> None:  # fmt: skip
-    """Save the valley across u as descent enters it and as it spikes (Fig. 4), and losses and sharpness over time.
+) -> Figure:  # fmt: skip
+    """The valley across u as descent enters it and as it spikes (Fig. 4), and losses and sharpness over time.
 
     `path_T2`: u and v; `landscape(u, v)`: the losses of the two sides and their average over (U,) values of u.
     """
@@ -55,7 +58,7 @@ def valley_page(
             axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=8)
 
     steps = np.arange(len(loss))
-    save_page(path, [heading(title, 11), (HEIGHT, phase), *_over_time(steps, loss, groups, sharpness, threshold)])
+    return page([heading(title, 11), (HEIGHT, phase), *_over_time(steps, loss, groups, sharpness, threshold)])
 
 
 def _over_time(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import clause
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 TILES = 20
 """Pictures on a sheet of mined samples."""
 PAIR_TILES = 15
@@ -30,8 +33,8 @@ ZOOM = 40
 """Steps of the close-up."""
 
 
-def draw_movers(path: Path, run: Trajectory, movers: Movers, records: list[dict[str, Any]]) -> None:
-    """Save the mined samples whose loss rose, those whose loss fell, and their mean losses against the whole loss."""
+def draw_movers(run: Trajectory, movers: Movers, records: list[dict[str, Any]]) -> Figure:
+    """The mined samples whose loss rose, those whose loss fell, and their mean losses against the whole loss."""
     sheets, curves = [], {}
     pictures = Pictures(run)
     stop = movers.first + len(movers.movement.mean_T)
@@ -51,11 +54,11 @@ def draw_movers(path: Path, run: Trajectory, movers: Movers, records: list[dict[
             curves[title] = run.series("losses/loss", positions, first, stop).mean(1)
     centre = int(np.median(run.steps("losses")[movers.row]))
     title = f"{Path(run.path).name}: samples that move most, by {movers.score_name}"
-    movers_figure(path, sheets, steps, curves, whole, close_up(steps, centre), title)
+    return movers_figure(sheets, steps, curves, whole, close_up(steps, centre), title)
 
 
-def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[dict[str, Any]]) -> None:
-    """Save every opposing pair: the two groups' pictures, and their mean losses against the whole loss."""
+def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]]) -> Figure:
+    """Every opposing pair: the two groups' pictures, and their mean losses against the whole loss."""
     pictures = Pictures(run)
     window, found = clusters.window, clusters.grouping
     centre = int(window.steps_T[window.rise_row])
@@ -89,19 +92,19 @@ def draw_pairs(path: Path, run: Trajectory, clusters: Clusters, records: list[di
     mixes = {record["group"]: record["labels"] or {"": 1} for record in records if record["kind"] == "group"}
     names = [f"G{group} {next(iter(mix))}".strip() for group, mix in sorted(mixes.items())]
     matrix = alignment_block(clusters.similarity_MM, found.group_M, names, found.pairs())
-    pairs_figure(path, panels, window.steps_T, whole, title, close_up(window.steps_T, centre), matrix if names else [])
+    return pairs_figure(panels, window.steps_T, whole, title, close_up(window.steps_T, centre), matrix if names else [])
 
 
-def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -> None:
-    """Save what `sharpness` measured: eigenvalues, metrics of samples or of the whole loss, or a slice."""
+def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
+    """What `sharpness` measured: eigenvalues, metrics of samples or of the whole loss, or a slice."""
     from opsig_cli.figures import curvature
 
     name = Path(run.path).name
     if records and "losses" in records[0]:
         curves = {group: np.array([r["losses"][group] for r in records]) for group in records[0]["losses"]}
         positions = np.array([r["position"] for r in records])
-        curvature.slice_page(
-            path, positions, curves, f"{name}: losses along the top eigenvector at step {records[0]['step']}"
+        return curvature.slice_page(
+            positions, curves, f"{name}: losses along the top eigenvector at step {records[0]['step']}"
         )
     elif records and "eigenvalue" in records[0]:
         steps = np.array([r["step"] for r in records if r["rank"] == 1])
@@ -110,7 +113,7 @@ def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -
         threshold = np.array([r["threshold"] or np.nan for r in records if r["rank"] == 1], float)
         shares = [r.get("layer_fraction", {}) for r in records if r["rank"] == 1]
         layers = {layer: np.array([share.get(layer, np.nan) for share in shares]) for layer in shares[0]}
-        curvature.sharpness_page(path, steps, values, threshold, layers, f"{name}: sharpness")
+        return curvature.sharpness_page(steps, values, threshold, layers, f"{name}: sharpness")
     elif records and "sample" in records[0]:
         metrics = [key for key in records[0] if key not in ("trajectory", "step", "sample", "set")]
         steps = sorted({r["step"] for r in records})
@@ -122,7 +125,7 @@ def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -
                 for group in sets
             }
             panels.append((metric, np.array(steps), by_set))
-        curvature.samples_page(path, panels, f"{name}: curvature of single samples")
+        return curvature.samples_page(panels, f"{name}: curvature of single samples")
     elif records:
         steps = np.array([r["step"] for r in records])
         panels = []
@@ -137,13 +140,13 @@ def draw_curvature(path: Path, run: Trajectory, records: list[dict[str, Any]]) -
             last = records[-1]
             density = smoothed_density(last["density_nodes"], last["density_weights"])
             panels.append(curvature.density_panel(last["step"], *density))
-        curvature.loss_page(path, panels, f"{name}: curvature of the whole loss")
+        return curvature.loss_page(panels, f"{name}: curvature of the whole loss")
     else:
         raise ValueError("there is nothing to draw: no step was measured")
 
 
-def draw_probe(path: Path, runs: Sequence[Trajectory], records: list[dict[str, Any]], shown: np.ndarray) -> None:
-    """Save inputs (N, H, W, C) through the checkpoints of one or more runs."""
+def draw_probe(runs: Sequence[Trajectory], records: list[dict[str, Any]], shown: np.ndarray) -> Figure:
+    """Inputs (N, H, W, C) through the checkpoints of one or more runs."""
     from opsig_cli.figures import probed
 
     names = runs[0].read("class_name").tolist() if runs[0].has("class_name") else None
@@ -158,11 +161,11 @@ def draw_probe(path: Path, runs: Sequence[Trajectory], records: list[dict[str, A
             swinging = np.array([r["oscillating"] is True for r in rows])
             series.append(probed.Probe(_run_name(run.path), swinging=swinging, **values))
         panels.append((chosen, shown[number], series))
-    probed.probe_page(path, panels, classes, f"{_run_name(runs[0].path)}: probes")
+    return probed.probe_page(panels, classes, f"{_run_name(runs[0].path)}: probes")
 
 
-def draw_projection(path: Path, run: Trajectory, records: list[dict[str, Any]]) -> None:
-    """Save iterates of runs along the first one's eigenvector, and Adam's effective steps."""
+def draw_projection(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
+    """Iterates of runs along the first one's eigenvector, and Adam's effective steps."""
     from opsig_cli.figures import probed
 
     lines = []
@@ -175,11 +178,11 @@ def draw_projection(path: Path, run: Trajectory, records: list[dict[str, Any]]) 
         lines.append(probed.Projection(f"{_run_name(summary['trajectory'])}{words}", **values))
     crossing = records[0]["crossing_step"]
     title = f"along the top eigenvector of {_run_name(run.path)} at step {crossing}"
-    probed.projection_page(path, lines, crossing, title)
+    return probed.projection_page(lines, crossing, title)
 
 
-def draw_compared(path: Path, runs: Sequence[Trajectory], series: Sequence[Mapping[str, Series]]) -> None:
-    """Save what runs have, one panel a quantity that any of them has."""
+def draw_compared(runs: Sequence[Trajectory], series: Sequence[Mapping[str, Series]]) -> Figure:
+    """What runs have, one panel a quantity that any of them has."""
     from opsig_cli.figures.compared import compared_page
 
     names = [_run_name(run.path) for run in runs]
@@ -190,7 +193,7 @@ def draw_compared(path: Path, runs: Sequence[Trajectory], series: Sequence[Mappi
         have = {name: found[quantity] for name, found in zip(names, series, strict=True) if quantity in found}
         if have:
             panels.append((quantity, axis, {name: (line.steps, line.values) for name, line in have.items()}))
-    compared_page(path, panels, names, f"{len(names)} runs")
+    return compared_page(panels, names, f"{len(names)} runs")
 
 
 def _run_name(path: str) -> str:

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +17,9 @@ from opsig_cli.backends import Tensor
 from opsig_cli.errors import UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.trajectory.recorder import Recorder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DYNAMICS = ("flow", "gd", "sampled")
 LOSSES = ("square", "cross-entropy")
@@ -243,15 +245,14 @@ def write(run: Simulation, path: str, replace: bool) -> None:
         recorder.run.commit()
 
 
-def draw(figure: Path, run: Simulation) -> None:
-    """Save the picture: the paper's Fig. 4 for the valley, the right of its Fig. 38 for the linear model."""
+def draw(run: Simulation) -> Figure:
+    """The picture: the paper's Fig. 4 for the valley, the right of its Fig. 38 for the linear model."""
     from opsig_cli.figures import simulated
 
     over_time = (run.loss, run.groups, run.sharpness, run.threshold)
     if run.landscape is not None:
-        simulated.valley_page(figure, run.params_TP, *over_time, run.landscape, run.title)
-    else:
-        simulated.simulation_page(figure, run.times, *over_time, run.title)
+        return simulated.valley_page(run.params_TP, *over_time, run.landscape, run.title)
+    return simulated.simulation_page(run.times, *over_time, run.title)
 
 
 def _step(time: float, count: int) -> int:

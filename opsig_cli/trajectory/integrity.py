@@ -8,6 +8,7 @@ from typing import Any
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajectory
+from opsig_cli.trajectory.packing import copy_packed
 from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS
 
 
@@ -62,7 +63,7 @@ def repack(path: str, output: str) -> dict[str, Any]:
             raise OpsigError(f"{path} is damaged in {bad[0]['name']}. See what is intact: opsig verify {path}")
         new = os.path.join(temporary, "run.h5")
         with create_trajectory(new, run.samples) as copy:
-            copy.copy_packed(run)
+            copy_packed(run, copy)
         with open_trajectory(new) as copy:
             if any(record["damaged"] or record["reason"] for record in verify(copy)):
                 raise OpsigError(f"the copy of {path} could not be read back. Nothing was changed")

@@ -1,0 +1,198 @@
+"""The Python door: `mine`, `cluster` and `sharpness` with the options of the commands, under the same names.
+
+The commands call exactly these functions, so that a notebook and a shell never differ. `run` is a path, or a trajectory
+that `open_trajectory` gave. Each returns `Records`: a list of dictionaries with `.frame()`, `.figure()` and `.notes`.
+All raise OpsigError, whose text says what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from opsig_cli import backends
+from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.studies import curvature, mining, tracking
+from opsig_cli.studies.clustering import agreement, explaining, finding
+from opsig_cli.studies.clustering import records as clustered
+from opsig_cli.studies.ranges import parse_range
+from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
+from opsig_cli.trajectory.file import Trajectory
+
+Run = str | os.PathLike | Trajectory
+
+
+def mine(
+    run: Run, *, top: int = 40, step: int | None = None, window: str | None = None, score: str | None = None,
+    direction: str = "both", share: int | None = None,
+) -> Records:  # fmt: skip
+    """The samples whose loss moves most, one record each, the largest score first (the paper's section 2).
+
+    `step`: rank by the change of this one step; `window`: steps "A:B" to look at, both ends included; `score`: one of
+    `mining.SCORES`, or as the run allows; `direction`: "up", "down" or "both"; `share`: add each sample's part of the
+    whole loss's change at this step.
+    """
+    from opsig_cli.studies import drawing
+
+    if step is not None and window is not None:
+        raise UsageError("--step and --window exclude each other. Give one of them")
+    with opened(run) as trajectory:
+        found = mining.find(trajectory, top, score, step, parse_range(window, "--window"), direction)
+        records = mining.records(trajectory, found, share)
+    notes = [found.note] if found.note else []
+    if share is not None:
+        carried = sum(record["share_at_step"] or 0 for record in records)
+        notes.append(f"these {len(records)} samples carry {carried:.0%} of the change at step {share}")
+
+    def draw():
+        with opened(run) as trajectory:
+            return drawing.draw_movers(trajectory, found, records)
+
+    title = f"{trajectory.path}: samples that move most, by {found.score_name}"
+    return Records(records, notes=notes, title=title, draw=draw)
+
+
+def cluster(
+    run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
+    sketch: int | None = None, explain: int | None = None, truth: bool = False,
+    records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
+    backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+) -> Records:  # fmt: skip
+    """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
+
+    `by`: "gradient", "loss" or "both", or as the run allows; `top`: samples to mine first; `records`: those of `mine`,
+    to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that were not
+    mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind "explain"
+    that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task planted.
+    """
+    from opsig_cli.studies import drawing
+
+    if by not in (None, *finding.BY):
+        raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
+    if by == "loss" and sketch is not None:
+        raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
+    samples = None if records is None else _samples_of(records)
+    span = parse_range(window, "--window") if window else mining.mined_window(records or [])
+    with opened(run) as trajectory:
+        found = finding.find(
+            trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
+            sketch=sketch,
+        )  # fmt: skip
+        clusters = found.clusters
+        written = clustered.records(trajectory, clusters)
+        if explain is not None:
+            written += explaining.explain(trajectory, clusters, explain)
+        if truth:
+            written.append(agreement.agreement(trajectory, clusters))
+    notes = list(found.notes)
+    if not clusters.pairs:
+        more = "Mine more: opsig mine --top" if records else "Look at more: --top, or other steps: --window"
+        notes.append(f"no opposing pair was found among {len(clusters.position)} samples. {more}")
+
+    def draw():
+        with opened(run) as trajectory:
+            return drawing.draw_pairs(trajectory, clusters, written)
+
+    return Records(written, notes=notes, title=f"{trajectory.path}: opposing pairs", draw=draw)
+
+
+def sharpness(
+    run: Run, *, k: int = 1, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
+    random: int = 0, slice: int | None = None, span: float = 0.2, plain: bool = False, seed: int = 0,
+    replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
+    device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+) -> Records:  # fmt: skip
+    """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
+
+    With `metrics` ("gradient_norm,curvature", ...), of single samples or of the whole loss instead: those that
+    `records` name, `random` ones drawn with `seed`, or all. With `slice`, mean losses along the top eigenvector through
+    this step, `span` each way, of the groups that `records` name. `k`: eigenvalues; `steps`: checkpoints "A:B:C";
+    `tolerance`: residual |Hv - av| / |a| to reach; `plain`: without Adam's preconditioner; `replace`: measure anew.
+    """
+    from opsig_cli.studies import drawing
+
+    wanted = [name for name in (metrics or "").split(",") if name]
+    known = (*curvature.SAMPLE_METRICS, *curvature.STEP_METRICS)
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"no metric is called '{name}'. Known: {', '.join(known)}")
+    of_samples = [name for name in wanted if name in curvature.SAMPLE_METRICS]
+    keeps = not wanted and slice is None
+    with opened(run, "r+" if keeps else "r") as trajectory:
+        if keeps and not trajectory.writable:
+            raise OpsigError(f"{trajectory.path} is open for reading. Eigenvalues are kept in it: open it with 'r+'")
+        chosen_steps = curvature.select_steps(trajectory, steps)
+        session, _ = tracking.open_session(trajectory, task, device, backend, note)
+        backends.require(session, backends.Curvature, backend, "curvature")
+        if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
+            note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
+        if slice is not None:
+            curvature.select_steps(trajectory, str(slice))
+            groups = _groups_of(trajectory, records or [])
+            written = curvature.slice_records(trajectory, session, slice, span, groups)
+        elif wanted:
+            with progress("curvature", len(chosen_steps)) as advance:
+                if of_samples:
+                    chosen = _chosen(trajectory, records or [], random, seed)
+                    written = curvature.sample_records(trajectory, session, chosen_steps, chosen, of_samples, advance)
+                else:
+                    written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
+        else:
+            group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
+            if replace:
+                trajectory.remove(group)
+            count = curvature.count_to_measure(trajectory, group, k)
+            have = set(trajectory.steps(group).tolist())
+            missing = [step for step in chosen_steps if step not in have]
+            if len(missing) < len(chosen_steps):
+                note(f"measured already: {len(chosen_steps) - len(missing)} of {len(chosen_steps)} checkpoints")
+            with progress("sharpness", len(missing)) as advance:
+                for step in curvature.measure(trajectory, session, group, missing, count, tolerance):
+                    advance(note=f"step {step}")
+            written = curvature.records(trajectory, group, chosen_steps, tolerance, k)
+    unmet = sum(record.get("converged") is False for record in written)
+    notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []
+
+    def draw():
+        with opened(run) as trajectory:
+            return drawing.draw_curvature(trajectory, written)
+
+    conditioned = any(record.get("preconditioned") for record in written)
+    title = f"{trajectory.path}: preconditioned Hessian" if conditioned else trajectory.path
+    return Records(written, notes=notes, title=title, draw=draw)
+
+
+def _samples_of(records: Sequence[dict[str, Any]]) -> list[int]:
+    """The samples that records name, each once, in order."""
+    return list(dict.fromkeys(r["sample"] for r in records if isinstance(r.get("sample"), int)))
+
+
+def _chosen(run: Trajectory, records: Sequence[dict[str, Any]], random: int, seed: int) -> dict[str, np.ndarray]:
+    """Positions of the samples to measure by the name of their set."""
+    chosen = {}
+    ids = _samples_of(records)
+    if records and not ids:
+        raise OpsigError(
+            "records on stdin name no samples. Pipe those that mine prints, or cluster's members: "
+            "jq -c 'select(.kind==\"member\")'"
+        )
+    if ids:
+        chosen["chosen"] = mining.positions_of(run, ids)
+    if random:
+        rest = np.setdiff1d(np.arange(len(run.samples)), chosen.get("chosen", []))
+        chosen["random"] = np.sort(np.random.default_rng(seed).choice(rest, min(random, len(rest)), replace=False))
+    return chosen or {"all": np.arange(len(run.samples))}
+
+
+def _groups_of(run: Trajectory, records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Positions of the groups whose members the records name."""
+    members: dict[str, list[int]] = {}
+    for record in records:
+        if isinstance(record.get("sample"), int) and record.get("group") is not None:
+            members.setdefault(f"G{record['group']}", []).append(record["sample"])
+    if records and not members:
+        raise OpsigError("records on stdin name no members of groups. Pipe those that opsig cluster prints")
+    return {name: mining.positions_of(run, list(dict.fromkeys(ids))) for name, ids in members.items()}

@@ -1,0 +1,78 @@
+"""What a study hands back, and how it speaks while it works."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from opsig_cli.trajectory.file import Trajectory, open_trajectory
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+Note = Callable[[str], None]
+"""Takes what a person should know while a study runs: the device, what is skipped."""
+Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+"""Takes a label and a total; inside, the function it gives is called once for each part that is done."""
+
+
+class Records(list[dict[str, Any]]):
+    """The records of a study, a list of dictionaries in the order in which its command prints them.
+
+    `notes`: what a person should know of them, in sentences. `title`: what they are of.
+
+    >>> found = Records([{"kind": "pair", "pair": 1}, {"kind": "member", "sample": 4, "pair": 1}])
+    >>> [record["sample"] for record in found.of("member")]
+    [4]
+    """
+
+    def __init__(
+        self, records: Iterable[dict[str, Any]] = (), *, notes: Sequence[str] = (), title: str = "",
+        draw: Callable[[], Figure] | None = None,
+    ):  # fmt: skip
+        super().__init__(records)
+        self.notes = list(notes)
+        self.title = title
+        self._draw = draw
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """Those records that are of a kind, such as the pairs, groups or members of `cluster`."""
+        return [record for record in self if record.get("kind") == kind]
+
+    def frame(self, kind: str | None = None) -> pandas.DataFrame:
+        """The records, or those of a kind, as a pandas frame, a row each. Needs pandas."""
+        import pandas
+
+        return pandas.DataFrame(list(self) if kind is None else self.of(kind))
+
+    def figure(self) -> Figure:
+        """The picture that the command saves with --figure, as a matplotlib Figure.
+
+        Raises ValueError where these records have none.
+        """
+        if self._draw is None:
+            raise ValueError("these records have no picture")
+        return self._draw()
+
+
+def quietly(_: str) -> None:
+    """A Note that says nothing."""
+
+
+@contextmanager
+def unseen(label: str, total: int) -> Iterator[Callable[..., None]]:
+    """A Progress that shows nothing."""
+    yield lambda count=1, note="": None
+
+
+@contextmanager
+def opened(run: str | os.PathLike | Trajectory, mode: str = "r") -> Iterator[Trajectory]:
+    """The trajectory of this path, open for the time inside; one that is open already is given as it is."""
+    if isinstance(run, Trajectory):
+        yield run
+    else:
+        with open_trajectory(run, mode) as trajectory:
+            yield trajectory
