@@ -64,8 +64,8 @@ def cluster(
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
 
-    `by`: "gradient", "loss" or "both", or as the run allows; `top`: samples to mine first; `records`: those of `mine`,
-    to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that were not
+    `by`: "gradient", "slope", "loss" or "both", or as the run allows; `top`: samples to mine first; `records`: those
+    of `mine`, to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that were not
     mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind "explain"
     that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task planted.
     """
@@ -73,8 +73,8 @@ def cluster(
 
     if by not in (None, *finding.BY):
         raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
-    if by == "loss" and sketch is not None:
-        raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
+    if by in ("loss", "slope") and sketch is not None:
+        raise UsageError(f"--sketch is of gradients, which --by {by} does not take. Leave one of them out")
     samples = None if records is None else _samples_of(records)
     span = parse_range(window, "--window") if window else mining.mined_window(records or [])
     with opened(run) as trajectory:

@@ -64,8 +64,9 @@ def slopes_at(
     )  # fmt: skip
 
 
-def kept(run: Trajectory, step: int, count: int, place: str) -> Slopes | None:
-    """What the file holds of a checkpoint: at least so many eigenvectors, measured at this place; else None."""
+def kept(run: Trajectory, step: int, count: int, place: str, every: bool = False) -> Slopes | None:
+    """What the file holds of a checkpoint: the first `count` eigenvectors, or with `every` all there are, measured at
+    this place; None where it holds fewer, or of another place."""
     if step not in run.steps("slopes") or not run.has("slopes/slope"):
         return None
     if int(run.row("slopes/at_floor", step)) != (place == "floor"):
@@ -78,7 +79,7 @@ def kept(run: Trajectory, step: int, count: int, place: str) -> Slopes | None:
         step, place, values, run.row("slopes/residual", step), float(run.row("slopes/threshold", step)),
         slopes.T.astype(np.float64), curvatures.T.astype(np.float64),
     )  # fmt: skip
-    return found.first(count)
+    return found if every else found.first(count)
 
 
 def places_kept(run: Trajectory) -> dict[int, str]:

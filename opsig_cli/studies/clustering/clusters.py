@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opsig_cli.analysis.grouping import Grouping
+from opsig_cli.analysis.slopes import Lying
 from opsig_cli.studies.clustering.window import Window
 
 
@@ -66,12 +67,24 @@ class PairWeight:
 
 
 @dataclass(frozen=True)
+class OnVectors:
+    """The leading eigenvectors at a step, at the "floor" or the "iterate", with eigenvalues (K,) and the threshold, and
+    of every pair in order those that it lies on."""
+
+    step: int
+    place: str
+    values: np.ndarray
+    threshold: float
+    lying: list[list[Lying]]
+
+
+@dataclass(frozen=True)
 class Clusters:
     """The grouping of the samples at `position`, the weight of its groups and pairs in order, what was grouped by
     (M, M), the samples' losses (T, M), and who joined.
 
     `period_two`: the share of the samples' movement that turns back in the next step. `sketch_error`: half the width of
-    the band in which sketched similarities lie, None for exact ones.
+    the band in which sketched similarities lie, None for exact ones. `on_vectors`: None where slopes are not known.
     """
 
     by: str
@@ -85,3 +98,4 @@ class Clusters:
     period_two: float
     joined: Joined = NOBODY
     sketch_error: float | None = None
+    on_vectors: OnVectors | None = None

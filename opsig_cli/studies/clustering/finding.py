@@ -15,14 +15,14 @@ from opsig_cli.analysis.significance import Null
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies import mining, tracking
-from opsig_cli.studies.clustering import gathering, weighing
+from opsig_cli.studies.clustering import gathering, slopes, weighing
 from opsig_cli.studies.clustering.clusters import Clusters, Joined
 from opsig_cli.studies.clustering.sentences import caveat
 from opsig_cli.studies.clustering.window import Window, checkpoints_in, window_of
 from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory
 
-BY = ("gradient", "loss", "both")
+BY = ("gradient", "slope", "loss", "both")
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,20 @@ def find(
         session, _ = tracking.open_session(run, task, device, backend, warn)
         if join is None and not (join := not getattr(session, "couples_samples", False)):
             warn("note: nobody joins: with batch norm in chunks each costs a chunk; see --join")
+        coordinates = None
+        if by == "slope":
+            with progress("eigenvectors", len(slopes.checkpoints_of(run, weighed))) as advance:
+                coordinates = slopes.gather(run, session, backend, weighed, warn, advance)
         with progress("gradients", (3 if samples is None else 2) * len(steps)) as advance:
             clusters = by_gradient(
                 run, session, backend, position, by, weighed, advance,
-                widen=samples is None, joining=join, sketch=sketch,
+                widen=samples is None, joining=join, sketch=sketch, coordinates=coordinates,
             )  # fmt: skip
+        if coordinates is not None:
+            warn(f"note: {coordinates.note}")
+            clusters = slopes.with_vectors(clusters, coordinates.measured[-1])
+    if clusters.on_vectors is None:
+        clusters = slopes.with_vectors(clusters, slopes.kept_near(run, weighed))
     notes = [words for words in (fallback, found.note, caveat(clusters)) if words]
     return Found(clusters, found, notes)
 
@@ -82,8 +91,9 @@ def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
 def by_gradient(
     run: Trajectory, session: Session, backend: str, position: np.ndarray, by: str, window: Window,
     advance: Callable[..., None], *, widen: bool = True, joining: bool = True, sketch: int | None = None,
+    coordinates: slopes.Coordinates | None = None,
 ) -> Clusters:  # fmt: skip
-    """Group the samples at these positions by their mean gradient cosines.
+    """Group the samples at these positions by their mean gradient cosines, or by those of their `coordinates`.
 
     With `widen` as many samples with the largest gradients are taken with them. A pair is significant only where its
     groups share a feature (see CLAIMS), and with `by` "both" where their losses' changes are anticorrelated: what pulls
@@ -92,11 +102,16 @@ def by_gradient(
     which they align and that they look like. `sketch` estimates the cosines to group by from so many numbers a sample.
     """
     sketch_error = None if sketch is None else gathering.sketch_band(run, window, sketch)
-    if widen:
+    if widen and coordinates is not None:
+        position = coordinates.widened(position)
+    elif widen:
         position = gathering.with_largest_gradients(run, session, position, window, advance)
-    similarity_MM = gathering.mean_similarity(run, session, backend, position, window, sketch, advance)
-    likeness_MM = gathering.mean_likeness(run, session, position, window)
     smallest = weighing.smallest(position)
+    if coordinates is not None:
+        similarity_MM = coordinates.similarity(position, smallest)
+    else:
+        similarity_MM = gathering.mean_similarity(run, session, backend, position, window, sketch, advance)
+    likeness_MM = gathering.mean_likeness(run, session, position, window)
     found = grouping.group_by_similarity(similarity_MM, smallest, likeness_MM)
     members = [found.members(group) for group in range(len(found.partner_G))]
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
@@ -108,7 +123,10 @@ def by_gradient(
     found = grouping.pair_anew(similarity_MM, found, claimed_GG)
     everybody = np.arange(len(run.samples)) if joining else position
     sets = [run.samples[position[inside]] for inside in members]
-    means_CNG = gathering.group_cosines(run, session, window, everybody, sets, advance)
+    if coordinates is not None:
+        means_CNG = coordinates.group_cosines(everybody, [position[inside] for inside in members])
+    else:
+        means_CNG = gathering.group_cosines(run, session, window, everybody, sets, advance)
     null = significance.shuffled_null(similarity_MM, smallest=smallest) if members else Null(np.empty(0), np.empty(0))
     clusters = weighing.weigh(
         run, Clusters(by, position, found, [], [], similarity_MM, losses_TM, window,

@@ -54,6 +54,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "loss_correlation": weight.loss_correlation,
             **_evidence(weight),
             "p_value_losses": weight.p_value_losses,
+            **_vectors(clusters, number - 1),
             "rise_step": rise_step,
             "changes": weight.changes,
             "sentence": pair_sentence((names[a], names[b]), weight, rise_step, measure, clause(after)),
@@ -115,6 +116,28 @@ def _evidence(weight: GroupWeight | PairWeight) -> dict[str, float]:
         "stability_checkpoints": weight.kept,
         "p_value": weight.p_value,
         "p_value_random": weight.p_value_random,
+    }
+
+
+def _vectors(clusters: Clusters, pair: int) -> dict[str, Any]:
+    """The eigenvectors that a pair lies on, the clearest first, and of that one the pair's part of the eigenvalue and
+    the eigenvalue in units of the threshold; None where slopes were not measured, or it lies on none."""
+    on = clusters.on_vectors
+    if on is None:
+        return dict.fromkeys(("eigenvectors", "sharpness_step", "sharpness_share", "sharpness_ratio"))
+    found = [
+        {
+            "rank": lying.rank + 1, "eigenvalue": float(on.values[lying.rank]),
+            "ratio": float(on.values[lying.rank] / on.threshold) if on.threshold else None,
+            "slopes": list(lying.slopes), "shares": list(lying.shares),
+        }
+        for lying in on.lying[pair]
+    ]  # fmt: skip
+    return {
+        "eigenvectors": found,
+        "sharpness_step": on.step,
+        "sharpness_share": sum(found[0]["shares"]) if found else None,
+        "sharpness_ratio": found[0]["ratio"] if found else None,
     }
 
 
