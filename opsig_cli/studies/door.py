@@ -65,9 +65,10 @@ def cluster(
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
 
     `by`: "gradient", "slope", "loss" or "both", or as the run allows; `top`: samples to mine first; `records`: those
-    of `mine`, to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that were not
-    mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind "explain"
-    that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task planted.
+    of `mine`, to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that
+    were not mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind
+    "explain" that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task
+    planted.
     """
     from opsig_cli.studies import drawing
 
