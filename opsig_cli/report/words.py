@@ -185,9 +185,7 @@ def vector_evidence(pair: Record) -> list[Evidence]:
     if pair["eigenvectors"] is None:
         return []
     if not pair["eigenvectors"]:
-        return [
-            ("Eigenvector", "none", "The groups stand at the two ends of no leading eigenvector that was measured.")
-        ]
+        return [("Eigenvector", "none", "The groups stand at the two ends of no leading eigenvector measured.")]
     first = pair["eigenvectors"][0]
     slopes = " and ".join(nats(slope, sign=True) for slope in first["slopes"])
     shares = " and ".join(percent(share) for share in first["shares"])
