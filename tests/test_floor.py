@@ -21,10 +21,12 @@ def session_of(run, task):
 
 
 def test_the_floor_of_a_quadratic_is_where_calculus_puts_it(opsig, tmp_path):
-    """Along an eigenvalue a steps multiply the distance by 1 - eta a, and the floor by (1 - eta a / 2)^2: 0 at the edge."""
+    """Along an eigenvalue a a step multiplies the distance by 1 - eta a, and the floor by (1 - eta a / 2)^2."""
     rate, task = 0.45, f"{FLOORS}:Quadratic"
     path = tmp_path / "run.h5"
-    trained = opsig("train", "--task", task, "--learning-rate", rate, "--steps", 12, "--checkpoint-every", 4, "-o", path)
+    trained = opsig(
+        "train", "--task", task, "--learning-rate", rate, "--steps", 12, "--checkpoint-every", 4, "-o", path
+    )
     assert trained.code == 0, trained.err
     with open_trajectory(path) as run:
         session = session_of(run, task)
@@ -106,7 +108,8 @@ def test_a_run_without_losses_is_told_by_its_steps(opsig, tmp_path):
 )
 def test_a_run_without_a_floor_is_refused_in_a_line(opsig, tmp_path, options, words):
     path = tmp_path / "run.h5"
-    trained = opsig("train", *OWN, "--steps", 10, "--checkpoint-every", 5, "--learning-rate", 0.1, *options, "-o", path)
+    common = ("--steps", 10, "--checkpoint-every", 5, "--learning-rate", 0.1)
+    trained = opsig("train", *OWN, *common, *options, "-o", path)
     assert trained.code == 0, trained.err
     asked = ("sharpness", path, *OWN, "--steps", 5)
     opsig(*asked, "--at", "floor").fails(1, "has no floor at step 5", words, "--at iterate")
