@@ -3,10 +3,10 @@
     python benchmarks/slopes.py [--seeds 3] [--only easy,weak] [--keep FOLDER] [--ends RUN]
 
 For each run of a scenario: the adjusted Rand index of the planted sides over all planted samples, of `cluster --by
-slope`, of `--by gradient`, and of the labels alone (a side is a label); how many eigenvectors `--by slope` took; and what
-both cost in seconds of processor time. Scenarios are those of planted.py, weak features that share one pair of labels (at
-14 x 14 and at 28 x 28), 28 x 28 images, digits, a small convolutional network, and a regression. `--ends` names the
-leading eigenvectors of a run that exists, at the floor, at some checkpoints of its second half.
+slope`, of `--by gradient`, and of the labels alone (a side is a label); how many eigenvectors `--by slope` took; and
+what both cost in seconds of processor time. Scenarios are those of planted.py, weak features that share one pair of
+labels (at 14 x 14 and at 28 x 28), 28 x 28 images, digits, a small convolutional network, and a regression. `--ends`
+names the leading eigenvectors of a run that exists, at the floor, at some checkpoints of its second half.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class PlantedDigits(ImageTask):
 
 
 class Offsets:
-    """A regression without labels: along two directions each, thirty targets lie 2 above and thirty 2 below the rest."""
+    """A regression without labels: along two directions, thirty targets each lie 2 above and 2 below the rest."""
 
     def __init__(self, seed: int = 0):
         generator = np.random.default_rng([seed, 900])
