@@ -13,16 +13,21 @@ import numpy as np
 from opsig_cli.analysis.cutting import cut_tree
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.grouping import LOOKS, SMALLEST, Grouping, change_correlation, group_by_similarity
+from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.pairing import OPPOSES, oppose
 
 MOST_DRAWN = 2000
 """Samples that are grouped anew at a time to see whether a group comes back."""
-MOST_IN_NULL = 200
+MOST_IN_NULL = 400
 """Samples of one round of a null."""
 MOST_FITTED = 800
 """Samples that a null is fitted to."""
-ROUNDS = 199
+ROUNDS = 99
 """Rounds of a null: the smallest p-value is 1 / (ROUNDS + 1)."""
+
+
+Draw = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
+"""A round of a null: what to cut, to pair by, to test on and to see likeness by, (M, M) each; None: all are alike."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class Null:
 
     group: np.ndarray
     pair: np.ndarray
+
+
+NOTHING = Null(np.empty(0), np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,9 @@ def gaussian_null(
 ) -> Null:  # fmt: skip
     """The null of samples that share no feature: looks from one Gaussian, under the labels that there are.
 
-    Kept: the covariance of the looks (the spectrum of their Gram matrix), the labels and how many have each, and how
-    far gradients align given both labels and looks, as a line with its scatter for every two labels. What is not:
+    Kept: the covariance of the looks (the spectrum of their Gram matrix), the labels and how many have each, how far
+    gradients align given both labels and looks, as a line for every two labels, and the covariance of what remains of
+    them. What is not:
     that some samples look alike among themselves, and that looks and labels go together (the one-Gaussian null of
     SigClust, Liu et al. 2008, JASA 103). Each round goes through the whole search, and its strongest group and pair at
     any cut are kept, so that a p-value held against them accounts for the search and for the number of pairs. A round
@@ -76,26 +85,28 @@ def gaussian_null(
     """
     total = len(similarity_MM)
     generator = np.random.default_rng(seed)
-    fitted = np.sort(generator.choice(total, min(MOST_FITTED, total), replace=False))
+    fitted = generator.choice(total, min(MOST_FITTED, total), replace=False)
     similarity = np.nan_to_num(similarity_MM[np.ix_(fitted, fitted)]).astype(np.float64)
     likeness = similarity if likeness_MM is None else likeness_MM[np.ix_(fitted, fitted)].astype(np.float64)
     spread = np.sqrt(np.maximum(np.linalg.eigvalsh(likeness)[::-1], 0))
     spread = spread[spread > 1e-4 * spread[:1]]
     codes = _codes(similarity, likeness, None if labels_M is None else labels_M[fitted])
-    offset, slope, scatter = _aligned_by(similarity, likeness, codes)
+    offset, slope = _aligned_by(similarity, likeness, codes)
     count = min(MOST_IN_NULL, total)
+    within = np.ix_(*[codes[:count]] * 2)
+    rest = np.linalg.eigvalsh(similarity[:count, :count] - offset[within] - slope[within] * likeness[:count, :count])
 
-    def drawn(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def drawn(generator: np.random.Generator) -> Draw:
         rows = generator.standard_normal((count, len(spread))) * spread
         rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         looks = rows @ rows.T
         if likeness_MM is None:
-            return looks, looks, looks
+            return looks, looks, looks, None
         code = np.ix_(*[codes[generator.integers(0, len(codes), count)]] * 2)
-        noise = np.triu(generator.standard_normal((count, count)), 1)
-        aligned = np.clip(offset[code] + slope[code] * looks + scatter[code] * (noise + noise.T), -1, 1)
+        turn = np.linalg.qr(generator.standard_normal((count, count)))[0]
+        aligned = np.clip(offset[code] + slope[code] * looks + (turn * rest) @ turn.T, -1, 1)
         np.fill_diagonal(aligned, 1)
-        return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned
+        return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
     found = _null(drawn, rounds, smallest, seed)
     return Null(found.group * total / count, found.pair * total / count)
@@ -110,10 +121,8 @@ def _codes(similarity: np.ndarray, likeness: np.ndarray, labels: np.ndarray | No
     return (vectors[:, -1] > 0).astype(np.int64)
 
 
-def _aligned_by(
-    similarity: np.ndarray, likeness: np.ndarray, codes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every two labels the line S = offset + slope K through their samples, and the scatter about it, (L, L)."""
+def _aligned_by(similarity: np.ndarray, likeness: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every two labels the line S = offset + slope K through their samples, (L, L) each."""
     count = int(codes.max()) + 1
     block = np.add.outer(codes * count, codes)
     off = ~np.eye(len(codes), dtype=bool)
@@ -123,10 +132,7 @@ def _aligned_by(
     k_var = np.bincount(place, k * k, count**2) / n - k_mean**2
     slope = (np.bincount(place, s * k, count**2) / n - s_mean * k_mean) / np.maximum(k_var, 1e-9)
     offset = s_mean - slope * k_mean
-    error = s - offset[place] - slope[place] * k
-    scatter = np.sqrt(np.bincount(place, error * error, count**2) / n)
-    offset, slope, scatter = (values.reshape(count, count) for values in (offset, slope, scatter))
-    return offset, slope, scatter
+    return offset.reshape(count, count), slope.reshape(count, count)
 
 
 def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMALLEST, seed: int = 0) -> Null:
@@ -141,34 +147,32 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
     half = (len(losses_TM) - 1) // 2
     changes = np.diff(losses_TM.astype(np.float64), axis=0)
 
-    def surrogates(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def surrogates(generator: np.random.Generator) -> Draw:
         chosen = generator.choice(losses_TM.shape[1], count, replace=False)
         series = phase_shuffled(changes[:, chosen], generator)
         walks = np.concatenate([np.zeros((1, count)), np.cumsum(series, 0)])
         first, second = (np.nan_to_num(change_correlation(part)) for part in (walks[: half + 1], walks[half:]))
-        return first, first, second
+        return first, first, second, None
 
     found = _null(surrogates, rounds, smallest, seed)
     scale = losses_TM.shape[1] / count
     return Null(found.group * scale, found.pair * scale)
 
 
-def _null(
-    draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray, np.ndarray]], rounds: int, smallest: int,
-    seed: int,
-) -> Null:  # fmt: skip
-    """Strongest groups and pairs of `rounds` draws: what to cut, to pair by and to test on, (M, M) each."""
+def _null(draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: int, seed: int) -> Null:
+    """Strongest groups, and strongest pairs that look alike, of `rounds` draws."""
     generator = np.random.default_rng(seed)
     groups, pairs = np.zeros(rounds), np.zeros(rounds)
     for number in range(rounds):
-        cut, similarity, tested = draw(generator)
+        cut, similarity, tested, looks = draw(generator)
         for chosen in cut_tree(cut, smallest):
             partner = oppose(similarity, chosen)
+            alike = None if looks is None else alike_between(looks, chosen)
             for a, b in enumerate(partner):
                 inside = np.flatnonzero(chosen == a)
                 strength = group_strength(_within(tested, inside), len(inside))
                 groups[number] = max(groups[number], strength)
-                if b > a:
+                if b > a and (alike is None or alike[a, b] >= ALIKE):
                     other = np.flatnonzero(chosen == b)
                     across = float(tested[np.ix_(inside, other)].mean())
                     pairs[number] = max(pairs[number], pair_strength(across, len(inside), len(other)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opsig_cli.analysis.grouping import Grouping
+from opsig_cli.analysis.slopes import Lying
 from opsig_cli.analysis.verdicts import Silenced
 from opsig_cli.studies.clustering.window import Window
 
@@ -88,13 +89,26 @@ UNTESTED = Tests([], [], [])
 
 
 @dataclass(frozen=True)
+class OnVectors:
+    """The leading eigenvectors at a step, at the "floor" or the "iterate", with eigenvalues (K,) and the threshold, and
+    of every pair in order those that it lies on."""
+
+    step: int
+    place: str
+    values: np.ndarray
+    threshold: float
+    lying: list[list[Lying]]
+
+
+@dataclass(frozen=True)
 class Clusters:
     """The grouping of the samples at `position`, the weight of its groups and pairs in order, what was grouped by
     (M, M), the samples' losses (T, M), and who joined.
 
     `period_two`: the share of the samples' movement that turns back in the next step. `sketch_error`: half the width of
     the band in which sketched similarities lie, None for exact ones. `alike_GG`: likeness across every two groups over
-    that within, None without features. `tests`: what the groups were found and weighed on.
+    that within, None without features. `tests`: what the groups were found and weighed on. `on_vectors`: None where
+    slopes are not known.
     """
 
     by: str
@@ -110,3 +124,4 @@ class Clusters:
     joined: Joined = NOBODY
     tests: Tests = UNTESTED
     sketch_error: float | None = None
+    on_vectors: OnVectors | None = None
