@@ -65,7 +65,7 @@ def judge(found: Evidence) -> tuple[str, str]:
     ratios = [one.ratio for one in found.silenced]
     if ratios and not all(map(math.isfinite, ratios)):
         return "unclear", "its losses or those of its controls do not move when training is repeated"
-    chance = f"p = {found.p_value:.2g}" if found.p_value > LEVEL else ""
+    chance = "" if found.p_value <= LEVEL else f"p = {found.p_value:.2g}"
     looks = f"alike {found.alike:.2f} of as within" if not found.alike >= ALIKE else ""
     if math.isnan(found.alike):
         looks = "it is not known whether the sides look alike"
