@@ -91,8 +91,8 @@ def main() -> None:
                     print(f"  {kind} {seed}: {pair['sizes']} cosine {pair['opposition']:.2f} alike {pair['alike']:.2f} "
                           f"p {pair['p_value']} R {pair['swing_ratio']} {pair['reason']}", flush=True)  # fmt: skip
             print(
-                f"{kind:22} {options.runs} runs: established in {held} (1%: {held_strictly}), likely in {likely}; pairs "
-                f"{dict(verdicts)}, silenced {tested}; {time.process_time() - begin:.0f} s of CPU", flush=True,
+                f"{kind:22} {options.runs} runs: established in {held} (1%: {held_strictly}), likely in {likely}; "
+                f"pairs {dict(verdicts)}, silenced {tested}; {time.process_time() - begin:.0f} s of CPU", flush=True,
             )  # fmt: skip
 
 

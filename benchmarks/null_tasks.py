@@ -1,5 +1,7 @@
 """Tasks in which no two samples share a feature, for `noise.py`, and one with a feature under several labels."""
 
+import itertools
+
 import numpy as np
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 
 def network(*sizes: int) -> nn.Sequential:
-    layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 

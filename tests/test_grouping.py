@@ -148,7 +148,8 @@ def strongest(similarity, likeness, label):
 
 
 def test_a_feature_under_two_labels_is_stronger_than_looks_from_one_gaussian():
-    assert strongest(*looks_and_gradients(np.random.default_rng(0), [(14, 12)])) == pytest.approx(1 / 40)
+    planted = looks_and_gradients(np.random.default_rng(0), [(14, 12), (11, 11)], labels=2)
+    assert strongest(*planted) == pytest.approx(1 / 40)
 
 
 @pytest.mark.parametrize("labels", [2, 3, 10])
@@ -335,12 +336,13 @@ def test_no_more_join_a_group_than_were_mined_and_those_that_align_most_do():
 def test_likeness_across_is_held_against_likeness_within():
     """Loose sides of one feature are as alike across as within; tight clusters with other looks are not."""
     groups = np.repeat([0, 1, 2], 5)
-    likeness = np.array([[0.3, 0.28, 0.1], [0.28, 0.3, 0.1], [0.1, 0.1, 0.9]])[np.ix_(groups, groups)]
+    likeness = np.array([[0.3, 0.28, 0.1], [0.28, 0.3, 0.1], [0.1, 0.1, 0.5]])[np.ix_(groups, groups)]
     np.fill_diagonal(likeness, 1)
     alike = alike_between(likeness, groups)
     assert alike[0, 1] == pytest.approx(0.28 / 0.3)
-    assert alike[0, 2] == pytest.approx(0.1 / np.sqrt(0.3 * 0.9))
-    assert np.isnan(alike_between(np.eye(4), np.array([0, 0, 1, 1]))).all()  # nothing is alike in itself
+    assert alike[0, 2] == pytest.approx(0.1 / np.sqrt(0.3 * 0.5))
+    whole_classes = np.random.default_rng(0).standard_normal((40, 40)) * 0.2  # hardly alike in themselves, by chance
+    assert abs(alike_between(whole_classes + whole_classes.T, np.repeat([0, 1], 20))[0, 1]) < 0.2
 
 
 def apart(*ratios):
@@ -364,6 +366,7 @@ def apart(*ratios):
         (Evidence(-0.3, 0.01, 0.7), "likely"),
         (Evidence(-0.3, 0.01, float("nan")), "likely"),
         (Evidence(-0.3, float("nan"), 0.9), "unclear"),
+        (Evidence(-0.3, 0.01, float("nan"), apart(0.1, 0.2)), "likely"),
         (Evidence(-0.3, 0.2, 0.9), "unclear"),
     ],
 )

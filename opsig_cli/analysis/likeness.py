@@ -19,17 +19,27 @@ tight features are. Sides with one planted feature have .88 to 1.00 on images, o
 def alike_between(likeness_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
     """Mean likeness across every two groups over the geometric mean of that within each, (G, G).
 
-    A sample's likeness with itself does not count. NaN where a group is not alike in itself.
+    A sample's likeness with itself does not count. Groups whose members are less alike than any two samples are, in
+    root mean square, are held against that: a whole class may be hardly alike in itself.
 
-    >>> likeness = np.array([[1, 0.8, 0.4], [0.8, 1, 0.4], [0.4, 0.4, 1]])
-    >>> float(alike_between(np.kron(likeness, np.ones((2, 2))), np.array([0, 0, 0, 0, 1, 1]))[0, 1].round(3))
-    0.428
+    >>> likeness = np.kron([[0.9, 0.6, 0.1], [0.6, 0.9, 0.1], [0.1, 0.1, 0.0]], np.ones((2, 2)))
+    >>> np.fill_diagonal(likeness, 1)
+    >>> round(float(alike_between(likeness, np.repeat([0, 1, -1], 2))[0, 1]), 3)
+    0.667
     """
     sizes = np.bincount(group_M[group_M >= 0])
     between = between_groups(likeness_MM, group_M)
     within = (sizes * np.diagonal(between) - 1) / np.maximum(sizes - 1, 1)
-    own = np.sqrt(np.where(within > 0, within, np.nan))
-    return between / np.outer(own, own)
+    own = np.sqrt(np.maximum(within, 0))
+    return between / np.maximum(np.outer(own, own), _typical(likeness_MM))
+
+
+def _typical(likeness_MM: np.ndarray) -> float:
+    """Root mean square likeness of two samples."""
+    count = len(likeness_MM)
+    total = float(np.einsum("ij,ij->", likeness_MM, likeness_MM, dtype=np.float64))
+    total -= float((np.diagonal(likeness_MM).astype(np.float64) ** 2).sum())
+    return max(float(np.sqrt(max(total, 0) / max(1, count * (count - 1)))), 1e-12)
 
 
 def families(linked_GG: np.ndarray) -> list[list[int]]:

@@ -63,8 +63,10 @@ def judge(found: Evidence) -> tuple[str, str]:
     if found.high >= 0:
         return "refuted", "at checkpoints that had no part in finding it, the sides do not pull apart for certain"
     ratios = [one.ratio for one in found.silenced]
-    if ratios and not all(map(math.isfinite, ratios)):
+    if not all(map(math.isfinite, ratios)):
         return "unclear", "its losses or those of its controls do not move when training is repeated"
+    if math.isnan(found.p_value):
+        return "unclear", "its chance is not known"
     chance = "" if found.p_value <= LEVEL else f"p = {found.p_value:.2g}"
     looks = f"alike {found.alike:.2f} of as within" if not found.alike >= ALIKE else ""
     if math.isnan(found.alike):
@@ -72,7 +74,8 @@ def judge(found: Evidence) -> tuple[str, str]:
     lacks = "; ".join(filter(None, (chance, looks)))
     if len(ratios) >= REPLAYS:
         if max(ratios) < SILENCES:
-            return "established", "the swing of both sides goes when they are silent"
+            goes = "the swing of both sides goes when they are silent"
+            return ("likely", f"{goes}, but {looks}") if math.isnan(found.alike) else ("established", goes)
         if min(ratios) >= SILENCES:
             return "refuted", "its sides swing on when they are silent: others swing them"
         return "unclear", "silent sides lose their swing at one checkpoint and keep it at another"
