@@ -1,11 +1,11 @@
-# make demo | test | lint | clean. All work in .venv, which they make from constraints.txt.
+# make demo | test | lint | docs | clean. All work in .venv, which they make from constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
@@ -23,6 +23,11 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.docs
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_site
+	@echo "Open docs/_site/index.html in a browser."
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -34,5 +39,9 @@ $(VENV)/.tools: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO) dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) docs/_site dist .pytest_cache .ruff_cache .hypothesis

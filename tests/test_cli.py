@@ -327,7 +327,7 @@ def test_sharpness_fills_what_is_missing_and_keeps_it(opsig, tiny_run, tmp_path)
 
 def test_curvature_of_piped_samples_has_the_whole_curvature_for_its_mean(opsig, tiny_run, tmp_path):
     run = shutil.copy(tiny_run, tmp_path / "run.h5")
-    (eigenvalue,) = [r["eigenvalue"] for r in opsig("sharpness", run, *OWN, "--steps", "60").records]
+    (eigenvalue,) = [r["eigenvalue"] for r in opsig("sharpness", run, *OWN, "--steps", "60", "--at", "iterate").records]
     every = opsig("sharpness", run, *OWN, "--steps", "60", "--metrics", "gradient_norm,curvature").records
     assert sum(r["curvature"] for r in every) / 60 == pytest.approx(eigenvalue, rel=1e-3)
     mined = opsig("mine", run, "--top", 5).out
@@ -423,8 +423,8 @@ def test_probes_are_what_the_model_makes_of_the_inputs(opsig, digits_run, tmp_pa
 
 def test_projections_along_the_first_crossing(opsig, digits_run, tmp_path):
     run = shutil.copy(digits_run, tmp_path / "run.h5")
-    opsig("probe", run, "--projection").fails(1, "sharpness/eigenvector", "Run: opsig sharpness")
-    found = opsig("sharpness", run).records
+    opsig("probe", run, "--projection").fails(1, "sharpness/eigenvector", "Run: opsig sharpness --at iterate")
+    found = opsig("sharpness", run, "--at", "iterate").records
     assert any(r["eigenvalue"] > r["threshold"] for r in found), found
     records = opsig("probe", run, "--projection", "--against", digits_run, "--figure", tmp_path / "p.png").records
     crossing = records[0]["crossing_step"]

@@ -431,7 +431,7 @@ def test_mistakes(opsig, tiny_run, tmp_path):
     opsig("report", tmp_path / "gone.h5", "-q").fails(1, "gone.h5 does not exist")
     opsig("report", run, "-o", tmp_path / "none" / "a.html", "-q").fails(1, "there is no folder")
     opsig("report", run, "-o", tmp_path, "-q").fails(1, "is a folder")
-    opsig("report", run, "--by", "luck").fails(2, "--by is one of gradient, loss, both, not 'luck'")
+    opsig("report", run, "--by", "luck").fails(2, "--by is one of gradient, slope, loss, both, not 'luck'")
     opsig("report", run, "--by", "gradient", "-q").fails(1, "holds no checkpoints")
     opsig("report", tiny_run, "-q", "-o", tmp_path / "a.html").fails(1, "a task of your own", "--task")
     assert not (tmp_path / "a.html").exists()

@@ -44,7 +44,7 @@ def test_no_word_and_no_number_is_broken_at_80_columns(command, runs, opsig, mon
     words = command.split()
     own = OWN if words[0] in ("cluster", "sharpness", "report", "train") else ()
     if "--projection" in words:
-        assert opsig("sharpness", "run.h5", *OWN).code == 0
+        assert opsig("sharpness", "run.h5", *OWN, "--at", "iterate").code == 0
     if "digits.h5" in words:
         assert opsig("train", "--task", "digits", "--steps", 10, "-o", "digits.h5").code == 0
     shown = {}

@@ -1,6 +1,6 @@
 """Samples by their slopes along the Hessian's leading eigenvectors: two ends of each, and coordinates for grouping.
 
-C checkpoints, S samples, M of them that are grouped, K vectors, G groups, D coordinates. A slope is v'g(z) and a
+C checkpoints, S samples, M of them that are grouped, K vectors, G groups. A slope is v'g(z) and a
 curvature v'H(z)v of a sample z along an eigenvector v; the mean of the curvatures over all samples is the eigenvalue.
 """
 
@@ -18,6 +18,9 @@ HALF = 0.5
 LIES = 1.0
 """A pair lies on a vector where both of its sides have a mean slope, of opposite signs, above this many times the root
 mean square slope of all samples."""
+SCALE = 0.5
+"""Power of the root mean square that slopes along a vector are divided by. With 1 a feature that few samples have
+counts as much as one that many have, but so does a vector of the bulk; with 0 the first vectors hide the others."""
 PLATEAU = 0.9
 """Part of the best structure that a number of vectors must show to be taken."""
 DRAWN = 300
@@ -89,41 +92,37 @@ def lies_on(slope_SK: np.ndarray, curvature_SK: np.ndarray, sides: tuple[np.ndar
 
 
 def scaled(slopes_CSK: np.ndarray) -> np.ndarray:
-    """Slopes along each vector at each checkpoint over their root mean square: a feature that few have counts as much
-    as one that many have."""
+    """Slopes along each vector at each checkpoint over a power of their root mean square (see SCALE)."""
     unit = np.sqrt((slopes_CSK.astype(np.float64) ** 2).mean(1, keepdims=True))
-    return slopes_CSK / np.where(unit > 0, unit, 1)
+    return slopes_CSK / np.where(unit > 0, unit, 1) ** SCALE
 
 
-def coordinates(scaled_CSK: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Rows of length one whose products are the mean cosines over these numbers of leading vectors, (C, S, D) float32.
+def coordinates(scaled_CSK: np.ndarray, count: int) -> np.ndarray:
+    """Every sample's direction in its slopes along the first `count` vectors, (C, S, count) float32, of length one.
 
     Zero for a sample without slopes.
     """
-    parts = []
-    for count in counts:
-        rows = scaled_CSK[:, :, :count]
-        norm = np.linalg.norm(rows, axis=2, keepdims=True)
-        parts.append(rows / np.where(norm > 0, norm, 1))
-    return (np.concatenate(parts, 2) / np.sqrt(len(counts))).astype(np.float32)
+    rows = scaled_CSK[:, :, :count]
+    norm = np.linalg.norm(rows, axis=2, keepdims=True)
+    return (rows / np.where(norm > 0, norm, 1)).astype(np.float32)
 
 
-def similarity(coordinates_CMD: np.ndarray) -> np.ndarray:
-    """Products of the coordinates of every two samples, averaged over checkpoints, (M, M) float32.
+def similarity(coordinates_CMK: np.ndarray) -> np.ndarray:
+    """Cosines of the coordinates of every two samples, averaged over checkpoints, (M, M) float32.
 
-    >>> similarity(coordinates(np.array([[[1.0, 0.0], [-2.0, 0.0]]]), [2])).tolist()
+    >>> similarity(coordinates(np.array([[[1.0, 0.0], [-2.0, 0.0]]]), 2)).tolist()
     [[1.0, -1.0], [-1.0, 1.0]]
     """
-    rows = np.concatenate(list(coordinates_CMD), 1) / np.sqrt(len(coordinates_CMD)).astype(np.float32)
+    rows = np.concatenate(list(coordinates_CMK), 1) / np.sqrt(len(coordinates_CMK)).astype(np.float32)
     return rows @ rows.T
 
 
-def group_means(coordinates_CSD: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
-    """At each checkpoint every sample's mean product with the members of each set, (C, S, G)."""
+def group_means(coordinates_CSK: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
+    """At each checkpoint every sample's mean cosine with the members of each set, (C, S, G) float64."""
     if not sets:
-        return np.zeros((*coordinates_CSD.shape[:2], 0))
-    means_CGD = np.stack([coordinates_CSD[:, members].mean(1) for members in sets], 1)
-    return np.matmul(coordinates_CSD, means_CGD.transpose(0, 2, 1)).astype(np.float64)
+        return np.zeros((*coordinates_CSK.shape[:2], 0))
+    means_CGK = np.stack([coordinates_CSK[:, members].mean(1) for members in sets], 1)
+    return np.matmul(coordinates_CSK, means_CGK.transpose(0, 2, 1)).astype(np.float64)
 
 
 def structure(scaled_CMK: np.ndarray, smallest: int, seed: int = 0) -> np.ndarray:
@@ -151,16 +150,17 @@ def structure(scaled_CMK: np.ndarray, smallest: int, seed: int = 0) -> np.ndarra
 
 
 def _grouped(rows_CMK: np.ndarray, smallest: int) -> float:
-    found = similarity(coordinates(rows_CMK, [rows_CMK.shape[2]]))
+    found = similarity(coordinates(rows_CMK, rows_CMK.shape[2]))
     qualities = (silhouette(found, groups) * float(np.mean(groups >= 0)) for groups in cut_tree(found, smallest))
     return max(qualities, default=0.0)
 
 
-def choose_counts(structure_K: np.ndarray) -> list[int]:
-    """The numbers of leading vectors whose structure is PLATEAU of the best: cosines are averaged over all of them.
+def choose_count(structure_K: np.ndarray) -> int:
+    """The largest number of leading vectors whose structure is PLATEAU of the best: a vector too many costs less than
+    one too few, up to where the bulk begins.
 
-    >>> choose_counts(np.array([0.0, 0.55, 0.6, 0.58, 0.2]))
-    [2, 3, 4]
+    >>> choose_count(np.array([0.0, 0.55, 0.6, 0.58, 0.2]))
+    4
     """
     best = structure_K.max()
-    return (np.flatnonzero(structure_K >= best - (1 - PLATEAU) * abs(best)) + 1).tolist()
+    return int(np.flatnonzero(structure_K >= best - (1 - PLATEAU) * abs(best))[-1]) + 1

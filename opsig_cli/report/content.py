@@ -11,6 +11,7 @@ from opsig_cli.report import run_facts, tables, words
 from opsig_cli.report.pairs import show_pair
 from opsig_cli.report.run_facts import Curvature
 from opsig_cli.report.samples import Samples
+from opsig_cli.report.vectors import show_vectors
 from opsig_cli.studies import comparing
 from opsig_cli.studies.clustering import explaining
 from opsig_cli.studies.clustering.finding import Found
@@ -59,6 +60,7 @@ def gather(
         "facts": run_facts.facts(run, series),
         "loss": run_facts.loss_chart(loss, window, rise),
         "curvature": curvature,
+        "vectors": show_vectors(run, rise),
         "contributions": tables.contributions(explained, pairs),
         "pairs": shown,
         "linked": [pair.record["pair"] for pair in shown],

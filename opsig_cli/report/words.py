@@ -185,7 +185,27 @@ def pair_evidence(pair: Record) -> list[Evidence]:
             f"({number(pair['shared'])}) over within: from {ALIKE:g} on they look the same. Groups that oppose by "
             "their labels alone do not.",
         ))  # fmt: skip
-    return rows
+    return rows + vector_evidence(pair)
+
+
+def vector_evidence(pair: Record) -> list[Evidence]:
+    """The leading eigenvector that a pair lies on, where slopes were measured."""
+    if pair["eigenvectors"] is None:
+        return []
+    if not pair["eigenvectors"]:
+        return [("Eigenvector", "none", "The groups stand at the two ends of no leading eigenvector measured.")]
+    first = pair["eigenvectors"][0]
+    slopes = " and ".join(nats(slope, sign=True) for slope in first["slopes"])
+    shares = " and ".join(percent(share) for share in first["shares"])
+    meaning = (
+        f"Of the Hessian's leading eigenvectors at step {pair['sharpness_step']} the one at whose two ends the groups "
+        f"stand: their mean slopes along it are {slopes} nats, and they make {shares} of its eigenvalue."
+    )
+    ratio = first["ratio"]
+    if ratio is not None and math.isfinite(ratio):
+        swings = "above which a swing along it grows" if ratio >= 1 else "below which a swing along it dies out"
+        meaning += f" That is {number(ratio)} times the stability threshold, {swings}."
+    return [("Eigenvector", f"number {first['rank']}", meaning)]
 
 
 def curvature_sentence(
@@ -261,5 +281,8 @@ def commands(
         members = f"{grouped} | jq -c 'select(.kind==\"member\" and .pair=={pair})'"
         found.append((f"Both sides of pair {pair}, sample by sample", members))
     if checkpoints:
-        found.append(("The sharpness against its threshold", f"opsig sharpness {name}{own}"))
+        found += [
+            ("The samples at both ends of the leading eigenvectors", f"opsig sharpness {name}{own} --name"),
+            ("The sharpness against its threshold", f"opsig sharpness {name}{own}"),
+        ]
     return found

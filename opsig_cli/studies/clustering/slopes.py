@@ -28,11 +28,11 @@ TOLERANCE = 1e-2
 
 @dataclass
 class Coordinates:
-    """All samples' slopes at several checkpoints, and the numbers of leading vectors that are compared, found when the
-    samples to group are known."""
+    """All samples' slopes at several checkpoints, and the number of leading vectors that are compared, which is found
+    when the samples to group are known."""
 
     measured: list[Slopes]
-    counts: list[int] = field(default_factory=list)
+    count: int = 1
     scaled_CSK: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,12 +47,12 @@ class Coordinates:
     def similarity(self, position: np.ndarray, smallest: int) -> np.ndarray:
         """Mean cosines of these samples' coordinates, (M, M) float32, over as many vectors as show structure."""
         chosen = self.scaled_CSK[:, position]
-        self.counts = analysis.choose_counts(analysis.structure(chosen, smallest))
-        return analysis.similarity(analysis.coordinates(chosen, self.counts))
+        self.count = analysis.choose_count(analysis.structure(chosen, smallest))
+        return analysis.similarity(analysis.coordinates(chosen, self.count))
 
     def group_cosines(self, everybody: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
         """At each checkpoint everybody's mean cosine with every group, both by position, (C, N, G)."""
-        rows = analysis.coordinates(self.scaled_CSK, self.counts)
+        rows = analysis.coordinates(self.scaled_CSK, self.count)
         means_CSG = analysis.group_means(rows, sets)
         return means_CSG[:, everybody]
 
@@ -60,12 +60,10 @@ class Coordinates:
     def note(self) -> str:
         """What was compared, in words."""
         steps = ", ".join(str(slopes.step) for slopes in self.measured)
-        low, high = self.counts[0], self.counts[-1]
-        count = f"{high}" if low == high else f"{low} to {high}"
         where = "at the floor of the valley " if self.measured[0].place == "floor" else ""
         return (
-            f"slopes along the first {count} of {self.scaled_CSK.shape[2]} eigenvectors {where}are compared, at steps "
-            f"{steps}: there groups stand out most from what no grouping would give"
+            f"slopes along the first {self.count} of {self.scaled_CSK.shape[2]} eigenvectors {where}are compared, at "
+            f"steps {steps}: with more, groups stand out less from what there is by chance"
         )
 
 

@@ -40,8 +40,14 @@ def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "moves": f"{pair['movement']:.0%}",
             "p": at_most(pair["p_value"]),
             "stable": f"{pair['stability']:.2f}",
+            **({} if pair["eigenvectors"] is None else {"on vector": _vector(pair)}),
         })  # fmt: skip
     return rows
+
+
+def _vector(pair: Mapping[str, Any]) -> str | None:
+    """The eigenvector that a pair lies on, and its part of the eigenvalue."""
+    return f"{pair['eigenvectors'][0]['rank']}: {pair['sharpness_share']:.0%}" if pair["eigenvectors"] else None
 
 
 def _two_digits(value: float) -> str | None:
