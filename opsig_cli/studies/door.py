@@ -58,9 +58,9 @@ def mine(
 
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
-    sketch: int | None = None, explain: int | None = None, truth: bool = False,
-    records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
-    backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
+    budget: int | None = None, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
+    device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
 
@@ -68,12 +68,15 @@ def cluster(
     of `mine`, to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that
     were not mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind
     "explain" that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task
-    planted.
+    planted; `test`: "replay" repeats training with a pair's samples silent, for at most `budget` steps in all,
+    "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict.
     """
     from opsig_cli.studies import drawing
 
     if by not in (None, *finding.BY):
         raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
+    if test not in finding.TESTS:
+        raise UsageError(f"--test is one of {', '.join(finding.TESTS)}, not '{test}'")
     if by in ("loss", "slope") and sketch is not None:
         raise UsageError(f"--sketch is of gradients, which --by {by} does not take. Leave one of them out")
     samples = None if records is None else _samples_of(records)
@@ -81,7 +84,7 @@ def cluster(
     with opened(run) as trajectory:
         found = finding.find(
             trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-            sketch=sketch,
+            sketch=sketch, test=test, budget=budget,
         )  # fmt: skip
         clusters = found.clusters
         written = clustered.records(trajectory, clusters)
@@ -98,7 +101,7 @@ def cluster(
         with opened(run) as trajectory:
             return drawing.draw_pairs(trajectory, clusters, written)
 
-    return Records(written, notes=notes, title=f"{trajectory.path}: opposing pairs", draw=draw)
+    return Records(written, notes=notes, title=trajectory.path, draw=draw)
 
 
 def sharpness(

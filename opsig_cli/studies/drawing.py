@@ -14,6 +14,7 @@ from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 from opsig_cli.studies import mining as finding
 from opsig_cli.studies.clustering.clusters import Clusters
+from opsig_cli.studies.clustering.records import by_strength
 from opsig_cli.studies.clustering.sentences import describe, plus_minus
 from opsig_cli.studies.comparing import QUANTITIES, Series
 from opsig_cli.studies.mining import Movers
@@ -28,7 +29,7 @@ TILES = 20
 PAIR_TILES = 15
 """Pictures of each group of a pair."""
 PANELS = 4
-"""Pairs that are drawn, the significant ones first, then those that move most; all are in the matrix."""
+"""Pairs that are drawn, the established ones first, then by verdict those that move most; all are in the matrix."""
 ZOOM = 40
 """Steps of the close-up."""
 
@@ -64,8 +65,7 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
     centre = int(window.steps_T[window.rise_row])
     before, after = (predictions_at(run, step) for step in (centre - 1, centre))
     panels = []
-    pairs = [record for record in records if record["kind"] == "pair"]
-    pairs.sort(key=lambda record: (record["p_value"], -record["movement"]))
+    pairs = by_strength(record for record in records if record["kind"] == "pair")
     for record in pairs[:PANELS]:
         groups = [group - 1 for group in record["groups"]]
         sides = []
@@ -78,10 +78,12 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
             ]
             sides.append((f"G{group + 1}: {describe(mix, size)}", tiles, clusters.losses_TM[:, members].mean(1)))
         cosine = plus_minus(record["opposition"], record["opposition_error"])
-        title = f"pair {record['pair']}: cosine {cosine}, loss changes correlate {record['loss_correlation']:.2f}"
-        if np.isfinite(record["shared"]):
-            title += f", alike {record['shared']:.2f}"
-        title += f", p = {record['p_value']:.3g}" + clause(record["after"])
+        title = f"pair {record['pair']}, {record['verdict']}: cosine {cosine}"
+        if np.isfinite(record["alike"]):
+            title += f", alike {record['alike']:.2f}"
+        if record["swing_ratio"] is not None:
+            title += f", R {record['swing_ratio']:.2f}"
+        title += clause(record["after"])
         panels.append(PairPanel(title, *sides))
     whole = np.concatenate(
         [rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss", window.first, window.stop)]
