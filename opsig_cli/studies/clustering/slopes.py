@@ -6,7 +6,7 @@ K numbers a checkpoint, whatever the number of parameters: see `analysis.slopes`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -49,12 +49,6 @@ class Coordinates:
         chosen = self.scaled_CSK[:, position]
         self.count = analysis.choose_count(analysis.structure(chosen, smallest))
         return analysis.similarity(analysis.coordinates(chosen, self.count))
-
-    def group_cosines(self, everybody: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
-        """At each checkpoint everybody's mean cosine with every group, both by position, (C, N, G)."""
-        rows = analysis.coordinates(self.scaled_CSK, self.count)
-        means_CSG = analysis.group_means(rows, sets)
-        return means_CSG[:, everybody]
 
     @property
     def note(self) -> str:
