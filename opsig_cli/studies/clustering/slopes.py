@@ -55,9 +55,12 @@ class Coordinates:
         """What was compared, in words."""
         steps = ", ".join(str(slopes.step) for slopes in self.measured)
         where = "at the floor of the valley " if self.measured[0].place == "floor" else ""
+        whole = self.scaled_CSK.shape[2]
+        if self.count == whole:
+            return f"slopes along {whole} leading eigenvectors {where}are compared, at steps {steps}"
         return (
-            f"slopes along the first {self.count} of {self.scaled_CSK.shape[2]} eigenvectors {where}are compared, at "
-            f"steps {steps}: with more, groups stand out less from what there is by chance"
+            f"slopes along the first {self.count} of {whole} eigenvectors {where}are compared, at steps {steps}: with "
+            "more, groups stand out less from what there is by chance"
         )
 
 
