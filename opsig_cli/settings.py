@@ -124,7 +124,7 @@ class Settings:
                     f"{path} was trained with --{option} {getattr(self, key)}, not {value}. "
                     "Leave it out to resume, or start a new run"
                 )
-        return replace(self, steps=given["steps"]) if given.get("steps") else self
+        return self if given.get("steps") is None else replace(self, steps=given["steps"])
 
     def untold(self) -> dict[str, str]:
         """Settings without which an imported run cannot be trained further, and why."""

@@ -17,7 +17,10 @@ from opsig_cli.errors import UsageError
 def report(
     run: options.RunArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="PATH", help="Default: the run's name with .html.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="PATH", callback=options.check_output, help="Default: the run's name with .html."
+        ),
     ] = None,
     by: options.ByOption = None,
     top: options.TopOption = None,
@@ -25,6 +28,7 @@ def report(
         bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
     ] = False,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -41,6 +45,7 @@ def report(
     from opsig_cli.report import content, page
     from opsig_cli.studies.clustering import finding
     from opsig_cli.studies.clustering import records as clustered
+    from opsig_cli.studies.filled import filled
     from opsig_cli.trajectory.file import open_trajectory
 
     if by not in (None, *finding.BY):
@@ -56,9 +61,11 @@ def report(
     with open_trajectory(run) as trajectory:
         page.check_output(path, run, replace)
         progress = partial(options.progress, quiet=quiet)
-        found = finding.find(trajectory, by, top, task, device, backend, warn, progress)
+        found = finding.find(
+            trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
+        )
         written = clustered.records(trajectory, found.clusters)
-        shown = content.gather(trajectory, found, written, task, said)
+        shown = content.gather(filled(trajectory, found.movers.known), found, written, task, said)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
     for words in found.notes:
         options.note(f"note: {words}", quiet)
