@@ -42,13 +42,15 @@ class Silenced:
 class Evidence:
     """What is known of a pair. `high`: upper end of the interval of its opposition over held-out checkpoints; `p_value`
     of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced` where it
-    swings and training was repeated, else `untested` says why it was not."""
+    swings and training was repeated, else `untested` says why it was not. `at_ends`: it was found at the ends of
+    leading eigenvectors, along which everything swings: silence alone then says nothing new of it."""
 
     high: float
     p_value: float
     alike: float
     silenced: Sequence[Silenced] = ()
     untested: str = ""
+    at_ends: bool = False
 
 
 def judge(found: Evidence) -> tuple[str, str]:
@@ -75,6 +77,9 @@ def judge(found: Evidence) -> tuple[str, str]:
     if len(ratios) >= REPLAYS:
         if max(ratios) < SILENCES:
             goes = "the swing of both sides goes when they are silent"
+            if found.at_ends and lacks:
+                goes += ", as at any two ends of an eigenvector"
+                return ("unclear" if chance else "likely"), f"{goes}, but {lacks}"
             return ("likely", f"{goes}, but {looks}") if math.isnan(found.alike) else ("established", goes)
         if min(ratios) >= SILENCES:
             return "refuted", "its sides swing on when they are silent: others swing them"
