@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opsig_cli.analysis.likeness import ALIKE
+from opsig_cli.analysis.pairing import OPPOSES
 
 VERDICTS = ("established", "likely", "unclear", "refuted")
 """In the order in which pairs are shown."""
@@ -40,10 +41,11 @@ class Silenced:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a pair. `high`: upper end of the interval of its opposition over held-out checkpoints; `p_value`
-    of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced` where it
+    """What is known of a pair. `opposition` over held-out checkpoints, and the upper end `high` of its interval;
+    `p_value` of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced` where it
     swings and training was repeated, else `untested` says why it was not."""
 
+    opposition: float
     high: float
     p_value: float
     alike: float
@@ -55,13 +57,15 @@ def judge(found: Evidence) -> tuple[str, str]:
     """A verdict and its reason, which completes a sentence.
 
     >>> apart = [Silenced(step, 1.0, 0.05, 0.9) for step in (40, 80)]
-    >>> judge(Evidence(-0.3, 0.01, 0.9, apart))[0], judge(Evidence(0.1, 0.01, 0.9, apart))[0]
+    >>> judge(Evidence(-0.4, -0.3, 0.01, 0.9, apart))[0], judge(Evidence(-0.1, 0.1, 0.01, 0.9, apart))[0]
     ('established', 'refuted')
     """
     if math.isnan(found.high):
         return "unclear", "too few checkpoints are left to test it on that had no part in finding it"
+    if found.opposition > OPPOSES:
+        return "refuted", "at checkpoints that had no part in finding it, the sides hardly pull apart"
     if found.high >= 0:
-        return "refuted", "at checkpoints that had no part in finding it, the sides do not pull apart for certain"
+        return "unclear", "at checkpoints that had no part in finding it, the sides do not pull apart for certain"
     ratios = [one.ratio for one in found.silenced]
     if not all(map(math.isfinite, ratios)):
         return "unclear", "its losses or those of its controls do not move when training is repeated"
@@ -76,6 +80,11 @@ def judge(found: Evidence) -> tuple[str, str]:
         if max(ratios) < SILENCES:
             goes = "the swing of both sides goes when they are silent"
             return ("likely", f"{goes}, but {looks}") if math.isnan(found.alike) else ("established", goes)
+        if min(ratios) >= SILENCES and not lacks:
+            return (
+                "unclear",
+                "the sides pull apart and look alike, but swing on when they are silent: others swing them",
+            )
         if min(ratios) >= SILENCES:
             return "refuted", "its sides swing on when they are silent: others swing them"
         return "unclear", "silent sides lose their swing at one checkpoint and keep it at another"

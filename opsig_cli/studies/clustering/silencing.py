@@ -61,7 +61,7 @@ def silence(
     """Silence each pair that swings, the family that it belongs to with it, at REPLAYS of the held-out checkpoints.
 
     Pairs that move most come first, and `budget` bounds the steps repeated. Controls are drawn anew at each checkpoint
-    from samples outside of what is silenced, with the same labels where there are as many.
+    from samples outside of what is silenced, with the same labels where there are as many, those in no group first.
     """
     pairs = clusters.grouping.pairs()
     training = replayable(run, session)
@@ -72,6 +72,7 @@ def silence(
     outcome = Outcome({}, {}, steps)
     labels = labels_of(run)
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
+    grouped = np.concatenate([np.empty(0, np.int64), *members])
     swung: dict[int, int] = {}
     left = budget // LENGTH
     plains = {}
@@ -90,7 +91,7 @@ def silence(
                 outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
                 continue
             replayed = Replay(run, session, training, step)
-            controls = controls_of(labels, silent, np.random.default_rng([seed, step, *unit]))
+            controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
             without, controlled = replayed(silent), replayed(controls)
             left, outcome.replays = left - 2, outcome.replays + 2
             advance(2, note=f"step {step}")
@@ -127,17 +128,33 @@ def units_of(clusters: Clusters) -> list[tuple[list[int], list[int]]]:
     return [(list(unit), units[unit]) for unit in sorted(units, key=lambda unit: -np.nan_to_num(weight[unit]))]
 
 
-def controls_of(labels: np.ndarray, silent: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """As many samples that are not silent, with the same labels as far as there are such; any others make up."""
+def controls_of(
+    labels: np.ndarray, silent: np.ndarray, grouped: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """As many samples that are not silent, with the same labels as far as there are such; any others make up.
+
+    Of each label those in no group come first: a control that took in another pair, which may swing the whole run,
+    would show what that pair does.
+    """
     outside = np.setdiff1d(np.arange(len(labels)), silent)
+    alone = ~np.isin(outside, grouped)
     chosen = []
     for label, count in zip(*np.unique(labels[silent], return_counts=True), strict=True):
-        pool = outside[labels[outside] == label]
-        chosen.append(generator.choice(pool, min(int(count), len(pool)), replace=False))
+        same = labels[outside] == label
+        chosen += _drawn([outside[same & alone], outside[same & ~alone]], int(count), generator)
     drawn = np.concatenate(chosen)
-    rest = np.setdiff1d(outside, drawn)
-    more = generator.choice(rest, min(len(silent) - len(drawn), len(rest)), replace=False)
-    return np.concatenate([drawn, more])
+    rest = ~np.isin(outside, drawn)
+    missing = len(silent) - len(drawn)
+    return np.concatenate([drawn, *_drawn([outside[rest & alone], outside[rest & ~alone]], missing, generator)])
+
+
+def _drawn(pools: list[np.ndarray], count: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """So many samples at random, from the first pool as far as it reaches."""
+    found = []
+    for pool in pools:
+        found.append(generator.choice(pool, min(count, len(pool)), replace=False))
+        count -= len(found[-1])
+    return found
 
 
 class Replay:
