@@ -42,8 +42,8 @@ class Silenced:
 @dataclass(frozen=True)
 class Evidence:
     """What is known of a pair. `opposition` over held-out checkpoints, and the upper end `high` of its interval;
-    `p_value` of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced` where it
-    swings and training was repeated, else `untested` says why it was not."""
+    `p_value` of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced`
+    where it swings and training was repeated, else `untested` says why it was not."""
 
     opposition: float
     high: float
