@@ -59,8 +59,8 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
             )  # fmt: skip
             without, controlled = replay(silent), replay(controls)
             for n in decided:
-                both = np.concatenate([members[g] for g in clusters.grouping.pairs()[n]])
-                anew = silencing.compared(step, both, plain, without, controlled)
+                sides = [members[g] for g in clusters.grouping.pairs()[n]]
+                anew = silencing.compared(step, sides, plain, without, controlled)
                 pair = clusters.pairs[n]
                 rows.append((pair.verdict, [one.ratio for one in pair.silenced], anew.ratio))
         return rows

@@ -26,17 +26,14 @@ REPLAYS = 2
 @dataclass(frozen=True)
 class Silenced:
     """A pair's swing at one held-out checkpoint, in nats: with all training, with both sides silent, and with as many
-    others of the same labels silent."""
+    others of the same labels silent. `ratio` is R: what remains with both sides silent over what remains with the
+    controls silent, of the side of which more remains; one side that swings by itself does not make a pair."""
 
     step: int
     plain: float
     silent: float
     controls: float
-
-    @property
-    def ratio(self) -> float:
-        """R: what remains with both sides silent, over what remains with the controls silent."""
-        return self.silent / self.controls if self.controls > 0 else float("nan")
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Evidence:
 def judge(found: Evidence) -> tuple[str, str]:
     """A verdict and its reason, which completes a sentence.
 
-    >>> apart = [Silenced(step, 1.0, 0.05, 0.9) for step in (40, 80)]
+    >>> apart = [Silenced(step, 1.0, 0.05, 0.9, 0.06) for step in (40, 80)]
     >>> judge(Evidence(-0.4, -0.3, 0.01, 0.9, apart))[0], judge(Evidence(-0.1, 0.1, 0.01, 0.9, apart))[0]
     ('established', 'refuted')
     """

@@ -29,7 +29,7 @@ SETTLING = 4
 BUDGET = 400
 """Steps that are repeated by default, each at the cost of a training step: as many as train the demo's run."""
 SWINGS = 1.0
-"""A pair can be tested by silence at a checkpoint where it swings more than samples do on average."""
+"""A pair can be tested by silence at a checkpoint where both its sides swing more than samples do on average."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ def silence(
     for unit, numbers in units_of(clusters):
         silent = np.concatenate([members[group] for group in unit])
         for step, plain in plains.items():
-            swinging = [n for n in numbers if _swings(plain, np.concatenate([members[g] for g in pairs[n]]))]
+            swinging = [n for n in numbers if _swings(plain, [members[g] for g in pairs[n]])]
             if not swinging:
                 continue
             if left < 2:
@@ -96,12 +96,13 @@ def silence(
             left, outcome.replays = left - 2, outcome.replays + 2
             advance(2, note=f"step {step}")
             for n in swinging:
-                both = np.concatenate([members[group] for group in pairs[n]])
                 swung[n] = swung.get(n, 0) + 1
-                outcome.silenced.setdefault(n, []).append(compared(step, both, plain, without, controlled))
+                outcome.silenced.setdefault(n, []).append(
+                    compared(step, [members[group] for group in pairs[n]], plain, without, controlled)
+                )
     for n in range(len(pairs)):
         if n not in swung:
-            outcome.untested.setdefault(n, _why_not(plains, np.concatenate([members[g] for g in pairs[n]])))
+            outcome.untested.setdefault(n, _why_not(plains, [members[g] for g in pairs[n]]))
     return outcome
 
 
@@ -110,9 +111,13 @@ def labels_of(run: Trajectory) -> np.ndarray:
     return run.read("samples/label") if run.has("samples/label") else np.zeros(len(run.samples), np.int64)
 
 
-def compared(step: int, both: np.ndarray, *losses_TS: np.ndarray) -> Silenced:
+def compared(step: int, sides: list[np.ndarray], *losses_TS: np.ndarray) -> Silenced:
     """A pair's swing when all train, when its samples are silent, and when their controls are."""
-    return Silenced(step, *(_swing(losses[:, both]) for losses in losses_TS))
+    both = np.concatenate(sides)
+    whole = [_swing(losses[:, both]) for losses in losses_TS]
+    parts = [[_swing(losses[:, side]) for losses in losses_TS[1:]] for side in sides]
+    ratios = [silent / controls if controls > 0 else float("nan") for silent, controls in parts]
+    return Silenced(step, whole[0], whole[1], whole[2], float(np.max(ratios)))
 
 
 def units_of(clusters: Clusters) -> list[tuple[list[int], list[int]]]:
@@ -181,16 +186,16 @@ def _swing(losses_TM: np.ndarray) -> float:
     return swing(losses_TM[SETTLING:])
 
 
-def _swings(plain: np.ndarray, both: np.ndarray) -> bool:
-    """Whether a pair turns back and forth, and more than samples do on average."""
-    return period_two(plain[:, both]) > 0 and _swing(plain[:, both]) > SWINGS * _swing(plain)
+def _swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
+    """Whether both sides turn back and forth, and more than samples do on average."""
+    return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(plain) for side in sides)
 
 
-def _why_not(plains: dict[int, np.ndarray], both: np.ndarray) -> str:
+def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:
     if not plains:
         return "no training was repeated (--budget)"
     if all(not period_two(plain) > 0 for plain in plains.values()):
         return "the run does not swing at the checkpoints held out, so that silence says nothing"
-    if all(not period_two(plain[:, both]) > 0 for plain in plains.values()):
+    if all(not period_two(plain[:, side]) > 0 for plain in plains.values() for side in sides):
         return "its losses do not swing, so that silence says nothing"
-    return "it swings less than samples do on average, so that silence says nothing"
+    return "one side or both swing less than samples do on average, so that silence says nothing"
