@@ -51,7 +51,8 @@ def facts(run: Trajectory, series: Mapping[str, Series]) -> list[tuple[str, str]
     found.append(("Steps with losses", f"{len(steps):,}, from {steps[0]:,} to {steps[-1]:,}"))
     found.append(("Samples", f"{len(run.samples):,}"))
     if run.has("checkpoints/params"):
-        found.append(("Parameters", f"{run.shape('checkpoints/params')[1]:,}"))
+        frozen = f" trained, {run.shape('frozen/params')[0]:,} frozen" if run.has("frozen/params") else ""
+        found.append(("Parameters", f"{run.shape('checkpoints/params')[1]:,}{frozen}"))
     found.append(("Checkpoints", f"{len(run.steps('checkpoints')):,}"))
     if "loss" in series:
         found.append(("Last loss, in nats", words.nats(series["loss"].last)))
@@ -85,7 +86,8 @@ def larger_rise(loss: Series, rise: int) -> int | None:
 
 def curvature_of(run: Trajectory, rise: int) -> Curvature | None:
     """The sharpness that the file holds, and what it is near the largest rise; None where the file holds none."""
-    group = held_group(run)
+    plain = "sharpness" if run.has("sharpness/eigenvalue") and len(run.steps("sharpness")) else None
+    group = held_group(run) or plain
     if group is None:
         return None
     floor = PLACE[group] == "floor"

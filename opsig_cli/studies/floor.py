@@ -74,7 +74,7 @@ def floor_state(run: Trajectory, session: Session, step: int) -> State:
     states = three_states(run, session, step)
     params = sum(weight * state.params.astype(np.float64) for weight, state in zip(WEIGHTS, states, strict=True))
     assert isinstance(params, np.ndarray)
-    return State(step + 1, params.astype(states[1].params.dtype), states[1].buffers, states[1].optimizer)
+    return replace(states[1], params=params.astype(states[1].params.dtype))
 
 
 def state_at(run: Trajectory, session: Session, step: int, place: str) -> State:
