@@ -375,7 +375,7 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.2, 0.9, apart(0.1)), "likely"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.6)), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, 0.9), "established"),
-        (Evidence(-0.4, -0.3, 0.01, 0.7), "likely"),
+        (Evidence(-0.4, -0.3, 0.01, 0.7), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, float("nan")), "likely"),
         (Evidence(-0.4, -0.3, float("nan"), 0.9), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, float("nan"), apart(0.1, 0.2)), "likely"),

@@ -91,6 +91,6 @@ def judge(found: Evidence) -> tuple[str, str]:
     why = (swings if ratios else f"{found.untested}; " if found.untested else "") + "on held-out checkpoints "
     if not lacks:
         return "established", why + "the sides pull apart, look alike, and are stronger than chance"
-    if ratios or not chance:
+    if ratios or (math.isnan(found.alike) and not chance):
         return "likely", why + f"the sides pull apart, but {lacks}"
     return "unclear", why + f"the sides pull apart, but {lacks}"
