@@ -53,11 +53,14 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
                 continue
             members = {g: clusters.position[clusters.grouping.members(g)] for g in unit}
             silent = np.concatenate(list(members.values()))
-            controls = silencing.controls_of(silencing.labels_of(run), silent, np.random.default_rng([1, step, *unit]))
+            controls = silencing.controls_of(
+                silencing.labels_of(run), silent, clusters.position[clusters.grouping.group_M >= 0],
+                np.random.default_rng([1, step, *unit]),
+            )  # fmt: skip
             without, controlled = replay(silent), replay(controls)
             for n in decided:
-                both = np.concatenate([members[g] for g in clusters.grouping.pairs()[n]])
-                anew = silencing.compared(step, both, plain, without, controlled)
+                sides = [members[g] for g in clusters.grouping.pairs()[n]]
+                anew = silencing.compared(step, sides, plain, without, controlled)
                 pair = clusters.pairs[n]
                 rows.append((pair.verdict, [one.ratio for one in pair.silenced], anew.ratio))
         return rows
