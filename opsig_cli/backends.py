@@ -53,7 +53,9 @@ class Training:
     """How to train. `batch_size` None is full batch. `momentum` is heavy-ball's beta; Adam's are `betas`; SplitSGD's
     tau is `dampening`, its eta_2 `sign_learning_rate`, and its r `radius`, None for its default.
 
-    `wants_losses(step)` and `wants_state(step)` say what the snapshot of that step must carry.
+    `wants_losses(step)` and `wants_state(step)` say what the snapshot of that step must carry. `weights` (S,), None for
+    1 throughout, multiply the samples' losses in what is minimised, whose sum is divided by the number of all samples
+    (of the minibatch) as before: weight 0 leaves a sample out and no other one counts for more.
     """
 
     optimizer: str
@@ -70,6 +72,7 @@ class Training:
     seed: int = 0
     wants_losses: Callable[[int], bool] = lambda step: False
     wants_state: Callable[[int], bool] = lambda step: False
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,15 @@ class Curvature(Protocol):
 
     def curvature_along(self, state: State, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Loss, slope v'g and curvature v'Hv of every sample along a direction v (P,), (S,) float64 each."""
+        ...
+
+
+@runtime_checkable
+class Slopes(Protocol):
+    """The capability that `sharpness --name` and `cluster --by slope` need."""
+
+    def slopes_along(self, state: State, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slopes v'g and curvatures v'Hv of every sample along each of K directions v (K, P), (S, K) float64 each."""
         ...
 
 

@@ -282,6 +282,7 @@ def test_gradients_that_underflow_have_no_cosine_and_make_no_pair_of_a_group_wit
                 assert -1 <= record["opposition"] < 0
                 measured = [record[name] for name in ("opposition", "opposition_error", "loss_correlation", "shared")]
                 assert record["p_value"] == 1 or None not in measured
+                assert record["verdict"] != "established" or None not in measured
         loaded, _ = tasks.load(tasks.parse_spec(task[1]))
         session: Any = load_backend("torch").open(loaded)
         with open_trajectory(run) as trajectory:

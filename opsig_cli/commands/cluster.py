@@ -32,6 +32,16 @@ def cluster(
         int | None, typer.Option("--explain", metavar="STEP", help="Take the change at this step apart into groups.")
     ] = None,
     truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
+    test: Annotated[
+        str,
+        typer.Option(
+            metavar="replay|held-out|none",
+            help="Try pairs by repeating training with their samples silent, or on held-out checkpoints alone.",
+        ),
+    ] = "replay",
+    budget: Annotated[
+        int | None, typer.Option("--budget", min=0, help="Training steps to repeat in all. Default: 400.")
+    ] = None,
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
@@ -45,19 +55,21 @@ def cluster(
     Takes a run, which it mines itself (the samples whose loss moves most, and as many with the largest gradients), or
     the records of `opsig mine` on stdin.
 
-    The table has of each pair: the mean cosine across, the correlation of the losses' changes, how alike it looks to
-    the network, its part of all movement, the p-value, and how well it comes back when samples are left out.
+    The table has of each pair: the verdict, the mean cosine across on checkpoints that had no part in finding it, how
+    alike its sides look against within, R (its swing when it is silent, over that when as many others are), its part
+    of all movement, the p-value, and how well it comes back when samples are left out.
 
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
     from opsig_cli import records
     from opsig_cli.studies import door
-    from opsig_cli.studies.clustering import saying
+    from opsig_cli.studies.clustering import explaining
+    from opsig_cli.studies.clustering import tables as shortened
 
     path, piped = options.records_of(run)
     found = door.cluster(
-        path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, records=piped,
-        task=task, device=device, backend=backend,
+        path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, test=test,
+        budget=budget, records=piped, task=task, device=device, backend=backend,
         allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
@@ -65,13 +77,13 @@ def cluster(
     options.say(found.damage, False)
     options.say(found.notes, quiet)
     tables = options.not_finite_tables(found)
-    tables.append(records.Table(f"{found.title}, the significant ones first", saying.pair_table(found)))
-    if said := saying.sentence_table(found):
+    tables.append(records.Table(f"{found.title}: {shortened.headline(found)}", shortened.pair_table(found)))
+    if said := shortened.sentence_table(found):
         tables.append(records.Table("in words", said))
-    if alone := saying.alone_table(found):
+    if alone := shortened.alone_table(found):
         tables.append(records.Table("groups that no other opposes", alone))
     if explained := found.of("explain"):
-        shown = saying.explain_table(explained)
+        shown = explaining.explain_table(explained)
         tables.append(records.Table(f"the change at step {explain}, summed over samples, in nats", shown))
     for agreed in found.of("agreement"):
         shown = [{"measure": key.replace("_", " "), "value": value} for key, value in list(agreed.items())[2:]]

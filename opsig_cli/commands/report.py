@@ -43,13 +43,14 @@ def report(
     """
     from opsig_cli import records
     from opsig_cli.report import content, page
-    from opsig_cli.studies.clustering import finding, saying, weighing
+    from opsig_cli.studies.clustering import finding
+    from opsig_cli.studies.clustering import records as clustered
     from opsig_cli.studies.filled import filled
     from opsig_cli.trajectory.checking import without_damage
     from opsig_cli.trajectory.file import open_trajectory
 
-    if by not in (None, *weighing.BY):
-        raise UsageError(f"--by is one of {', '.join(weighing.BY)}, not '{by}'")
+    if by not in (None, *finding.BY):
+        raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
     path = output or Path(run).with_suffix(".html")
     said: list[str] = []
     damage: list[str] = []
@@ -68,7 +69,7 @@ def report(
             found = finding.find(
                 trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
             )
-            written = saying.records(trajectory, found.clusters)
+            written = clustered.records(trajectory, found.clusters)
             whole = filled(trajectory, found.movers.known)
             return found, written, content.gather(whole, found, written, task, [*damage, *said])
 
@@ -80,6 +81,6 @@ def report(
     pairs = [record for record in written if record["kind"] == "pair"]
     made = {
         "kind": "report", "trajectory": run, "path": str(path), "pairs": len(pairs),
-        "significant": len(content.words.significant(pairs)), "bytes": size,
+        "established": len(clustered.established(pairs)), "bytes": size,
     }  # fmt: skip
     records.write([made], format)

@@ -41,6 +41,13 @@ def curvature_along(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray
     return tuple(ways.first_that_holds(opened, "curvature of samples", found, opened.samples))
 
 
+def slopes_along(opened: Opened, directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes and curvatures of every sample along K directions (K, P), (S, K) float64 each; see `curvature_along`."""
+    found = [curvature_along(opened, direction)[1:] for direction in directions]
+    slopes, curvatures = (np.stack(rows, 1) for rows in zip(*found, strict=True))
+    return slopes, curvatures
+
+
 def _checked(opened: Opened, direction: torch.Tensor, of_batch: Callable[..., Any]) -> np.ndarray:
     """Loss, slope and curvature (3, S), of which the sample of the largest curvature is that of plain autograd.
 

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from opsig_cli.analysis import evidence, grouping, significance
+from opsig_cli.analysis.group_means import group_means
+from opsig_cli.analysis.grouping import Grouping
+from opsig_cli.analysis.likeness import ALIKE, alike_between
+from opsig_cli.analysis.significance import NOTHING
+from opsig_cli.analysis.verdicts import Evidence, judge
+from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies import mining, tracking
-from opsig_cli.studies.clustering import saying, weighing
-from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.clustering import gathering, silencing, slopes, weighing
+from opsig_cli.studies.clustering.clusters import Clusters, Joined, Tests
+from opsig_cli.studies.clustering.sentences import caveat
+from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory
+
+BY = ("gradient", "slope", "loss", "both")
+TESTS = ("replay", "held-out", "none")
 
 
 @dataclass(frozen=True)
@@ -31,14 +43,17 @@ def find(
     run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str,
     warn: Callable[[str], None], progress: Callable[[str, int], AbstractContextManager[Any]], *,
     samples: Sequence[int] | None = None, window: tuple[int | None, int | None] = (None, None),
-    join: bool | None = None, sketch: int | None = None, allow_changed_data: bool = False,
+    join: bool | None = None, sketch: int | None = None, test: str = "replay", budget: int | None = None,
+    allow_changed_data: bool = False,
 ) -> Found:  # fmt: skip
     """Group the samples of a run that move most, or the `samples` given by index, by what they do in a window of steps.
 
-    `by`, `top`, `join` None: as the run allows. Raises OpsigError where the run lacks what is asked for, or its task.
+    `by`, `top`, `join` None: as the run allows. `test`: whether pairs are tried by repeating training with their
+    samples silent ("replay", for at most `budget` steps in all), on held-out checkpoints alone, or not. Raises
+    OpsigError where the run lacks what is asked for, or its task.
     """
     run.require("losses/loss")
-    by, fallback = weighing.choose_by(run, by)
+    by, fallback = choose_by(run, by)
     found = mining.find(run, top or mining.default_count(len(run.samples)), window=window)
     run = filled(run, found.known)
     position = found.position if samples is None else mining.positions_of(run, samples)
@@ -46,21 +61,152 @@ def find(
         position = position[~np.isin(position, found.known.never)]
     if len(position) < 2:
         raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
-    weighed = weighing.window_of(run, found)
+    weighed = window_of(run, found)
     if by == "loss":
-        clusters = weighing.by_loss(run, position, weighed)
+        clusters = _judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
     else:
-        steps = weighing.checkpoints_in(run, weighed)
+        steps = checkpoints_in(run, weighed)
         if sketch is not None:
-            weighing.sketch_band(run, weighed, sketch)  # refused before anything is loaded
+            gathering.sketch_band(run, weighed, sketch)  # refused before anything is loaded
         session, _ = tracking.open_session(run, task, device, backend, warn, allow_changed_data)
         if join is None and not (join := not getattr(session, "couples_samples", False)):
             warn("note: nobody joins: with batch norm in chunks each costs a chunk; see --join")
+        coordinates = None
+        if by == "slope":
+            with progress("eigenvectors", len(slopes.checkpoints_of(run, weighed))) as advance:
+                coordinates = slopes.gather(run, session, backend, weighed, warn, advance)
         with progress("gradients", (3 if samples is None else 2) * len(steps)) as advance:
-            clusters = weighing.by_gradient(
+            clusters = by_gradient(
                 run, session, backend, position, by, weighed, advance,
-                widen=samples is None, joining=join, sketch=sketch,
+                widen=samples is None, joining=join, sketch=sketch, coordinates=coordinates,
             )  # fmt: skip
+        outcome = silencing.Outcome({}, {}, [])
+        if test == "replay" and clusters.pairs:
+            steps = silencing.BUDGET if budget is None else budget
+            with progress("replays", steps // silencing.LENGTH) as advance:
+                outcome = silencing.silence(run, session, clusters, held_out_in(run, weighed), steps, advance)
+        clusters = _judged(clusters, outcome, test)
+        if coordinates is not None:
+            warn(f"note: {coordinates.note}")
+            clusters = slopes.with_vectors(clusters, coordinates.measured[-1])
+    if clusters.on_vectors is None:
+        clusters = slopes.with_vectors(clusters, slopes.kept_near(run, weighed))
     first, second = (fallback, found.note) if found.known is None else (found.note, fallback)
-    notes = [words for words in (first, second, saying.caveat(clusters)) if words]
+    notes = [words for words in (first, second, caveat(clusters)) if words]
     return Found(clusters, found, notes)
+
+
+def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
+    """What to group by where a person did not say, and a note where it is less than all: losses alone without
+    checkpoints."""
+    if by is not None:
+        return by, None
+    if run.has("checkpoints/params") and len(run.steps("checkpoints")):
+        return "both", None
+    return "loss", f"{run.path} holds no checkpoints, so samples are grouped by their losses alone, as with --by loss"
+
+
+def by_gradient(
+    run: Trajectory, session: Session, backend: str, position: np.ndarray, by: str, window: Window,
+    advance: Callable[..., None], *, widen: bool = True, joining: bool = True, sketch: int | None = None,
+    coordinates: slopes.Coordinates | None = None,
+) -> Clusters:  # fmt: skip
+    """Group the samples at these positions by their mean gradient cosines, or by those of their `coordinates`.
+
+    With `widen` as many samples with the largest gradients are taken with them. Groups that look alike are paired
+    first, and with `by` "both" those whose losses swing against each other. Every group is scored anew, exactly, by
+    the mean gradients of its members at checkpoints that had no part in finding it. With `joining`, samples that were
+    not mined join the group with which they align there and that they look like, no more than were mined. `sketch`
+    estimates the cosines to group by from so many numbers a sample.
+    """
+    sketch_error = None if sketch is None else gathering.sketch_band(run, window, sketch)
+    if widen and coordinates is not None:
+        position = coordinates.widened(position)
+    elif widen:
+        position = gathering.with_largest_gradients(run, session, position, window, advance)
+    smallest = weighing.smallest(position)
+    if coordinates is not None:
+        similarity_MM = coordinates.similarity(position, smallest)
+    else:
+        similarity_MM = gathering.mean_similarity(run, session, backend, position, window, sketch, advance)
+    likeness_MM = gathering.mean_likeness(run, session, position, window)
+    found = grouping.group_by_similarity(similarity_MM, smallest, likeness_MM)
+    losses_TM = run.series("losses/loss", position, window.first, window.stop)
+    alike_GG = None if likeness_MM is None else alike_between(likeness_MM, found.group_M)
+    found = grouping.pair_anew(similarity_MM, found, _preferred(found, alike_GG, losses_TM, by == "both"))
+    members = [found.members(group) for group in range(len(found.partner_G))]
+    everybody = np.arange(len(run.samples)) if joining else position
+    sets = [run.samples[position[inside]] for inside in members]
+    steps, held_out = checkpoints_in(run, window), held_out_in(run, window)
+    tested_on = held_out if len(held_out) else steps
+    means_CNG = gathering.group_cosines(run, session, tested_on, everybody, sets, advance)
+    labels = run.read("samples/label")[position] if run.has("samples/label") else None
+    null = NOTHING
+    if members:
+        null = significance.gaussian_null(similarity_MM, likeness_MM, labels, smallest=smallest)
+    clusters = weighing.weigh(
+        run, Clusters(by, position, found, [], [], similarity_MM, losses_TM, window, evidence.period_two(losses_TM),
+                      alike_GG, tests=Tests(steps.tolist(), held_out.tolist(), []), sketch_error=sketch_error),
+        means_CNG[:, position if joining else np.arange(len(position))], null, likeness_MM,
+    )  # fmt: skip
+    outside = np.setdiff1d(everybody, position)
+    if not members or not len(outside):
+        return clusters
+    likeness_NG = None if likeness_MM is None else gathering.mean_likeness_with(run, session, outside, sets, window)
+    group, alignment = grouping.join(means_CNG[:, outside].mean(0), found, likeness_NG)
+    inside = group >= 0
+    return replace(clusters, joined=Joined(outside[inside], group[inside], alignment[inside]))
+
+
+def _preferred(found: Grouping, alike_GG: np.ndarray | None, losses_TM: np.ndarray, by_losses: bool) -> np.ndarray:
+    """Which groups are paired first, (G, G): those that look alike, and whose losses do not swing together; what is not
+    known is not held against a pair."""
+    count = len(found.partner_G)
+    preferred_GG = np.ones((count, count), bool) if alike_GG is None else ~(alike_GG < ALIKE)
+    if by_losses and count > 1:
+        means_TG = evidence.mean_losses(losses_TM, [found.members(group) for group in range(count)])
+        for a, b in np.argwhere(preferred_GG):
+            preferred_GG[a, b] = not evidence.correlation_without_drift(means_TG[:, a], means_TG[:, b]) >= 0
+    return preferred_GG
+
+
+def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
+    """Group the samples by the correlation of their loss changes in the first half of the window, and test the groups
+    on the second."""
+    losses_TM = run.series("losses/loss", position, window.first, window.stop)
+    half = (len(losses_TM) - 1) // 2
+    first_MM, second_MM = (
+        grouping.known(grouping.change_correlation(part)) for part in (losses_TM[: half + 1], losses_TM[half:])
+    )
+    smallest = weighing.smallest(position)
+    found = grouping.group_by_similarity(first_MM, smallest)
+    means = group_means(second_MM, found.group_M)[None]
+    null = significance.phase_null(losses_TM, smallest=smallest) if len(found.partner_G) else NOTHING
+    clusters = Clusters("loss", position, found, [], [], first_MM, losses_TM, window, evidence.period_two(losses_TM))
+    return weighing.weigh(run, clusters, means, null, None)
+
+
+def _judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
+    """The clusters with the verdict on every pair."""
+    pairs = []
+    for number, pair in enumerate(clusters.pairs):
+        if test == "none":
+            verdict, reason = "unclear", "it was not tested (--test none)"
+        elif clusters.by == "loss":
+            verdict, reason = "unclear", "losses alone do not show whether the sides share a feature"
+        elif not np.isfinite([pair.cohesion, pair.opposition, pair.loss_correlation]).all():
+            verdict, reason = "unclear", "a part of its evidence could not be measured, as where losses do not move"
+        else:
+            silenced = tuple(outcome.silenced.get(number, ()))
+            known = Evidence(
+                pair.opposition, pair.interval[1], pair.p_value, pair.alike, silenced, outcome.untested.get(number, ""),
+                at_ends=clusters.by == "slope",
+            )  # fmt: skip
+            verdict, reason = judge(known)
+            pair = replace(pair, silenced=silenced)
+        pairs.append(replace(pair, verdict=verdict, reason=reason))
+    tests = replace(
+        clusters.tests, replayed=outcome.steps, replays=outcome.replays,
+        replayed_steps=outcome.replays * silencing.LENGTH,
+    )  # fmt: skip
+    return replace(clusters, pairs=pairs, tests=tests)

@@ -1,0 +1,201 @@
+"""Whether a pair makes its own swing: training repeated for some steps from a held-out checkpoint, with both sides at
+weight zero, and with as many random others of the same labels.
+
+S samples of the run, T steps of a replay, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from opsig_cli.analysis.evidence import period_two, swing
+from opsig_cli.analysis.verdicts import REPLAYS, Silenced
+from opsig_cli.backends import Session, State, Training
+from opsig_cli.errors import OpsigError
+from opsig_cli.settings import Settings
+from opsig_cli.studies.clustering.clusters import Clusters
+from opsig_cli.studies.clustering.weighing import related
+from opsig_cli.studies.training import StopRequest, training_of
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.recorder import read_state
+
+LENGTH = 16
+"""Steps of a replay."""
+SETTLING = 4
+"""Its first steps, in which what was silenced goes over to its new course, do not count."""
+BUDGET = 400
+"""Steps that are repeated by default, each at the cost of a training step: as many as train the demo's run."""
+SWINGS = 1.0
+"""A pair can be tested by silence at a checkpoint where both its sides swing more than samples do on average."""
+
+
+@dataclass
+class Outcome:
+    """What silencing showed of each pair, by its number from 0; of the others, why they were not tested; from where,
+    and how many replays."""
+
+    silenced: dict[int, list[Silenced]]
+    untested: dict[int, str]
+    steps: list[int]
+    replays: int = 0
+
+
+def replayable(run: Trajectory, session: Session) -> Training | None:
+    """How the run trains, to be repeated from its checkpoints; None where its file does not tell or nobody can."""
+    try:
+        settings = Settings.stored(run.attributes, run.path)
+    except OpsigError:
+        return None
+    if settings.untold() or settings.optimizer not in session.optimizers:
+        return None
+    return training_of(settings, StopRequest(), 0)
+
+
+def silence(
+    run: Trajectory, session: Session, clusters: Clusters, held_out: np.ndarray, budget: int,
+    advance: Callable[..., None], seed: int = 0,
+) -> Outcome:  # fmt: skip
+    """Silence each pair that swings, the family that it belongs to with it, at REPLAYS of the held-out checkpoints.
+
+    Pairs that move most come first, and `budget` bounds the steps repeated. Controls are drawn anew at each checkpoint
+    from samples outside of what is silenced, with the same labels where there are as many, those in no group first.
+    """
+    pairs = clusters.grouping.pairs()
+    training = replayable(run, session)
+    if training is None:
+        return Outcome({}, dict.fromkeys(range(len(pairs)), "how it was trained is not known, to repeat it"), [])
+    places = np.unique(np.linspace(0, len(held_out), REPLAYS + 1).round().astype(int)[1:]) - 1
+    steps = [int(held_out[place]) for place in places if place >= 0]
+    outcome = Outcome({}, {}, steps)
+    labels = labels_of(run)
+    members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
+    grouped = np.concatenate([np.empty(0, np.int64), *members])
+    swung: dict[int, int] = {}
+    left = budget // LENGTH
+    plains = {}
+    for step in steps:
+        if left > 0:
+            plains[step] = Replay(run, session, training, step)(None)
+            left, outcome.replays = left - 1, outcome.replays + 1
+            advance(note=f"step {step}")
+    for unit, numbers in units_of(clusters):
+        silent = np.concatenate([members[group] for group in unit])
+        for step, plain in plains.items():
+            swinging = [n for n in numbers if _swings(plain, [members[g] for g in pairs[n]])]
+            if not swinging:
+                continue
+            if left < 2:
+                outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
+                continue
+            replayed = Replay(run, session, training, step)
+            controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
+            without, controlled = replayed(silent), replayed(controls)
+            left, outcome.replays = left - 2, outcome.replays + 2
+            advance(2, note=f"step {step}")
+            for n in swinging:
+                swung[n] = swung.get(n, 0) + 1
+                outcome.silenced.setdefault(n, []).append(
+                    compared(step, [members[group] for group in pairs[n]], plain, without, controlled)
+                )
+    for n in range(len(pairs)):
+        if n not in swung:
+            outcome.untested.setdefault(n, _why_not(plains, [members[g] for g in pairs[n]]))
+    return outcome
+
+
+def labels_of(run: Trajectory) -> np.ndarray:
+    """The samples' labels, (S,), or one for all."""
+    return run.read("samples/label") if run.has("samples/label") else np.zeros(len(run.samples), np.int64)
+
+
+def compared(step: int, sides: list[np.ndarray], *losses_TS: np.ndarray) -> Silenced:
+    """A pair's swing when all train, when its samples are silent, and when their controls are."""
+    both = np.concatenate(sides)
+    whole = [_swing(losses[:, both]) for losses in losses_TS]
+    parts = [[_swing(losses[:, side]) for losses in losses_TS[1:]] for side in sides]
+    ratios = [silent / controls if controls > 0 else float("nan") for silent, controls in parts]
+    return Silenced(step, whole[0], whole[1], whole[2], float(np.max(ratios)))
+
+
+def units_of(clusters: Clusters) -> list[tuple[list[int], list[int]]]:
+    """What is silenced at once, groups, and for which pairs: a family for all its pairs, else the pair itself; those
+    that move most first."""
+    pairs = clusters.grouping.pairs()
+    units: dict[tuple[int, ...], list[int]] = {}
+    related_groups = related(clusters)
+    for number, pair in enumerate(pairs):
+        family = next((groups for groups in related_groups if set(pair) <= set(groups)), list(pair))
+        units.setdefault(tuple(family), []).append(number)
+    weight = {unit: max(clusters.pairs[n].movement for n in numbers) for unit, numbers in units.items()}
+    return [(list(unit), units[unit]) for unit in sorted(units, key=lambda unit: -np.nan_to_num(weight[unit]))]
+
+
+def controls_of(
+    labels: np.ndarray, silent: np.ndarray, grouped: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """As many samples that are not silent, with the same labels as far as there are such; any others make up.
+
+    Of each label those in no group come first: a control that took in another pair, which may swing the whole run,
+    would show what that pair does.
+    """
+    outside = np.setdiff1d(np.arange(len(labels)), silent)
+    alone = ~np.isin(outside, grouped)
+    chosen = []
+    for label, count in zip(*np.unique(labels[silent], return_counts=True), strict=True):
+        same = labels[outside] == label
+        chosen += _drawn([outside[same & alone], outside[same & ~alone]], int(count), generator)
+    drawn = np.concatenate(chosen)
+    rest = ~np.isin(outside, drawn)
+    missing = len(silent) - len(drawn)
+    return np.concatenate([drawn, *_drawn([outside[rest & alone], outside[rest & ~alone]], missing, generator)])
+
+
+def _drawn(pools: list[np.ndarray], count: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """So many samples at random, from the first pool as far as it reaches."""
+    found = []
+    for pool in pools:
+        found.append(generator.choice(pool, min(count, len(pool)), replace=False))
+        count -= len(found[-1])
+    return found
+
+
+class Replay:
+    """Losses (T, S) of all samples when training is repeated from a checkpoint with some of them silent."""
+
+    def __init__(self, run: Trajectory, session: Session, training: Training, step: int):
+        self._samples = run.samples
+        self._session = session
+        self._state: State = read_state(run, step)
+        self._training = replace(
+            training, steps=step + LENGTH, wants_losses=lambda step: True, wants_state=lambda step: False
+        )
+
+    def __call__(self, silent: np.ndarray | None) -> np.ndarray:
+        weights = np.ones(self._session.samples)
+        if silent is not None:
+            weights[self._samples[silent]] = 0
+        training = replace(self._training, weights=None if silent is None else weights)
+        rows = [snapshot.losses for snapshot in self._session.train(training, self._state)]
+        return np.stack([row for row in rows if row is not None])[:, self._samples]
+
+
+def _swing(losses_TM: np.ndarray) -> float:
+    return swing(losses_TM[SETTLING:])
+
+
+def _swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
+    """Whether both sides turn back and forth, and more than samples do on average."""
+    return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(plain) for side in sides)
+
+
+def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:
+    if not plains:
+        return "no training was repeated (--budget)"
+    if all(not period_two(plain) > 0 for plain in plains.values()):
+        return "the run does not swing at the checkpoints held out, so that silence says nothing"
+    if all(not period_two(plain[:, side]) > 0 for plain in plains.values() for side in sides):
+        return "its losses do not swing, so that silence says nothing"
+    return "one side or both swing less than samples do on average, so that silence says nothing"
