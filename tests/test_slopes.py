@@ -1,6 +1,7 @@
 """Slopes along eigenvectors against autograd and dense Hessians; who stands at the ends; grouping by them."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from test_curvature import dense
 
 from opsig_cli import open_trajectory
 from opsig_cli.analysis import slopes
+from opsig_cli.analysis.verdicts import Evidence, Silenced, judge
 from opsig_cli.studies import tracking
 from opsig_cli.studies.clustering.tables import pair_table
 from opsig_cli.studies.slopes import kept, slopes_at
@@ -213,3 +215,12 @@ def test_pairs_by_gradient_carry_the_vectors_that_the_file_holds(opsig, weak_run
     after = [r for r in opsig(*asked).records if r["kind"] == "pair"]
     assert any(pair["eigenvectors"] for pair in after)
     assert {pair["sharpness_step"] for pair in after} == {250}
+
+
+def test_silence_alone_establishes_no_pair_that_was_found_at_the_ends_of_eigenvectors():
+    """What swings at the edge are the two ends of an eigenvector, whoever they are, on Gaussian inputs, too."""
+    quiet = [Silenced(step, 1.0, 0.05, 0.9, 0.06) for step in (40, 80)]
+    evidence = [Evidence(-0.2, -0.1, p, alike, quiet) for p, alike in ((0.4, 0.9), (0.01, -0.2), (0.01, 0.9))]
+    assert [judge(found)[0] for found in evidence] == ["established"] * 3
+    at_ends = [judge(replace(found, at_ends=True))[0] for found in evidence]
+    assert at_ends == ["unclear", "likely", "established"]

@@ -40,7 +40,8 @@ class Silenced:
 class Evidence:
     """What is known of a pair. `opposition` over held-out checkpoints, and the upper end `high` of its interval;
     `p_value` of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced`
-    where it swings and training was repeated, else `untested` says why it was not."""
+    where it swings and training was repeated, else `untested` says why it was not. `at_ends`: it was found at the ends
+    of leading eigenvectors, along which everything swings: silence alone then says nothing new of it."""
 
     opposition: float
     high: float
@@ -48,6 +49,7 @@ class Evidence:
     alike: float
     silenced: Sequence[Silenced] = ()
     untested: str = ""
+    at_ends: bool = False
 
 
 def judge(found: Evidence) -> tuple[str, str]:
@@ -76,6 +78,9 @@ def judge(found: Evidence) -> tuple[str, str]:
     if len(ratios) >= REPLAYS:
         if max(ratios) < SILENCES:
             goes = "the swing of both sides goes when they are silent"
+            if found.at_ends and lacks:
+                goes += ", as at any two ends of an eigenvector"
+                return ("unclear" if chance else "likely"), f"{goes}, but {lacks}"
             return ("likely", f"{goes}, but {looks}") if math.isnan(found.alike) else ("established", goes)
         if min(ratios) >= SILENCES and not lacks:
             return (

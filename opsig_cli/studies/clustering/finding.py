@@ -200,6 +200,7 @@ def _judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Cluste
             silenced = tuple(outcome.silenced.get(number, ()))
             known = Evidence(
                 pair.opposition, pair.interval[1], pair.p_value, pair.alike, silenced, outcome.untested.get(number, ""),
+                at_ends=clusters.by == "slope",
             )  # fmt: skip
             verdict, reason = judge(known)
             pair = replace(pair, silenced=silenced)
