@@ -99,11 +99,13 @@ class Session(Protocol):
     """A task opened on a device. Samples are named by their index in the task's dataset.
 
     A session may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as with batch
-    norm by a chunk's statistics.
+    norm by a chunk's statistics. Who opens one may set `tell`, which takes a line for a person: that a slower way is
+    taken, and why.
     """
 
     samples: int
     optimizers: Sequence[str]
+    tell: Callable[[str], None]
 
     @property
     def layout(self) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -126,6 +127,7 @@ def train(
         raise OpsigError(f"{of} was trained with a task of your own. Give it again: --task {settings.task}")
     loaded, spec = tasks.load(spec)
     session = load_backend(settings.backend).open(loaded, device, settings.chunk_size, settings.statistics)
+    session.tell = partial(options.note, quiet=quiet)
     options.note(f"device: {session.device_name}", quiet)
     start = session.initial(settings.seed)
     if settings.batch_size is None and getattr(session, "drops_out", False):

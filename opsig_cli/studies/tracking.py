@@ -52,6 +52,7 @@ def open_session(
     if found.digest and attributes.get("task_sha256") not in (None, found.digest):
         warn(f"{spec.name} has changed since {run.path} was recorded")
     session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
+    session.tell = warn
     check_samples(run, session.samples)
     if run.has("checkpoints/params"):
         check_trained(run, session.layout)

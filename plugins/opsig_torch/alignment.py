@@ -6,7 +6,8 @@ own layers, of recurrent ones, or used outside of a layer) through vmapped gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from opsig_torch import captured, layer_gradients
+from opsig_torch import captured, layer_gradients, plain, ways
 from opsig_torch.flat import replaced
-from opsig_torch.frozen import frozen_statistics
+from opsig_torch.frozen import Frozen, frozen_statistics
+from opsig_torch.naming import is_vmapped
 from opsig_torch.opened import Opened
 
 VANISHES = 1e-15
@@ -33,12 +35,26 @@ def gradient_gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
     Memory: M x M in float64, layer_gradients.MEMORY_BYTES for a group of layers, and layer_gradients.BLOCK_BYTES;
     where parameters are loose, a quarter of the former for their gradients.
     """
-    plan = captured.gradient_plan(opened)
+    return in_some_way(opened, len(samples), lambda plan: _checked_gram(opened, samples, plan))
+
+
+def _checked_gram(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> np.ndarray:
+    gram = _gram(opened, samples, plan)
+    squares = np.diag(gram)
+    a, b = largest(squares), len(samples) // 2
+    one, two = (_plain_gradient(opened, samples[place]) for place in (a, b))
+    size = float(np.sqrt(squares[a] * squares[b]))
+    require_agreement(gram[a, b], float(one @ two), size)
+    require_agreement(squares[a], float(one @ one))
+    return gram
+
+
+def _gram(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> np.ndarray:
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=opened.flat.vector.device)
     for group in plan.groups(len(samples)):
         _add_group_gram(opened, samples, plan, group, gram)
     if plan.loose:
-        _add_loose_gram(opened, samples, plan.loose, gram)
+        _add_loose_gram(opened, samples, plan, gram)
     found = gram.cpu().numpy()
     for first in range(0, len(found), layer_gradients.TILE):  # the upper triangle, a band at a time
         band = slice(first, first + layer_gradients.TILE)
@@ -53,18 +69,31 @@ def gradient_norms(opened: Opened, samples: np.ndarray | None = None) -> np.ndar
     With batch norm by chunks a proxy: the chunks' statistics are held fixed, and all samples must be asked for.
     """
     everybody = np.arange(opened.samples) if samples is None else samples
+    return in_some_way(opened, len(everybody), lambda plan: _norms(opened, everybody, plan))
+
+
+def _norms(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> np.ndarray:
     squares = []
     with frozen_statistics(opened) as frozen:
-        plan = captured.gradient_plan(opened)
-        for part in sample_batches(opened, everybody):
+        parts = list(sample_batches(opened, samples))
+        for part in parts:
             total = torch.zeros(len(part), dtype=torch.float64, device=opened.flat.vector.device)
             for parameter in captured.capture(opened, part, plan, list(plan.covered)):
                 total += parameter.squares()
-            if plan.loose:
-                with frozen.held(part):
-                    total += loose_gradients(opened, part, plan.loose).square().sum(1)
+            with frozen.held(part):
+                for chosen, rows in loose_blocks(opened, part, plan, frozen):
+                    total[chosen] += rows.square().sum(1)
             squares.append(total)
-    return torch.cat(squares).sqrt().cpu().numpy()
+        norms = torch.cat(squares).sqrt().cpu().numpy()
+        with frozen.held(parts[largest(norms) // len(parts[0])]):
+            require_norm(opened, samples, norms)
+    return norms
+
+
+def require_norm(opened: Opened, samples: np.ndarray, norms: np.ndarray) -> None:
+    """Raise Disagrees where the largest norm of the samples' gradients is not that of plain autograd."""
+    place = largest(norms)
+    require_agreement(norms[place], float(_plain_gradient(opened, samples[place]).norm()))
 
 
 def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
@@ -85,24 +114,37 @@ def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) ->
 
 def _products(opened: Opened, samples: np.ndarray, sets: list[np.ndarray], norms: np.ndarray) -> np.ndarray:
     """Inner products of the samples' gradients with the mean unit gradient of each set, (M, G)."""
-    plan = captured.gradient_plan(opened)
-    model = opened.flat.model
     directions = [_mean_unit_gradient(opened, members, norms) for members in sets]
     by_parameter = {
         parameter: torch.stack([direction[number].reshape(-1) for direction in directions])
         for number, parameter in enumerate(opened.flat.parameters)
     }
     del directions
-    products = []
+    return in_some_way(opened, len(samples), lambda plan: _products_with(opened, samples, by_parameter, plan))
+
+
+def _products_with(
+    opened: Opened, samples: np.ndarray, directions: dict[nn.Parameter, torch.Tensor], plan: captured.Plan
+) -> np.ndarray:
+    """Inner products of the samples' gradients with directions, (G, P) by parameter, (M, G)."""
+    model = opened.flat.model
+    sets = len(next(iter(directions.values())))
+    parts = []
     for part in sample_batches(opened, samples):
-        total = torch.zeros(len(part), len(sets), dtype=torch.float64, device=opened.flat.vector.device)
+        total = torch.zeros(len(part), sets, dtype=torch.float64, device=opened.flat.vector.device)
         for parameter in captured.capture(opened, part, plan, list(plan.covered)):
-            total += parameter.products(by_parameter[parameter.parameter])
+            total += parameter.products(directions[parameter.parameter])
         if plan.loose:
-            flat = torch.cat([by_parameter[model.get_parameter(name)] for name in plan.loose], 1)
-            total += loose_gradients(opened, part, plan.loose) @ flat.double().T
-        products.append(total)
-    return torch.cat(products).cpu().numpy()
+            flat = torch.cat([directions[model.get_parameter(name)] for name in plan.loose], 1).double()
+            for chosen, rows in loose_blocks(opened, part, plan):
+                total[chosen] += rows @ flat.T
+        parts.append(total)
+    products = torch.cat(parts).cpu().numpy()
+    place = len(samples) // 2
+    direction = torch.cat([rows[0].double() for rows in directions.values()])
+    exact = _plain_gradient(opened, samples[place])
+    require_agreement(products[place, 0], float(exact @ direction), float(exact.norm() * direction.norm()))
+    return products
 
 
 def sample_batches(opened: Opened, samples: np.ndarray) -> Iterator[np.ndarray]:
@@ -117,9 +159,9 @@ def _mean_unit_gradient(opened: Opened, samples: np.ndarray, norms: np.ndarray) 
     parameters = opened.flat.parameters
     total = [torch.zeros_like(parameter) for parameter in parameters]
     for chosen in sample_batches(opened, samples):
-        losses = opened.task.losses(opened.flat.model, opened.batches.take(chosen))
+        losses = opened.batch_losses(opened.batches.take(chosen))
         weights = torch.from_numpy(inverse(norms[chosen]) / len(samples)).to(losses)
-        gradients = torch.autograd.grad((losses * weights).sum(), parameters, materialize_grads=True)
+        gradients = plain.gradients(opened, (losses * weights).sum())
         for sum_, gradient in zip(total, gradients, strict=True):
             sum_ += gradient
     return total
@@ -135,8 +177,69 @@ def inverse(norms: np.ndarray) -> np.ndarray:
     return np.divide(1, norms, out=np.zeros_like(norms), where=np.isfinite(directed(norms)))
 
 
-def loose_gradients(opened: Opened, samples: np.ndarray, names: list[str]) -> torch.Tensor:
-    """Per-sample gradients over the parameters of these names, by vmap, (M, their number) float64."""
+def in_some_way(opened: Opened, samples: int, measure: Callable[[captured.Plan], Any]) -> Any:
+    """What `measure` makes of per-sample gradients that are had as a plan says, by the fastest that holds.
+
+    `samples`: of how many. `measure` raises Disagrees where a sample's is not that of autograd.
+    """
+
+    def looped() -> Any:
+        plan = captured.gradient_plan(opened)
+        if not plan.loose:
+            raise ways.Disagrees("no gradient is had by vmap")
+        return measure(replace(plan, vmapped=False))
+
+    def alone() -> Any:
+        names = [name for name, parameter in opened.flat.model.named_parameters() if parameter.requires_grad]
+        return measure(captured.Plan({}, {}, names, vmapped=False))
+
+    found = [
+        ways.Way("vmap", lambda: measure(captured.gradient_plan(opened)), is_vmapped),
+        ways.Way("a loop over samples for some layers", looped),
+        ways.Way("a loop over samples", alone),
+    ]
+    return ways.first_that_holds(opened, "gradients of single samples", found, samples, 1)
+
+
+def largest(values: np.ndarray) -> int:
+    """The place of the largest value; 0 where none is finite."""
+    return int(np.nan_to_num(values, nan=-1, posinf=-1, neginf=-1).argmax())
+
+
+def require_agreement(found: float, exact: float, scale: float = 0.0) -> None:
+    """Raise Disagrees where a number is not that of plain autograd, both of them finite."""
+    if np.isfinite(exact) and not ways.agree(found, exact, scale):
+        raise ways.Disagrees(f"{found:.6g} is {exact:.6g} by plain autograd")
+
+
+def _plain_gradient(opened: Opened, sample: int) -> torch.Tensor:
+    """A sample's gradient by plain autograd, alone in its batch, (P,) float64."""
+    loss = plain.require_losses(opened.batch_losses(opened.batches.take([int(sample)])), 1)[0]
+    return plain.flattened(plain.gradients(opened, loss)).double()
+
+
+def loose_blocks(
+    opened: Opened, samples: np.ndarray, plan: captured.Plan, frozen: Frozen | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Gradients over a plan's loose parameters, (m, their number) float64, of so many samples as memory allows."""
+    if not plan.loose:
+        return
+    size = sum(opened.flat.model.get_parameter(name).numel() for name in plan.loose)
+    height = max(1, layer_gradients.MEMORY_BYTES // (16 * size))
+    for first in range(0, len(samples), height):
+        chosen = slice(first, min(first + height, len(samples)))
+        yield chosen, loose_gradients(opened, samples[chosen], plan, frozen)
+
+
+def loose_gradients(
+    opened: Opened, samples: np.ndarray, plan: captured.Plan, frozen: Frozen | None = None
+) -> torch.Tensor:
+    """Per-sample gradients over a plan's loose parameters, (M, their number) float64."""
+    gradients = _vmapped if plan.vmapped else _one_by_one
+    return gradients(opened, samples, plan.loose, frozen)
+
+
+def _vmapped(opened: Opened, samples: np.ndarray, names: list[str], frozen: Frozen | None) -> torch.Tensor:
     model = opened.flat.model
     loose = {name: model.get_parameter(name) for name in names}
     constants = {parameter: parameter.detach() for parameter in opened.flat.parameters}
@@ -144,12 +247,27 @@ def loose_gradients(opened: Opened, samples: np.ndarray, names: list[str]) -> to
     def loss(parameters: dict[str, torch.Tensor], item: Any) -> torch.Tensor:
         batch = tree_map(lambda leaf: leaf.unsqueeze(0), item)
         with replaced(model, constants | {loose[name]: tensor for name, tensor in parameters.items()}):
-            return opened.task.losses(model, batch)[0]
+            return opened.batch_losses(batch)[0]
 
+    if frozen is not None:
+        frozen.rewind()
     values = {name: parameter.detach() for name, parameter in loose.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be vmapped
         per_sample = vmap(grad(loss), (None, 0))(values, opened.batches.take(samples))
     return torch.cat([per_sample[name].reshape(len(samples), -1) for name in names], 1).double()
+
+
+def _one_by_one(opened: Opened, samples: np.ndarray, names: list[str], frozen: Frozen | None) -> torch.Tensor:
+    parameters = [opened.flat.model.get_parameter(name) for name in names]
+    vector = opened.flat.vector
+    rows = torch.zeros(len(samples), sum(p.numel() for p in parameters), dtype=torch.float64, device=vector.device)
+    for row, sample in zip(rows, samples.tolist(), strict=True):
+        if frozen is not None:
+            frozen.rewind()
+        loss = opened.batch_losses(opened.batches.take([sample]))[0]
+        if loss.requires_grad:
+            row.copy_(plain.flattened(torch.autograd.grad(loss, parameters, materialize_grads=True)))
+    return rows
 
 
 def _add_group_gram(
@@ -162,13 +280,13 @@ def _add_group_gram(
         weight.add_gram(gram)
 
 
-def _add_loose_gram(opened: Opened, samples: np.ndarray, names: list[str], gram: torch.Tensor) -> None:
-    """Add inner products over these parameters to the lower triangle, one block of sample pairs at a time."""
-    size = sum(opened.flat.model.get_parameter(name).numel() for name in names)
+def _add_loose_gram(opened: Opened, samples: np.ndarray, plan: captured.Plan, gram: torch.Tensor) -> None:
+    """Add inner products over loose parameters to the lower triangle, one block of sample pairs at a time."""
+    size = sum(opened.flat.model.get_parameter(name).numel() for name in plan.loose)
     height = max(1, min(len(samples), layer_gradients.MEMORY_BYTES // (64 * size)))
     starts = range(0, len(samples), height)
     for i in starts:
-        left = loose_gradients(opened, samples[i : i + height], names)
+        left = loose_gradients(opened, samples[i : i + height], plan)
         for j in starts[: i // height + 1]:
-            right = left if i == j else loose_gradients(opened, samples[j : j + height], names)
+            right = left if i == j else loose_gradients(opened, samples[j : j + height], plan)
             gram[i : i + len(left), j : j + len(right)] += left @ right.T

@@ -14,22 +14,28 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from opsig_torch import layer_gradients
+from opsig_torch import layer_gradients, plain
+from opsig_torch.eigen import random_start
+from opsig_torch.frozen import frozen_statistics
 from opsig_torch.layer_gradients import NORMS, Captured, Use
 from opsig_torch.opened import Opened
 
 AGREES = 1e-3
 """Relative error up to which a captured gradient is the one of autograd."""
+SHAKEN = 0.01
+"""Size of the noise that is added to parameters while this is found out, relative to theirs."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """`covered`: parameters with captured gradients, each with the (module, name)s that use it and what one sample's
-    activations take in floats. `loose`: names of all other parameters."""
+    activations take in floats. `loose`: names of all other parameters, whose gradients are had by vmap, or, where that
+    does not hold, one sample after the other."""
 
     covered: dict[nn.Parameter, list[tuple[nn.Module, str]]]
     floats: dict[nn.Parameter, int]
     loose: list[str]
+    vmapped: bool = True
 
     def groups(self, samples: int) -> list[list[nn.Parameter]]:
         """Consecutive parameters of which what is held of so many samples fits the budget."""
@@ -52,13 +58,29 @@ class Plan:
 def gradient_plan(opened: Opened) -> Plan:
     """How each parameter's per-sample gradients are had, found at the first call."""
     if "plan" not in opened.kept:
-        opened.kept["plan"] = plan(opened)
+        with frozen_statistics(opened):
+            opened.kept["plan"] = plan(opened)
     return opened.kept["plan"]
 
 
 def plan(opened: Opened) -> Plan:
     """Which parameters' gradients can be captured: every use goes through a layer of a known kind that keeps samples
-    apart, and the gradients of two samples are those of autograd."""
+    apart, and the gradients of two samples are those of autograd.
+
+    The parameters are shaken meanwhile: where they are zero, as at the beginning of a layer's training, gradients
+    vanish and agree whatever they are made from.
+    """
+    vector = opened.flat.vector.detach()
+    before = vector.clone()
+    size = SHAKEN * vector.square().mean(dtype=torch.float64).sqrt().clamp_min(0.1)
+    vector += size.to(vector) * random_start(vector, 0) * vector.numel() ** 0.5
+    try:
+        return _plan(opened)
+    finally:
+        vector.copy_(before)
+
+
+def _plan(opened: Opened) -> Plan:
     model = opened.flat.model
     holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -72,9 +94,9 @@ def plan(opened: Opened) -> Plan:
     modules = list(dict.fromkeys(module for places in known.values() for module, _ in places))
     uses = _captured_uses(opened, two, modules)
     known = {p: places for p, places in known.items() if all(_separate(uses[m], len(two)) for m, _ in places)}
-    losses = opened.task.losses(opened.flat.model, opened.batches.take(two))
+    losses = opened.batch_losses(opened.batches.take(two))
     parameters = opened.flat.parameters
-    exact = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True) for loss in losses]
+    exact = [plain.gradients(opened, loss, keep=True) for loss in losses]
     covered = {}
     for number, parameter in enumerate(parameters):
         if parameter in known:
@@ -132,18 +154,21 @@ def _captured_uses(opened: Opened, samples: np.ndarray, modules: list[nn.Module]
     """Every entry of these layers for a batch."""
     seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor, GradientEdge]]] = {module: [] for module in modules}
 
-    def keep(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        # The edge is taken now: an in-place ReLU that follows would shift the gradient past itself.
-        seen[module].append((inputs[0].detach(), output, get_gradient_edge(output)))
+    def keep(module: nn.Module, inputs: tuple, named: dict[str, torch.Tensor], output: torch.Tensor) -> None:
+        if output.requires_grad:  # nothing comes back through a layer that is entered without gradients
+            # The edge is taken now: an in-place ReLU that follows would shift the gradient past itself.
+            entering = inputs[0] if inputs else next(iter(named.values()))
+            seen[module].append((entering.detach(), output, get_gradient_edge(output)))
 
-    handles = [module.register_forward_hook(keep) for module in modules]
+    handles = [module.register_forward_hook(keep, prepend=True, with_kwargs=True) for module in modules]
     try:
-        losses = opened.task.losses(opened.flat.model, opened.batches.take(samples))
+        losses = opened.batch_losses(opened.batches.take(samples))
     finally:
         for handle in handles:
             handle.remove()
     edges = [edge for entries in seen.values() for *_, edge in entries]
-    gradients = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True) if edges else ())
+    known = edges and losses.requires_grad
+    gradients = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True) if known else [None] * len(edges))
     return {
         module: [Use(module, a, torch.zeros_like(o) if (d := next(gradients)) is None else d) for a, o, _ in entries]
         for module, entries in seen.items()
@@ -155,6 +180,8 @@ def _kind(module: nn.Module, name: str) -> str | None:
 
     Exact types only: a subclass may do anything in its forward.
     """
+    if name not in ("weight", "bias"):  # a parameter from which the layer's own is made
+        return None
     if type(module) is nn.Linear:
         return "weight" if name == "weight" else "rows"
     if type(module) is nn.Conv2d:

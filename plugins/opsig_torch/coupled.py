@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from opsig_torch import plain, ways
 from opsig_torch.alignment import directed, inverse
 from opsig_torch.flat import replaced
 from opsig_torch.layer_gradients import inner
 from opsig_torch.opened import Opened
-from opsig_torch.sample_curvature import Primitives
+from opsig_torch.primitives import Primitives
 
 MEMORY_BYTES = 1 << 30
 """Bound on the gradients that are held at a time."""
@@ -33,6 +34,11 @@ def gradient_gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
     Memory: M x M in float64, MEMORY_BYTES of gradients, and the graph of one chunk. Where the gradients do not fit,
     those that follow a block of held ones are made anew for the next block.
     """
+    with ways.refusing(opened, "gradients of single samples", 1):
+        return _gram(opened, samples)
+
+
+def _gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
     order = np.argsort(samples, kind="stable")  # a pass meets every chunk once
     size = opened.flat.vector.numel()
     height = max(STRIP, MEMORY_BYTES // (opened.flat.vector.element_size() * size) - STRIP)
@@ -58,8 +64,9 @@ def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) ->
     gradients and a forward derivative along it, which is every sample's inner product with it.
     """
     norms = np.full(opened.samples, np.nan)
-    for _, sample, gradient in _gradients(opened, np.unique(np.concatenate([samples, *sets]))):
-        norms[sample] = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    with ways.refusing(opened, "gradients of single samples", 1):
+        for _, sample, gradient in _gradients(opened, np.unique(np.concatenate([samples, *sets]))):
+            norms[sample] = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
     norms = directed(norms)
     products = np.empty((len(samples), len(sets)))
     together = max(1, DIRECTIONS_BYTES // (opened.flat.vector.element_size() * opened.flat.vector.numel()))
@@ -86,7 +93,7 @@ def _gradients(opened: Opened, samples: np.ndarray) -> Iterator[tuple[int, int, 
         places = _inside(samples, indices)
         if not len(places):
             continue
-        losses = opened.task.losses(opened.flat.model, batch)
+        losses = opened.batch_losses(batch)
         for place in places.tolist():
             sample = int(samples[place])
             yield place, sample, _gradient(opened, losses[sample - indices.start])
@@ -94,8 +101,7 @@ def _gradients(opened: Opened, samples: np.ndarray) -> Iterator[tuple[int, int, 
 
 def _gradient(opened: Opened, loss: torch.Tensor) -> torch.Tensor:
     """Gradient of a loss whose graph is kept, (P,)."""
-    parts = torch.autograd.grad(loss, opened.flat.parameters, retain_graph=True, materialize_grads=True)
-    return torch.cat([part.reshape(-1) for part in parts])
+    return plain.flattened(plain.gradients(opened, loss, keep=True))
 
 
 def _strips(opened: Opened, samples: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
@@ -120,7 +126,7 @@ def _mean_unit_gradients(opened: Opened, sets: list[np.ndarray], norms: np.ndarr
             inside = members[_inside(members, indices)]
             if not len(inside):
                 continue
-            losses = opened.task.losses(opened.flat.model, batch) if losses is None else losses
+            losses = opened.batch_losses(batch) if losses is None else losses
             weights = torch.from_numpy(inverse(norms[inside]) / len(members)).to(losses)
             total += _gradient(opened, (losses[torch.from_numpy(inside - indices.start)] * weights).sum())
     return totals
@@ -128,11 +134,33 @@ def _mean_unit_gradients(opened: Opened, sets: list[np.ndarray], norms: np.ndarr
 
 def _slopes(opened: Opened, direction: torch.Tensor, batch: Any) -> np.ndarray:
     """Derivative of every loss of a chunk along a direction (P,), (B,) float64: the gradients' products with it."""
-    pieces = [direction[t.offset : t.offset + t.size].view(t.shape) for t in opened.layout if t.kind == "parameter"]
+    found = [
+        ways.Way("forward derivatives", lambda: _checked_slopes(opened, direction, batch)),
+        ways.Way("gradients of single samples", lambda: _slopes_one_by_one(opened, direction, batch)),
+    ]
+    return ways.first_that_holds(opened, "slopes of samples", found, opened.batch_size, 1)
+
+
+def _checked_slopes(opened: Opened, direction: torch.Tensor, batch: Any) -> np.ndarray:
+    """By one forward derivative; at the first call one sample's is held against its gradient, which costs the chunk."""
+    pieces = plain.pieces(opened, direction)
     with torch.no_grad(), Primitives(), forward_ad.dual_level():
         moving = {p: forward_ad.make_dual(p, d) for p, d in zip(opened.flat.parameters, pieces, strict=True)}
         with replaced(opened.flat.model, moving):
-            losses = opened.task.losses(opened.flat.model, batch)
+            losses = opened.batch_losses(batch)
         tangent = forward_ad.unpack_dual(losses).tangent
         slopes = torch.zeros_like(losses) if tangent is None else tangent
-        return slopes.double().cpu().numpy()
+    found = slopes.double().cpu().numpy()
+    if "slopes" not in opened.kept:
+        gradient = _gradient(opened, opened.batch_losses(batch)[0]).double()
+        exact, size = gradient @ direction.double(), gradient.norm() * direction.double().norm()
+        if torch.isfinite(exact) and not ways.agree(found[0], float(exact), float(size)):
+            raise ways.Disagrees
+        opened.kept["slopes"] = True
+    return found
+
+
+def _slopes_one_by_one(opened: Opened, direction: torch.Tensor, batch: Any) -> np.ndarray:
+    losses = opened.batch_losses(batch)
+    along = direction.double()
+    return np.array([float(_gradient(opened, loss).double() @ along) for loss in losses])

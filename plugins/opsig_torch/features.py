@@ -77,12 +77,19 @@ def _features(opened: Opened, batch: Any) -> torch.Tensor | None:
     """Features of a batch, (B, D), or None."""
     own = getattr(opened.task, "features", None)
     if own is not None:
-        return own(opened.flat.model, batch)
+        with opened.running.as_trained():
+            return own(opened.flat.model, batch)
     entered: list[torch.Tensor] = []
     layers = [module for module in opened.flat.model.modules() if isinstance(module, nn.Linear)]
-    handles = [layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])) for layer in layers]
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, inputs, named: entered.append(inputs[0] if inputs else next(iter(named.values()))),
+            with_kwargs=True,
+        )
+        for layer in layers
+    ]
     try:
-        losses = opened.task.losses(opened.flat.model, batch)
+        losses, _ = opened.forward(batch)
     finally:
         for handle in handles:
             handle.remove()

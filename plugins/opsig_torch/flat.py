@@ -7,7 +7,7 @@ operation.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -126,10 +126,35 @@ def replaced(model: nn.Module, new: Mapping[nn.Parameter, torch.Tensor]) -> Iter
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter in new
     ]
+    recurrent = [(module, module._flat_weights) for module in model.modules() if isinstance(module, nn.RNNBase)]
     for module, name, parameter in places:
         module._parameters[name] = new[parameter]  # pyright: ignore[reportArgumentType]
+    for module, own in recurrent:  # these keep a list of their parameters beside them
+        module._flat_weights = [new.get(parameter, parameter) for parameter in own]  # pyright: ignore
     try:
         yield
     finally:
         for module, name, parameter in places:
             module._parameters[name] = parameter
+        for module, own in recurrent:
+            module._flat_weights = own
+
+
+@contextmanager
+def held_buffers(flat: FlatModel, held: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The model with tensors in the place of its buffers, in the order of `flat.buffers`."""
+    names = {id(buffer): number for number, (_, buffer) in enumerate(flat.buffers)}
+    places = [
+        (module, name, buffer)
+        for module in flat.model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and id(buffer) in names
+    ]
+    for module, name, buffer in places:
+        # batch norm counts its batches in place, which may not happen while differentiating
+        module._buffers[name] = None if name == "num_batches_tracked" else held[names[id(buffer)]]
+    try:
+        yield
+    finally:
+        for module, name, buffer in places:
+            module._buffers[name] = buffer

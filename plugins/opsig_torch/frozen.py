@@ -36,11 +36,16 @@ class Frozen:
         self._noted = {layer: [] for layer in self.layers}
         try:
             with torch.no_grad():
-                self._opened.task.losses(self._opened.flat.model, self._opened.batches.take(samples))
-            self._held = {layer: iter(statistics) for layer, statistics in self._noted.items()}
+                self._opened.batch_losses(self._opened.batches.take(samples))
+            self.rewind()
             yield
         finally:
             self._noted = self._held = None
+
+    def rewind(self) -> None:
+        """Begin again with the held statistics: another pass through the model follows."""
+        if self._noted is not None:
+            self._held = {layer: iter(statistics) for layer, statistics in self._noted.items()}
 
     def enter(self, layer: nn.Module, inputs: tuple) -> None:
         """Give a layer the statistics to go by."""

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opsig_cli.errors import OpsigError
+from opsig_torch import plain, ways
 from opsig_torch.eigen import Memory, Solution, random_start, top_eigenpairs
 from opsig_torch.opened import Opened
+from opsig_torch.second import tell_of_second_derivative
 
 GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
@@ -36,28 +37,24 @@ class Hessian:
         self._scale = scale
         self._kept: list[tuple[torch.Tensor, ...]] | None = None
         self._check_repeatable()
+        tell_of_second_derivative(opened)
 
     def __call__(self, vector: torch.Tensor) -> torch.Tensor:
         """H v, (P,)."""
         self.products += 1
         opened = self._opened
         scaled = vector if self._scale is None else vector * self._scale
-        pieces = [scaled[t.offset : t.offset + t.size].view(t.shape) for t in opened.layout if t.kind == "parameter"]
+        direction = plain.pieces(opened, scaled)
         total = torch.zeros_like(vector)
-        for gradients, keep in self._gradients():
-            differentiable = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
-            if not differentiable:
-                continue  # a loss that is linear in the parameters
-            parts = torch.autograd.grad(
-                [gradients[i] for i in differentiable], opened.flat.parameters,
-                [pieces[i] for i in differentiable], retain_graph=keep, materialize_grads=True,
-            )  # fmt: skip
-            total += torch.cat([part.reshape(-1) for part in parts])
+        with ways.refusing(opened, "the Hessian", 2):
+            for gradients, keep in self._gradients():
+                total += plain.product(opened, gradients, direction, keep)
         return total if self._scale is None else total * self._scale
 
     def gradient(self) -> torch.Tensor:
         """Gradient of the mean training loss, (P,), times the scale; its graphs serve the products where they fit."""
-        total = sum(torch.cat([part.detach().reshape(-1) for part in parts]) for parts, _ in self._gradients())
+        with ways.refusing(self._opened, "the Hessian", 2):
+            total = sum(plain.flattened(parts).detach() for parts, _ in self._gradients())
         assert isinstance(total, torch.Tensor)
         return total if self._scale is None else total * self._scale
 
@@ -72,9 +69,9 @@ class Hessian:
         keep: bool | None = None
         kept = []
         for _, batch in opened.batches:
-            with sdpa_kernel(SDPBackend.MATH), _saved_bytes() as saved:  # fused attention has no second derivative
-                loss = opened.task.losses(opened.flat.model, batch).sum() / opened.samples
-                gradients = torch.autograd.grad(loss, opened.flat.parameters, create_graph=True, materialize_grads=True)
+            with _saved_bytes() as saved:
+                loss = opened.batch_losses(batch, 2).sum() / opened.samples
+                gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
                 keep = saved.total * count <= GRAPH_BYTES
             if keep:
@@ -87,7 +84,7 @@ class Hessian:
         opened = self._opened
         with torch.no_grad():
             indices, batch = next(iter(opened.batches))
-            first, second = (opened.task.losses(opened.flat.model, batch) for _ in range(2))
+            first, second = (opened.batch_losses(batch) for _ in range(2))
         broken = torch.nonzero(~torch.isfinite(first)).flatten()
         if 0 < len(broken) <= len(first) / 2:
             raise OpsigError(

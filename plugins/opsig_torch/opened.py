@@ -5,7 +5,7 @@ The ground that every measurement of this package stands on; it knows none of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from opsig_cli.tasks import Task
 from opsig_torch.data import Batches
 from opsig_torch.flat import FlatModel
 from opsig_torch.forward import forward
+from opsig_torch.running import Running
 
 BATCH_SIZE = 500
 CONVOLUTION_BATCH = 50
@@ -53,14 +54,27 @@ class Opened:
         self.samples = self.batches.count
         self.kept: dict[Any, Any] = {}
         """What measurements find out once for the model: traces by batch shape, how gradients are had."""
+        self.tell: Callable[[str], None] = lambda words: None
+        """Where a line goes that a person should know of: that a slower way is taken, and why."""
         self._flat: FlatModel | None = None
+        self._running: Running | None = None
 
     @property
     def flat(self) -> FlatModel:
         """The model as one vector, built on first use."""
         if self._flat is None:
-            self._flat = FlatModel(self.task.model(), torch.device(self.device), self.double)
+            model = self.task.model()
+            dtype = torch.float64 if self.double else torch.float32
+            self._running = Running(model, self.device, dtype, lambda words: self.tell(words))
+            self._flat = FlatModel(model, torch.device(self.device), self.double)
         return self._flat
+
+    @property
+    def running(self) -> Running:
+        """The conditions under which the model is run."""
+        assert self.flat
+        assert self._running
+        return self._running
 
     @property
     def layout(self):
@@ -148,7 +162,13 @@ class Opened:
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Losses (B,) and predictions (B,) or None of one batch, from one forward pass."""
-        return forward(self.task, self.flat.model, batch)
+        with self.running.as_trained():
+            return forward(self.task, self.flat.model, batch)
+
+    def batch_losses(self, batch: Any, order: int = 1) -> torch.Tensor:
+        """Losses (B,) of one batch, which can be differentiated `order` times; see `opsig_torch.running`."""
+        with self.running.differentiable(order):
+            return self.task.losses(self.flat.model, batch)
 
 
 def _choose_device(name: str | None) -> str:

@@ -1,64 +1,131 @@
-"""Curvature of every sample along one direction, v'H(z)v, with its slope v'g(z), by two nested forward derivatives.
+"""Curvature of every sample along one direction, v'H(z)v, with its slope v'g(z).
 
-B samples of a batch. torch's nested forward mode is silently wrong through layer norm and train-mode batch norm, and
-fails in attention: while differentiating, those are written out in primitives (`Primitives`). The computation is
-traced once a batch shape and the trace is replayed; parameters, buffers, direction and data are its inputs, so that one
-trace serves all checkpoints.
+B samples of a batch, P parameters. The fastest way is by two nested forward derivatives: the computation is traced once
+a batch shape and the trace is replayed; parameters, buffers, direction and data are its inputs, so that one trace
+serves all checkpoints. torch's nested forward mode is silently wrong through layer norm and train-mode batch norm, and
+lacks much: some is written out in primitives (`opsig_torch.primitives`), for the rest reverse derivatives take over,
+and every result is held against plain autograd for one sample (`opsig_torch.ways`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch.func import jvp
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from opsig_torch.flat import replaced
+from opsig_torch import plain, ways
+from opsig_torch.flat import held_buffers, replaced
+from opsig_torch.naming import curves_forward
 from opsig_torch.opened import Opened
+from opsig_torch.primitives import Primitives
+from opsig_torch.second import tell_of_second_derivative
 from opsig_torch.tracing import traced
 
 
 def curvature_along(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss, slope v'g and curvature v'Hv of every sample at the loaded parameters, (S,) float64 each.
 
-    Memory is bounded by one batch. Raises nothing of its own.
+    Memory is bounded by one batch. Raises OpsigError where a layer has no second derivative.
     """
-    found = _along(opened, direction[None])[:, :, 0]
-    return found[0], found[1], found[2]
+    tell_of_second_derivative(opened)
+    found = [
+        ways.Way("forward derivatives", lambda: _checked(opened, direction, _traced), curves_forward),
+        ways.Way("reverse derivatives of batches", lambda: _checked(opened, direction, _reversed)),
+        ways.Way("reverse derivatives of single samples", lambda: _one_by_one(opened, direction)),
+    ]
+    return tuple(ways.first_that_holds(opened, "curvature of samples", found, opened.samples))
 
 
 def slopes_along(opened: Opened, directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Slopes and curvatures of every sample along K directions (K, P), (S, K) float64 each; each batch is made once."""
-    found = _along(opened, directions)
-    return found[1], found[2]
+    """Slopes and curvatures of every sample along K directions (K, P), (S, K) float64 each; see `curvature_along`."""
+    found = [curvature_along(opened, direction)[1:] for direction in directions]
+    slopes, curvatures = (np.stack(rows, 1) for rows in zip(*found, strict=True))
+    return slopes, curvatures
 
 
-def _along(opened: Opened, directions: torch.Tensor) -> np.ndarray:
-    """Losses, slopes and curvatures of every sample along each direction, (3, S, K)."""
-    found = np.empty((3, opened.samples, len(directions)))
-    places = [(t.offset, t.size, t.shape) for t in opened.layout if t.kind == "parameter"]
+def _checked(opened: Opened, direction: torch.Tensor, of_batch: Callable[..., Any]) -> np.ndarray:
+    """Loss, slope and curvature (3, S), of which the sample of the largest curvature is that of plain autograd.
+
+    The first batch is held against it before the others where the way is new, and where samples are coupled, and a
+    sample costs its chunk, that is all.
+    """
+    found = np.empty((3, opened.samples))
+    pieces = plain.pieces(opened, direction)
+    new = ("curved", of_batch) not in opened.kept
+    for indices, batch in opened.batches.in_pieces(opened.inference_batch()):
+        for row, numbers in zip(found, of_batch(opened, batch, pieces), strict=True):
+            row[indices] = numbers.double().cpu().numpy()
+        if new:
+            _require_agreement(opened, direction, found[:, indices], indices.start)
+            opened.kept["curved", of_batch] = True
+            new = False
+    if not opened.couples_samples:
+        _require_agreement(opened, direction, found, 0)
+    return found
+
+
+def _require_agreement(opened: Opened, direction: torch.Tensor, found: np.ndarray, first: int) -> None:
+    """Raise Disagrees where the sample of the largest curvature has not the slope and curvature of plain autograd."""
+    place = int(np.nan_to_num(np.abs(found[2]), nan=-1, posinf=-1).argmax())
+    _, slope, curvature = plain.curvature(opened, first + place, direction)
+    if not np.isfinite([slope, curvature]).all():
+        return
+    # what the curvature is made of is of the size of the slope where it cancels, as in a piecewise linear network
+    scale = float(np.abs(found[1][np.isfinite(found[1])]).max(initial=0.0))
+    if not (ways.agree(found[1, place], slope, scale) and ways.agree(found[2, place], curvature, 1e-3 * scale)):
+        raise ways.Disagrees(f"{found[2, place]:.6g} is {curvature:.6g} by plain autograd")
+
+
+def _one_by_one(opened: Opened, direction: torch.Tensor) -> np.ndarray:
+    return np.array([plain.curvature(opened, sample, direction) for sample in range(opened.samples)]).T
+
+
+def _reversed(opened: Opened, batch: Any, pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Losses, slopes and curvatures (B,) each of a batch, by reverse derivatives alone.
+
+    With weights w, the gradient of sum w_i l_i(theta + t v) over t is linear in w, and its gradient over w is the
+    slopes; once more, the curvatures.
+    """
+    parameters = opened.flat.parameters
+    with torch.enable_grad():
+        losses = opened.batch_losses(batch, 2)
+        weights = torch.ones_like(losses, requires_grad=True)
+        rows = [losses.detach()]
+        number = (losses * weights).sum()
+        for _ in range(2):
+            number = _along(number, parameters, pieces)
+            rows.append(
+                torch.autograd.grad(number, weights, retain_graph=True, materialize_grads=True)[0]
+                if number.requires_grad
+                else torch.zeros_like(losses)
+            )
+    return rows
+
+
+def _along(number: torch.Tensor, parameters: list[Any], pieces: list[torch.Tensor]) -> torch.Tensor:
+    """Derivative of a number along a direction, with its graph."""
+    if not number.requires_grad:
+        return torch.zeros_like(number)
+    slopes = torch.autograd.grad(number, parameters, create_graph=True, materialize_grads=True)
+    return torch.stack([(slope * piece).sum() for slope, piece in zip(slopes, pieces, strict=True)]).sum()
+
+
+def _traced(opened: Opened, batch: Any, pieces: list[torch.Tensor]) -> Any:
+    """Losses, slopes and curvatures (B,) each of a batch, by the trace for its shape."""
     values = [parameter.detach() for parameter in opened.flat.parameters]
     buffers = [buffer for _, buffer in opened.flat.buffers]
-    traces = opened.kept
+    leaves, shape = tree_flatten(batch)
+    inputs = [*values, *pieces, *buffers, *leaves]
+    key = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     with torch.no_grad():
-        for indices, batch in opened.batches.in_pieces(opened.inference_batch()):
-            leaves, shape = tree_flatten(batch)
-            key = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-            for number, direction in enumerate(directions):
-                pieces = [direction[offset : offset + size].view(sizes) for offset, size, sizes in places]
-                inputs = [*values, *pieces, *buffers, *leaves]
-                if key not in traces:
-                    traces[key] = _trace(opened, shape, len(leaves), inputs)
-                for row, numbers in zip(found, traces[key](*inputs), strict=True):
-                    row[indices, number] = numbers.cpu().numpy()
-    return found
+        if key not in opened.kept:
+            opened.kept[key] = _trace(opened, shape, len(leaves), inputs)
+        return opened.kept[key](*inputs)
 
 
 def _trace(opened: Opened, shape: Any, leaves: int, inputs: list[Any]) -> Callable[..., Any]:
@@ -72,8 +139,8 @@ def _trace(opened: Opened, shape: Any, leaves: int, inputs: list[Any]) -> Callab
         batch = tree_unflatten(list(data), shape)
 
         def losses(*at: torch.Tensor) -> torch.Tensor:
-            with replaced(model, dict(zip(parameters, at, strict=True))), _buffers(opened, held):
-                return opened.task.losses(model, batch)
+            with replaced(model, dict(zip(parameters, at, strict=True))), held_buffers(opened.flat, held):
+                return opened.batch_losses(batch, 2)
 
         def slope(*at: torch.Tensor) -> Any:
             return jvp(losses, at, direction)
@@ -84,87 +151,3 @@ def _trace(opened: Opened, shape: Any, leaves: int, inputs: list[Any]) -> Callab
     with Primitives(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing, about attributes that are set back below
         return traced(second_order, inputs)
-
-
-@contextmanager
-def _buffers(opened: Opened, held: tuple[torch.Tensor, ...]):
-    """The model with these tensors for its buffers: a trace must not hold a checkpoint's."""
-    names = {id(buffer): number for number, (_, buffer) in enumerate(opened.flat.buffers)}
-    places = [
-        (module, name, buffer)
-        for module in opened.flat.model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and id(buffer) in names
-    ]
-    for module, name, buffer in places:
-        # batch norm counts its batches in place, which may not happen while differentiating
-        module._buffers[name] = None if name == "num_batches_tracked" else held[names[id(buffer)]]
-    try:
-        yield
-    finally:
-        for module, name, buffer in places:
-            module._buffers[name] = buffer
-
-
-class Primitives(TorchFunctionMode):
-    """Writes out the functions whose nested forward derivative torch gets wrong or lacks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with warnings.catch_warnings():  # torch's own forward rules use what torch has deprecated
-            warnings.simplefilter("ignore", DeprecationWarning)
-            import torch._decomp.decompositions_for_jvp  # noqa: F401
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        written_out = _WRITTEN_OUT.get(function, function)
-        return written_out(*args, **(kwargs or {}))
-
-
-def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    axes = tuple(range(-len(normalized_shape), 0))
-    return _affine(_normalised(x, axes, eps), weight, bias)
-
-
-def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
-    grouped = x.reshape(x.shape[0], num_groups, -1)
-    shape = (1, -1, *(1 for _ in x.shape[2:]))
-    weight, bias = (None if p is None else p.view(shape) for p in (weight, bias))
-    return _affine(_normalised(grouped, (-1,), eps).reshape(x.shape), weight, bias)
-
-
-def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    shape = (1, -1, *(1 for _ in x.shape[2:]))
-    if training:
-        y = _normalised(x, (0, *range(2, x.dim())), eps)
-    else:
-        y = (x - running_mean.view(shape)) * torch.rsqrt(running_var + eps).view(shape)
-    weight, bias = (None if p is None else p.view(shape) for p in (weight, bias))
-    return _affine(y, weight, bias)
-
-
-def _normalised(x, axes, eps):
-    centred = x - x.mean(axes, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
-
-
-def _affine(y, weight, bias):
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
-    if is_causal:
-        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        scores = scores.masked_fill(ones.triu(1), float("-inf"))
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return scores.softmax(-1) @ value
-
-
-_WRITTEN_OUT = {
-    F.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
-    F.batch_norm: _batch_norm,
-    F.scaled_dot_product_attention: _attention,
-}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,32 @@ import torch
 
 from opsig_cli.backends import Eigenpairs, Snapshot, State, Training
 from opsig_cli.errors import OpsigError
+from opsig_torch import plain
+from opsig_torch.apart import require_apart
 from opsig_torch.forward import LossRow
 from opsig_torch.opened import Opened
 from opsig_torch.training import OPTIMIZERS
+from opsig_torch.ways import refusing
 
 
 class TorchSession(Opened):
     """A task on a device with all that can be measured of it; how it is opened, see `opsig_torch.opened`."""
 
     optimizers = OPTIMIZERS
+
+    def initial(self, seed: int) -> State:
+        """The run's first state, from the task's model built after seeding torch. Raises OpsigError where the model
+        couples samples: before hours are spent on it."""
+        state = super().initial(seed)
+        require_apart(self)
+        return state
+
+    @contextmanager
+    def at(self, state: State) -> Iterator[None]:
+        """Measure at another state; raises OpsigError where samples are coupled, see `opsig_torch.apart`."""
+        with super().at(state):
+            require_apart(self)
+            yield
 
     def train(self, training: Training, start: State) -> Iterator[Snapshot]:
         """Snapshots of every step from `start.step` to `training.steps`, both included; see `opsig_torch.training`."""
@@ -49,7 +67,7 @@ class TorchSession(Opened):
         """Losses of chosen samples, (M,) float64; where samples are coupled, each in its whole chunk."""
         chunks = [np.arange(s.start, s.stop) for s in self.batches.slices()] if self.couples_samples else [samples]
         found = np.full(self.samples, np.nan)
-        with self.at(state), torch.inference_mode():
+        with self.at(state), torch.inference_mode(), self.running.as_trained():
             for chunk in chunks:
                 if np.isin(chunk, samples).any():
                     found[chunk] = self.task.losses(self.flat.model, self.batches.take(chunk)).double().cpu().numpy()
@@ -130,7 +148,7 @@ class TorchSession(Opened):
         """
         task: Any = self.task
         features = getattr(task, "features", None)
-        with self.at(state), torch.inference_mode():
+        with self.at(state), torch.inference_mode(), self.running.as_trained():
             mean = None
             if features is not None:
                 norms = [features(self.flat.model, batch).norm(dim=1) for _, batch in self.batches]
@@ -146,9 +164,8 @@ class TorchSession(Opened):
         with self.at(state):
             total = torch.zeros_like(self.flat.vector.detach())
             for _, batch in self.batches:
-                loss = self.task.losses(self.flat.model, batch).sum() / self.samples
-                parts = torch.autograd.grad(loss, self.flat.parameters, materialize_grads=True)
-                total += torch.cat([part.reshape(-1) for part in parts])
+                with refusing(self, "the gradient", 1):
+                    total += plain.flattened(plain.gradients(self, self.batch_losses(batch).sum() / self.samples))
             return total.cpu().numpy()
 
     def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:

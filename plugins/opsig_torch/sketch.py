@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from opsig_torch import captured
-from opsig_torch.alignment import directed, loose_gradients, sample_batches
+from opsig_torch.alignment import directed, in_some_way, loose_blocks, require_norm, sample_batches
 from opsig_torch.layer_gradients import Captured
 from opsig_torch.opened import Opened
 
@@ -24,23 +24,32 @@ def gradient_sketch(opened: Opened, samples: np.ndarray, size: int, seed: int) -
     (M, size) float32, NaN where a gradient is 0. Memory: the sketches, a batch's activations, and a block of its
     gradients; never M x P.
     """
-    plan = captured.gradient_plan(opened)
+    return in_some_way(opened, len(samples), lambda plan: _sketch(opened, samples, size, seed, plan))
+
+
+def _sketch(opened: Opened, samples: np.ndarray, size: int, seed: int, plan: captured.Plan) -> np.ndarray:
     model = opened.flat.model
     number_of = {parameter: number for number, parameter in enumerate(opened.flat.parameters)}
-    parts = []
-    for chosen in sample_batches(opened, samples):
-        sketch = torch.zeros(len(chosen), size, device=opened.flat.vector.device)
-        squares = torch.zeros(len(chosen), dtype=torch.float64, device=sketch.device)
-        for parameter in captured.capture(opened, chosen, plan, list(plan.covered)):
+    loose = {name: model.get_parameter(name) for name in plan.loose}
+    places = {
+        name: _Places(1, parameter.numel(), size, [seed, number_of[parameter]]) for name, parameter in loose.items()
+    }
+    parts, norms = [], []
+    for part in sample_batches(opened, samples):
+        sketch = torch.zeros(len(part), size, device=opened.flat.vector.device)
+        squares = torch.zeros(len(part), dtype=torch.float64, device=sketch.device)
+        for parameter in captured.capture(opened, part, plan, list(plan.covered)):
             squares += parameter.squares()
             _add(sketch, parameter, [seed, number_of[parameter.parameter]])
-        for name in plan.loose:
-            gradients = loose_gradients(opened, chosen, [name])
-            squares += gradients.square().sum(1)
-            places = _Places(1, gradients.shape[1], size, [seed, number_of[model.get_parameter(name)]])
-            places.scatter(sketch, slice(0, 1), gradients[:, None].float())
-        norms = torch.from_numpy(directed(squares.sqrt().cpu().numpy())).to(sketch)
-        parts.append((sketch / norms[:, None]).float().cpu())
+        for chosen, rows in loose_blocks(opened, part, plan):
+            squares[chosen] += rows.square().sum(1)
+            split = rows.split([parameter.numel() for parameter in loose.values()], 1)
+            for name, gradients in zip(loose, split, strict=True):
+                places[name].scatter(sketch[chosen], slice(0, 1), gradients[:, None].float())
+        norms.append(squares.sqrt().cpu().numpy())
+        lengths = torch.from_numpy(directed(norms[-1])).to(sketch)
+        parts.append((sketch / lengths[:, None]).float().cpu())
+    require_norm(opened, samples, np.concatenate(norms))
     return torch.cat(parts).numpy()
 
 

@@ -92,7 +92,8 @@ def _minibatch_gradient(
     torch.manual_seed(int(np.random.SeedSequence([training.seed, step]).generate_state(1)[0]))
     opened.flat.gradient.zero_()
     chosen = minibatch(opened.samples, training.batch_size, training.seed, step)
-    losses = opened.task.losses(opened.flat.model, opened.batches.take(chosen))
+    with opened.running.as_trained():
+        losses = opened.task.losses(opened.flat.model, opened.batches.take(chosen))
     mean = _weighted(losses, training, chosen).mean()
     mean.backward()
     return mean.item(), row

@@ -127,6 +127,7 @@ def _import_checkpoints(
     task, spec = tasks.load(spec)
     used = stored or Settings(str(spec), chunk_size=given["chunk_size"], statistics=given["statistics"])
     session = load_backend(request.backend).open(task, request.device, used.chunk_size, used.statistics)
+    session.tell = warn
     _check_session(request, session, losses, warn)
     warn(f"device: {session.device_name}")
     target = flow.target_of(task, session, request.prefix, request.output if request.append else None)

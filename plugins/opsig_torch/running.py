@@ -1,0 +1,140 @@
+"""The conditions under which a model is run so that its losses can be differentiated: kernels and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from opsig_cli.errors import OpsigError
+from opsig_torch.primitives import TwiceDifferentiable
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Running:
+    """What a model needs, read from its layers before they are moved anywhere.
+
+    `kept_half`: it was given in half precision, and is run in full. Raises OpsigError for parameters that no flat
+    vector of real numbers can hold.
+    """
+
+    def __init__(self, model: nn.Module, device: str, dtype: torch.dtype, tell: Callable[[str], None]):
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise OpsigError(
+                    f"parameter {name} of the task's model has no size yet. Call the model once on a batch in model()"
+                )
+            if parameter.is_complex():
+                raise OpsigError(f"parameter {name} of the task's model is complex. Only real parameters are measured")
+        self.kept_half = any(tensor.dtype in HALF for tensor in model.parameters())
+        self._tell = tell
+        self._dtype = dtype
+        self._device = device
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        self._attends = any(
+            isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for module in model.modules()
+        )
+        self._casts: bool | None = None  # whether the model goes to half precision on the way, once it has been seen
+        for module in model.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                module.sparse = False  # a matter of storage alone
+        self._run_uncompiled(model)
+        if self.kept_half:
+            tell(f"note: the model is kept in half precision, and is run in {str(dtype)[6:]}")
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """For losses that training or a person sees."""
+        with ExitStack() as conditions:
+            if self.kept_half:
+                conditions.enter_context(_FullPrecision(self._dtype))
+            if self._recurrent and self._device == "cuda":  # its kernels have a gradient in training mode alone
+                conditions.enter_context(_without("cudnn"))
+            yield
+
+    @contextmanager
+    def differentiable(self, order: int) -> Iterator[None]:
+        """For losses that are differentiated once or twice: in full precision, and by kernels that can be."""
+        with ExitStack() as conditions:
+            precision = None
+            if self._casts is not False or self.kept_half:
+                precision = conditions.enter_context(_FullPrecision(self._dtype))
+            if self._recurrent:
+                conditions.enter_context(_without("mkldnn"))
+                conditions.enter_context(_without("cudnn"))
+            if self._attends:
+                conditions.enter_context(_no_fast_path())
+            if order > 1:
+                conditions.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
+                conditions.enter_context(TwiceDifferentiable())
+            yield
+        if self._casts is None and precision is not None:
+            self._casts = precision.met
+            if self._casts and not self.kept_half:
+                self._tell(
+                    "note: the model computes in half precision on the way (autocast); its derivatives are taken in "
+                    f"{str(self._dtype)[6:]}"
+                )
+
+    def _run_uncompiled(self, model: nn.Module) -> None:
+        """Compiled layers hide what enters and leaves their parts, and need a compiler."""
+        compiled = [m for m in model.modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None]
+        if compiled:
+            torch.compiler.set_stance("force_eager")
+            self._tell("note: compiled layers are run as they were before compilation")
+
+
+class _FullPrecision(TorchFunctionMode):
+    """Inside, autocast does nothing and nothing is cast to half precision; `met`: whether something would have been."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.met = False
+        self._dtype = dtype
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                torch.set_autocast_enabled(device, False)  # the person's `with` sets it back
+                self.met = True
+        if function in (torch.Tensor.bfloat16, torch.Tensor.half):
+            self.met = True
+            return args[0].to(self._dtype)
+        if any(isinstance(value, torch.dtype) and value in HALF for value in (*args, *kwargs.values())):
+            self.met = True
+            args = tuple(self._full(value) for value in args)
+            kwargs = {name: self._full(value) for name, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+    def _full(self, value: Any) -> Any:
+        return self._dtype if isinstance(value, torch.dtype) and value in HALF else value
+
+
+@contextmanager
+def _without(library: str) -> Iterator[None]:
+    """Recurrent layers by torch's own kernels: those of the library have no second derivative."""
+    get, switch = getattr(torch._C, f"_get_{library}_enabled"), getattr(torch._C, f"_set_{library}_enabled")
+    before = get()
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Attention layers by their plain computation: what they do where no gradient is asked for has no derivative."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
