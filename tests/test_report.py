@@ -255,8 +255,11 @@ def test_established_pairs_come_first_then_those_that_move_most_and_a_family_sta
     assert words.answer(pairs[:1], [], 9).startswith("No established pair: 1 was found")
 
 
-def test_the_share_of_movement_counts_each_group_of_the_established_pairs_once(report, opsig, digits_run):
-    run = digits_run
+def test_the_share_of_movement_counts_each_group_of_the_established_pairs_once(report, opsig, tmp_path):
+    run = tmp_path / "run.h5"
+    task = "planted:pairs=1,side=12,samples=300,size=14,patch=4,seed=3"
+    train = ("--model", "mlp:width=16", "--learning-rate", 0.15, "--steps", 120, "--checkpoint-every", 8, "--track")
+    assert opsig("train", "--task", task, *train, "-o", run).code == 0
     pairs = [r for r in opsig("cluster", run).records if r["kind"] == "pair" and r["verdict"] == "established"]
     groups = {group for pair in pairs for group in pair["groups"]}
     assert groups

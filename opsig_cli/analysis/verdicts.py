@@ -88,7 +88,7 @@ def judge(found: Evidence) -> tuple[str, str]:
                 "the sides pull apart and look alike, but swing on when they are silent: others swing them",
             )
         if min(ratios) >= SILENCES:
-            return "refuted", "its sides swing on when they are silent: others swing them"
+            return "refuted", "the sides swing on when they are silent: others swing them"
         return "unclear", "silent sides lose their swing at one checkpoint and keep it at another"
     if ratios and ratios[0] >= SILENCES:
         return "unclear", "it swings at one checkpoint of those tested, and there others swing it"
