@@ -44,7 +44,9 @@ class Training:
     """How to train. `batch_size` None is full batch. `momentum` is heavy-ball's beta; Adam's are `betas`; SplitSGD's
     tau is `dampening`, its eta_2 `sign_learning_rate`, and its r `radius`, None for its default.
 
-    `wants_losses(step)` and `wants_state(step)` say what the snapshot of that step must carry.
+    `wants_losses(step)` and `wants_state(step)` say what the snapshot of that step must carry. `weights` (S,), None for
+    1 throughout, multiply the samples' losses in what is minimised, whose sum is divided by the number of all samples
+    (of the minibatch) as before: weight 0 leaves a sample out and no other one counts for more.
     """
 
     optimizer: str
@@ -61,6 +63,7 @@ class Training:
     seed: int = 0
     wants_losses: Callable[[int], bool] = lambda step: False
     wants_state: Callable[[int], bool] = lambda step: False
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

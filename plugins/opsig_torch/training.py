@@ -24,8 +24,11 @@ def train(opened: Opened, training: Training, start: State) -> Iterator[Snapshot
     """Train from `start` and yield a snapshot of every step up to `training.steps`, both included.
 
     A full-batch snapshot's losses come from the forward pass that trains; a minibatch run measures them in a pass of
-    their own. `train_loss` and `grad_norm` are those of the minibatch where there is one.
+    their own. `train_loss` and `grad_norm` are those of the minibatch where there is one, and of what is minimised
+    where samples have weights. Raises UsageError where these are not one a sample.
     """
+    if training.weights is not None and training.weights.shape != (opened.samples,):
+        raise UsageError(f"{training.weights.size} weights are not one for each of the {opened.samples} samples")
     optimizer = _optimizer(opened, training)
     opened.flat.load(start)
     _restore(optimizer, opened, start)
@@ -52,11 +55,22 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
     opened.measuring_mode()
     opened.flat.gradient.zero_()
     row = LossRow(opened.samples)
+    total = 0.0
     for indices, batch in opened.batches:
         losses, predictions = opened.forward(batch)
         row.put(indices, losses, predictions)
-        (losses.sum() / opened.samples).backward()
-    return row.mean(), row
+        counted = _weighted(losses, training, indices)
+        (counted.sum() / opened.samples).backward()
+        if training.weights is not None:
+            total += counted.detach().double().sum().item()
+    return row.mean() if training.weights is None else total / opened.samples, row
+
+
+def _weighted(losses: torch.Tensor, training: Training, indices: slice | np.ndarray) -> torch.Tensor:
+    """The losses (B,) of these samples times their weights."""
+    if training.weights is None:
+        return losses
+    return losses * torch.from_numpy(training.weights[indices]).to(losses)
 
 
 def _minibatch_gradient(
@@ -78,7 +92,7 @@ def _minibatch_gradient(
     opened.flat.gradient.zero_()
     chosen = minibatch(opened.samples, training.batch_size, training.seed, step)
     losses = opened.task.losses(opened.flat.model, opened.batches.take(chosen))
-    mean = losses.mean()
+    mean = _weighted(losses, training, chosen).mean()
     mean.backward()
     return mean.item(), row
 
