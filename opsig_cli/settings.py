@@ -23,7 +23,8 @@ class Settings:
     """Everything that decides a run's numbers. `batch_size` None is full batch; `track_every` 0 records no losses.
 
     Of an imported run, `learning_rate` is NaN (null in the file), `batch_size` UNKNOWN_BATCH and `optimizer` OTHER
-    where it does not tell them; `nesterov` is of momentum, and for thresholds alone.
+    where it does not tell them; `nesterov` is of momentum, and for thresholds alone. Of a branch, `began` is the step
+    at which a changed optimizer began to count.
     """
 
     task: str
@@ -41,6 +42,9 @@ class Settings:
     dampening: float = 0.9
     radius: float | None = None
     weight_decay: float = 0.0
+    clip_norm: float | None = None
+    label_smoothing: float | None = None
+    began: int = 0
     seed: int = 0
     chunk_size: int | None = None
     statistics: str | None = None

@@ -66,12 +66,19 @@ def tracked(run: Trajectory) -> dict[str, Series]:
     found = {"loss": Series(steps, np.array(means))}
     near = np.flatnonzero(np.diff(steps) == 1) + 1
     found["rising"] = Series(steps[near], np.array(shares)[near])
-    if run.has("losses/prediction") and run.has("class_name") and run.has("samples/label"):
-        names = run.read("class_name").tolist()
-        label = np.array([names.index(text) if text in names else -2 for text in run.read("samples/label").tolist()])
+    label = label_numbers(run)
+    if run.has("losses/prediction") and label is not None:
         right = [(rows == label).mean(1) for _, rows in run.blocks("losses/prediction")]
         found["accuracy"] = Series(steps, np.concatenate(right))
     return found
+
+
+def label_numbers(run: Trajectory) -> np.ndarray | None:
+    """The class of every sample's label as predictions number it, (S,), -2 for one of none; None without classes."""
+    if not run.has("class_name") or not run.has("samples/label"):
+        return None
+    names = {name: number for number, name in enumerate(run.read("class_name").tolist())}
+    return np.array([names.get(label, -2) for label in run.read("samples/label").tolist()])
 
 
 def summarise(run: Trajectory, series: Mapping[str, Series]) -> dict[str, Any]:

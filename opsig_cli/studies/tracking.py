@@ -33,6 +33,13 @@ def open_session(
     A person's own task must be named again by `task`; code or labels that have changed since are warnings. Raises
     OpsigError where the task is not given or its dataset has another length.
     """
+    return open_run(run, task, device, backend, warn)[:2]
+
+
+def open_run(
+    run: Trajectory, task: str | None, device: str | None, backend: str, warn: Callable[[str], None]
+) -> tuple[Session, tasks.Task, tasks.TaskSpec]:
+    """What `open_session` opens, and the task's name with where its code came from."""
     attributes = run.attributes
     stored = Settings.stored(attributes, run.path) if task is None or "settings_json" in attributes else Settings(task)
     spec = tasks.parse_spec(task or stored.task, stored.model)
@@ -48,7 +55,7 @@ def open_session(
     if changed := _changed_label(run, loaded):
         warn(f"{run.path}: {changed}. Has the task's data changed?")
     warn(f"device: {session.device_name}")
-    return session, loaded
+    return session, loaded, found
 
 
 def _changed_label(run: Trajectory, task: tasks.Task) -> str | None:

@@ -53,8 +53,13 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def training_of(settings: Settings, stop: StopRequest, first: int) -> Training:
-    """What the backend is asked to do; a requested stop makes the next snapshot carry a checkpoint."""
+def training_of(
+    settings: Settings, stop: StopRequest, weights: np.ndarray | None = None, fork: int | None = None
+) -> Training:
+    """What the backend is asked to do; a requested stop makes the next snapshot carry a checkpoint.
+
+    `weights` (S,) of the samples; `fork`: the step at which a branch begins, which has losses whatever the schedule.
+    """
     return Training(
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
@@ -67,8 +72,12 @@ def training_of(settings: Settings, stop: StopRequest, first: int) -> Training:
         dampening=settings.dampening,
         radius=settings.radius,
         weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        label_smoothing=settings.label_smoothing,
+        began=settings.began,
+        weights=weights,
         seed=settings.seed,
-        wants_losses=settings.losses_at,
+        wants_losses=lambda step: settings.losses_at(step) or step == fork,
         wants_state=lambda step: settings.checkpoint_at(step) or settings.sharpness_at(step) or stop.asked,
     )
 
@@ -96,7 +105,8 @@ def new_recorder(
         labels=tasks.labels(task, count),
         classes=getattr(task, "classes", None),
         layout=session.layout,
-        attributes=_provenance(settings, session, spec),
+        attributes=provenance(settings, session)
+        | {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest},
         replace=replace,
         commit_every=commit_every,
         bfloat16=settings.checkpoint_dtype == "bfloat16",
@@ -121,7 +131,9 @@ def run(
     trajectory = recorder.run
     pairs = None
     trajectory.set_attributes(state="training")
-    for snapshot in session.train(training_of(settings, stop, start.step), start):
+    fork = trajectory.attributes.get("from_step")
+    weights = trajectory.read("samples/weight") if trajectory.has("samples/weight") else None
+    for snapshot in session.train(training_of(settings, stop, weights, fork), start):
         if not math.isfinite(snapshot.train_loss) or (
             snapshot.losses is not None and not np.isfinite(snapshot.losses).all()
         ):
@@ -190,7 +202,8 @@ def _record_sharpness(
     return found
 
 
-def _provenance(settings: Settings, session: Session, spec: tasks.TaskSpec) -> dict[str, Any]:
+def provenance(settings: Settings, session: Session) -> dict[str, Any]:
+    """What a new file says of how it was made, its task excepted."""
     return {
         "opsig_version": version("opsig"),
         "python_version": platform.python_version(),
@@ -198,9 +211,6 @@ def _provenance(settings: Settings, session: Session, spec: tasks.TaskSpec) -> d
         "command": shlex.join(["opsig", *sys.argv[1:]]),
         "git_commit": _git_commit(),
         "device": session.device_name,
-        "task": str(spec),
-        "task_source": spec.source,
-        "task_sha256": spec.digest,
         "settings_json": settings.stored_form(),
         "state": "training",
     }

@@ -58,7 +58,8 @@ class Opened:
     def flat(self) -> FlatModel:
         """The model as one vector, built on first use."""
         if self._flat is None:
-            self._flat = FlatModel(self.task.model(), torch.device(self.device), self.double)
+            with torch.inference_mode(False):  # what is first measured may be trained next
+                self._flat = FlatModel(self.task.model(), torch.device(self.device), self.double)
         return self._flat
 
     @property
