@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from opsig_cli.analysis import evidence, grouping, significance
-from opsig_cli.studies.clustering import weighing as grouped
+from opsig_cli.analysis import cutting, evidence, grouping, pairing, significance
+from opsig_cli.analysis.group_means import group_means
+from opsig_cli.studies.clustering import weighing
 
 
 def cosines_of_pairs(sizes, dimensions=400, noise=0.6, strays=20, seed=0):
@@ -169,7 +170,7 @@ def test_a_pair_that_resampling_breaks_is_unstable():
 def test_members_that_single_checkpoints_put_elsewhere_are_counted():
     similarity, _ = planted_similarity(np.random.default_rng(0))
     found = grouping.group_by_similarity(similarity)
-    means = grouping.group_means(similarity, found.group_M)
+    means = group_means(similarity, found.group_M)
     swapped = means.copy()
     member = found.members(0)[0]
     swapped[member] = means[found.members(1)[0]]
@@ -212,7 +213,7 @@ def test_the_silhouette_is_scikit_learns():
     distance = np.clip(1 - similarity[np.ix_(inside, inside)], 0, 2)
     np.fill_diagonal(distance, 0)
     expected = silhouette_score(distance, groups[inside], metric="precomputed")
-    assert grouping.silhouette(similarity, groups) == pytest.approx(expected)
+    assert cutting.silhouette(similarity, groups) == pytest.approx(expected)
 
 
 def test_series_that_share_more_than_their_period_are_significant():
@@ -244,14 +245,14 @@ def test_no_exchange_of_partners_would_lower_the_sum(seed):
     generator = np.random.default_rng(seed)
     between = generator.uniform(-1, 0.3, (7, 7))
     between = (between + between.T) / 2
-    partner = grouping.oppose(between, np.arange(7))
+    partner = pairing.oppose(between, np.arange(7))
     assert all(partner[partner[g]] == g for g in range(7) if partner[g] >= 0)
-    assert all(between[a, b] <= grouping.OPPOSES for a, b in grouping._pairs(partner))
+    assert all(between[a, b] <= pairing.OPPOSES for a, b in pairing.pairs_of(partner))
     best = min(
-        sum(min(between[a, b], 0) * (between[a, b] <= grouping.OPPOSES) for a, b in zip(p[:6:2], p[1:6:2], strict=True))
+        sum(min(between[a, b], 0) * (between[a, b] <= pairing.OPPOSES) for a, b in zip(p[:6:2], p[1:6:2], strict=True))
         for p in itertools.permutations(range(7))
     )
-    assert sum(between[a, b] for a, b in grouping._pairs(partner)) <= 0.9 * best
+    assert sum(between[a, b] for a, b in pairing.pairs_of(partner)) <= 0.9 * best
 
 
 def test_parts_of_a_side_are_one_again_where_they_look_alike():
@@ -304,8 +305,8 @@ def test_a_claim_weighs_looks_and_opposition_beyond_labels():
     np.fill_diagonal(similarity, 1)
 
     def claim(alike):
-        return grouped._claims(similarity, np.array([[1.0, alike], [alike, 1.0]])[square], groups)[0, 1]
+        return weighing.claims(similarity, np.array([[1.0, alike], [alike, 1.0]])[square], groups)[0, 1]
 
     assert claim(0.9) == pytest.approx(0.4 * 0.5 * 6**0.5)
     assert claim(0.4) == 0  # what does not look alike claims nothing, however much it opposes
-    assert np.isnan(grouped._claims(similarity, None, groups)).all()
+    assert np.isnan(weighing.claims(similarity, None, groups)).all()

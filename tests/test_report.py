@@ -20,7 +20,7 @@ from PIL import Image
 from opsig_cli import Recorder
 from opsig_cli.report import images, words
 from opsig_cli.report.charts import MOST_POINTS, Line, line_chart
-from opsig_cli.studies.clustering.saying import by_strength
+from opsig_cli.studies.clustering.records import by_strength
 from opsig_cli.trajectory.file import open_trajectory
 
 OWN = ("--task", f"{TASKS}:Tiny")

@@ -6,13 +6,14 @@ A likeness is one too: +1 looks alike to the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-CUTS = np.linspace(0.3, 0.75, 10)
-"""Heights of the dendrogram (distance 1 - S) that are tried."""
+from opsig_cli.analysis.cutting import best_cut, drop_small
+from opsig_cli.analysis.group_means import ROWS, between_groups
+from opsig_cli.analysis.pairing import OPPOSES, alignments, oppose, pairs_of
+
 LOOKS = 0.4
 """Weight of likeness beside similarity in what is cut."""
 MERGES = 0.5
@@ -21,10 +22,6 @@ ALIKE = 0.8
 """And where they are across at least this part as alike as within."""
 SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
-OPPOSES = -0.15
-"""Two groups can be a pair where their mean similarity is below this."""
-ROWS = 512
-"""Rows of a similarity that are worked on at a time."""
 BELONGS = 0.3
 """A sample belongs to a group where its mean similarity with it, and minus that with its partner, is above this."""
 RESEMBLES = 0.7
@@ -58,7 +55,7 @@ class Grouping:
 
     def pairs(self) -> list[tuple[int, int]]:
         """Groups that oppose, the lower number first, each pair once, in order."""
-        return _pairs(self.partner_G)
+        return pairs_of(self.partner_G)
 
 
 def group_by_similarity(
@@ -83,160 +80,13 @@ def group_by_similarity(
         raise ValueError(f"{count} samples cannot be grouped: at least two are needed")
     similarity = similarity_MM if np.isfinite(similarity_MM).all() else np.nan_to_num(similarity_MM)
     if likeness_MM is None:
-        return _without_weak(similarity, _best_cut(similarity, smallest), smallest)
+        return _without_weak(similarity, best_cut(similarity, smallest), smallest)
     affinity = (1 - LOOKS) * similarity
     for first in range(0, count, ROWS):
         affinity[first : first + ROWS] += LOOKS * likeness_MM[first : first + ROWS]
-    found = _without_weak(similarity, _best_cut(affinity, smallest), smallest)
+    found = _without_weak(similarity, best_cut(affinity, smallest), smallest)
     del affinity
     return _without_weak(similarity, _merged(similarity, likeness_MM, found.group_M), smallest)
-
-
-def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int) -> Grouping:
-    """The groups with partners, without the members that do not align with them."""
-    while True:  # leaving members out changes the means that others are held against
-        partner_G = oppose(similarity, groups)
-        alignment = _alignment(similarity, groups, partner_G)
-        kept = _drop_small(np.where(alignment >= BELONGS, groups, -1), smallest)
-        if np.array_equal(kept >= 0, groups >= 0):
-            return _by_size(groups, partner_G, alignment)
-        groups = kept
-
-
-def cut_tree(similarity: np.ndarray, smallest: int, heights: np.ndarray = CUTS) -> Iterator[np.ndarray]:
-    """Groups of at least `smallest` by average linkage, (M,) with -1 for none, at each of these heights."""
-    from scipy.cluster.hierarchy import fcluster, linkage
-
-    tree = linkage(_distances(similarity), "average")
-    for cut in heights:
-        yield _drop_small(fcluster(tree, cut, "distance"), smallest)
-
-
-def _distances(similarity: np.ndarray) -> np.ndarray:
-    """1 - S of every two samples, as scipy condenses it: (M (M - 1) / 2,)."""
-    count = len(similarity)
-    found = np.empty(count * (count - 1) // 2)
-    first = 0
-    for i in range(count - 1):
-        last = first + count - 1 - i
-        np.subtract(1, similarity[i, i + 1 :], out=found[first:last])
-        first = last
-    return np.clip(found, 0, 2, out=found)
-
-
-def _best_cut(similarity: np.ndarray, smallest: int) -> np.ndarray:
-    """The groups with the best silhouette times the share of samples in them, (M,)."""
-    best, best_quality = np.full(len(similarity), -1), -np.inf
-    for groups in cut_tree(similarity, smallest):
-        quality = silhouette(similarity, groups) * float(np.mean(groups >= 0))
-        if quality > best_quality:
-            best, best_quality = groups, quality
-    return best
-
-
-def _drop_small(groups: np.ndarray, smallest: int) -> np.ndarray:
-    """Renumber groups 0, 1, ... and put -1 for members of groups below `smallest`."""
-    names, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    keep = (sizes >= smallest) & (names >= 0)
-    new = np.where(keep, np.cumsum(keep) - 1, -1)
-    return new[inverse]
-
-
-def silhouette(similarity_MM: np.ndarray, groups_M: np.ndarray) -> float:
-    """Mean silhouette, on the distance 1 - S, of the samples in groups 0, 1, ... (-1 is none); -1 for fewer than two.
-
-    Rousseeuw 1987. Groups have two members or more. It comes from sums over groups, so that no matrix is copied.
-    """
-    inside = np.flatnonzero(groups_M >= 0)
-    sums_MG, sizes = _sums(similarity_MM, groups_M)
-    if len(sizes) < 2 or len(sizes) >= len(inside):
-        return -1.0
-    own = groups_M[inside]
-    rows = np.arange(len(inside))
-    within = 1 - (sums_MG[inside, own] - np.diagonal(similarity_MM)[inside]) / (sizes[own] - 1)
-    between = 1 - sums_MG[inside] / sizes
-    between[rows, own] = np.inf
-    nearest = between.min(1)
-    return float(np.mean((nearest - within) / np.maximum(np.maximum(nearest, within), 1e-12)))
-
-
-def _sums(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of every sample's similarity over each group, (M, G) float64, and the groups' sizes, (G,)."""
-    sizes = np.bincount(groups[groups >= 0], minlength=groups.max(initial=-1) + 1)
-    sums = np.zeros((len(groups), len(sizes)))
-    if len(sizes):
-        members = np.argsort(groups, kind="stable")[len(groups) - sizes.sum() :]
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        for first in range(0, len(groups), ROWS):
-            rows = similarity[first : first + ROWS]
-            sums[first : first + ROWS] = np.add.reduceat(rows[:, members], starts, axis=1, dtype=np.float64)
-    return sums, sizes
-
-
-def between_groups(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
-    """Mean similarity of every two groups' members, (G, G) float64; on the diagonal each member's with itself counts.
-
-    >>> between_groups(np.eye(3), np.array([0, 0, 1])).tolist()
-    [[0.5, 0.0], [0.0, 1.0]]
-    """
-    sums_MG, sizes = _sums(similarity_MM, group_M)
-    rows = [sums_MG[group_M == group].mean(0) / sizes for group in range(len(sizes))]
-    return np.array(rows).reshape(len(sizes), len(sizes))
-
-
-def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None) -> np.ndarray:
-    """Each group's partner, (G,), -1 for none: the pairs whose mean similarities are the most negative in sum.
-
-    `allowed_GG`: which groups may be a pair, None for all.
-
-    Pairs are taken greedily, the most negative first, and then exchanged two by two as long as that lowers the sum:
-    where several groups share a feature, the strongest opposition must not leave the others without a partner.
-    """
-    between = between_groups(similarity, groups)
-    partner = np.full(len(between), -1)
-    if allowed_GG is not None:
-        between = np.where(allowed_GG, between, 0)
-    for place in np.argsort(between, axis=None, kind="stable"):
-        a, b = np.unravel_index(place, between.shape)
-        if between[a, b] > OPPOSES:
-            break
-        if a != b and partner[a] < 0 and partner[b] < 0:
-            partner[a], partner[b] = b, a
-    weight = np.where(between <= OPPOSES, -between, 0)
-    np.fill_diagonal(weight, 0)
-    while _exchange(weight, partner):
-        pass
-    return partner
-
-
-def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
-    """Let a pair (a, b) and two groups c, d, a pair or both free, become (a, c) and (b, d) where that weighs more.
-
-    Goes through all pairs once, and says whether any was exchanged.
-    """
-    changed = False
-    for a, b in _pairs(partner):
-        if partner[a] != b:
-            continue
-        near = np.flatnonzero((weight[a] > 0) | (weight[b] > 0))  # others cannot gain anything
-        lone = np.setdiff1d(np.flatnonzero(partner < 0), near)[:1]  # one may be needed to leave a group alone
-        near = np.unique(np.concatenate([near, partner[near][partner[near] >= 0], lone]))
-        near = near[(near != a) & (near != b)]
-        if not len(near):
-            continue
-        own = partner[near]
-        paired = own[:, None] == near
-        allowed = paired | ((own < 0)[:, None] & (own < 0))
-        np.fill_diagonal(allowed, False)
-        gain = weight[a, near][:, None] + weight[b, near] - weight[a, b]  # by c and d
-        gain -= np.where(paired, weight[np.ix_(near, near)], 0)
-        gain = np.where(allowed, gain, 0)
-        c, d = np.unravel_index(gain.argmax(), gain.shape)
-        if gain[c, d] > 1e-9:
-            for x, y in ((a, near[c]), (b, near[d])):
-                partner[x], partner[y] = (y, x) if weight[x, y] else (-1, -1)
-            changed = True
-    return changed
 
 
 def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.ndarray) -> Grouping:
@@ -254,7 +104,18 @@ def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.nd
         opposed = preferred if preferred.any() else opposed_GG[group]
         if opposed.any():
             partner_G[group] = opposed.argmin()
-    return Grouping(groups, partner_G, _alignment(similarity_MM, groups, partner_G))
+    return Grouping(groups, partner_G, alignments(similarity_MM, groups, partner_G))
+
+
+def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int) -> Grouping:
+    """The groups with partners, without the members that do not align with them."""
+    while True:  # leaving members out changes the means that others are held against
+        partner_G = oppose(similarity, groups)
+        alignment = alignments(similarity, groups, partner_G)
+        kept = drop_small(np.where(alignment >= BELONGS, groups, -1), smallest)
+        if np.array_equal(kept >= 0, groups >= 0):
+            return _by_size(groups, partner_G, alignment)
+        groups = kept
 
 
 def _merged(similarity: np.ndarray, likeness: np.ndarray, group_M: np.ndarray) -> np.ndarray:
@@ -282,30 +143,6 @@ def _merged(similarity: np.ndarray, likeness: np.ndarray, group_M: np.ndarray) -
     return groups
 
 
-def group_means(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
-    """Every sample's mean similarity with each group's members, itself among them, (M, G) float64.
-
-    >>> group_means(np.eye(3), np.array([0, 0, -1])).tolist()
-    [[0.5], [0.5], [0.0]]
-    """
-    sums_MG, sizes = _sums(similarity_MM, group_M)
-    return sums_MG / np.maximum(sizes, 1)
-
-
-def _alignment(similarity: np.ndarray, groups: np.ndarray, partner_G: np.ndarray) -> np.ndarray:
-    sums_MG, sizes = _sums(similarity, groups)
-    alignment = np.full(len(groups), np.nan)
-    inside = np.flatnonzero(groups >= 0)
-    own = groups[inside]
-    other = partner_G[own]
-    paired = other >= 0
-    total = sums_MG[inside, own] - np.diagonal(similarity)[inside]
-    total[paired] -= sums_MG[inside[paired], other[paired]]
-    number = sizes[own] - 1 + np.where(paired, sizes[other], 0)
-    alignment[inside] = total / np.maximum(number, 1)
-    return alignment
-
-
 def _by_size(groups: np.ndarray, partner_G: np.ndarray, alignment: np.ndarray) -> Grouping:
     sizes = np.bincount(groups[groups >= 0], minlength=len(partner_G))
     order = np.argsort(-sizes, kind="stable")
@@ -313,30 +150,6 @@ def _by_size(groups: np.ndarray, partner_G: np.ndarray, alignment: np.ndarray) -
     rank[order] = np.arange(len(order))
     partner = np.array([rank[p] if p >= 0 else -1 for p in partner_G[order]], np.int64)
     return Grouping(np.where(groups >= 0, rank[groups] if len(rank) else -1, -1), partner, alignment)
-
-
-def change_correlation(losses_TM: np.ndarray) -> np.ndarray:
-    """Pearson correlation of the one-step loss changes of every two samples, (M, M) float64.
-
-    NaN for a sample that never moves.
-    """
-    changes = np.diff(losses_TM.astype(np.float64), axis=0)
-    changes -= changes.mean(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        changes /= np.linalg.norm(changes, axis=0)
-    return changes.T @ changes
-
-
-def spread(first: int, last: int, available: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the increasing `available` steps, spread evenly over `first` to `last`.
-
-    >>> spread(3, 10, np.arange(0, 20, 2), 3).tolist()
-    [4, 8, 10]
-    """
-    inside = available[(available >= first) & (available <= last)]
-    if len(inside) == 0:
-        inside = available[-1:]
-    return inside[np.unique(np.linspace(0, len(inside) - 1, min(count, len(inside))).round().astype(int))]
 
 
 def join(
@@ -371,5 +184,25 @@ def join(
     return np.where(belongs_NG[rows, best], best, -1), alignment_NG[rows, best]
 
 
-def _pairs(partner_G: np.ndarray) -> list[tuple[int, int]]:
-    return sorted({(min(a, int(b)), max(a, int(b))) for a, b in enumerate(partner_G) if b >= 0})
+def change_correlation(losses_TM: np.ndarray) -> np.ndarray:
+    """Pearson correlation of the one-step loss changes of every two samples, (M, M) float64.
+
+    NaN for a sample that never moves.
+    """
+    changes = np.diff(losses_TM.astype(np.float64), axis=0)
+    changes -= changes.mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        changes /= np.linalg.norm(changes, axis=0)
+    return changes.T @ changes
+
+
+def spread(first: int, last: int, available: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the increasing `available` steps, spread evenly over `first` to `last`.
+
+    >>> spread(3, 10, np.arange(0, 20, 2), 3).tolist()
+    [4, 8, 10]
+    """
+    inside = available[(available >= first) & (available <= last)]
+    if len(inside) == 0:
+        inside = available[-1:]
+    return inside[np.unique(np.linspace(0, len(inside) - 1, min(count, len(inside))).round().astype(int))]

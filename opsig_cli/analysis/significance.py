@@ -10,16 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opsig_cli.analysis.grouping import (
-    OPPOSES,
-    SMALLEST,
-    Grouping,
-    between_groups,
-    change_correlation,
-    cut_tree,
-    group_by_similarity,
-    oppose,
-)
+from opsig_cli.analysis.cutting import cut_tree
+from opsig_cli.analysis.group_means import between_groups
+from opsig_cli.analysis.grouping import SMALLEST, Grouping, change_correlation, group_by_similarity
+from opsig_cli.analysis.pairing import OPPOSES, oppose
 
 MOST_DRAWN = 2000
 """Samples that are grouped anew at a time to see whether a group comes back."""

@@ -51,7 +51,8 @@ def cluster(
     """
     from opsig_cli import records
     from opsig_cli.studies import door
-    from opsig_cli.studies.clustering import saying
+    from opsig_cli.studies.clustering import explaining
+    from opsig_cli.studies.clustering import tables as shortened
 
     path, piped = options.records_of(run)
     found = door.cluster(
@@ -61,13 +62,13 @@ def cluster(
     )  # fmt: skip
     options.save_figure(figure, found.figure)
     options.say(found.notes, quiet)
-    tables = [records.Table(f"{found.title}, the significant ones first", saying.pair_table(found))]
-    if said := saying.sentence_table(found):
+    tables = [records.Table(f"{found.title}, the significant ones first", shortened.pair_table(found))]
+    if said := shortened.sentence_table(found):
         tables.append(records.Table("in words", said))
-    if alone := saying.alone_table(found):
+    if alone := shortened.alone_table(found):
         tables.append(records.Table("groups that no other opposes", alone))
     if explained := found.of("explain"):
-        shown = saying.explain_table(explained)
+        shown = explaining.explain_table(explained)
         tables.append(records.Table(f"the change at step {explain}, summed over samples, in nats", shown))
     for agreed in found.of("agreement"):
         shown = [{"measure": key.replace("_", " "), "value": value} for key, value in list(agreed.items())[2:]]

@@ -39,11 +39,12 @@ def report(
     """
     from opsig_cli import records
     from opsig_cli.report import content, page
-    from opsig_cli.studies.clustering import finding, saying, weighing
+    from opsig_cli.studies.clustering import finding
+    from opsig_cli.studies.clustering import records as clustered
     from opsig_cli.trajectory.file import open_trajectory
 
-    if by not in (None, *weighing.BY):
-        raise UsageError(f"--by is one of {', '.join(weighing.BY)}, not '{by}'")
+    if by not in (None, *finding.BY):
+        raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
     path = output or Path(run).with_suffix(".html")
     said: list[str] = []
 
@@ -56,7 +57,7 @@ def report(
         page.check_output(path, run, replace)
         progress = partial(options.progress, quiet=quiet)
         found = finding.find(trajectory, by, top, task, device, backend, warn, progress)
-        written = saying.records(trajectory, found.clusters)
+        written = clustered.records(trajectory, found.clusters)
         shown = content.gather(trajectory, found, written, task, said)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
     for words in found.notes:

@@ -12,8 +12,9 @@ from opsig_cli.report.pairs import show_pair
 from opsig_cli.report.run_facts import Curvature
 from opsig_cli.report.samples import Samples
 from opsig_cli.studies import comparing
-from opsig_cli.studies.clustering import saying
+from opsig_cli.studies.clustering import explaining
 from opsig_cli.studies.clustering.finding import Found
+from opsig_cli.studies.clustering.records import by_strength
 from opsig_cli.trajectory.file import Trajectory
 
 PAIRS = 8
@@ -28,7 +29,7 @@ def gather(
     `warnings`: what was said while the task was opened.
     """
     clusters, window = found.clusters, found.clusters.window
-    pairs = saying.by_strength([record for record in records if record["kind"] == "pair"])
+    pairs = by_strength([record for record in records if record["kind"] == "pair"])
     groups = [record for record in records if record["kind"] == "group"]
     held = words.significant(pairs)
     series = comparing.series_of(run)
@@ -36,7 +37,7 @@ def gather(
     rise, previous = (int(window.steps_T[row]) for row in (window.rise_row, window.rise_row - 1))
     means = dict(zip(loss.steps.tolist(), loss.values.tolist(), strict=True))
     samples = Samples(run, previous, rise)
-    explained = saying.explain(run, clusters, rise)
+    explained = explaining.explain(run, clusters, rise)
     curvature = run_facts.curvature_of(run, rise)
     shown = [show_pair(run, clusters, samples, loss, pair) for pair in pairs[:PAIRS]]
     has = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.figures.canvas import visible
-from opsig_cli.studies.clustering.saying import describe
+from opsig_cli.studies.clustering.sentences import describe
 
 MAKER = "Made by opsig"
 """How the page begins to say what made it; a file that says so may be replaced by a newer one."""

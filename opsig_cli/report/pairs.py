@@ -11,8 +11,8 @@ import numpy as np
 from opsig_cli.report import words
 from opsig_cli.report.charts import Chart, Line, line_chart
 from opsig_cli.report.samples import Samples, Shown, strongest
-from opsig_cli.studies.clustering.saying import describe
-from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.clustering.clusters import Clusters
+from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.comparing import Series
 from opsig_cli.studies.drawing import PAIR_TILES, close_up
 from opsig_cli.trajectory.file import Trajectory

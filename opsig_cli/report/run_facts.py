@@ -10,7 +10,7 @@ import numpy as np
 
 from opsig_cli.report import words
 from opsig_cli.report.charts import Chart, Line, line_chart
-from opsig_cli.studies.clustering.weighing import Window
+from opsig_cli.studies.clustering.window import Window
 from opsig_cli.studies.comparing import Series
 from opsig_cli.studies.curvature import group_of, settings_of
 from opsig_cli.trajectory.file import Trajectory

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.report.images import thumbnail
-from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.drawing import Pictures, predictions_at
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import context

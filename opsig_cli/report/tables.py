@@ -15,9 +15,10 @@ import numpy as np
 from opsig_cli.report.images import matrix_image, spread_names
 from opsig_cli.report.samples import Samples, strongest
 from opsig_cli.studies import mining as finding
+from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.finding import Found
-from opsig_cli.studies.clustering.saying import describe
-from opsig_cli.studies.clustering.weighing import Clusters, Window
+from opsig_cli.studies.clustering.sentences import describe
+from opsig_cli.studies.clustering.window import Window
 from opsig_cli.trajectory.file import Trajectory
 
 CONTRIBUTIONS = 10

@@ -17,7 +17,8 @@ from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import curvature, mining, tracking
 from opsig_cli.studies.branching import changes, flow, fork, naming
-from opsig_cli.studies.clustering import agreement, finding, saying, weighing
+from opsig_cli.studies.clustering import agreement, explaining, finding
+from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
 from opsig_cli.trajectory.file import Trajectory
@@ -70,8 +71,8 @@ def cluster(
     """
     from opsig_cli.studies import drawing
 
-    if by not in (None, *weighing.BY):
-        raise UsageError(f"--by is one of {', '.join(weighing.BY)}, not '{by}'")
+    if by not in (None, *finding.BY):
+        raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
     if by == "loss" and sketch is not None:
         raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
     samples = None if records is None else _samples_of(records)
@@ -82,9 +83,9 @@ def cluster(
             sketch=sketch,
         )  # fmt: skip
         clusters = found.clusters
-        written = saying.records(trajectory, clusters)
+        written = clustered.records(trajectory, clusters)
         if explain is not None:
-            written += saying.explain(trajectory, clusters, explain)
+            written += explaining.explain(trajectory, clusters, explain)
         if truth:
             written.append(agreement.agreement(trajectory, clusters))
     notes = list(found.notes)

@@ -14,8 +14,8 @@ from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 from opsig_cli.studies import mining as finding
 from opsig_cli.studies.branching.flow import Line, Panel
-from opsig_cli.studies.clustering.saying import describe, plus_minus
-from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.clustering.clusters import Clusters
+from opsig_cli.studies.clustering.sentences import describe, plus_minus
 from opsig_cli.studies.comparing import QUANTITIES, Series
 from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.clustering.weighing import Clusters
+from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.trajectory.file import Trajectory
 
 SIGNIFICANT = 0.01

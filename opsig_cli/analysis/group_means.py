@@ -1,0 +1,46 @@
+"""Means of a similarity over groups. M samples, G groups.
+
+A similarity is a signed (M, M) array in [-1, 1]: +1 moves together, -1 pulls against. Groups are numbered 0 to G - 1 in
+(M,) integers, with -1 for none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+ROWS = 512
+"""Rows of a similarity that are worked on at a time."""
+
+
+def sums_over_groups(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of every sample's similarity over each group, (M, G) float64, and the groups' sizes, (G,)."""
+    sizes = np.bincount(groups[groups >= 0], minlength=groups.max(initial=-1) + 1)
+    sums = np.zeros((len(groups), len(sizes)))
+    if len(sizes):
+        members = np.argsort(groups, kind="stable")[len(groups) - sizes.sum() :]
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        for first in range(0, len(groups), ROWS):
+            rows = similarity[first : first + ROWS]
+            sums[first : first + ROWS] = np.add.reduceat(rows[:, members], starts, axis=1, dtype=np.float64)
+    return sums, sizes
+
+
+def between_groups(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
+    """Mean similarity of every two groups' members, (G, G) float64; on the diagonal each member's with itself counts.
+
+    >>> between_groups(np.eye(3), np.array([0, 0, 1])).tolist()
+    [[0.5, 0.0], [0.0, 1.0]]
+    """
+    sums_MG, sizes = sums_over_groups(similarity_MM, group_M)
+    rows = [sums_MG[group_M == group].mean(0) / sizes for group in range(len(sizes))]
+    return np.array(rows).reshape(len(sizes), len(sizes))
+
+
+def group_means(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
+    """Every sample's mean similarity with each group's members, itself among them, (M, G) float64.
+
+    >>> group_means(np.eye(3), np.array([0, 0, -1])).tolist()
+    [[0.5], [0.5], [0.0]]
+    """
+    sums_MG, sizes = sums_over_groups(similarity_MM, group_M)
+    return sums_MG / np.maximum(sizes, 1)

@@ -1,0 +1,83 @@
+"""Which groups oppose each other, and how well members align with their side. M samples, G groups."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from opsig_cli.analysis.group_means import between_groups, sums_over_groups
+
+OPPOSES = -0.15
+"""Two groups can be a pair where their mean similarity is below this."""
+
+
+def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None) -> np.ndarray:
+    """Each group's partner, (G,), -1 for none: the pairs whose mean similarities are the most negative in sum.
+
+    `allowed_GG`: which groups may be a pair, None for all.
+
+    Pairs are taken greedily, the most negative first, and then exchanged two by two as long as that lowers the sum:
+    where several groups share a feature, the strongest opposition must not leave the others without a partner.
+    """
+    between = between_groups(similarity, groups)
+    partner = np.full(len(between), -1)
+    if allowed_GG is not None:
+        between = np.where(allowed_GG, between, 0)
+    for place in np.argsort(between, axis=None, kind="stable"):
+        a, b = np.unravel_index(place, between.shape)
+        if between[a, b] > OPPOSES:
+            break
+        if a != b and partner[a] < 0 and partner[b] < 0:
+            partner[a], partner[b] = b, a
+    weight = np.where(between <= OPPOSES, -between, 0)
+    np.fill_diagonal(weight, 0)
+    while _exchange(weight, partner):
+        pass
+    return partner
+
+
+def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
+    """Let a pair (a, b) and two groups c, d, a pair or both free, become (a, c) and (b, d) where that weighs more.
+
+    Goes through all pairs once, and says whether any was exchanged.
+    """
+    changed = False
+    for a, b in pairs_of(partner):
+        if partner[a] != b:
+            continue
+        near = np.flatnonzero((weight[a] > 0) | (weight[b] > 0))  # others cannot gain anything
+        lone = np.setdiff1d(np.flatnonzero(partner < 0), near)[:1]  # one may be needed to leave a group alone
+        near = np.unique(np.concatenate([near, partner[near][partner[near] >= 0], lone]))
+        near = near[(near != a) & (near != b)]
+        if not len(near):
+            continue
+        own = partner[near]
+        paired = own[:, None] == near
+        allowed = paired | ((own < 0)[:, None] & (own < 0))
+        np.fill_diagonal(allowed, False)
+        gain = weight[a, near][:, None] + weight[b, near] - weight[a, b]  # by c and d
+        gain -= np.where(paired, weight[np.ix_(near, near)], 0)
+        gain = np.where(allowed, gain, 0)
+        c, d = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[c, d] > 1e-9:
+            for x, y in ((a, near[c]), (b, near[d])):
+                partner[x], partner[y] = (y, x) if weight[x, y] else (-1, -1)
+            changed = True
+    return changed
+
+
+def alignments(similarity: np.ndarray, groups: np.ndarray, partner_G: np.ndarray) -> np.ndarray:
+    sums_MG, sizes = sums_over_groups(similarity, groups)
+    alignment = np.full(len(groups), np.nan)
+    inside = np.flatnonzero(groups >= 0)
+    own = groups[inside]
+    other = partner_G[own]
+    paired = other >= 0
+    total = sums_MG[inside, own] - np.diagonal(similarity)[inside]
+    total[paired] -= sums_MG[inside[paired], other[paired]]
+    number = sizes[own] - 1 + np.where(paired, sizes[other], 0)
+    alignment[inside] = total / np.maximum(number, 1)
+    return alignment
+
+
+def pairs_of(partner_G: np.ndarray) -> list[tuple[int, int]]:
+    return sorted({(min(a, int(b)), max(a, int(b))) for a, b in enumerate(partner_G) if b >= 0})

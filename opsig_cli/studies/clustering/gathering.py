@@ -1,0 +1,122 @@
+"""What a backend is asked for a grouping: which gradients align, and what looks alike, over several checkpoints.
+
+S samples of the run, M samples that are grouped, N others, C checkpoints, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from opsig_cli import backends
+from opsig_cli.analysis.group_means import ROWS
+from opsig_cli.analysis.pairing import OPPOSES
+from opsig_cli.backends import Session
+from opsig_cli.errors import UsageError
+from opsig_cli.studies.clustering.window import Window, checkpoints_in
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.recorder import read_state
+
+
+def with_largest_gradients(
+    run: Trajectory, session: Session, position: np.ndarray, window: Window, advance: Callable[..., None]
+) -> np.ndarray:
+    """The positions, and as many samples whose gradients are the largest over the window's checkpoints.
+
+    Groups whose loss does not swing yet, as where a network gives both sides even odds, are found by their gradients
+    alone; outliers are outliers by either (the paper's Fig. 2). At each checkpoint norms count relative to their root
+    mean square. Positions alone for a backend without gradient norms.
+    """
+    if not isinstance(session, backends.Curvature):
+        return position
+    score = np.zeros(len(run.samples))
+    for step in checkpoints_in(run, window).tolist():
+        norms = np.nan_to_num(session.gradient_norms(read_state(run, step)))
+        score += norms / (np.sqrt(np.mean(norms**2)) or 1.0)
+        advance(note=f"step {step}")
+    largest = np.argsort(-score, kind="stable")[: len(position)]
+    return np.concatenate([position, largest[~np.isin(largest, position)]])
+
+
+def mean_similarity(
+    run: Trajectory, session: Session, backend: str, position: np.ndarray, window: Window, sketch: int | None,
+    advance: Callable[..., None],
+) -> np.ndarray:  # fmt: skip
+    """Gradient cosines of the samples, averaged over checkpoints spread over the window, (M, M) float32.
+
+    `sketch`: size of the sketches to estimate them from, each checkpoint's with a seed of its own; None is exact.
+    """
+    capability = backends.GradientCosines if sketch is None else backends.GradientSketch
+    backends.require(session, capability, backend, "gradient cosines" if sketch is None else "gradient sketches")
+    samples = run.samples[position]
+    total = np.zeros((len(samples), len(samples)), np.float32)
+    steps = checkpoints_in(run, window)
+    for step in steps.tolist():
+        state = read_state(run, step)
+        if sketch is None:
+            found = session.gradient_cosines(state, samples)  # pyright: ignore[reportAttributeAccessIssue]
+            np.add(total, np.nan_to_num(found, copy=False), out=total, casting="same_kind")
+        else:
+            rows = np.nan_to_num(session.gradient_sketch(state, samples, sketch, step))  # pyright: ignore[reportAttributeAccessIssue]
+            for first in range(0, len(rows), ROWS):
+                total[first : first + ROWS] += rows[first : first + ROWS] @ rows.T
+        advance(note=f"step {step}")
+    total /= len(steps)
+    if sketch is not None:
+        np.fill_diagonal(total, 1)
+    return total
+
+
+def sketch_band(run: Trajectory, window: Window, size: int) -> float:
+    """Three standard errors of a similarity from sketches of this size. Raises UsageError where it hides opposition."""
+    count = len(checkpoints_in(run, window))
+    band = 3 * float(np.sqrt(2 / (size * count)))
+    if band > -OPPOSES:
+        least = int(np.ceil(18 / (count * OPPOSES**2)))
+        raise UsageError(
+            f"--sketch {size} has an error band of +-{band:.2f}, in which opposition is lost. Give at least {least}"
+        )
+    return band
+
+
+def group_cosines(
+    run: Trajectory, session: Session, window: Window, everybody: np.ndarray, sets: list[np.ndarray],
+    advance: Callable[..., None],
+) -> np.ndarray:  # fmt: skip
+    """At each checkpoint everybody's mean gradient cosine with every group, (C, N, G)."""
+    if not sets:
+        return np.zeros((1, len(everybody), 0))
+    rows = []
+    for step in checkpoints_in(run, window).tolist():
+        rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore[reportAttributeAccessIssue]
+        advance(note=f"step {step}")
+    return np.nan_to_num(np.stack(rows))
+
+
+def mean_likeness(run: Trajectory, session: Session, position: np.ndarray, window: Window) -> np.ndarray | None:
+    """Cosines of the samples' centred features, averaged over the checkpoints, (M, M) float32; None without features.
+
+    Holds the features of one checkpoint beside it.
+    """
+    if not isinstance(session, backends.Features):
+        return None
+    total = np.zeros((len(position), len(position)), np.float32)
+    steps = checkpoints_in(run, window).tolist()
+    for step in steps:
+        rows = session.features(read_state(run, step), run.samples[position])
+        if rows is None:
+            return None
+        rows = np.nan_to_num(rows, copy=False)
+        for first in range(0, len(rows), ROWS):
+            total[first : first + ROWS] += rows[first : first + ROWS] @ rows.T / len(steps)
+    return total
+
+
+def mean_likeness_with(
+    run: Trajectory, session: Session, outside: np.ndarray, sets: list[np.ndarray], window: Window
+) -> np.ndarray:
+    """Mean cosine of these samples' centred features with every group's, averaged over the checkpoints, (N, G)."""
+    steps = checkpoints_in(run, window).tolist()
+    rows = [session.mean_feature_cosines(read_state(run, step), run.samples[outside], sets) for step in steps]  # pyright: ignore[reportAttributeAccessIssue]
+    return np.nan_to_num(np.mean(rows, axis=0))

@@ -1,0 +1,83 @@
+"""Groups and pairs in words."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from opsig_cli.analysis.mining import ALTERNATES
+from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
+
+
+def describe(mix: dict[str, int] | None, size: int) -> str:
+    """A group's members in words: the label that nine in ten share, or the two most common.
+
+    >>> describe({"Coat": 12, "Shirt": 9, "Bag": 2, "Dress": 1}, 24)
+    '12 x Coat, 9 x Shirt, 3 more'
+    """
+    if not mix:
+        return f"{size} samples"
+    if size > 2 and max(mix.values()) == 1:  # labels of their own, as the inputs of a regression have
+        return f"{size} samples, as {next(iter(mix))}"
+    common = list(mix.items())[:2] if next(iter(mix.values())) < 0.9 * size else list(mix.items())[:1]
+    rest = size - sum(count for _, count in common)
+    words = [f"{count} x {label}" for label, count in common]
+    return ", ".join(words + ([f"{rest} more"] if rest else []))
+
+
+def plus_minus(value: float, error: float) -> str:
+    """A number with its error, where it has one.
+
+    >>> plus_minus(-0.617, 0.0213), plus_minus(0.5, float("nan"))
+    ('-0.62 +- 0.02', '0.50')
+    """
+    return f"{value:.2f}" + (f" +- {error:.2f}" if np.isfinite(error) else "")
+
+
+def pair_sentence(
+    names: tuple[str, str], weight: PairWeight, rise_step: int, measure: str = "cosine", where: str = ""
+) -> str:
+    """A pair in one sentence; `where` says what the contexts of text share."""
+    cosine = plus_minus(weight.opposition, weight.opposition_error)
+    text = f"{names[0]} and {names[1]} pull against each other{where}: {measure} {cosine}"
+    up, down = weight.changes
+    text += f"; at step {rise_step} their losses changed by {up:+.2g} and {down:+.2g} nats, "
+    text += f"together {part_of_movement(weight)}"
+    if weight.p_value == 1:
+        text += ". " + _why_not(weight)
+    return text
+
+
+def _why_not(weight: PairWeight) -> str:
+    """Why a pair is not significant."""
+    if weight.loss_correlation >= 0:
+        return f"Their losses move together ({weight.loss_correlation:.2f}), so this is no opposition that can be seen"
+    return (
+        f"They hardly share a feature ({weight.shared:.2f} alike, claim {weight.claim:.2f}): it may be by labels alone"
+    )
+
+
+def group_sentence(name: str, against: str | None, weight: GroupWeight, rise_step: int, measure: str = "cosine") -> str:
+    """A group in one sentence."""
+    text = f"{name} moves together: {measure} {plus_minus(weight.cohesion, weight.cohesion_error)}"
+    text += f", against {against}" if against else ", and no group pulls against it"
+    return f"{text}; at step {rise_step} their loss changed by {weight.change:+.2g} nats, {part_of_movement(weight)}"
+
+
+def part_of_movement(weight: PairWeight | GroupWeight) -> str:
+    """The share of the rise where that says something, else of the movement: opposing changes cancel in a rise."""
+    if 0 < weight.share <= 1:
+        return f"{weight.share:.0%} of the whole loss's rise"
+    return f"{weight.movement:.0%} of all samples' movement"
+
+
+def caveat(clusters: Clusters) -> str | None:
+    """What the grouping cannot tell, in a sentence; None where gradients were compared."""
+    if clusters.by != "loss":
+        return None
+    text = "losses alone do not show which samples share a feature: "
+    if clusters.period_two > ALTERNATES:
+        return text + (
+            f"{clusters.period_two:.0%} of the movement here is period two, at which any two samples correlate at +1 "
+            "or -1, so that pairs with different features are merged. Gradients tell them apart (--by gradient)"
+        )
+    return text + "samples can move together by chance or because they are equally hard. Gradients tell (--by gradient)"

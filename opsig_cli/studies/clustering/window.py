@@ -1,0 +1,53 @@
+"""Where in a run the evidence is taken from: the rows of its losses and the checkpoints among them. T steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from opsig_cli.analysis.grouping import spread
+from opsig_cli.analysis.mining import WIDTH
+from opsig_cli.errors import OpsigError
+from opsig_cli.studies.mining import Movers
+from opsig_cli.trajectory.file import Trajectory
+
+CHECKPOINTS = 6
+"""C: checkpoints that gradient cosines are averaged over."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of `losses` that the evidence is taken from, and where in them the whole loss rose most.
+
+    `first`, `stop`: rows of the file. `steps_T`: their steps. `rise_row`: the row after the largest rise of the mean
+    loss, counted from `first`.
+    """
+
+    first: int
+    stop: int
+    steps_T: np.ndarray
+    rise_row: int
+
+
+def window_of(run: Trajectory, movers: Movers) -> Window:
+    """From where the alternation at period two begins (else from the start) to the end of what was mined."""
+    movement = movers.movement
+    begin = max(0, (movement.first_alternation or 0) - WIDTH)  # it is seen only after that many steps
+    if len(movement.mean_T) - begin < 3:
+        begin = 0
+    rises = np.diff(movement.mean_T[begin:])
+    if len(rises) < 2:
+        raise OpsigError(
+            f"{run.path} has too few steps with losses here to group samples. Widen --window, or record more: opsig "
+            "train --track"
+        )
+    first, stop = movers.first + begin, movers.first + len(movement.mean_T)
+    return Window(first, stop, run.steps("losses")[first:stop], int(rises.argmax()) + 1)
+
+
+def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
+    """The steps of the checkpoints whose gradients are compared. Raises OpsigError where the run has none."""
+    if not run.has("checkpoints/params"):
+        raise OpsigError(f"{run.path} holds no checkpoints, which gradients need. Use --by loss")
+    return spread(int(window.steps_T[0]), int(window.steps_T[-1]), run.steps("checkpoints"), CHECKPOINTS)
