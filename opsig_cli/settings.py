@@ -130,6 +130,13 @@ class Settings:
                 )
         return replace(self, steps=given["steps"]) if given.get("steps") else self
 
+    def scheduled(self, steps: int, track_every: int, checkpoint_every: int) -> Self:
+        """These settings with another end and schedule of what is recorded."""
+        return replace(
+            self, steps=steps, track_every=track_every, checkpoint_every=checkpoint_every, checkpoint_pairs=False,
+            checkpoint_window=None, checkpoint_dtype="float32", sharpness_every=0,
+        )  # fmt: skip
+
     def untold(self) -> dict[str, str]:
         """Settings without which an imported run cannot be trained further, and why."""
         found = {}

@@ -16,7 +16,7 @@ import numpy as np
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import curvature, mining, tracking
-from opsig_cli.studies.branching import changes, flow, fork, naming
+from opsig_cli.studies.branching import changes, flow, fork, naming, request
 from opsig_cli.studies.clustering import agreement, explaining, finding
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.ranges import parse_range
@@ -193,11 +193,11 @@ def branch(
     asked_for = changes.changes_of(drop, weight, settings, edges, each)
     with opened(run) as trajectory:
         trajectory.require("checkpoints/params")
-        request = flow.Request(
+        asked = request.Request(
             fork.told(trajectory, task, fork.assumed(assume)), [from_step] if isinstance(from_step, int) else from_step,
             steps, asked_for, os.fspath(output), draws, sharpness, track_every, replace,
         )  # fmt: skip
-        request.check(trajectory)
+        asked.check(trajectory)
         session, loaded, spec = tracking.open_run(trajectory, task, device, backend, note)
 
         def find_groups() -> list[dict[str, Any]]:
@@ -206,9 +206,9 @@ def branch(
 
         names = naming.Names(trajectory, records, find_groups)
         written, panels = flow.branch(
-            flow.Asked(trajectory, request, session, loaded, spec, names, note, progress)
+            flow.Asked(trajectory, asked, session, loaded, spec, names, note, progress)
         )  # fmt: skip
-    title = f"{trajectory.path}: futures from step {', '.join(map(str, request.from_steps))}"
+    title = f"{trajectory.path}: futures from step {', '.join(map(str, asked.from_steps))}"
     sentences = [record["sentence"] for record in written if record.get("sentence")]
     return Records(written, notes=sentences, title=title, draw=lambda: drawing.draw_branches(panels, title))
 

@@ -13,7 +13,7 @@ from opsig_cli.figures.alignment import alignment_block
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 from opsig_cli.studies import mining as finding
-from opsig_cli.studies.branching.flow import Line, Panel
+from opsig_cli.studies.branching.effects import Line, Panel
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.sentences import describe, plus_minus
 from opsig_cli.studies.comparing import QUANTITIES, Series

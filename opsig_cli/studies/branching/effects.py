@@ -28,6 +28,37 @@ class Places:
     untouched: int
 
 
+@dataclass(frozen=True)
+class Line:
+    """The samples that a branch did not touch, in one future: what it is, steps (T,) and mean losses (T,)."""
+
+    of: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A branch to be drawn: its title, its own line, the unchanged one, and the controls'."""
+
+    title: str
+    branch: Line
+    unchanged: Line
+    controls: list[Line]
+
+
+def panel(
+    title: str, places: Sequence[Places], unchanged: Future, futures: Sequence[Future], names: Sequence[str]
+) -> Panel:
+    """What to draw of a branch: `futures` are its own and its controls', with the places and names of each."""
+
+    def line(name: str, future: Future, place: Places) -> Line:
+        return Line(name, future.course.steps_T, future.course.means_TK[:, place.untouched])
+
+    own, *others = [line(*parts) for parts in zip(names, futures, places, strict=True)]
+    return Panel(title, own, line("unchanged", unchanged, places[0]), others)
+
+
 def measures(future: Future, places: Places) -> dict[str, Any]:
     """MEASURES of one future. Losses in nats, means over samples."""
     course = future.course
@@ -86,7 +117,7 @@ def group_records(
     return found
 
 
-def settings_of_record(settings: Settings) -> dict[str, Any]:
+def trained_with(settings: Settings) -> dict[str, Any]:
     """The settings that a branch can change, as it ran."""
     return {"optimizer": settings.optimizer, "learning_rate": settings.learning_rate, "batch_size": settings.batch_size}
 
