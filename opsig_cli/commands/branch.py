@@ -77,7 +77,7 @@ def branch(
 
     Takes a run, or records on stdin whose groups it uses: opsig cluster run.h5 | opsig branch - --drop pair:1 ...
 
-    Example: opsig branch run.h5 --from 20 --steps 20 --drop label:red -o branch.h5
+    Example: opsig branch run.h5 --from 20 --steps 20 --drop pair:1 -o branch.h5
     """
     from opsig_cli import records
     from opsig_cli.studies import door

@@ -24,6 +24,10 @@ def report(
     replace: Annotated[
         bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
     ] = False,
+    branch: Annotated[
+        list[str] | None,
+        typer.Option("--branch", metavar="BRANCH", help="Branches to list. Default: those in the run's folder."),
+    ] = None,
     task: options.TaskOption = None,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
@@ -32,13 +36,15 @@ def report(
 ) -> None:
     """One HTML page: which samples move the loss, against which others they pull, and how sure that is.
 
-    The page holds what `opsig cluster` and `opsig mine` print, with pictures, and the sharpness where the file has it.
+    The page holds what `opsig cluster` and `opsig mine` print, with pictures, the sharpness where the file has it, and
+    what the run's branches showed.
     It loads nothing from anywhere, so that it can be sent and kept.
 
     Example: opsig report run.h5 -o report.html
     """
     from opsig_cli import records
     from opsig_cli.report import content, page
+    from opsig_cli.studies.branching import lineage
     from opsig_cli.studies.clustering import finding
     from opsig_cli.studies.clustering import records as clustered
     from opsig_cli.trajectory.file import open_trajectory
@@ -58,7 +64,11 @@ def report(
         progress = partial(options.progress, quiet=quiet)
         found = finding.find(trajectory, by, top, task, device, backend, warn, progress)
         written = clustered.records(trajectory, found.clusters)
-        shown = content.gather(trajectory, found, written, task, said)
+        branches = (
+            lineage.branches_beside(trajectory) if branch is None
+            else lineage.branches_among(branch, trajectory, strict=True)
+        )  # fmt: skip
+        shown = content.gather(trajectory, found, written, task, said, branches)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
     for words in found.notes:
         options.note(f"note: {words}", quiet)

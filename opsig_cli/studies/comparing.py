@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from opsig_cli.backends import Session
+from opsig_cli.studies.branching.lineage import is_branch_of
 from opsig_cli.studies.curvature import group_of, settings_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.recorder import read_state
@@ -25,6 +26,11 @@ class Series:
     def last(self) -> float | None:
         """The last value, or None where there is none."""
         return float(self.values[-1]) if len(self.values) else None
+
+    def between(self, first: int, last: int) -> Series:
+        """The part at steps `first` to `last`, both included."""
+        inside = (self.steps >= first) & (self.steps <= last)
+        return Series(self.steps[inside], self.values[inside])
 
 
 QUANTITIES = {
@@ -50,6 +56,13 @@ def series_of(run: Trajectory) -> dict[str, Series]:
         values, thresholds = _rows(run, group, "eigenvalue"), _rows(run, group, "threshold")
         found["sharpness"] = Series(values.steps, values.values[:, 0] / thresholds.values)
     return {name: series for name, series in found.items() if np.isfinite(series.values).any()}
+
+
+def since_fork(runs: Sequence[Trajectory]) -> tuple[int, int] | None:
+    """The steps from the first fork to the last step of a branch, where a run is compared with branches of its own."""
+    branches = [branch for branch in runs if any(is_branch_of(branch, run) for run in runs)]
+    ends = [int(steps[-1]) for branch in branches if len(steps := branch.steps("scalars"))]
+    return (min(int(branch.attributes["from_step"]) for branch in branches), max(ends)) if ends else None
 
 
 def tracked(run: Trajectory) -> dict[str, Series]:
@@ -81,16 +94,21 @@ def label_numbers(run: Trajectory) -> np.ndarray | None:
     return np.array([names.get(label, -2) for label in run.read("samples/label").tolist()])
 
 
-def summarise(run: Trajectory, series: Mapping[str, Series]) -> dict[str, Any]:
-    """One record of a run: how it was trained, where it ended, and medians over its second half of what fluctuates."""
+def summarise(run: Trajectory, series: Mapping[str, Series], until: int | None = None) -> dict[str, Any]:
+    """One record of a run: how it was trained, where it ended, and medians over its second half of what fluctuates.
+
+    `until`: the step at which series were cut off.
+    """
     settings = settings_of(run)
-    record: dict[str, Any] = {"trajectory": run.path}
+    said = run.attributes
+    record: dict[str, Any] = {"trajectory": run.path, "from_step": said.get("from_step"), "change": said.get("change")}
     for name in ("optimizer", "learning_rate", "sign_learning_rate", "batch_size", "seed"):
         record[name] = None if settings is None else getattr(settings, name)
     record["batch_size"] = record["batch_size"] or None  # 0 where it is not known
     if settings is not None and settings.optimizer != "splitsgd":
         record["sign_learning_rate"] = None
     steps = run.steps("scalars")
+    steps = steps if until is None else steps[steps <= until]
     record["steps"] = int(steps[-1]) if len(steps) else None
     for name in ("loss", "accuracy"):
         record[name] = series[name].last if name in series else None
