@@ -168,9 +168,11 @@ def test_a_group_piped_from_cluster_is_left_out(opsig, run):
     mined = [r for r in clustered.records if r["kind"] == "member" and r["mined"]]
     group = mined[0]["group"]
     members = sorted({r["sample"] for r in mined if r["group"] == group})
+    stranger = min(set(range(60)) - {r["sample"] for r in mined})
+    joined = json.dumps(mined[0] | {"sample": stranger, "mined": False})
     piped = opsig(
         "branch", "-", "--from", 30, "--steps", 3, "--drop", f"group:{group}", "-o", run.parent / "b.h5", *OWN,
-        "--draws", 0, stdin=clustered.out,
+        "--draws", 0, stdin=clustered.out + joined,
     )  # fmt: skip
     assert piped.code == 0, piped.err
     assert "opsig cluster" not in piped.err

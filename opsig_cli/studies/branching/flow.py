@@ -122,14 +122,14 @@ class _Stretch:
     def train(self) -> tuple[list[dict[str, Any]], list[Panel]]:
         """Train each future once, the unchanged one first; records, and what to draw."""
         asked, stop, likeness = self._asked, training.StopRequest(), Likeness(self._fork)
-        plans = {plan.key for one in self._branches for plan in (one.plan, *(plan for _, plan in one.controlled()))}
-        total = len(plans | {self._base.key}) * (asked.request.steps + 1)
+        same = next((one for one in self._branches if one.plan.is_like(self._base)), None)
+        futures = (same is None) + sum(1 + len(one.controls) for one in self._branches)
+        total = futures * (asked.request.steps + 1)
         with asked.progress("branching", total) as advance, stop.listening():
             labels = comparing.label_numbers(asked.run)
             if labels is not None:
                 labels = labels[np.argsort(asked.run.samples)]
             futures = Futures(asked.session, self._sets, labels, asked.request.sharpness, advance)
-            same = next((one for one in self._branches if one.plan.key == self._base.key), None)
             if same is None:
                 unchanged = futures.in_memory(self._base, stop, likeness.add)
             else:
