@@ -94,8 +94,8 @@ def described(gone: list[float], others: list[float], random: list[float]) -> st
     """Medians and the shares that reach what was asked, of all seeds so far."""
     return (
         f"of the pair's swing {np.median(gone):.0%} goes (worst {min(gone):.0%}; "
-        f"{np.mean(np.array(gone) >= 0.9):.0%} of {len(gone)} lose 90%); other pairs' change by {np.median(np.abs(others)):.0%} "
-        f"({np.mean(np.abs(others) <= 0.2):.0%} within 20%); controls remove {np.median(random):.0%} "
+        f"{np.mean(np.array(gone) >= 0.9):.0%} of {len(gone)} lose 90%); "
+        f"other pairs' change by {np.median(np.abs(others)):.0%} ({np.mean(np.abs(others) <= 0.2):.0%} within 20%); controls remove {np.median(random):.0%} "
         f"({np.mean(np.array(random) <= 0.2):.0%} at most 20%)"
     )
 

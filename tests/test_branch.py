@@ -333,6 +333,7 @@ def test_every_command_works_on_a_branch_and_compare_begins_at_the_fork(opsig, r
     path = tmp_path / "branch.h5"
     assert opsig("mine", path, "--top", 5).code == 0
     assert opsig("verify", path).code == 0
+    assert opsig("info", path).records[0]["change"] == "drop label:red"
     assert opsig("cluster", path, "--top", 30, *OWN).code == 0
     assert opsig("sharpness", path, "--steps", "54", *OWN).records[0]["eigenvalue"] > 0
     compared = opsig("compare", run, path, "--figure", tmp_path / "c.png")
@@ -400,6 +401,9 @@ def test_the_door_returns_what_the_command_prints_and_draws(opsig, run, tmp_path
         (("--weight", "3"), 2, ("is not NAME=W",)),
         (("--weight", "3=-1"), 2, ("is not NAME=W",)),
         (("--label-smoothing", "0.1"), 2, ("smoothed_losses",)),
+        (("--label-smoothing", "1"), 2, ("below 1",)),
+        (("--momentum", "0.5"), 2, ("gd has none",)),
+        (("--seed", "4"), 2, ("full batch",)),
         (("--optimizer", "newton"), 2, ("no optimizer is called 'newton'",)),
         (("--batch-size", "16"), 2, ("gd is full batch",)),
         (("--optimizer", "sgd", "--batch-size", "61"), 2, ("more than the 60 samples",)),

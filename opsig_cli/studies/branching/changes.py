@@ -60,6 +60,8 @@ def changes_of(
     >>> [change.words for change in changes_of(["pair:1", "pair:2"], [], {"seed": 1}, [], True)]
     ['drop pair:1', 'drop pair:2', 'seed 1']
     """
+    if not 0 <= settings.get("label_smoothing", 0) < 1:
+        raise UsageError(f"--label-smoothing {settings['label_smoothing']:g} is not at least 0 and below 1")
     weights = [(name.strip(), 0.0) for name in drop] + [_weight(text) for text in weight]
     if edges and "learning_rate" in settings:
         raise UsageError("--into-edge and --out-of-edge choose the learning rate. Leave --learning-rate out")

@@ -56,6 +56,10 @@ class Fork:
             return self.settings, self.state
         kept = {"statistics": self.settings.statistics}
         settings = self.settings.varied(given | kept)
+        if "momentum" in given and settings.optimizer not in ("momentum", "splitsgd"):
+            raise UsageError(f"--momentum: {settings.optimizer} has none. Give --optimizer momentum")
+        if "seed" in given and settings.batch_size is None:
+            raise UsageError("--seed orders batches, and this is full batch. Leave it out")
         if (settings.batch_size or 0) > session.samples:
             raise UsageError(f"--batch-size {settings.batch_size} is more than the {session.samples} samples there are")
         if settings.optimizer == self.settings.optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -98,6 +99,9 @@ class Futures:
         except OpsigError:
             with open_trajectory(path) as branch:
                 ended = str(branch.attributes.get("state", ""))
+                begun = branch.has("losses/loss")
+            if not begun:
+                os.unlink(path)  # a branch that cannot be trained leaves no file
             if not ended.startswith("stopped"):
                 raise
         with open_trajectory(path) as branch:
