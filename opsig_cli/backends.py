@@ -219,6 +219,15 @@ class Curvature(Protocol):
 
 
 @runtime_checkable
+class Slopes(Protocol):
+    """The capability that `sharpness --name` and `cluster --by slope` need."""
+
+    def slopes_along(self, state: State, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slopes v'g and curvatures v'Hv of every sample along each of K directions v (K, P), (S, K) float64 each."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """What an entry point of the group `opsig.backends` names."""
 

@@ -86,6 +86,16 @@ def test_an_unchanged_replay_that_differs_is_said(opsig, run):
     assert "differ by up to 0.25 nats from step 30 to 42, first at step 35" in found.err
 
 
+def test_a_branch_of_a_branch_keeps_what_was_left_out(opsig, run):
+    assert branch(opsig, run, "--drop", "label:red", "--draws", 0).code == 0
+    found = branch(opsig, run.parent / "branch.h5", "--drop", "label:blue", start=33, steps=6, out="second.h5")
+    assert found.code == 0, found.err
+    assert found.records[0]["replay_difference"] == 0
+    assert found.records[1]["samples_changed"] == 20
+    with h5py.File(run.parent / "second.h5") as file:
+        assert np.flatnonzero(file["samples/weight"][()]).tolist() == list(range(1, 60, 3))
+
+
 # -- samples left out, against descent by hand
 
 

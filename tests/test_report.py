@@ -208,11 +208,11 @@ def test_pairs_are_those_of_cluster(report, opsig, tiny_run, tmp_path, by):
     pairs = [record for record in opsig("cluster", *arguments).records if record["kind"] == "pair"]
     assert pairs
     page = report(*arguments)
-    held = [pair for pair in pairs if pair["p_value"] < 0.01]
-    strongest = sorted(pairs, key=lambda pair: (pair["p_value"], -pair["movement"]))
+    held = [pair for pair in pairs if pair["verdict"] == "established"]
+    strongest = by_strength(pairs)
     expected = [pair["sentence"] for pair in strongest[:1] if held] + [pair["sentence"] for pair in strongest]
     assert page.said(".sentence") == expected
-    assert by or held
+    assert ("No established pair" in page.words) == (not held)
     (value,) = [text for text in page.said("b") if " of " in text]
     assert value == f"{len(held)} of {len(pairs)}"
     for pair in pairs:
@@ -242,15 +242,22 @@ def test_the_rise_is_taken_apart_as_by_explain(report, opsig, tiny_run):
         assert (start if part["change"] > 0 else start + width) == pytest.approx(50, abs=0.02)
 
 
-def test_significant_pairs_come_first_and_then_those_that_move_most():
-    pairs = [{"p_value": p, "movement": m} for p, m in ((1.0, 0.9), (0.005, 0.1), (0.005, 0.4))]
-    assert by_strength(pairs) == [pairs[2], pairs[1], pairs[0]]
-    assert words.significant(pairs) == pairs[1:]
+def test_established_pairs_come_first_then_those_that_move_most_and_a_family_stays_together():
+    rows = [("unclear", 0.9, None), ("established", 0.1, 1), ("established", 0.4, None), ("established", 0.5, 1)]
+    pairs = [
+        {"pair": number, "verdict": verdict, "movement": movement, "family": family}
+        for number, (verdict, movement, family) in enumerate(rows)
+    ]
+    assert [pair["pair"] for pair in by_strength(pairs)] == [3, 1, 2, 0]
+    assert "3 pairs of groups pull against each other: established, 2 findings in all. 1 more" in words.answer(
+        pairs, [], 9
+    )
+    assert words.answer(pairs[:1], [], 9).startswith("No established pair: 1 was found")
 
 
-def test_the_share_of_movement_counts_each_group_of_the_significant_pairs_once(report, opsig, tmp_path):
-    run = swinging(tmp_path / "run.h5")
-    pairs = [r for r in opsig("cluster", run).records if r["kind"] == "pair" and r["p_value"] < 0.01]
+def test_the_share_of_movement_counts_each_group_of_the_established_pairs_once(report, opsig, digits_run):
+    run = digits_run
+    pairs = [r for r in opsig("cluster", run).records if r["kind"] == "pair" and r["verdict"] == "established"]
     groups = {group for pair in pairs for group in pair["groups"]}
     assert groups
     explained = opsig("cluster", run, "--explain", pairs[0]["rise_step"]).records
@@ -286,12 +293,12 @@ def test_one_record_says_what_was_written(opsig, tiny_run, tmp_path):
     assert record["bytes"] == (tmp_path / "a.html").stat().st_size
     pairs = [r for r in opsig("cluster", tiny_run, *OWN).records if r["kind"] == "pair"]
     assert record["pairs"] == len(pairs)
-    assert record["significant"] == sum(pair["p_value"] < 0.01 for pair in pairs)
+    assert record["established"] == sum(pair["verdict"] == "established" for pair in pairs)
 
 
 def test_a_sheet_shows_the_most_aligned_members_and_what_they_were_taken_for(report, opsig, digits_run):
     records = opsig("cluster", digits_run).records
-    pair = sorted((r for r in records if r["kind"] == "pair"), key=lambda r: (r["p_value"], -r["movement"]))[0]
+    pair = by_strength(r for r in records if r["kind"] == "pair")[0]
     page = report(digits_run)
     names = [image["alt"] for image in page.having("img") if image["alt"]]
     for group, size in zip(pair["groups"], pair["sizes"], strict=True):
@@ -431,7 +438,7 @@ def test_mistakes(opsig, tiny_run, tmp_path):
     opsig("report", tmp_path / "gone.h5", "-q").fails(1, "gone.h5 does not exist")
     opsig("report", run, "-o", tmp_path / "none" / "a.html", "-q").fails(1, "there is no folder")
     opsig("report", run, "-o", tmp_path, "-q").fails(1, "is a folder")
-    opsig("report", run, "--by", "luck").fails(2, "--by is one of gradient, loss, both, not 'luck'")
+    opsig("report", run, "--by", "luck").fails(2, "--by is one of gradient, slope, loss, both, not 'luck'")
     opsig("report", run, "--by", "gradient", "-q").fails(1, "holds no checkpoints")
     opsig("report", tiny_run, "-q", "-o", tmp_path / "a.html").fails(1, "a task of your own", "--task")
     assert not (tmp_path / "a.html").exists()

@@ -44,7 +44,7 @@ def test_no_word_and_no_number_is_broken_at_80_columns(command, runs, opsig, mon
     words = command.split()
     own = OWN if words[0] in ("cluster", "sharpness", "report", "train") else ()
     if "--projection" in words:
-        assert opsig("sharpness", "run.h5", *OWN).code == 0
+        assert opsig("sharpness", "run.h5", *OWN, "--at", "iterate").code == 0
     if "digits.h5" in words:
         assert opsig("train", "--task", "digits", "--steps", 10, "-o", "digits.h5").code == 0
     shown = {}
@@ -70,7 +70,7 @@ def test_columns_that_do_not_fit_are_named(runs, opsig, monkeypatch):
     assert shown.splitlines()[1].startswith("rank  sample")
 
 
-def test_the_significant_pairs_of_a_table_come_first_and_in_words(opsig, tmp_path, monkeypatch):
+def test_the_established_pairs_of_a_table_come_first_and_in_words(opsig, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     run = tmp_path / "run.h5"
     train = (
@@ -85,10 +85,11 @@ def test_the_significant_pairs_of_a_table_come_first_and_in_words(opsig, tmp_pat
     )
     assert opsig(*train, "-o", run).code == 0
     pairs = [r for r in opsig("cluster", run).records if r["kind"] == "pair"]
-    held = [pair for pair in pairs if pair["p_value"] < 0.01]
+    held = [pair for pair in pairs if pair["verdict"] == "established"]
     assert 0 < len(held) < len(pairs)
     table = opsig("cluster", run, "--format", "table").out
     rows = [line.split() for line in table.splitlines()]
+    assert f"{len(held)} of {len(pairs)} opposing pairs established" in table
     order = [int(words[0]) for words in rows[3 : 3 + len(pairs)]]
     assert {pair["pair"] for pair in held} == set(order[: len(held)])
     assert all((pair["sentence"] in table) == (pair in held) for pair in pairs)

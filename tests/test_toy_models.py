@@ -227,7 +227,7 @@ def test_sharpness_measured_on_a_simulation_is_the_simulated_one(opsig, runs, tm
     with h5py.File(run) as file:
         simulated = dict(zip(file["sharpness/step"][()], file["sharpness/eigenvalue"][:, 0], strict=True))
         vectors = dict(zip(file["sharpness/step"][()], file["sharpness/eigenvector"][()], strict=True))
-    measured = opsig("sharpness", run, "--replace", "--steps", "0:1000:20", "--tolerance", "1e-4")
+    measured = opsig("sharpness", run, "--at", "iterate", "--replace", "--steps", "0:1000:20", "--tolerance", "1e-4")
     assert measured.code == 0, measured.err
     for record in measured.records:
         assert record["eigenvalue"] == pytest.approx(simulated[record["step"]], rel=1e-5), record["step"]

@@ -51,23 +51,61 @@ def mean_and_error(values_C: np.ndarray) -> tuple[float, float]:
     return float(values_C.mean()), round(error, 12)
 
 
-def mean_changes(losses_TM: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """One-step changes of the members' mean loss, (T - 1,) float64."""
-    return np.diff(losses_TM[:, members].mean(1, dtype=np.float64))
+def interval(values_C: np.ndarray, level: float = 0.05) -> tuple[float, float]:
+    """Where the mean lies, both ends one-sided at `level`, by Student's t; NaN for fewer than two values.
+
+    >>> low, high = interval(np.array([-0.5, -0.7, -0.6]))
+    >>> round(low, 3), round(high, 3)
+    (-0.769, -0.431)
+    """
+    from scipy.stats import t
+
+    mean, error = mean_and_error(values_C)
+    reach = float(t.isf(level, len(values_C) - 1)) * error if len(values_C) > 1 else float("nan")
+    return mean - reach, mean + reach
 
 
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation of two series, (T,); NaN where one does not move."""
+def mean_losses(losses_TM: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
+    """Mean loss of every group's members, (T, G) float64."""
+    return np.stack([losses_TM[:, group].mean(1, dtype=np.float64) for group in members], 1)
+
+
+def swing(losses_TM: np.ndarray) -> float:
+    """Mean size of the halved second differences, in nats: steady drift counts nothing, period two with amplitude a
+    counts 2 a.
+
+    >>> swing(np.arange(5.0)[:, None] + np.array([[1], [-1], [1], [-1], [1]]))
+    2.0
+    """
+    return float(np.abs(np.diff(losses_TM.astype(np.float64), 2, axis=0)).mean() / 2)
+
+
+def correlation_without_drift(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation of the second differences of two series, (T,): common drift does not count; NaN where one
+    does not move or there are fewer than two of them.
+
+    >>> drift = -0.1 * np.arange(9)
+    >>> swings = np.resize([1.0, -1.0], 9)
+    >>> round(correlation_without_drift(drift + swings, drift - swings), 6)
+    -1.0
+    """
+    if len(a) < 4:
+        return float("nan")
     with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(a, b)[0, 1])
+        return float(np.corrcoef(np.diff(a, 2), np.diff(b, 2))[0, 1])
 
 
-def group_correlation(losses_TM: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
-    """Correlation of the mean loss changes of every two groups, (G, G)."""
-    if len(members) < 2:
-        return np.ones((len(members), len(members)))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.corrcoef(np.stack([mean_changes(losses_TM, group) for group in members]))
+def moves_apart(a: np.ndarray, b: np.ndarray) -> int | None:
+    """The row, 1 or more, after the change in which two series, (T,), move apart most: by the smaller of the two moves.
+
+    None where they never do.
+
+    >>> moves_apart(np.array([0.0, 1.0, 1.5, 1.0]), np.array([0.0, 1.0, 0.8, 3.0]))
+    3
+    """
+    changes = np.diff(a), np.diff(b)
+    apart = np.where(changes[0] * changes[1] < 0, np.minimum(*np.abs(changes)), 0)
+    return int(apart.argmax()) + 1 if apart.size and apart.max() > 0 else None
 
 
 def period_two(losses_TM: np.ndarray) -> float:

@@ -159,6 +159,7 @@ def join(
 
     `means_NG`: mean similarity of the samples with each group's members; `likeness_NG` their mean likeness. A sample
     belongs to a group as its members do (see BELONGS), and looks like them (RESEMBLES; without likeness see WEAKEST).
+    No more join than a group has members, those that align most.
 
     >>> grouping = Grouping(np.array([0, 0, 1]), np.array([1, 0]), np.array([0.8, 0.9, 0.7]))
     >>> means = np.array([[0.9, -0.9], [0.9, -0.9], [0.1, 0.2]])
@@ -181,7 +182,11 @@ def join(
         belongs_NG = (alignment_NG >= BELONGS) & (likeness_NG >= RESEMBLES)
     best = np.where(belongs_NG, alignment_NG, -np.inf).argmax(1)
     rows = np.arange(len(best))
-    return np.where(belongs_NG[rows, best], best, -1), alignment_NG[rows, best]
+    joins, alignment = np.where(belongs_NG[rows, best], best, -1), alignment_NG[rows, best]
+    for group, size in enumerate(sizes):
+        candidates = np.flatnonzero(joins == group)
+        joins[candidates[np.argsort(-alignment[candidates], kind="stable")[size:]]] = -1
+    return joins, alignment
 
 
 def change_correlation(losses_TM: np.ndarray) -> np.ndarray:

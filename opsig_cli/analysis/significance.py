@@ -5,24 +5,29 @@ M samples, G groups, C checkpoints, T steps. A null is what the strongest group 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from opsig_cli.analysis.cutting import cut_tree
 from opsig_cli.analysis.group_means import between_groups
-from opsig_cli.analysis.grouping import SMALLEST, Grouping, change_correlation, group_by_similarity
+from opsig_cli.analysis.grouping import LOOKS, SMALLEST, Grouping, change_correlation, group_by_similarity
+from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.pairing import OPPOSES, oppose
 
 MOST_DRAWN = 2000
 """Samples that are grouped anew at a time to see whether a group comes back."""
-MOST_IN_NULL = 200
+MOST_IN_NULL = 400
 """Samples of one round of a null."""
-MOST_AT_RANDOM = 500
-"""Members of a random group: more would only narrow what random groups do."""
-ROUNDS = 199
+MOST_FITTED = 800
+"""Samples that a null is fitted to."""
+ROUNDS = 99
 """Rounds of a null: the smallest p-value is 1 / (ROUNDS + 1)."""
+
+
+Draw = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
+"""A round of a null: what to cut, to pair by, to test on and to see likeness by, (M, M) each; None: all are alike."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class Null:
 
     group: np.ndarray
     pair: np.ndarray
+
+
+NOTHING = Null(np.empty(0), np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -60,24 +68,71 @@ def p_value(value: float, null: np.ndarray) -> float:
     return float((1 + (null >= value).sum()) / (1 + len(null)))
 
 
-def shuffled_null(similarity_MM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMALLEST, seed: int = 0) -> Null:
-    """The null of no structure: each round shuffles the similarities of at most MOST_IN_NULL samples.
+def gaussian_null(
+    similarity_MM: np.ndarray, likeness_MM: np.ndarray | None, labels_M: np.ndarray | None, rounds: int = ROUNDS,
+    smallest: int = SMALLEST, seed: int = 0,
+) -> Null:  # fmt: skip
+    """The null of samples that share no feature: looks from one Gaussian, under the labels that there are.
 
-    That keeps their distribution and nothing else. The round's strongest pair and group at any cut are kept, so that a
-    p-value held against them accounts for the search over groups.
+    Kept: the covariance of the looks (the spectrum of their Gram matrix), the labels and how many have each, how far
+    gradients align given both labels and looks, as a line for every two labels, and the covariance of what remains of
+    them. What is not:
+    that some samples look alike among themselves, and that looks and labels go together (the one-Gaussian null of
+    SigClust, Liu et al. 2008, JASA 103). Each round goes through the whole search, and its strongest group and pair at
+    any cut are kept, so that a p-value held against them accounts for the search and for the number of pairs. A round
+    has at most MOST_IN_NULL samples; strengths are scaled to all. Where labels are none or of nearly one sample each,
+    as in a regression, the sign of a sample's error stands for it; without a likeness gradients are their own looks.
     """
-    count = min(MOST_IN_NULL, len(similarity_MM))
-    upper = np.triu_indices(count, 1)
+    total = len(similarity_MM)
+    generator = np.random.default_rng(seed)
+    fitted = generator.choice(total, min(MOST_FITTED, total), replace=False)
+    similarity = np.nan_to_num(similarity_MM[np.ix_(fitted, fitted)]).astype(np.float64)
+    likeness = similarity if likeness_MM is None else likeness_MM[np.ix_(fitted, fitted)].astype(np.float64)
+    spread = np.sqrt(np.maximum(np.linalg.eigvalsh(likeness)[::-1], 0))
+    spread = spread[spread > 1e-4 * spread[:1]]
+    codes = _codes(similarity, likeness, None if labels_M is None else labels_M[fitted])
+    offset, slope = _aligned_by(similarity, likeness, codes)
+    count = min(MOST_IN_NULL, total)
+    within = np.ix_(*[codes[:count]] * 2)
+    rest = np.linalg.eigvalsh(similarity[:count, :count] - offset[within] - slope[within] * likeness[:count, :count])
 
-    def shuffled(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        chosen = generator.choice(len(similarity_MM), count, replace=False)
-        values = np.nan_to_num(similarity_MM[np.ix_(chosen, chosen)][upper])
-        found = np.eye(count)
-        found[upper] = generator.permutation(values)
-        found.T[upper] = found[upper]
-        return found, found
+    def drawn(generator: np.random.Generator) -> Draw:
+        rows = generator.standard_normal((count, len(spread))) * spread
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        looks = rows @ rows.T
+        if likeness_MM is None:
+            return looks, looks, looks, None
+        code = np.ix_(*[codes[generator.integers(0, len(codes), count)]] * 2)
+        turn = np.linalg.qr(generator.standard_normal((count, count)))[0]
+        aligned = np.clip(offset[code] + slope[code] * looks + (turn * rest) @ turn.T, -1, 1)
+        np.fill_diagonal(aligned, 1)
+        return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
-    return _null(shuffled, rounds, smallest, seed)
+    found = _null(drawn, rounds, smallest, seed)
+    return Null(found.group * total / count, found.pair * total / count)
+
+
+def _codes(similarity: np.ndarray, likeness: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """A number for every sample's label, (M,), or for the sign of its error where labels say nothing."""
+    names, codes = (None, None) if labels is None else np.unique(labels, return_inverse=True)
+    if codes is not None and names is not None and len(names) <= len(codes) / 2:
+        return codes
+    _, vectors = np.linalg.eigh(similarity * likeness)  # S is about s s' K for errors of sign s: times K, s s' K^2
+    return (vectors[:, -1] > 0).astype(np.int64)
+
+
+def _aligned_by(similarity: np.ndarray, likeness: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every two labels the line S = offset + slope K through their samples, (L, L) each."""
+    count = int(codes.max()) + 1
+    block = np.add.outer(codes * count, codes)
+    off = ~np.eye(len(codes), dtype=bool)
+    s, k, place = similarity[off], likeness[off], block[off]
+    n = np.maximum(np.bincount(place, minlength=count**2), 1)
+    s_mean, k_mean = (np.bincount(place, x, count**2) / n for x in (s, k))
+    k_var = np.bincount(place, k * k, count**2) / n - k_mean**2
+    slope = (np.bincount(place, s * k, count**2) / n - s_mean * k_mean) / np.maximum(k_var, 1e-9)
+    offset = s_mean - slope * k_mean
+    return offset.reshape(count, count), slope.reshape(count, count)
 
 
 def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMALLEST, seed: int = 0) -> Null:
@@ -92,33 +147,32 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
     half = (len(losses_TM) - 1) // 2
     changes = np.diff(losses_TM.astype(np.float64), axis=0)
 
-    def surrogates(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def surrogates(generator: np.random.Generator) -> Draw:
         chosen = generator.choice(losses_TM.shape[1], count, replace=False)
         series = phase_shuffled(changes[:, chosen], generator)
         walks = np.concatenate([np.zeros((1, count)), np.cumsum(series, 0)])
         first, second = (np.nan_to_num(change_correlation(part)) for part in (walks[: half + 1], walks[half:]))
-        return first, second
+        return first, first, second, None
 
     found = _null(surrogates, rounds, smallest, seed)
     scale = losses_TM.shape[1] / count
     return Null(found.group * scale, found.pair * scale)
 
 
-def _null(
-    draw: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]], rounds: int, smallest: int, seed: int
-) -> Null:
-    """Strongest groups and pairs of `rounds` draws: two similarities, to group by and to test on."""
+def _null(draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: int, seed: int) -> Null:
+    """Strongest groups, and strongest pairs that look alike, of `rounds` draws."""
     generator = np.random.default_rng(seed)
     groups, pairs = np.zeros(rounds), np.zeros(rounds)
     for number in range(rounds):
-        similarity, tested = draw(generator)
-        for chosen in cut_tree(similarity, smallest):
+        cut, similarity, tested, looks = draw(generator)
+        for chosen in cut_tree(cut, smallest):
             partner = oppose(similarity, chosen)
+            alike = None if looks is None else alike_between(looks, chosen)
             for a, b in enumerate(partner):
                 inside = np.flatnonzero(chosen == a)
                 strength = group_strength(_within(tested, inside), len(inside))
                 groups[number] = max(groups[number], strength)
-                if b > a:
+                if b > a and (alike is None or alike[a, b] >= ALIKE):
                     other = np.flatnonzero(chosen == b)
                     across = float(tested[np.ix_(inside, other)].mean())
                     pairs[number] = max(pairs[number], pair_strength(across, len(inside), len(other)))
@@ -128,29 +182,6 @@ def _null(
 def _within(similarity: np.ndarray, members: np.ndarray) -> float:
     block = similarity[np.ix_(members, members)]
     return float((block.sum() - np.trace(block)) / max(1, len(members) * (len(members) - 1)))
-
-
-def random_pair_p(
-    similarity_MM: np.ndarray, opposition: float, size_a: int, size_b: int, rounds: int = ROUNDS, seed: int = 0
-) -> float:
-    """Share of pairs of random groups of these sizes, itself included, that oppose each other as much."""
-    size_a, size_b = min(size_a, MOST_AT_RANDOM), min(size_b, MOST_AT_RANDOM)
-    size_b = min(size_b, len(similarity_MM) - size_a)
-    drawn = _random_groups(len(similarity_MM), size_a + size_b, rounds, seed)
-    across = [similarity_MM[np.ix_(both[:size_a], both[size_a:])].mean() for both in drawn]
-    return p_value(-opposition, -np.array(across))
-
-
-def random_group_p(similarity_MM: np.ndarray, cohesion: float, size: int, rounds: int = ROUNDS, seed: int = 0) -> float:
-    """Share of random groups of this size, itself included, that hold together as much."""
-    drawn = _random_groups(len(similarity_MM), min(size, MOST_AT_RANDOM), rounds, seed)
-    return p_value(cohesion, np.array([_within(similarity_MM, members) for members in drawn]))
-
-
-def _random_groups(count: int, size: int, rounds: int, seed: int) -> Iterator[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    for _ in range(rounds):
-        yield generator.choice(count, size, replace=False, shuffle=True)
 
 
 def phase_shuffled(series_TM: np.ndarray, generator: np.random.Generator) -> np.ndarray:

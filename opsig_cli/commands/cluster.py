@@ -32,6 +32,16 @@ def cluster(
         int | None, typer.Option("--explain", metavar="STEP", help="Take the change at this step apart into groups.")
     ] = None,
     truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
+    test: Annotated[
+        str,
+        typer.Option(
+            metavar="replay|held-out|none",
+            help="Try pairs by repeating training with their samples silent, or on held-out checkpoints alone.",
+        ),
+    ] = "replay",
+    budget: Annotated[
+        int | None, typer.Option("--budget", min=0, help="Training steps to repeat in all. Default: 400.")
+    ] = None,
     task: options.TaskOption = None,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
@@ -44,8 +54,9 @@ def cluster(
     Takes a run, which it mines itself (the samples whose loss moves most, and as many with the largest gradients), or
     the records of `opsig mine` on stdin.
 
-    The table has of each pair: the mean cosine across, the correlation of the losses' changes, how alike it looks to
-    the network, its part of all movement, the p-value, and how well it comes back when samples are left out.
+    The table has of each pair: the verdict, the mean cosine across on checkpoints that had no part in finding it, how
+    alike its sides look against within, R (its swing when it is silent, over that when as many others are), its part
+    of all movement, the p-value, and how well it comes back when samples are left out.
 
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
@@ -56,13 +67,13 @@ def cluster(
 
     path, piped = options.records_of(run)
     found = door.cluster(
-        path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, records=piped,
-        task=task, device=device, backend=backend, note=partial(options.note, quiet=quiet),
-        progress=partial(options.progress, quiet=quiet),
+        path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, test=test,
+        budget=budget, records=piped, task=task, device=device, backend=backend,
+        note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
     options.say(found.notes, quiet)
-    tables = [records.Table(f"{found.title}, the significant ones first", shortened.pair_table(found))]
+    tables = [records.Table(f"{found.title}: {shortened.headline(found)}", shortened.pair_table(found))]
     if said := shortened.sentence_table(found):
         tables.append(records.Table("in words", said))
     if alone := shortened.alone_table(found):

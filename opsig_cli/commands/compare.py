@@ -68,7 +68,7 @@ def _test_accuracy(run, test: str, device: str | None, backend: str) -> float:
     from opsig_cli import backends, tasks
     from opsig_cli.errors import UsageError
     from opsig_cli.studies import comparing
-    from opsig_cli.studies.curvature import settings_of
+    from opsig_cli.studies.trained import settings_of
 
     settings = settings_of(run)
     loaded, _ = tasks.load(tasks.parse_spec(test, None if settings is None else settings.model))

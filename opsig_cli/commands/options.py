@@ -61,8 +61,9 @@ TopOption = Annotated[
 ByOption = Annotated[
     str | None,
     typer.Option(
-        metavar="gradient|loss|both",
-        help="What must align: gradients, loss changes, or both. Default: both; without checkpoints, loss.",
+        metavar="gradient|slope|loss|both",
+        help="What must align: gradients, slopes along the Hessian's leading eigenvectors, loss changes, or gradients "
+        "and losses both. Default: both; without checkpoints, loss.",
     ),
 ]
 WindowOption = Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")]

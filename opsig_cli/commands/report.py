@@ -75,6 +75,6 @@ def report(
     pairs = [record for record in written if record["kind"] == "pair"]
     made = {
         "kind": "report", "trajectory": run, "path": str(path), "pairs": len(pairs),
-        "significant": len(content.words.significant(pairs)), "bytes": size,
+        "established": len(clustered.established(pairs)), "bytes": size,
     }  # fmt: skip
     records.write([made], format)

@@ -12,7 +12,9 @@ from opsig_cli.commands import options
 
 def sharpness(
     run: options.RunOrRecords,
-    count: Annotated[int, typer.Option("-k", min=1, help="Eigenvalues.")] = 1,
+    count: Annotated[
+        int | None, typer.Option("-k", min=1, help="Eigenvalues. Default: 1, with --name 4.", show_default=False)
+    ] = None,
     steps: options.StepsOption = None,
     tolerance: Annotated[float, typer.Option(help="Residual |Hv - av| / |a| to reach.")] = 1e-3,
     metrics: Annotated[
@@ -27,6 +29,17 @@ def sharpness(
         int | None, typer.Option("--slice", metavar="STEP", help="Losses of groups along the top eigenvector.")
     ] = None,
     span: Annotated[float, typer.Option(min=0, help="How far the slice goes each way.")] = 0.2,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="floor|iterate",
+            help="Eigenvalues at the floor of the valley, between iterates that bounce, or where these stand. "
+            "Default: the floor where the run alternates at period two.",
+        ),
+    ] = None,
+    name: Annotated[
+        bool, typer.Option("--name", help="Who stands at the two ends of each eigenvector. Default step: the last.")
+    ] = False,
     plain: Annotated[
         bool, typer.Option("--plain", help="The Hessian itself for Adam, without preconditioner.")
     ] = False,
@@ -42,28 +55,29 @@ def sharpness(
     """The largest eigenvalues of the loss's Hessian along a run, against the optimizer's stability threshold.
 
     With --metrics, curvature of single samples instead: those of records on stdin, of --random, or all. With --slice,
-    the losses of the groups that `opsig cluster` piped in, along the top eigenvector.
+    the losses of the groups that `opsig cluster` piped in, along the top eigenvector. With --name, the samples on the
+    two sides of each eigenvector, which a step along it sets against each other, and their part of the eigenvalue.
 
     Example: opsig sharpness run.h5 -k 2 --steps 0:400:2 --figure sharpness.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import door
+    from opsig_cli.studies import door, ends
 
     path, piped = options.records_of(run)
     found = door.sharpness(
         path, k=count, steps=steps, tolerance=tolerance, metrics=metrics, random=random, slice=slice_step, span=span,
-        plain=plain, seed=seed, replace=replace, records=piped, task=task, device=device, backend=backend,
-        note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
+        at=at, name=name, plain=plain, seed=seed, replace=replace, records=piped, task=task, device=device,
+        backend=backend, note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
-    records.write(found, format, [records.Table(found.title, _rows(found))])
+    records.write(found, format, [records.Table(found.title, ends.rows(found) if name else _rows(found))])
     options.say(found.notes, quiet)
 
 
 def _rows(records: list[dict]) -> list[dict]:
     """Records shortened to what a person reads: columns that say the same of every eigenvalue are left to JSON."""
     rows = []
-    hidden = ["trajectory", "layer_fraction", "losses", "density_nodes", "density_weights", "preconditioned"]
+    hidden = ["trajectory", "layer_fraction", "losses", "density_nodes", "density_weights", "preconditioned", "at"]
     if all(record.get("converged") for record in records):
         hidden.append("converged")
     for record in records:

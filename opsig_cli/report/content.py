@@ -12,10 +12,11 @@ from opsig_cli.report import run_facts, tables, words
 from opsig_cli.report.pairs import show_pair
 from opsig_cli.report.run_facts import Curvature
 from opsig_cli.report.samples import Samples
+from opsig_cli.report.vectors import show_vectors
 from opsig_cli.studies import comparing
 from opsig_cli.studies.clustering import explaining
 from opsig_cli.studies.clustering.finding import Found
-from opsig_cli.studies.clustering.records import by_strength
+from opsig_cli.studies.clustering.records import by_strength, established
 from opsig_cli.trajectory.file import Trajectory
 
 PAIRS = 8
@@ -33,7 +34,7 @@ def gather(
     clusters, window = found.clusters, found.clusters.window
     pairs = by_strength([record for record in records if record["kind"] == "pair"])
     groups = [record for record in records if record["kind"] == "group"]
-    held = words.significant(pairs)
+    held = established(pairs)
     series = comparing.series_of(run)
     loss = series["loss"]
     rise, previous = (int(window.steps_T[row]) for row in (window.rise_row, window.rise_row - 1))
@@ -63,10 +64,11 @@ def gather(
         "branch_count": len(branches),
         "loss": run_facts.loss_chart(loss, window, rise),
         "curvature": curvature,
+        "vectors": show_vectors(run, rise),
         "contributions": tables.contributions(explained, pairs),
         "pairs": shown,
         "linked": [pair.record["pair"] for pair in shown],
-        "overview": [(pair, pair["p_value"] < words.SIGNIFICANT) for pair in pairs],
+        "overview": pairs,
         "alone": tables.alone(clusters, samples, groups),
         "alone_count": sum(group["pair"] is None for group in groups),
         "movers": tables.movers(run, found, samples),
@@ -84,7 +86,7 @@ def gather(
 
 
 def _movement(explained: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> float | None:
-    """The part of all movement at the rise that members of the significant pairs carry, each group once."""
+    """The part of all movement at the rise that members of the established pairs carry, each group once."""
     groups = {group for pair in held for group in pair["groups"]}
     parts = [part["movement"] for part in explained if part["group"] in groups]
     return None if not parts or any(part is None or math.isnan(part) for part in parts) else sum(parts)
@@ -97,14 +99,18 @@ def _tiles(
     """The few numbers under the answer: what, how much, and of what."""
     movement = _movement(explained, held)
     tiles = [
-        ("Significant pairs", f"{len(held)} of {len(pairs)}" if pairs else "none", f"p < {words.SIGNIFICANT:g}"),
+        ("Established pairs", f"{len(held)} of {len(pairs)}" if pairs else "none", "of those that were found"),
         ("Their share of movement", words.percent(movement) if held else "\N{EN DASH}", f"at step {rise}, up or down"),
         ("Largest rise of the loss" if change > 0 else "Smallest fall of the loss", words.nats(change, sign=True),
          f"nats, at step {rise}"),
     ]  # fmt: skip
     if curvature is not None and curvature.ratio is not None:
         tiles.append(
-            ("Sharpness, at most", f"{curvature.ratio:.2f} \N{MULTIPLICATION SIGN}", "the stability threshold")
+            (
+                "Sharpness, at most",
+                f"{curvature.ratio:.2f} \N{MULTIPLICATION SIGN}",
+                "the stability threshold" + (", at the floor" if curvature.floor else ""),
+            )
         )
     else:
         tiles.append(("Sharpness", "\N{EN DASH}", "no threshold known" if curvature else "not in this file"))

@@ -41,7 +41,7 @@ class Pair:
     """A pair with its samples, its curves and its evidence; `record` is what `cluster` prints."""
 
     record: Mapping[str, Any]
-    significant: bool
+    established: bool
     sides: tuple[Side, Side]
     charts: list[Chart]
     evidence: list[words.Evidence]
@@ -55,7 +55,7 @@ def show_pair(run: Trajectory, clusters: Clusters, samples: Samples, loss: Serie
     lines = [Line(name, mean, style) for name, mean, style in zip(names, means, ("a", "b"), strict=True)]
     lines.append(Line("all samples", loss.values, "whole dashed"))
     return Pair(
-        record, record["p_value"] < words.SIGNIFICANT,
+        record, record["verdict"] == "established",
         (_side(clusters, samples, record, 0), _side(clusters, samples, record, 1)),
         _pair_charts(loss.steps, lines, clusters, record), words.pair_evidence(record),
     )  # fmt: skip

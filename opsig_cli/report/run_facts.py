@@ -12,7 +12,8 @@ from opsig_cli.report import words
 from opsig_cli.report.charts import Chart, Line, line_chart
 from opsig_cli.studies.clustering.window import Window
 from opsig_cli.studies.comparing import Series
-from opsig_cli.studies.curvature import group_of, settings_of
+from opsig_cli.studies.curvature import PLACE, PRECONDITIONED, held_group
+from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
 
 ROUGH = 1e-2
@@ -30,6 +31,7 @@ class Curvature:
     rough: int
     ratio: float | None
     preconditioned: bool
+    floor: bool
 
 
 def facts(run: Trajectory, series: Mapping[str, Series]) -> list[tuple[str, str]]:
@@ -82,11 +84,10 @@ def larger_rise(loss: Series, rise: int) -> int | None:
 
 def curvature_of(run: Trajectory, rise: int) -> Curvature | None:
     """The sharpness that the file holds, and what it is near the largest rise; None where the file holds none."""
-    group = group_of(settings_of(run))
-    if not run.has(f"{group}/eigenvalue"):
-        group = "sharpness"
-    if not run.has(f"{group}/eigenvalue") or not len(run.steps(group)):
+    group = held_group(run)
+    if group is None:
         return None
+    floor = PLACE[group] == "floor"
     steps = run.steps(group)
     values = run.rows(f"{group}/eigenvalue", 0, len(steps))
     threshold = np.full(len(steps), np.nan)
@@ -104,6 +105,8 @@ def curvature_of(run: Trajectory, rise: int) -> Curvature | None:
         lines.append(Line("stability threshold", threshold, "whole dashed"))
     ratios = values[:, 0] / threshold
     ratio = float(np.nanmax(ratios)) if np.isfinite(ratios).any() else None
-    sentence = words.curvature_sentence(steps.tolist(), values[:, 0].tolist(), threshold.tolist(), rise)
-    chart = line_chart(steps, lines, "sharpness", f"Top Hessian eigenvalues over steps. {sentence or ''}", log=False)
-    return Curvature(chart, sentence, rough, ratio, group == "preconditioned")
+    sentence = words.curvature_sentence(steps.tolist(), values[:, 0].tolist(), threshold.tolist(), rise, floor)
+    where = " at the floor of the valley" if floor else ""
+    told = f"Top Hessian eigenvalues{where} over steps. {sentence or ''}"
+    chart = line_chart(steps, lines, "sharpness", told, log=False)
+    return Curvature(chart, sentence, rough, ratio, PRECONDITIONED[group], floor)

@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opsig_cli.analysis.likeness import ALIKE
 from opsig_cli.analysis.significance import ROUNDS
-from opsig_cli.studies.clustering.agreement import SIGNIFICANT
-from opsig_cli.studies.clustering.weighing import CLAIMS, SHARES
+from opsig_cli.analysis.verdicts import SILENCES
+from opsig_cli.studies.clustering.records import established
 
 Record = Mapping[str, Any]
 Evidence = tuple[str, str, str]
@@ -75,22 +76,23 @@ def p_value(value: float) -> str:
     return f"≤ {value:.3g}" if value <= 1 / (ROUNDS + 1) + 1e-9 else f"{value:.3g}"
 
 
-def significant(pairs: Sequence[Record]) -> list[Record]:
-    """The pairs whose p-value is below SIGNIFICANT."""
-    return [pair for pair in pairs if pair["p_value"] < SIGNIFICANT]
-
-
 def answer(pairs: Sequence[Record], groups: Sequence[Record], samples: int) -> str:
-    """The page's first sentence: how many pairs there are and hold."""
-    held, count = len(significant(pairs)), len(pairs)
-    limit = f"p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}{SIGNIFICANT:g}"
-    pull = "One pair of groups pulls" if count == 1 else f"{count} pairs of groups pull"
-    if count == 1:
-        return f"{pull} against each other, {'and it is' if held else 'but it is not'} significant ({limit})."
-    if count and held in (0, count):
-        return f"{pull} against each other, {'and all are' if held else 'but none is'} significant ({limit})."
+    """The page's first sentence: how many pairs there are, and how many of them are established."""
+    held, count = established(pairs), len(pairs)
+    findings = len({pair["family"] or -pair["pair"] for pair in held})
+    if held:
+        text = "One pair of groups pulls" if len(held) == 1 else f"{len(held)} pairs of groups pull"
+        text += " against each other: established"
+        if findings < len(held):
+            text += f", {'one finding' if findings == 1 else f'{findings} findings'} in all"
+        if count > len(held):
+            text += (
+                f". {count - len(held)} more {'was' if count - len(held) == 1 else 'were'} found and not established"
+            )
+        return text + "."
     if count:
-        return f"{pull} against each other; {held} of them {'is' if held == 1 else 'are'} significant ({limit})."
+        found, one = ("was found", "it") if count == 1 else ("were found", "one")
+        return f"No established pair: {count} {found}, and no test confirms {one}."
     text = f"No opposing pair was found among {samples:,} samples"
     if groups:
         together = "one group moves" if len(groups) == 1 else f"{len(groups)} groups move"
@@ -101,7 +103,7 @@ def answer(pairs: Sequence[Record], groups: Sequence[Record], samples: int) -> s
 def rise_sentence(
     step: int, before: float, after: float, movement: float | None, pairs: int, elsewhere: int | None
 ) -> str:
-    """Where the whole loss rose most in the window, and how much of the movement there the significant pairs make up;
+    """Where the whole loss rose most in the window, and how much of the movement there the established pairs make up;
     `elsewhere`: the step outside of the window where it rose more."""
     if not after > before:
         text = (
@@ -125,7 +127,7 @@ def rise_sentence(
 def pair_evidence(pair: Record) -> list[Evidence]:
     """The evidence for a pair, each number with what it means."""
     step, losses = pair["rise_step"], pair["by"] == "loss"
-    exact = "" if losses or pair["sketch_error"] is not None else " The error is over checkpoints."
+    exact = "" if losses else " Over checkpoints that had no part in finding the groups."
     measure, of = ("correlation", "loss changes") if losses else ("cosine", "gradients")
     phases = p_value(pair["p_value_losses"])
     rows = [
@@ -137,21 +139,17 @@ def pair_evidence(pair: Record) -> list[Evidence]:
         ),
         ("Cohesion", number(pair["cohesion"]), f"The same within the groups: 1 where the {of} of all members agree."),
         (
-            "Loss changes correlate",
+            "Swings correlate",
             number(pair["loss_correlation"]),
-            "Of the two groups' mean loss changes over the window: \N{MINUS SIGN}1 where one rises as the other falls. "
-            f"p {phases if phases[0] == '≤' else '= ' + phases} against series of the same spectrum, phases random.",
+            "Of the two groups' mean losses over the window, without drift (second differences): \N{MINUS SIGN}1 where "
+            f"one rises as the other falls. p {phases if phases[0] == '≤' else '= ' + phases} against series of the "
+            "same spectrum, phases random.",
         ),
         (
             "p-value",
             p_value(pair["p_value"]),
-            f"Share of {ROUNDS} rounds in which the same search over shuffled similarities finds as strong a pair. "
-            "It is 1 where the groups hardly share a feature, or their losses move together.",
-        ),
-        (
-            "p against random groups",
-            p_value(pair["p_value_random"]),
-            "Against random groups of the same sizes among the samples grouped.",
+            f"Share of {ROUNDS} rounds in which the same search finds as strong a pair in "
+            + ("series with random phases." if losses else "looks from one Gaussian, under the same labels."),
         ),
         (
             "Stability",
@@ -170,20 +168,54 @@ def pair_evidence(pair: Record) -> list[Evidence]:
         ),
         ("Share of movement", percent(pair["movement"]), f"Of all samples' movement at step {step}, up or down."),
     ]
-    if not math.isnan(pair["shared"]):
-        meaning = (
-            "Mean cosine of the two groups' centred features, the input of the last layer. What is above "
-            f"{SHARES:g}, times the opposition relative to the cohesion and the root of the groups' size, must reach "
-            f"{CLAIMS:g} and is {number(pair['claim'])}: less can come from labels alone, without a shared feature."
-        )
-        rows.insert(2, ("Alike to the network", number(pair["shared"]), meaning))
-    return rows
+    if pair["silenced"]:
+        places = ", ".join(str(one["step"]) for one in pair["silenced"])
+        rows.insert(0, (
+            "Silence removes",
+            f"{percent(pair['silencing'])} of the swing",
+            f"Training repeated from step {places} with both sides at weight zero; with as many others of the same "
+            f"labels instead it is {percent(pair['silencing_control'])}. What remains is {number(pair['swing_ratio'])} "
+            f"of what remains then; below {SILENCES:g} at each step, the swing is the pair's own.",
+        ))  # fmt: skip
+    if not math.isnan(pair["alike"]):
+        rows.insert(1, (
+            "Alike to the network",
+            number(pair["alike"]),
+            "Mean cosine of the two groups' centred features, the input of the last layer, across "
+            f"({number(pair['shared'])}) over within: from {ALIKE:g} on they look the same. Groups that oppose by "
+            "their labels alone do not.",
+        ))  # fmt: skip
+    return rows + vector_evidence(pair)
+
+
+def vector_evidence(pair: Record) -> list[Evidence]:
+    """The leading eigenvector that a pair lies on, where slopes were measured."""
+    if pair["eigenvectors"] is None:
+        return []
+    if not pair["eigenvectors"]:
+        return [("Eigenvector", "none", "The groups stand at the two ends of no leading eigenvector measured.")]
+    first = pair["eigenvectors"][0]
+    slopes = " and ".join(nats(slope, sign=True) for slope in first["slopes"])
+    shares = " and ".join(percent(share) for share in first["shares"])
+    meaning = (
+        f"Of the Hessian's leading eigenvectors at step {pair['sharpness_step']} the one at whose two ends the groups "
+        f"stand: their mean slopes along it are {slopes} nats, and they make {shares} of its eigenvalue."
+    )
+    ratio = first["ratio"]
+    if ratio is not None and math.isfinite(ratio):
+        swings = "above which a swing along it grows" if ratio >= 1 else "below which a swing along it dies out"
+        meaning += f" That is {number(ratio)} times the stability threshold, {swings}."
+    return [("Eigenvector", f"number {first['rank']}", meaning)]
 
 
 def curvature_sentence(
-    steps: Sequence[int], values: Sequence[float], threshold: Sequence[float], rise: int
-) -> str | None:
-    """Where the top eigenvalue is against the threshold, in words; None where the file holds no threshold."""
+    steps: Sequence[int], values: Sequence[float], threshold: Sequence[float], rise: int,
+    floor: bool = False,
+) -> str | None:  # fmt: skip
+    """Where the top eigenvalue is against the threshold, in words; None where the file holds no threshold.
+
+    `floor`: it was measured at the floor of the valley, not where the iterates stand.
+    """
     known = [
         (step, value, limit)
         for step, value, limit in zip(steps, values, threshold, strict=True)
@@ -195,7 +227,8 @@ def curvature_sentence(
     step, value, limit = max(known, key=lambda row: row[1] / row[2])
     most = f"{value / limit:.2f} times the stability threshold ({value:.3g} against {limit:.3g}, at step {step})"
     near, there, limit = min(known, key=lambda row: abs(row[0] - rise))
-    text = f"Measured at {len(known)} step{'s' * (len(known) > 1)}, the sharpness reaches {most}"
+    where = "at the floor of the valley, between the iterates, at" if floor else "at"
+    text = f"Measured {where} {len(known)} step{'s' * (len(known) > 1)}, the sharpness reaches {most}"
     text += f", and is first above it at step {crossed[0]}. " if crossed else ", and never exceeds it. "
     text += f"At step {near}, the nearest to the largest rise at step {rise}, it is {there / limit:.2f} times."
     return text + (" Above the threshold, oscillation along the top eigenvector grows." if crossed else "")
@@ -212,16 +245,10 @@ def limits(
             "Train with opsig train, or give Recorder.record a state."
         )
     found += [
-        f"Pair {pair['pair']} may have been found by chance (p = {pair['p_value']:.3g})."
+        f"Pair {pair['pair']} is {pair['verdict']}: {pair['reason']}."
         for pair in pairs
-        if SIGNIFICANT <= pair["p_value"] < 1
+        if pair["verdict"] in ("likely", "unclear")
     ]
-    weak = [str(pair["pair"]) for pair in pairs if pair["p_value"] == 1]
-    if weak:
-        found.append(
-            f"Pair{'s' * (len(weak) > 1)} {', '.join(weak)} may oppose by labels alone: the groups hardly share a "
-            "feature, or their losses move together. The sentence of each says which."
-        )
     if not has["prediction"]:
         found.append("The file holds no predictions, so that what the network took each sample for is not shown.")
     if not has["picture"]:
@@ -232,8 +259,8 @@ def limits(
         found.append(f"The file says that the run is {state}, not complete: later steps may be missing.")
     if held:
         found.append(
-            "A pair says that two groups pull against each other, and how sure that is. It does not say that training "
-            "without them would be stable: other groups may take their place."
+            "An established pair says that two groups pull against each other. It does not say that training without "
+            "them would be stable: other groups may take their place."
         )
     return found
 
@@ -254,5 +281,8 @@ def commands(
         members = f"{grouped} | jq -c 'select(.kind==\"member\" and .pair=={pair})'"
         found.append((f"Both sides of pair {pair}, sample by sample", members))
     if checkpoints:
-        found.append(("The sharpness against its threshold", f"opsig sharpness {name}{own}"))
+        found += [
+            ("The samples at both ends of the leading eigenvectors", f"opsig sharpness {name}{own} --name"),
+            ("The sharpness against its threshold", f"opsig sharpness {name}{own}"),
+        ]
     return found

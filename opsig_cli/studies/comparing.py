@@ -10,7 +10,8 @@ import numpy as np
 
 from opsig_cli.backends import Session
 from opsig_cli.studies.branching.lineage import is_branch_of
-from opsig_cli.studies.curvature import group_of, settings_of
+from opsig_cli.studies.curvature import held_group
+from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.recorder import read_state
 
@@ -51,8 +52,8 @@ def series_of(run: Trajectory) -> dict[str, Series]:
     if run.has("scalars/signed_fraction"):
         signed = _rows(run, "scalars", "signed_fraction")
         found["signed_fraction"] = Series(signed.steps[:-1], signed.values[:-1])  # no step follows the last row
-    group = group_of(settings_of(run))
-    if run.has(f"{group}/eigenvalue") and run.has(f"{group}/threshold"):
+    group = held_group(run)
+    if group is not None and run.has(f"{group}/threshold"):
         values, thresholds = _rows(run, group, "eigenvalue"), _rows(run, group, "threshold")
         found["sharpness"] = Series(values.steps, values.values[:, 0] / thresholds.values)
     return {name: series for name, series in found.items() if np.isfinite(series.values).any()}

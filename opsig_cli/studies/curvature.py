@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,21 @@ from opsig_cli.backends import Eigenpairs, Session, State
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.critical import critical_sharpness
+from opsig_cli.studies.floor import state_at
+from opsig_cli.studies.trained import settings_at, settings_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.recorder import read_state
 
 SAMPLE_METRICS = ("gradient_norm", "curvature", "sample_sharpness")
 STEP_METRICS = ("trace", "critical_sharpness")
 SLICE_POINTS = 41
+GROUPS = {
+    (False, "iterate"): "sharpness", (True, "iterate"): "preconditioned",
+    (False, "floor"): "floor", (True, "floor"): "preconditioned_floor",
+}  # fmt: skip
+"""The row group by whether the Hessian is preconditioned, and by place."""
+PLACE = {group: place for (_, place), group in GROUPS.items()}
+PRECONDITIONED = {group: preconditioned for (preconditioned, _), group in GROUPS.items()}
 
 
 def select_steps(run: Trajectory, text: str | None) -> list[int]:
@@ -40,23 +48,16 @@ def select_steps(run: Trajectory, text: str | None) -> list[int]:
     return chosen
 
 
-def settings_of(run: Trajectory) -> Settings | None:
-    """How the run was trained, or None where it does not say."""
-    attributes = run.attributes
-    return Settings.stored(attributes, run.path) if "settings_json" in attributes else None
+def group_of(settings: Settings | None, place: str = "iterate") -> str:
+    """The row group of what decides stability, `preconditioned` for Adam, at the iterates or at the floor."""
+    return GROUPS[settings is not None and settings.preconditioned, place]
 
 
-def settings_at(run: Trajectory, settings: Settings, step: int) -> Settings:
-    """The settings with the learning rate of the step that follows, where the run recorded it: schedules change it."""
-    if run.has("scalars/learning_rate") and step in run.steps("scalars"):
-        rate = float(run.row("scalars/learning_rate", step))
-        return settings if np.isnan(rate) else replace(settings, learning_rate=rate)
-    return settings
-
-
-def group_of(settings: Settings | None) -> str:
-    """The row group that decides stability: `preconditioned` for Adam."""
-    return "preconditioned" if settings is not None and settings.preconditioned else "sharpness"
+def held_group(run: Trajectory) -> str | None:
+    """The row group that says best how stable a run is: that of the floor where the file has it; None without any."""
+    settings = settings_of(run)
+    wanted = [group_of(settings, "floor"), group_of(settings), "sharpness"]
+    return next((group for group in wanted if run.has(f"{group}/eigenvalue") and len(run.steps(group))), None)
 
 
 def scale_of(settings: Settings | None, state: State) -> np.ndarray | None:
@@ -87,16 +88,16 @@ def count_to_measure(run: Trajectory, group: str, count: int) -> int:
 def measure(
     run: Trajectory, session: Session, group: str, steps: Sequence[int], count: int, tolerance: float
 ) -> Iterator[int]:
-    """Append the `count` top eigenpairs at these checkpoints and commit each; yields the step.
+    """Append the `count` top eigenpairs at these checkpoints, where the group says, and commit each; yields the step.
 
     A checkpoint of Adam's before its first step has no preconditioner and is passed over.
     """
     settings = settings_of(run)
     previous: Eigenpairs | None = None
     for step in steps:
-        state = read_state(run, step)
-        scale = scale_of(settings, state) if group == "preconditioned" else None
-        if group == "preconditioned" and scale is None:
+        state = state_at(run, session, step, PLACE[group])
+        scale = scale_of(settings, state) if PRECONDITIONED[group] else None
+        if PRECONDITIONED[group] and scale is None:
             continue
         found: Eigenpairs = session.top_eigenpairs(state, count, tolerance, previous, scale)  # pyright: ignore
         if len(found.values) < count:
@@ -106,7 +107,7 @@ def measure(
             "eigenvalue": found.values, "residual": found.residuals, "products": found.products,
             "threshold": np.nan if settings is None else settings_at(run, settings, step).threshold,
         }  # fmt: skip
-        if group == "sharpness":
+        if not PRECONDITIONED[group]:
             columns |= {"eigenvector": found.vectors[0], "layer_fraction": layer_fractions(session, found.vectors[0])}
         run.append(group, step, **columns)
         run.commit()
@@ -142,7 +143,7 @@ def records(
             record = {
                 "trajectory": run.path, "step": step, "rank": rank, "eigenvalue": value, "residual": residual,
                 "products": None if products == -1 else products, "converged": residual <= tolerance,
-                "threshold": threshold, "preconditioned": group == "preconditioned",
+                "threshold": threshold, "preconditioned": PRECONDITIONED[group], "at": PLACE[group],
             }  # fmt: skip
             found.append(record | ({"layer_fraction": shares} if rank == 1 and shares else {}))
     return found

@@ -15,12 +15,13 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, mining, tracking
+from opsig_cli.studies import curvature, ends, floor, mining, slopes, tracking
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
 from opsig_cli.studies.clustering import agreement, explaining, finding
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
+from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
 
 Run = str | os.PathLike | Trajectory
@@ -58,29 +59,33 @@ def mine(
 
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
-    sketch: int | None = None, explain: int | None = None, truth: bool = False,
-    records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
-    backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
+    budget: int | None = None, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
+    device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
 
-    `by`: "gradient", "loss" or "both", or as the run allows; `top`: samples to mine first; `records`: those of `mine`,
-    to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that were not
-    mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind "explain"
-    that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task planted.
+    `by`: "gradient", "slope", "loss" or "both", or as the run allows; `top`: samples to mine first; `records`: those
+    of `mine`, to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that
+    were not mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind
+    "explain" that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task
+    planted; `test`: "replay" repeats training with a pair's samples silent, for at most `budget` steps in all,
+    "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict.
     """
     from opsig_cli.studies import drawing
 
     if by not in (None, *finding.BY):
         raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
-    if by == "loss" and sketch is not None:
-        raise UsageError("--sketch is of gradients, which --by loss does not take. Leave one of them out")
+    if test not in finding.TESTS:
+        raise UsageError(f"--test is one of {', '.join(finding.TESTS)}, not '{test}'")
+    if by in ("loss", "slope") and sketch is not None:
+        raise UsageError(f"--sketch is of gradients, which --by {by} does not take. Leave one of them out")
     samples = None if records is None else _samples_of(records)
     span = parse_range(window, "--window") if window else mining.mined_window(records or [])
     with opened(run) as trajectory:
         found = finding.find(
             trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-            sketch=sketch,
+            sketch=sketch, test=test, budget=budget,
         )  # fmt: skip
         clusters = found.clusters
         written = clustered.records(trajectory, clusters)
@@ -97,35 +102,46 @@ def cluster(
         with opened(run) as trajectory:
             return drawing.draw_pairs(trajectory, clusters, written)
 
-    return Records(written, notes=notes, title=f"{trajectory.path}: opposing pairs", draw=draw)
+    return Records(written, notes=notes, title=trajectory.path, draw=draw)
 
 
 def sharpness(
-    run: Run, *, k: int = 1, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
-    random: int = 0, slice: int | None = None, span: float = 0.2, plain: bool = False, seed: int = 0,
-    replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    run: Run, *, k: int | None = None, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
+    random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, name: bool = False,
+    plain: bool = False, seed: int = 0, replace: bool = False, records: Sequence[dict[str, Any]] | None = None,
+    task: str | None = None, device: str | None = None, backend: str = "torch", note: Note = quietly,
+    progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
 
     With `metrics` ("gradient_norm,curvature", ...), of single samples or of the whole loss instead: those that
     `records` name, `random` ones drawn with `seed`, or all. With `slice`, mean losses along the top eigenvector through
-    this step, `span` each way, of the groups that `records` name. `k`: eigenvalues; `steps`: checkpoints "A:B:C";
-    `tolerance`: residual |Hv - av| / |a| to reach; `plain`: without Adam's preconditioner; `replace`: measure anew.
+    this step, `span` each way, of the groups that `records` name. With `name`, who stands at the two ends of each
+    eigenvector: records of kind "eigenvector". `k`: eigenvalues, 1 or with `name` 4; `steps`: checkpoints "A:B:C", all
+    or with `name` the last; `tolerance`: residual |Hv - av| / |a| to reach; `at`: "floor" or "iterate", or as the run
+    does; `plain`: without Adam's preconditioner; `replace`: measure anew.
     """
     from opsig_cli.studies import drawing
 
     wanted = [name for name in (metrics or "").split(",") if name]
     known = (*curvature.SAMPLE_METRICS, *curvature.STEP_METRICS)
-    for name in wanted:
-        if name not in known:
-            raise UsageError(f"no metric is called '{name}'. Known: {', '.join(known)}")
-    of_samples = [name for name in wanted if name in curvature.SAMPLE_METRICS]
+    for metric in wanted:
+        if metric not in known:
+            raise UsageError(f"no metric is called '{metric}'. Known: {', '.join(known)}")
+    if at not in (None, *floor.PLACES):
+        raise UsageError(f"--at is one of {', '.join(floor.PLACES)}, not '{at}'")
+    if at == "floor" and (wanted or slice is not None):
+        raise UsageError("--metrics and --slice are measured where the iterates stand. Leave --at floor out")
+    if name and (wanted or slice is not None or plain):
+        raise UsageError("--name is of what decides stability. Leave --metrics, --slice and --plain out")
+    of_samples = [metric for metric in wanted if metric in curvature.SAMPLE_METRICS]
     keeps = not wanted and slice is None
     with opened(run, "r+" if keeps else "r") as trajectory:
         if keeps and not trajectory.writable:
             raise OpsigError(f"{trajectory.path} is open for reading. Eigenvalues are kept in it: open it with 'r+'")
         chosen_steps = curvature.select_steps(trajectory, steps)
+        if name and steps is None:
+            chosen_steps = chosen_steps[-1:]
         session, _ = tracking.open_session(trajectory, task, device, backend, note)
         backends.require(session, backends.Curvature, backend, "curvature")
         if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
@@ -141,11 +157,28 @@ def sharpness(
                     written = curvature.sample_records(trajectory, session, chosen_steps, chosen, of_samples, advance)
                 else:
                     written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
+        elif name:
+            backends.require(session, backends.Slopes, backend, "slopes")
+            count = k or ends.NAMED
+            if replace:
+                trajectory.remove("slopes")
+            place, words = _place_of_name(trajectory, session, chosen_steps, at)
+            missing, held = slopes.check_kept(trajectory, chosen_steps, count, place)
+            if words:
+                note(words)
+            with progress("eigenvectors", len(missing)) as advance:
+                for step in slopes.measure(trajectory, session, missing, held, tolerance, place):
+                    advance(note=f"step {step}")
+            written = ends.records(trajectory, chosen_steps, count, place)
         else:
-            group = "sharpness" if plain else curvature.group_of(curvature.settings_of(trajectory))
+            k = k or 1
+            place, words = floor.choose_place(trajectory, session, chosen_steps, at)
+            group = curvature.group_of(None if plain else settings_of(trajectory), place)
             if replace:
                 trajectory.remove(group)
             count = curvature.count_to_measure(trajectory, group, k)
+            if words:
+                note(words)
             have = set(trajectory.steps(group).tolist())
             missing = [step for step in chosen_steps if step not in have]
             if len(missing) < len(chosen_steps):
@@ -154,15 +187,18 @@ def sharpness(
                 for step in curvature.measure(trajectory, session, group, missing, count, tolerance):
                     advance(note=f"step {step}")
             written = curvature.records(trajectory, group, chosen_steps, tolerance, k)
-    unmet = sum(record.get("converged") is False for record in written)
+    unmet = sum(record.get("converged") is False or record.get("residual", 0) > tolerance for record in written)
     notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []
 
     def draw():
         with opened(run) as trajectory:
-            return drawing.draw_curvature(trajectory, written)
+            return (drawing.draw_ends if name else drawing.draw_curvature)(trajectory, written)
 
-    conditioned = any(record.get("preconditioned") for record in written)
-    title = f"{trajectory.path}: preconditioned Hessian" if conditioned else trajectory.path
+    title = trajectory.path
+    if any(record.get("preconditioned") for record in written):
+        title += ": preconditioned Hessian"
+    if any(record.get("at") == "floor" for record in written):
+        title += ", at the floor of the valley"
     return Records(written, notes=notes, title=title, draw=draw)
 
 
@@ -211,6 +247,18 @@ def branch(
     title = f"{trajectory.path}: futures from step {', '.join(map(str, asked.from_steps))}"
     sentences = [record["sentence"] for record in written if record.get("sentence")]
     return Records(written, notes=sentences, title=title, draw=lambda: drawing.draw_branches(panels, title))
+
+
+def _place_of_name(
+    run: Trajectory, session: backends.Session, steps: list[int], at: str | None
+) -> tuple[str, str | None]:
+    """Where to measure slopes, and a note: where the file has others, if a person does not say."""
+    if at is None and (kept := set(slopes.places_kept(run).values())):
+        return kept.pop(), None
+    place, words = floor.choose_place(run, session, steps, at)
+    if at is None and place == "iterate" and (why := floor.why_no_floor(run, steps[-1])):
+        words = f"note: measured at the iterates, as {run.path} has no floor: {why}"
+    return place, words
 
 
 def _samples_of(records: Sequence[dict[str, Any]]) -> list[int]:

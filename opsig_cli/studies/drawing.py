@@ -15,6 +15,7 @@ from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 from opsig_cli.studies import mining as finding
 from opsig_cli.studies.branching.effects import Line, Panel
 from opsig_cli.studies.clustering.clusters import Clusters
+from opsig_cli.studies.clustering.records import by_strength
 from opsig_cli.studies.clustering.sentences import describe, plus_minus
 from opsig_cli.studies.comparing import QUANTITIES, Series
 from opsig_cli.studies.mining import Movers
@@ -29,7 +30,7 @@ TILES = 20
 PAIR_TILES = 15
 """Pictures of each group of a pair."""
 PANELS = 4
-"""Pairs that are drawn, the significant ones first, then those that move most; all are in the matrix."""
+"""Pairs that are drawn, the established ones first, then by verdict those that move most; all are in the matrix."""
 ZOOM = 40
 """Steps of the close-up."""
 
@@ -65,8 +66,7 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
     centre = int(window.steps_T[window.rise_row])
     before, after = (predictions_at(run, step) for step in (centre - 1, centre))
     panels = []
-    pairs = [record for record in records if record["kind"] == "pair"]
-    pairs.sort(key=lambda record: (record["p_value"], -record["movement"]))
+    pairs = by_strength(record for record in records if record["kind"] == "pair")
     for record in pairs[:PANELS]:
         groups = [group - 1 for group in record["groups"]]
         sides = []
@@ -79,10 +79,12 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
             ]
             sides.append((f"G{group + 1}: {describe(mix, size)}", tiles, clusters.losses_TM[:, members].mean(1)))
         cosine = plus_minus(record["opposition"], record["opposition_error"])
-        title = f"pair {record['pair']}: cosine {cosine}, loss changes correlate {record['loss_correlation']:.2f}"
-        if np.isfinite(record["shared"]):
-            title += f", alike {record['shared']:.2f}"
-        title += f", p = {record['p_value']:.3g}" + clause(record["after"])
+        title = f"pair {record['pair']}, {record['verdict']}: cosine {cosine}"
+        if np.isfinite(record["alike"]):
+            title += f", alike {record['alike']:.2f}"
+        if record["swing_ratio"] is not None:
+            title += f", R {record['swing_ratio']:.2f}"
+        title += clause(record["after"])
         panels.append(PairPanel(title, *sides))
     whole = np.concatenate(
         [rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss", window.first, window.stop)]
@@ -94,6 +96,27 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
     names = [f"G{group} {next(iter(mix))}".strip() for group, mix in sorted(mixes.items())]
     matrix = alignment_block(clusters.similarity_MM, found.group_M, names, found.pairs())
     return pairs_figure(panels, window.steps_T, whole, title, close_up(window.steps_T, centre), matrix if names else [])
+
+
+def draw_ends(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
+    """What `sharpness --name` found: the samples at both ends of every eigenvector."""
+    from opsig_cli.figures.ends import ends_page
+
+    pictures, place = Pictures(run), {int(sample): at for at, sample in enumerate(run.samples.tolist())}
+    panels = []
+    for record in records:
+        before, after = (predictions_at(run, record["step"] + ahead) for ahead in (0, 1))
+        sheets = []
+        for size, mix, slope, share, samples in zip(
+            *(record[key] for key in ("sizes", "labels", "slopes", "shares", "samples")), strict=True
+        ):
+            positions = [place[sample] for sample in samples[:PAIR_TILES]]
+            tiles = [pictures.tile(p, pictures.name(before, p), pictures.name(after, p)) for p in positions]
+            sheets.append((f"{describe(mix, size)}: slope {slope:+.2g}, {share:.0%} of the eigenvalue", tiles))
+        ratio = f", {record['ratio']:.2f} of the threshold" if np.isfinite(record["ratio"]) else ""
+        panels.append((f"step {record['step']}, eigenvector {record['rank']}{ratio}", *sheets))
+    where = " at the floor of the valley" if any(record["at"] == "floor" for record in records) else ""
+    return ends_page(panels, f"{Path(run.path).name}: the two ends of leading eigenvectors{where}")
 
 
 def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
@@ -114,7 +137,8 @@ def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
         threshold = np.array([r["threshold"] or np.nan for r in records if r["rank"] == 1], float)
         shares = [r.get("layer_fraction", {}) for r in records if r["rank"] == 1]
         layers = {layer: np.array([share.get(layer, np.nan) for share in shares]) for layer in shares[0]}
-        return curvature.sharpness_page(steps, values, threshold, layers, f"{name}: sharpness")
+        where = " at the floor of the valley" if records[0]["at"] == "floor" else ""
+        return curvature.sharpness_page(steps, values, threshold, layers, f"{name}: sharpness{where}")
     elif records and "sample" in records[0]:
         metrics = [key for key in records[0] if key not in ("trajectory", "step", "sample", "set")]
         steps = sorted({r["step"] for r in records})

@@ -11,8 +11,9 @@ import numpy as np
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
-from opsig_cli.studies.curvature import scale_of, select_steps, settings_of
+from opsig_cli.studies.curvature import scale_of, select_steps
 from opsig_cli.studies.mining import positions_of
+from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.recorder import read_state
 

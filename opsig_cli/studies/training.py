@@ -20,6 +20,7 @@ from opsig_cli import backends, tasks
 from opsig_cli.backends import Eigenpairs, Session, Snapshot, State, Training
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
+from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory.recorder import Recorder, read_state
 
 THUMBNAIL_BYTES = 64 << 20
@@ -136,8 +137,7 @@ def run(
     pairs = None
     trajectory.set_attributes(state="training")
     fork = trajectory.attributes.get("from_step")
-    weights = trajectory.read("samples/weight") if trajectory.has("samples/weight") else None
-    for snapshot in session.train(training_of(settings, stop, weights, fork), start):
+    for snapshot in session.train(training_of(settings, stop, weights_of(trajectory), fork), start):
         if not math.isfinite(snapshot.train_loss) or (
             snapshot.losses is not None and not np.isfinite(snapshot.losses).all()
         ):

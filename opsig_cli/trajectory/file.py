@@ -213,7 +213,9 @@ class Trajectory(Reading):
             dtype = "u2" if value.dtype == np.uint16 else "f4"
         elif "|" in dtype:
             dtype = "u1" if self.has("class_name") and self.shape("class_name")[0] < 255 else "i4"
-        if "sample" in field.dims:
+        if len(shape) > 1:
+            chunks = (1,) * len(shape) + (min(1 << 18, shape[-1]),)
+        elif "sample" in field.dims:
             chunks = (64, min(1024, width)) if width < WIDE else (16, 16384)
         else:
             chunks = (1, min(1 << 18, width)) if shape else (1024,)

@@ -39,6 +39,43 @@ def _fields(*fields: Field) -> dict[str, Field]:
 
 ROW_CHECKSUM = "exclusive or, over the row's measured columns, of crc32(column name, bytes of the row)"
 
+_FIRST_OF_THREE = "t of (theta_t + 2 theta_t+1 + theta_t+2) / 4, the floor of the valley that is measured"
+_FLOOR = (
+    Field("floor/step", ("step",), "i8", "1", _FIRST_OF_THREE),
+    Field("floor/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("floor/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of the training loss's Hessian"),
+    Field("floor/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
+    Field("floor/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
+    Field("floor/threshold", ("step",), "f8", "nat", "sharpness at which the optimizer loses stability"),
+    Field("floor/layer_fraction", ("step", "tensor"), "f8", "1", "share of the first eigenvector's squared norm"),
+    Field("floor/eigenvector", ("step", "parameter"), "f4", "1", "first eigenvector, of unit length"),
+    Field("preconditioned_floor/step", ("step",), "i8", "1", _FIRST_OF_THREE),
+    Field("preconditioned_floor/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field(
+        "preconditioned_floor/eigenvalue", ("step", "rank"), "f8", "nat",
+        "largest eigenvalues of P^-1/2 H P^-1/2, P of Adam",
+    ),
+    Field("preconditioned_floor/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
+    Field("preconditioned_floor/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
+    Field(
+        "preconditioned_floor/threshold", ("step",), "f8", "nat",
+        "preconditioned sharpness at which Adam loses stability",
+    ),
+    Field("slopes/step", ("step",), "i8", "1", "the checkpoint; at the floor, as floor/step"),
+    Field("slopes/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("slopes/at_floor", ("step",), "i4", "1", "1 where measured at the floor, 0 at the iterate"),
+    Field("slopes/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of what decides stability"),
+    Field("slopes/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
+    Field("slopes/threshold", ("step",), "f8", "nat", "sharpness at which the optimizer loses stability"),
+    Field(
+        "slopes/slope", ("step", "rank", "sample"), "f4", "nat",
+        "v'g of every sample along each eigenvector (for Adam along P^-1/2 v)",
+    ),
+    Field(
+        "slopes/curvature", ("step", "rank", "sample"), "f4", "nat",
+        "v'Hv of every sample's Hessian; its mean over samples is the eigenvalue",
+    ),
+)  # fmt: skip
 # "S*" is a fixed-length UTF-8 string as wide as the longest value, and "S64" one of 64 bytes; "u1|i4" is u1 where 254
 # classes suffice, and "f4|u2" is float32 or, as u2, the bits of bfloat16.
 FIELDS = _fields(
@@ -94,7 +131,7 @@ FIELDS = _fields(
         "f4",
         "1",
         "first eigenvector, of unit length",
-        "opsig sharpness",
+        "opsig sharpness --at iterate",
     ),
     Field("preconditioned/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
     Field("preconditioned/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
@@ -104,6 +141,7 @@ FIELDS = _fields(
     Field("preconditioned/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
     Field("preconditioned/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
     Field("preconditioned/threshold", ("step",), "f8", "nat", "preconditioned sharpness at which Adam loses stability"),
+    *_FLOOR,
 )
 
 ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswith("/step"))
@@ -114,6 +152,7 @@ DIMENSIONS = (
     ("sharpness", "rank"),
     *((group, "step") for group in ("scalars", "losses", "checkpoints", "sharpness", "preconditioned")),
     ("preconditioned", "rank"),
+    *((group, name) for group in ("floor", "preconditioned_floor", "slopes") for name in ("step", "rank")),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
 

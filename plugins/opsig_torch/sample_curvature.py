@@ -30,21 +30,35 @@ def curvature_along(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray
 
     Memory is bounded by one batch. Raises nothing of its own.
     """
-    found = np.empty((3, opened.samples))
-    pieces = [direction[t.offset : t.offset + t.size].view(t.shape) for t in opened.layout if t.kind == "parameter"]
+    found = _along(opened, direction[None])[:, :, 0]
+    return found[0], found[1], found[2]
+
+
+def slopes_along(opened: Opened, directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes and curvatures of every sample along K directions (K, P), (S, K) float64 each; each batch is made once."""
+    found = _along(opened, directions)
+    return found[1], found[2]
+
+
+def _along(opened: Opened, directions: torch.Tensor) -> np.ndarray:
+    """Losses, slopes and curvatures of every sample along each direction, (3, S, K)."""
+    found = np.empty((3, opened.samples, len(directions)))
+    places = [(t.offset, t.size, t.shape) for t in opened.layout if t.kind == "parameter"]
     values = [parameter.detach() for parameter in opened.flat.parameters]
     buffers = [buffer for _, buffer in opened.flat.buffers]
     traces = opened.kept
     with torch.no_grad():
         for indices, batch in opened.batches.in_pieces(opened.inference_batch()):
             leaves, shape = tree_flatten(batch)
-            inputs = [*values, *pieces, *buffers, *leaves]
             key = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-            if key not in traces:
-                traces[key] = _trace(opened, shape, len(leaves), inputs)
-            for row, numbers in zip(found, traces[key](*inputs), strict=True):
-                row[indices] = numbers.cpu().numpy()
-    return found[0], found[1], found[2]
+            for number, direction in enumerate(directions):
+                pieces = [direction[offset : offset + size].view(sizes) for offset, size, sizes in places]
+                inputs = [*values, *pieces, *buffers, *leaves]
+                if key not in traces:
+                    traces[key] = _trace(opened, shape, len(leaves), inputs)
+                for row, numbers in zip(found, traces[key](*inputs), strict=True):
+                    row[indices, number] = numbers.cpu().numpy()
+    return found
 
 
 def _trace(opened: Opened, shape: Any, leaves: int, inputs: list[Any]) -> Callable[..., Any]:

@@ -173,3 +173,10 @@ class TorchSession(Opened):
 
         with self.at(state):
             return curvature_along(self, torch.from_numpy(direction).to(self.flat.vector.detach()))
+
+    def slopes_along(self, state: State, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slopes and curvatures of every sample along K directions, (S, K); see `opsig_torch.sample_curvature`."""
+        from opsig_torch.sample_curvature import slopes_along
+
+        with self.at(state):
+            return slopes_along(self, torch.from_numpy(directions).to(self.flat.vector.detach()))

@@ -52,10 +52,10 @@ class Branch:
     changed: np.ndarray
     controls: list[Control]
 
-    def controlled(self) -> Iterator[tuple[Control, Plan]]:
-        """Each control with what to train for it."""
+    def controlled(self, fork: Fork) -> Iterator[Plan]:
+        """What to train for each control."""
         for control in self.controls:
-            yield control, replace(self.plan, weights=control.weights_S)
+            yield replace(self.plan, weights=fork.weighted(control.weights_S))
 
 
 def branch(asked: Asked) -> tuple[list[dict[str, Any]], list[Panel]]:
@@ -78,19 +78,20 @@ def branch(asked: Asked) -> tuple[list[dict[str, Any]], list[Panel]]:
 def _branch(asked: Asked, fork: Fork, change: Change, path: str) -> Branch:
     """What one change means at a fork. Raises UsageError where it leaves no sample, or the task cannot do it."""
     ids = asked.run.samples
-    weights = np.ones(asked.session.samples)
+    factors = np.ones(asked.session.samples)
     for name, weight in change.weights:
-        weights[ids[asked.names.positions(name)]] *= weight
-    if not weights.any():
+        factors[ids[asked.names.positions(name)]] *= weight
+    if not fork.weighted(factors).any():
         raise UsageError(f"{change.words}: no sample is left to train on. Drop fewer")
     if "label_smoothing" in change.settings and not hasattr(asked.task, "smoothed_losses"):
         raise UsageError("--label-smoothing: the task has no smoothed_losses(model, batch, smoothing)")
     settings, start = fork.changed(change, asked.session, asked.note)
     training.check_optimizer(settings.optimizer, asked.session)
-    changed = np.flatnonzero(weights != 1)
-    plan = Plan(asked.request.schedule(settings, fork.step), start, weights if len(changed) else None)
+    changed = np.flatnonzero(factors != 1)
+    weights = fork.weighted(factors) if len(changed) else fork.weights
+    plan = Plan(asked.request.schedule(settings, fork.step), start, weights)
     labels = asked.run.read("samples/label")[np.argsort(ids)] if asked.run.has("samples/label") else None
-    found, lacks = controls.drawn(weights, labels, asked.request.draws)
+    found, lacks = controls.drawn(factors, labels, asked.request.draws)
     for words in lacks:
         asked.note(f"note: {change.words}: {words}")
     return Branch(path, change, plan, changed, found)
@@ -101,7 +102,7 @@ class _Stretch:
 
     def __init__(self, asked: Asked, fork: Fork, branches: list[Branch]):
         self._asked, self._fork, self._branches = asked, fork, branches
-        self._base = Plan(asked.request.schedule(fork.settings, fork.step), fork.state, None)
+        self._base = Plan(asked.request.schedule(fork.settings, fork.step), fork.state, fork.weights)
         self._sets: list[np.ndarray] = [np.arange(asked.session.samples), np.empty(0, np.int64)]
         self._places = [[self._tally(one.changed, control) for control in [None, *one.controls]] for one in branches]
         self._groups: dict[int, int] = {}
@@ -138,7 +139,7 @@ class _Stretch:
             records, panels = [self._unchanged_record(unchanged, likeness)], []
             for one, places in zip(self._branches, self._places, strict=True):
                 future = unchanged if one is same else futures.into_file(one.plan, self._recorder(one), stop)
-                controlled = [futures.in_memory(plan, stop) for _, plan in one.controlled()]
+                controlled = [futures.in_memory(plan, stop) for plan in one.controlled(self._fork)]
                 written = self._records(one, places, unchanged, [future, *controlled])
                 writing.keep_effects(one.path, written)
                 records += written

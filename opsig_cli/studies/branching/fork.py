@@ -13,9 +13,10 @@ from opsig_cli import backends
 from opsig_cli.backends import Session, State
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
-from opsig_cli.studies import tracking
+from opsig_cli.studies import floor, tracking
 from opsig_cli.studies.branching.changes import EDGES, Change
-from opsig_cli.studies.curvature import group_of, scale_of, settings_at
+from opsig_cli.studies.curvature import group_of, scale_of
+from opsig_cli.studies.trained import settings_at, weights_of
 from opsig_cli.studies.training import SHARPNESS_TOLERANCE
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.recorder import read_state
@@ -33,16 +34,21 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Fork:
-    """A checkpoint of a run, and the settings that trained it on from there."""
+    """A checkpoint of a run, and the settings, and of a branch the samples' weights (S,), that trained it on."""
 
     run: Trajectory
     state: State
     settings: Settings
+    weights: np.ndarray | None
 
     @property
     def step(self) -> int:
         """Where it is."""
         return self.state.step
+
+    def weighted(self, factors: np.ndarray) -> np.ndarray:
+        """The samples' weights here times factors (S,)."""
+        return factors if self.weights is None else self.weights * factors
 
     def changed(self, change: Change, session: Session, warn: Warn) -> tuple[Settings, State]:
         """Settings and first state of a branch. Another optimizer begins to count anew, without the run's moments.
@@ -67,12 +73,12 @@ class Fork:
         bare = State(self.step, self.state.params, self.state.buffers)
         return replace(settings, began=self.step), bare
 
-    def sharpness(self, session: Session) -> float:
-        """The (preconditioned) sharpness here: the file's, or measured now."""
-        group = group_of(self.settings)
+    def sharpness(self, session: Session, place: str) -> float:
+        """The (preconditioned) sharpness at the floor here, or at the iterate: the file's, or measured now."""
+        group = group_of(self.settings, place)
         if self.step in self.run.steps(group) and self.run.has(f"{group}/eigenvalue"):
             return float(self.run.row(f"{group}/eigenvalue", self.step)[0])
-        return sharpness_at(session, self.settings, self.state)
+        return sharpness_at(session, self.settings, floor.state_at(self.run, session, self.step, place))
 
     def _rate_at_edge(self, edge: str, session: Session, warn: Warn) -> float:
         """The learning rate whose threshold is EDGES of the sharpness."""
@@ -84,12 +90,14 @@ class Fork:
             )
         if settings.preconditioned and "exp_avg_sq" not in self.state.optimizer:
             raise OpsigError(f"Adam has no preconditioner yet at step {self.step}. Branch from a later checkpoint")
-        sharpness = self.sharpness(session)
+        place, _ = floor.choose_place(self.run, session, [self.step], None)
+        sharpness = self.sharpness(session, place)
         if not sharpness > 0:
             raise OpsigError(f"the sharpness at step {self.step} is {sharpness:.3g}: there is no edge to choose from")
         rate = scale / (EDGES[edge] * sharpness)
         warn(
-            f"sharpness at step {self.step}: {sharpness:.4g}, {sharpness / settings.threshold:.2f} of the threshold. "
+            f"sharpness at step {self.step}, at the {place}: {sharpness:.4g}, {sharpness / settings.threshold:.2f} of the "
+            f"threshold. "
             f"{edge.capitalize()} the edge: learning rate {rate:.3g} for {settings.learning_rate:g}"
         )
         return rate
@@ -111,7 +119,7 @@ def fork_of(run: Trajectory, settings: Settings, step: int, until: int, warn: Wa
     if here.optimizer in COUNTING and step > 0 and not state.optimizer:
         warn(f"the run holds no state of its optimizer at step {step}: branches begin with a fresh one")
         here = replace(here, began=step)
-    return Fork(run, state, here)
+    return Fork(run, state, here, weights_of(run))
 
 
 def told(run: Trajectory, task: str | None, assume: Mapping[str, Any]) -> Settings:

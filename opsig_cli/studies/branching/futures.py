@@ -33,8 +33,7 @@ class Plan:
 
     def is_like(self, other: Plan) -> bool:
         """Whether two plans from one fork have the same future."""
-        same = self.settings == other.settings and self.start is other.start
-        return same and self.weights is None and other.weights is None
+        return self.settings == other.settings and self.start is other.start and self.weights is other.weights
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,22 @@ import numpy as np
 
 from opsig_cli.analysis import evidence, grouping, significance
 from opsig_cli.analysis.group_means import group_means
-from opsig_cli.analysis.significance import Null
+from opsig_cli.analysis.grouping import Grouping
+from opsig_cli.analysis.likeness import ALIKE, alike_between
+from opsig_cli.analysis.significance import NOTHING
+from opsig_cli.analysis.verdicts import Evidence, judge
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies import mining, tracking
-from opsig_cli.studies.clustering import gathering, weighing
-from opsig_cli.studies.clustering.clusters import Clusters, Joined
+from opsig_cli.studies.clustering import gathering, silencing, slopes, weighing
+from opsig_cli.studies.clustering.clusters import Clusters, Joined, Tests
 from opsig_cli.studies.clustering.sentences import caveat
-from opsig_cli.studies.clustering.window import Window, checkpoints_in, window_of
+from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
 from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory
 
-BY = ("gradient", "loss", "both")
+BY = ("gradient", "slope", "loss", "both")
+TESTS = ("replay", "held-out", "none")
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ def find(
     run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str,
     warn: Callable[[str], None], progress: Callable[[str, int], AbstractContextManager[Any]], *,
     samples: Sequence[int] | None = None, window: tuple[int | None, int | None] = (None, None),
-    join: bool | None = None, sketch: int | None = None,
+    join: bool | None = None, sketch: int | None = None, test: str = "replay", budget: int | None = None,
 ) -> Found:  # fmt: skip
     """Group the samples of a run that move most, or the `samples` given by index, by what they do in a window of steps.
 
-    `by`, `top`, `join` None: as the run allows. Raises OpsigError where the run lacks what is asked for, or its task.
+    `by`, `top`, `join` None: as the run allows. `test`: whether pairs are tried by repeating training with their
+    samples silent ("replay", for at most `budget` steps in all), on held-out checkpoints alone, or not. Raises
+    OpsigError where the run lacks what is asked for, or its task.
     """
     run.require("losses/loss")
     by, fallback = choose_by(run, by)
@@ -52,7 +58,7 @@ def find(
         raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
     weighed = window_of(run, found)
     if by == "loss":
-        clusters = by_loss(run, position, weighed)
+        clusters = _judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
     else:
         steps = checkpoints_in(run, weighed)
         if sketch is not None:
@@ -60,11 +66,26 @@ def find(
         session, _ = tracking.open_session(run, task, device, backend, warn)
         if join is None and not (join := not getattr(session, "couples_samples", False)):
             warn("note: nobody joins: with batch norm in chunks each costs a chunk; see --join")
+        coordinates = None
+        if by == "slope":
+            with progress("eigenvectors", len(slopes.checkpoints_of(run, weighed))) as advance:
+                coordinates = slopes.gather(run, session, backend, weighed, warn, advance)
         with progress("gradients", (3 if samples is None else 2) * len(steps)) as advance:
             clusters = by_gradient(
                 run, session, backend, position, by, weighed, advance,
-                widen=samples is None, joining=join, sketch=sketch,
+                widen=samples is None, joining=join, sketch=sketch, coordinates=coordinates,
             )  # fmt: skip
+        outcome = silencing.Outcome({}, {}, [])
+        if test == "replay" and clusters.pairs:
+            steps = silencing.BUDGET if budget is None else budget
+            with progress("replays", steps // silencing.LENGTH) as advance:
+                outcome = silencing.silence(run, session, clusters, held_out_in(run, weighed), steps, advance)
+        clusters = _judged(clusters, outcome, test)
+        if coordinates is not None:
+            warn(f"note: {coordinates.note}")
+            clusters = slopes.with_vectors(clusters, coordinates.measured[-1])
+    if clusters.on_vectors is None:
+        clusters = slopes.with_vectors(clusters, slopes.kept_near(run, weighed))
     notes = [words for words in (fallback, found.note, caveat(clusters)) if words]
     return Found(clusters, found, notes)
 
@@ -82,38 +103,45 @@ def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
 def by_gradient(
     run: Trajectory, session: Session, backend: str, position: np.ndarray, by: str, window: Window,
     advance: Callable[..., None], *, widen: bool = True, joining: bool = True, sketch: int | None = None,
+    coordinates: slopes.Coordinates | None = None,
 ) -> Clusters:  # fmt: skip
-    """Group the samples at these positions by their mean gradient cosines.
+    """Group the samples at these positions by their mean gradient cosines, or by those of their `coordinates`.
 
-    With `widen` as many samples with the largest gradients are taken with them. A pair is significant only where its
-    groups share a feature (see CLAIMS), and with `by` "both" where their losses' changes are anticorrelated: what pulls
-    apart by labels alone is not a feature with opposing signals. Every group is scored anew, exactly, at each
-    checkpoint from the mean gradients of its members. With `joining`, samples that were not mined join the group with
-    which they align and that they look like. `sketch` estimates the cosines to group by from so many numbers a sample.
+    With `widen` as many samples with the largest gradients are taken with them. Groups that look alike are paired
+    first, and with `by` "both" those whose losses swing against each other. Every group is scored anew, exactly, by
+    the mean gradients of its members at checkpoints that had no part in finding it. With `joining`, samples that were
+    not mined join the group with which they align there and that they look like, no more than were mined. `sketch`
+    estimates the cosines to group by from so many numbers a sample.
     """
     sketch_error = None if sketch is None else gathering.sketch_band(run, window, sketch)
-    if widen:
+    if widen and coordinates is not None:
+        position = coordinates.widened(position)
+    elif widen:
         position = gathering.with_largest_gradients(run, session, position, window, advance)
-    similarity_MM = gathering.mean_similarity(run, session, backend, position, window, sketch, advance)
-    likeness_MM = gathering.mean_likeness(run, session, position, window)
     smallest = weighing.smallest(position)
+    if coordinates is not None:
+        similarity_MM = coordinates.similarity(position, smallest)
+    else:
+        similarity_MM = gathering.mean_similarity(run, session, backend, position, window, sketch, advance)
+    likeness_MM = gathering.mean_likeness(run, session, position, window)
     found = grouping.group_by_similarity(similarity_MM, smallest, likeness_MM)
-    members = [found.members(group) for group in range(len(found.partner_G))]
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
-    claimed_GG = ~(
-        weighing.claims(similarity_MM, likeness_MM, found.group_M) < weighing.CLAIMS
-    )  # what is not known is not held against
-    if by == "both":
-        claimed_GG &= ~(evidence.group_correlation(losses_TM, members) >= 0)
-    found = grouping.pair_anew(similarity_MM, found, claimed_GG)
+    alike_GG = None if likeness_MM is None else alike_between(likeness_MM, found.group_M)
+    found = grouping.pair_anew(similarity_MM, found, _preferred(found, alike_GG, losses_TM, by == "both"))
+    members = [found.members(group) for group in range(len(found.partner_G))]
     everybody = np.arange(len(run.samples)) if joining else position
     sets = [run.samples[position[inside]] for inside in members]
-    means_CNG = gathering.group_cosines(run, session, window, everybody, sets, advance)
-    null = significance.shuffled_null(similarity_MM, smallest=smallest) if members else Null(np.empty(0), np.empty(0))
+    steps, held_out = checkpoints_in(run, window), held_out_in(run, window)
+    tested_on = held_out if len(held_out) else steps
+    means_CNG = gathering.group_cosines(run, session, tested_on, everybody, sets, advance)
+    labels = run.read("samples/label")[position] if run.has("samples/label") else None
+    null = NOTHING
+    if members:
+        null = significance.gaussian_null(similarity_MM, likeness_MM, labels, smallest=smallest)
     clusters = weighing.weigh(
-        run, Clusters(by, position, found, [], [], similarity_MM, losses_TM, window,
-                      evidence.period_two(losses_TM), sketch_error=sketch_error),
-        similarity_MM, means_CNG[:, position if joining else np.arange(len(position))], null, likeness_MM, claimed_GG,
+        run, Clusters(by, position, found, [], [], similarity_MM, losses_TM, window, evidence.period_two(losses_TM),
+                      alike_GG, tests=Tests(steps.tolist(), held_out.tolist(), []), sketch_error=sketch_error),
+        means_CNG[:, position if joining else np.arange(len(position))], null, likeness_MM,
     )  # fmt: skip
     outside = np.setdiff1d(everybody, position)
     if not members or not len(outside):
@@ -122,6 +150,18 @@ def by_gradient(
     group, alignment = grouping.join(means_CNG[:, outside].mean(0), found, likeness_NG)
     inside = group >= 0
     return replace(clusters, joined=Joined(outside[inside], group[inside], alignment[inside]))
+
+
+def _preferred(found: Grouping, alike_GG: np.ndarray | None, losses_TM: np.ndarray, by_losses: bool) -> np.ndarray:
+    """Which groups are paired first, (G, G): those that look alike, and whose losses do not swing together; what is not
+    known is not held against a pair."""
+    count = len(found.partner_G)
+    preferred_GG = np.ones((count, count), bool) if alike_GG is None else ~(alike_GG < ALIKE)
+    if by_losses and count > 1:
+        means_TG = evidence.mean_losses(losses_TM, [found.members(group) for group in range(count)])
+        for a, b in np.argwhere(preferred_GG):
+            preferred_GG[a, b] = not evidence.correlation_without_drift(means_TG[:, a], means_TG[:, b]) >= 0
+    return preferred_GG
 
 
 def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
@@ -134,7 +174,30 @@ def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     )
     smallest = weighing.smallest(position)
     found = grouping.group_by_similarity(first_MM, smallest)
-    means = np.stack([group_means(part, found.group_M) for part in (first_MM, second_MM)])
-    null = significance.phase_null(losses_TM, smallest=smallest) if len(found.partner_G) else Null(*np.empty((2, 0)))
+    means = group_means(second_MM, found.group_M)[None]
+    null = significance.phase_null(losses_TM, smallest=smallest) if len(found.partner_G) else NOTHING
     clusters = Clusters("loss", position, found, [], [], first_MM, losses_TM, window, evidence.period_two(losses_TM))
-    return weighing.weigh(run, clusters, second_MM, means, null, None, np.ones((len(found.partner_G),) * 2, bool))
+    return weighing.weigh(run, clusters, means, null, None)
+
+
+def _judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
+    """The clusters with the verdict on every pair."""
+    pairs = []
+    for number, pair in enumerate(clusters.pairs):
+        if test == "none":
+            verdict, reason = "unclear", "it was not tested (--test none)"
+        elif clusters.by == "loss":
+            verdict, reason = "unclear", "losses alone do not show whether the sides share a feature"
+        else:
+            silenced = tuple(outcome.silenced.get(number, ()))
+            known = Evidence(
+                pair.interval[1], pair.p_value, pair.alike, silenced, outcome.untested.get(number, ""),
+            )  # fmt: skip
+            verdict, reason = judge(known)
+            pair = replace(pair, silenced=silenced)
+        pairs.append(replace(pair, verdict=verdict, reason=reason))
+    tests = replace(
+        clusters.tests, replayed=outcome.steps, replays=outcome.replays,
+        replayed_steps=outcome.replays * silencing.LENGTH,
+    )  # fmt: skip
+    return replace(clusters, pairs=pairs, tests=tests)

@@ -81,14 +81,14 @@ def sketch_band(run: Trajectory, window: Window, size: int) -> float:
 
 
 def group_cosines(
-    run: Trajectory, session: Session, window: Window, everybody: np.ndarray, sets: list[np.ndarray],
+    run: Trajectory, session: Session, steps: np.ndarray, everybody: np.ndarray, sets: list[np.ndarray],
     advance: Callable[..., None],
 ) -> np.ndarray:  # fmt: skip
-    """At each checkpoint everybody's mean gradient cosine with every group, (C, N, G)."""
+    """At each of these checkpoints everybody's mean gradient cosine with every group, (C, N, G)."""
     if not sets:
         return np.zeros((1, len(everybody), 0))
     rows = []
-    for step in checkpoints_in(run, window).tolist():
+    for step in steps.tolist():
         rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore[reportAttributeAccessIssue]
         advance(note=f"step {step}")
     return np.nan_to_num(np.stack(rows))

@@ -8,14 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli.analysis.significance import ROUNDS
+from opsig_cli.analysis.verdicts import LEVEL, VERDICTS
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
-from opsig_cli.studies.clustering.sentences import caveat, describe, group_sentence, pair_sentence
+from opsig_cli.studies.clustering.sentences import (
+    caveat,
+    describe,
+    group_sentence,
+    pair_sentence,
+    removed_by_silence,
+)
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import Texts, clause
 
 
 def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
-    """A record for every pair, one for every group, then one for every member of a group, in each pair of the group's.
+    """A record for every pair, one for every group, one for every member of a group, in each pair of the group's, and
+    one of what the evidence was taken from.
 
     Numbers of groups and pairs start at 1.
     """
@@ -37,10 +46,16 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     written: list[dict[str, Any]] = []
     for number, ((a, b), weight) in enumerate(zip(pairs, clusters.pairs, strict=True), 1):
         after = texts.after(*(clusters.position[members[group]] for group in (a, b)))
+        apart = weight.apart
+        apart_step = None if apart is None else int(window.steps_T[apart[0]])
+        removed, controls = removed_by_silence(weight)
         written.append({
             "kind": "pair",
             "trajectory": run.path,
             "pair": number,
+            "family": weight.family or None,
+            "verdict": weight.verdict,
+            "reason": weight.reason,
             "groups": [a + 1, b + 1],
             "sizes": [len(members[a]), len(members[b])],
             "joined": [joined[a], joined[b]],
@@ -49,14 +64,28 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "cohesion": weight.cohesion,
             "opposition": weight.opposition,
             "opposition_error": weight.opposition_error,
+            "opposition_interval": list(weight.interval),
             "shared": weight.shared,
-            "claim": weight.claim,
+            "alike": weight.alike,
+            "silencing": removed,
+            "silencing_control": controls,
+            "swing_ratio": float(np.mean([one.ratio for one in weight.silenced])) if weight.silenced else None,
+            "silenced": [
+                {"step": one.step, "swing": one.plain, "silent": one.silent, "controls": one.controls,
+                 "swing_ratio": one.ratio}
+                for one in weight.silenced
+            ],
             "loss_correlation": weight.loss_correlation,
             **_evidence(weight),
             "p_value_losses": weight.p_value_losses,
+            **_vectors(clusters, number - 1),
             "rise_step": rise_step,
             "changes": weight.changes,
-            "sentence": pair_sentence((names[a], names[b]), weight, rise_step, measure, clause(after)),
+            "apart_step": apart_step,
+            "apart_changes": None if apart is None else list(apart[1:]),
+            "sentence": pair_sentence(
+                (names[a], names[b]), weight, apart_step, measure, clause(after), _other_label(mixes[a], mixes[b])
+            ),
             **common,
         })  # fmt: skip
     for group, weight in enumerate(clusters.groups):
@@ -103,7 +132,31 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
                 "mined": bool(i < len(clusters.position)),
                 **texts.field(int(position[i])),
             })  # fmt: skip
-    return written
+    return [*written, _tests(run, clusters)]
+
+
+def _tests(run: Trajectory, clusters: Clusters) -> dict[str, Any]:
+    """What the evidence was taken from, and what it cost."""
+    tests = clusters.tests
+    return {
+        "kind": "tests",
+        "trajectory": run.path,
+        "by": clusters.by,
+        "level": LEVEL,
+        "found_on": tests.found_on,
+        "held_out": tests.held_out,
+        "replayed_from": tests.replayed,
+        "replays": tests.replays,
+        "replayed_steps": tests.replayed_steps,
+        "null_rounds": ROUNDS,
+    }
+
+
+def _other_label(one: dict[str, int] | None, other: dict[str, int] | None) -> bool | None:
+    """Whether the commonest labels of two sides differ; None without labels, or where hardly two samples share one."""
+    if not one or not other or max(one.values()) == max(other.values()) == 1:
+        return None
+    return next(iter(one)) != next(iter(other))
 
 
 def _evidence(weight: GroupWeight | PairWeight) -> dict[str, float]:
@@ -114,7 +167,28 @@ def _evidence(weight: GroupWeight | PairWeight) -> dict[str, float]:
         "stability": weight.stability,
         "stability_checkpoints": weight.kept,
         "p_value": weight.p_value,
-        "p_value_random": weight.p_value_random,
+    }
+
+
+def _vectors(clusters: Clusters, pair: int) -> dict[str, Any]:
+    """The eigenvectors that a pair lies on, the clearest first, and of that one the pair's part of the eigenvalue and
+    the eigenvalue in units of the threshold; None where slopes were not measured, or it lies on none."""
+    on = clusters.on_vectors
+    if on is None:
+        return dict.fromkeys(("eigenvectors", "sharpness_step", "sharpness_share", "sharpness_ratio"))
+    found = [
+        {
+            "rank": lying.rank + 1, "eigenvalue": float(on.values[lying.rank]),
+            "ratio": float(on.values[lying.rank] / on.threshold) if on.threshold else None,
+            "slopes": list(lying.slopes), "shares": list(lying.shares),
+        }
+        for lying in on.lying[pair]
+    ]  # fmt: skip
+    return {
+        "eigenvectors": found,
+        "sharpness_step": on.step,
+        "sharpness_share": sum(found[0]["shares"]) if found else None,
+        "sharpness_ratio": found[0]["ratio"] if found else None,
     }
 
 
@@ -123,5 +197,14 @@ def mix_of(labels: np.ndarray | None, members: np.ndarray) -> dict[str, int] | N
 
 
 def by_strength(pairs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Records of pairs, the significant ones first, then those that move most."""
-    return sorted(pairs, key=lambda pair: (pair["p_value"], -pair["movement"]))
+    """Records of pairs, the established ones first, then by verdict, those that move most first; a family together."""
+    ordered = sorted(pairs, key=lambda pair: (VERDICTS.index(pair["verdict"]), -pair["movement"]))
+    first = {}  # of a family and verdict: where its first pair stands
+    for place, pair in enumerate(ordered):
+        first.setdefault((pair["verdict"], pair["family"] or -pair["pair"]), place)
+    return sorted(ordered, key=lambda pair: first[pair["verdict"], pair["family"] or -pair["pair"]])
+
+
+def established(pairs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those records of pairs that are established."""
+    return [pair for pair in pairs if pair["verdict"] == "established"]

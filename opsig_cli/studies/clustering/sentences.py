@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from opsig_cli.analysis.likeness import ALIKE
 from opsig_cli.analysis.mining import ALTERNATES
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
 
@@ -34,26 +35,54 @@ def plus_minus(value: float, error: float) -> str:
 
 
 def pair_sentence(
-    names: tuple[str, str], weight: PairWeight, rise_step: int, measure: str = "cosine", where: str = ""
-) -> str:
-    """A pair in one sentence; `where` says what the contexts of text share."""
+    names: tuple[str, str], weight: PairWeight, apart_step: int | None, measure: str = "cosine", where: str = "",
+    other_label: bool | None = None,
+) -> str:  # fmt: skip
+    """A pair in words: what it is and, where it is not established, why not; a sentence asserts no more than was seen.
+
+    `apart_step`: a step at which the two sides' losses move apart; `where`: what the contexts of text share;
+    `other_label`: whether the sides have different labels, None without labels.
+    """
     cosine = plus_minus(weight.opposition, weight.opposition_error)
-    text = f"{names[0]} and {names[1]} pull against each other{where}: {measure} {cosine}"
-    up, down = weight.changes
-    text += f"; at step {rise_step} their losses changed by {up:+.2g} and {down:+.2g} nats, "
-    text += f"together {part_of_movement(weight)}"
-    if weight.p_value == 1:
-        text += ". " + _why_not(weight)
+    if weight.verdict == "established":
+        text = f"{names[0]} and {names[1]} pull against each other{where}: {measure} {cosine}"
+    else:
+        held = "" if measure != "cosine" else " on held-out checkpoints"
+        text = f"{weight.verdict.capitalize()}: {names[0]} and {names[1]} have {measure} {cosine} across{held}{where}"
+    if weight.alike >= ALIKE:
+        text += ", same look" + ("" if other_label is None else f", {'other' if other_label else 'same'} label")
+    if weight.verdict != "established":
+        text += f"; {weight.reason}"
+    if weight.silenced:
+        removed, controls = removed_by_silence(weight)
+        text += f". Silencing both sides {_removes(removed)} their swing"
+        text += f"; silencing as many others of the same labels {_removes(controls)} it" * (other_label is not None)
+        text += f"; silencing as many others {_removes(controls)} it" * (other_label is None)
+    if weight.verdict in ("established", "likely") and weight.apart is not None:
+        _, up, down = weight.apart
+        text += f". At step {apart_step} their losses changed by {up:+.2g} and {down:+.2g} nats"
+    elif weight.verdict in ("established", "likely"):
+        text += ". Their losses never move apart in these steps: they do not swing yet"
     return text
 
 
-def _why_not(weight: PairWeight) -> str:
-    """Why a pair is not significant."""
-    if weight.loss_correlation >= 0:
-        return f"Their losses move together ({weight.loss_correlation:.2f}), so this is no opposition that can be seen"
-    return (
-        f"They hardly share a feature ({weight.shared:.2f} alike, claim {weight.claim:.2f}): it may be by labels alone"
-    )
+def removed_by_silence(weight: PairWeight) -> tuple[float, float]:
+    """The part of a pair's swing that silencing both sides removes, and that silencing as many others does, means over
+    the checkpoints replayed; NaN where none was."""
+    if not weight.silenced:
+        return float("nan"), float("nan")
+    rows = [(1 - one.silent / one.plain, 1 - one.controls / one.plain) for one in weight.silenced if one.plain > 0]
+    removed, controls = np.mean(rows or [(np.nan, np.nan)], axis=0).tolist()
+    return removed, controls
+
+
+def _removes(part: float) -> str:
+    """Words for a part of a swing that goes, or comes on top.
+
+    >>> _removes(0.951), _removes(-0.2)
+    ('removes 95% of', 'adds 20% to')
+    """
+    return f"removes {part:.0%} of" if part >= -0.005 else f"adds {-part:.0%} to"
 
 
 def group_sentence(name: str, against: str | None, weight: GroupWeight, rise_step: int, measure: str = "cosine") -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from opsig_cli.studies.clustering.agreement import SIGNIFICANT
-from opsig_cli.studies.clustering.records import by_strength
+from opsig_cli.analysis.significance import ROUNDS
+from opsig_cli.studies.clustering.records import by_strength, established
 from opsig_cli.studies.clustering.sentences import describe, plus_minus
 
 SENTENCES = 5
@@ -27,29 +27,62 @@ def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
             f"G{group}: {describe(mix, size)}".replace("' '", "'\u2423'")  # a token of one blank
             for group, size, mix in zip(pair["groups"], pair["sizes"], pair["labels"], strict=True)
         ]
+        ratio = pair["swing_ratio"]
         rows.append({
             "pair": pair["pair"],
+            "verdict": pair["verdict"],
             "one side": sides[0],
             "against": sides[1],
             **({} if pair["after"] is None else {"after": repr(pair["after"]["text"])}),
             "correlation" if pair["by"] == "loss" else "cosine": f"{pair['opposition']:.2f}",
-            "losses": f"{pair['loss_correlation']:.2f}",
-            **({} if pair["by"] == "loss" else {"alike": _two_digits(pair["shared"])}),
+            **({} if pair["by"] == "loss" else {"alike": _two_digits(pair["alike"])}),
+            **({} if pair["by"] == "loss" else {"R": None if ratio is None else _two_digits(ratio)}),
             "moves": f"{pair['movement']:.0%}",
-            "p": f"{pair['p_value']:.3f}",
+            "p": at_most(pair["p_value"]),
             "stable": f"{pair['stability']:.2f}",
+            **({} if pair["eigenvectors"] is None else {"on vector": _vector(pair)}),
         })  # fmt: skip
     return rows
+
+
+def _vector(pair: Mapping[str, Any]) -> str | None:
+    """The eigenvector that a pair lies on, and its part of the eigenvalue."""
+    return f"{pair['eigenvectors'][0]['rank']}: {pair['sharpness_share']:.0%}" if pair["eigenvectors"] else None
 
 
 def _two_digits(value: float) -> str | None:
     return f"{value:.2f}" if np.isfinite(value) else None
 
 
+def at_most(p_value: float) -> str:
+    """A p-value; the least that the rounds of the null can give is said to be that or less.
+
+    >>> at_most(0.005), at_most(0.25)
+    ('<=0.005', '0.250')
+    """
+    return f"{'<=' if p_value <= 1 / (ROUNDS + 1) + 1e-9 else ''}{p_value:.3f}"
+
+
+def headline(written: Iterable[Mapping[str, Any]]) -> str:
+    """How many pairs are established, and how many findings that is: one feature under several labels is one.
+
+    >>> headline([{"kind": "pair", "verdict": "likely", "family": None, "pair": 1}])
+    'no established pair among 1'
+    """
+    pairs = [record for record in written if record["kind"] == "pair"]
+    held = established(pairs)
+    if not held:
+        return f"no established pair among {len(pairs)}" if pairs else "no opposing pair"
+    findings = {pair["family"] or -pair["pair"] for pair in held}
+    text = f"{len(held)} of {len(pairs)} opposing pairs established"
+    return text + (f", {len(findings)} finding{'s' * (len(findings) > 1)}" if len(findings) < len(held) else "")
+
+
 def sentence_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sentences of the first significant pairs."""
-    pairs = [pair for pair in _pairs(written) if pair["p_value"] < SIGNIFICANT]
-    return [{"pair": pair["pair"], "sentence": pair["sentence"]} for pair in pairs[:SENTENCES]]
+    """The sentences of the first established pairs; where there is none, of the first others."""
+    pairs = _pairs(written)
+    told = established(pairs) or pairs
+    return [{"pair": pair["pair"], "sentence": pair["sentence"]} for pair in told[:SENTENCES]]
 
 
 def alone_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -61,7 +94,7 @@ def alone_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 group["cohesion"], group["cohesion_error"]
             ),
             "moves": f"{group['movement']:.0%}",
-            "p": f"{group['p_value']:.3f}",
+            "p": at_most(group["p_value"]),
             "stable": f"{group['stability']:.2f}",
         }
         for group in written

@@ -13,7 +13,9 @@ from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory
 
 CHECKPOINTS = 6
-"""C: checkpoints that gradient cosines are averaged over."""
+"""Checkpoints that gradient cosines are averaged over to find groups."""
+HELD_OUT = 4
+"""C: checkpoints that have no part in that, on which groups are weighed."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,23 @@ def window_of(run: Trajectory, movers: Movers) -> Window:
 
 
 def checkpoints_in(run: Trajectory, window: Window) -> np.ndarray:
-    """The steps of the checkpoints whose gradients are compared. Raises OpsigError where the run has none."""
+    """The steps of the checkpoints by which groups are found. Raises OpsigError where the run has none."""
+    return _divided(run, window)[0]
+
+
+def held_out_in(run: Trajectory, window: Window) -> np.ndarray:
+    """The steps of the checkpoints, between those, that have no part in finding groups: groups are weighed on them.
+
+    None where the window holds a single checkpoint.
+    """
+    return _divided(run, window)[1]
+
+
+def _divided(run: Trajectory, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    """Checkpoints spread over the window: to find groups by, and to test them on."""
     if not run.has("checkpoints/params"):
         raise OpsigError(f"{run.path} holds no checkpoints, which gradients need. Use --by loss")
-    return spread(int(window.steps_T[0]), int(window.steps_T[-1]), run.steps("checkpoints"), CHECKPOINTS)
+    first, last = int(window.steps_T[0]), int(window.steps_T[-1])
+    chosen = spread(first, last, run.steps("checkpoints"), CHECKPOINTS + HELD_OUT)
+    held = chosen[1::2][:HELD_OUT]
+    return np.setdiff1d(chosen, held), held

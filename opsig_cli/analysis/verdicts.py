@@ -1,0 +1,90 @@
+"""What the tests of a pair come to, in a word, with the reason.
+
+The thresholds are the same for every task, model and number of classes; docs/grouping.md argues for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opsig_cli.analysis.likeness import ALIKE
+
+VERDICTS = ("established", "likely", "unclear", "refuted")
+"""In the order in which pairs are shown."""
+LEVEL = 0.05
+"""Chance of a pair in a run where there is none, to which the p-value and the interval over checkpoints are held."""
+SILENCES = 0.5
+"""A pair makes its own swing where, with both sides silent, less than this part remains of what remains when others
+with the same labels are silent: more than half of it is then the pair's."""
+REPLAYS = 2
+"""Checkpoints at which this must be seen, each with controls of its own: at one alone it often is by chance."""
+
+
+@dataclass(frozen=True)
+class Silenced:
+    """A pair's swing at one held-out checkpoint, in nats: with all training, with both sides silent, and with as many
+    others of the same labels silent."""
+
+    step: int
+    plain: float
+    silent: float
+    controls: float
+
+    @property
+    def ratio(self) -> float:
+        """R: what remains with both sides silent, over what remains with the controls silent."""
+        return self.silent / self.controls if self.controls > 0 else float("nan")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a pair. `high`: upper end of the interval of its opposition over held-out checkpoints; `p_value`
+    of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced` where it
+    swings and training was repeated, else `untested` says why it was not."""
+
+    high: float
+    p_value: float
+    alike: float
+    silenced: Sequence[Silenced] = ()
+    untested: str = ""
+
+
+def judge(found: Evidence) -> tuple[str, str]:
+    """A verdict and its reason, which completes a sentence.
+
+    >>> apart = [Silenced(step, 1.0, 0.05, 0.9) for step in (40, 80)]
+    >>> judge(Evidence(-0.3, 0.01, 0.9, apart))[0], judge(Evidence(0.1, 0.01, 0.9, apart))[0]
+    ('established', 'refuted')
+    """
+    if math.isnan(found.high):
+        return "unclear", "too few checkpoints are left to test it on that had no part in finding it"
+    if found.high >= 0:
+        return "refuted", "at checkpoints that had no part in finding it, the sides do not pull apart for certain"
+    ratios = [one.ratio for one in found.silenced]
+    if not all(map(math.isfinite, ratios)):
+        return "unclear", "its losses or those of its controls do not move when training is repeated"
+    if math.isnan(found.p_value):
+        return "unclear", "its chance is not known"
+    chance = "" if found.p_value <= LEVEL else f"p = {found.p_value:.2g}"
+    looks = f"alike {found.alike:.2f} of as within" if not found.alike >= ALIKE else ""
+    if math.isnan(found.alike):
+        looks = "it is not known whether the sides look alike"
+    lacks = "; ".join(filter(None, (chance, looks)))
+    if len(ratios) >= REPLAYS:
+        if max(ratios) < SILENCES:
+            goes = "the swing of both sides goes when they are silent"
+            return ("likely", f"{goes}, but {looks}") if math.isnan(found.alike) else ("established", goes)
+        if min(ratios) >= SILENCES:
+            return "refuted", "its sides swing on when they are silent: others swing them"
+        return "unclear", "silent sides lose their swing at one checkpoint and keep it at another"
+    if ratios and ratios[0] >= SILENCES:
+        return "unclear", "it swings at one checkpoint of those tested, and there others swing it"
+    swings = "the swing of both sides goes when they are silent, at the one checkpoint where they swing; "
+    why = (swings if ratios else f"{found.untested}; " if found.untested else "") + "on held-out checkpoints "
+    if not lacks:
+        return "established", why + "the sides pull apart, look alike, and are stronger than chance"
+    if ratios or not chance:
+        return "likely", why + f"the sides pull apart, but {lacks}"
+    return "unclear", why + f"the sides pull apart, but {lacks}"

@@ -1,0 +1,174 @@
+"""Whether a pair makes its own swing: training repeated for some steps from a held-out checkpoint, with both sides at
+weight zero, and with as many random others of the same labels.
+
+S samples of the run, T steps of a replay, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from opsig_cli.analysis.evidence import period_two, swing
+from opsig_cli.analysis.verdicts import REPLAYS, Silenced
+from opsig_cli.backends import Session, State
+from opsig_cli.errors import OpsigError
+from opsig_cli.settings import Settings
+from opsig_cli.studies.clustering.clusters import Clusters
+from opsig_cli.studies.clustering.weighing import related
+from opsig_cli.studies.replaying import replay
+from opsig_cli.studies.trained import weights_of
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.recorder import read_state
+
+LENGTH = 16
+"""Steps of a replay."""
+SETTLING = 4
+"""Its first steps, in which what was silenced goes over to its new course, do not count."""
+BUDGET = 400
+"""Steps that are repeated by default, each at the cost of a training step: as many as train the demo's run."""
+SWINGS = 1.0
+"""A pair can be tested by silence at a checkpoint where it swings more than samples do on average."""
+
+
+@dataclass
+class Outcome:
+    """What silencing showed of each pair, by its number from 0; of the others, why they were not tested; from where,
+    and how many replays."""
+
+    silenced: dict[int, list[Silenced]]
+    untested: dict[int, str]
+    steps: list[int]
+    replays: int = 0
+
+
+def replayable(run: Trajectory, session: Session) -> Settings | None:
+    """How the run trains, to be repeated from its checkpoints; None where its file does not tell or nobody can."""
+    try:
+        settings = Settings.stored(run.attributes, run.path)
+    except OpsigError:
+        return None
+    if settings.untold() or settings.optimizer not in session.optimizers:
+        return None
+    return settings
+
+
+def silence(
+    run: Trajectory, session: Session, clusters: Clusters, held_out: np.ndarray, budget: int,
+    advance: Callable[..., None], seed: int = 0,
+) -> Outcome:  # fmt: skip
+    """Silence each pair that swings, the family that it belongs to with it, at REPLAYS of the held-out checkpoints.
+
+    Pairs that move most come first, and `budget` bounds the steps repeated. Controls are drawn anew at each checkpoint
+    from samples outside of what is silenced, with the same labels where there are as many.
+    """
+    pairs = clusters.grouping.pairs()
+    settings = replayable(run, session)
+    if settings is None:
+        return Outcome({}, dict.fromkeys(range(len(pairs)), "how it was trained is not known, to repeat it"), [])
+    places = np.unique(np.linspace(0, len(held_out), REPLAYS + 1).round().astype(int)[1:]) - 1
+    steps = [int(held_out[place]) for place in places if place >= 0]
+    outcome = Outcome({}, {}, steps)
+    labels = run.read("samples/label") if run.has("samples/label") else np.zeros(len(run.samples), np.int64)
+    members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
+    units = _units(clusters, pairs)
+    swung: dict[int, int] = {}
+    left = budget // LENGTH
+    plains = {}
+    for step in steps:
+        if left > 0:
+            plains[step] = _Replay(run, session, settings, step)(None)
+            left, outcome.replays = left - 1, outcome.replays + 1
+            advance(note=f"step {step}")
+    for unit, numbers in units:
+        silent = np.concatenate([members[group] for group in unit])
+        for step, plain in plains.items():
+            swinging = [n for n in numbers if _swings(plain, np.concatenate([members[g] for g in pairs[n]]))]
+            if not swinging:
+                continue
+            if left < 2:
+                outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
+                continue
+            replayed = _Replay(run, session, settings, step)
+            controls = _controls(labels, silent, np.random.default_rng([seed, step, *unit]))
+            without, controlled = replayed(silent), replayed(controls)
+            left, outcome.replays = left - 2, outcome.replays + 2
+            advance(2, note=f"step {step}")
+            for n in swinging:
+                both = np.concatenate([members[group] for group in pairs[n]])
+                swung[n] = swung.get(n, 0) + 1
+                outcome.silenced.setdefault(n, []).append(
+                    Silenced(step, *(_swing(losses[:, both]) for losses in (plain, without, controlled)))
+                )
+    for n in range(len(pairs)):
+        if n not in swung:
+            outcome.untested.setdefault(n, _why_not(plains, np.concatenate([members[g] for g in pairs[n]])))
+    return outcome
+
+
+def _units(clusters: Clusters, pairs: list[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+    """What is silenced at once, groups, and for which pairs: a family for all its pairs, else the pair itself; those
+    that move most first."""
+    units: dict[tuple[int, ...], list[int]] = {}
+    related_groups = related(clusters)
+    for number, pair in enumerate(pairs):
+        family = next((groups for groups in related_groups if set(pair) <= set(groups)), list(pair))
+        units.setdefault(tuple(family), []).append(number)
+    weight = {unit: max(clusters.pairs[n].movement for n in numbers) for unit, numbers in units.items()}
+    return [(list(unit), units[unit]) for unit in sorted(units, key=lambda unit: -np.nan_to_num(weight[unit]))]
+
+
+def _controls(labels: np.ndarray, silent: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """As many samples that are not silent, with the same labels as far as there are such; any others make up."""
+    outside = np.setdiff1d(np.arange(len(labels)), silent)
+    chosen = []
+    for label, count in zip(*np.unique(labels[silent], return_counts=True), strict=True):
+        pool = outside[labels[outside] == label]
+        chosen.append(generator.choice(pool, min(int(count), len(pool)), replace=False))
+    drawn = np.concatenate(chosen)
+    rest = np.setdiff1d(outside, drawn)
+    more = generator.choice(rest, min(len(silent) - len(drawn), len(rest)), replace=False)
+    return np.concatenate([drawn, more])
+
+
+class _Replay:
+    """Losses (T, S) of all samples when training is repeated from a checkpoint with some of them silent; NaN from the
+    step at which they stop being finite."""
+
+    def __init__(self, run: Trajectory, session: Session, settings: Settings, step: int):
+        self._samples = run.samples
+        self._session = session
+        self._state: State = read_state(run, step)
+        self._settings = settings
+        self._weights = weights_of(run)
+
+    def __call__(self, silent: np.ndarray | None) -> np.ndarray:
+        weights = self._weights
+        if silent is not None:
+            weights = np.ones(self._session.samples) if weights is None else weights.copy()
+            weights[self._samples[silent]] = 0
+        losses = np.full((LENGTH + 1, self._session.samples), np.nan, np.float32)
+        for row, snapshot in enumerate(replay(self._session, self._settings, self._state, LENGTH, weights)):
+            losses[row] = snapshot.losses
+        return losses[:, self._samples]
+
+
+def _swing(losses_TM: np.ndarray) -> float:
+    return swing(losses_TM[SETTLING:])
+
+
+def _swings(plain: np.ndarray, both: np.ndarray) -> bool:
+    """Whether a pair turns back and forth, and more than samples do on average."""
+    return period_two(plain[:, both]) > 0 and _swing(plain[:, both]) > SWINGS * _swing(plain)
+
+
+def _why_not(plains: dict[int, np.ndarray], both: np.ndarray) -> str:
+    if not plains:
+        return "no training was repeated (--budget)"
+    if all(not period_two(plain) > 0 for plain in plains.values()):
+        return "the run does not swing at the checkpoints held out, so that silence says nothing"
+    if all(not period_two(plain[:, both]) > 0 for plain in plains.values()):
+        return "its losses do not swing, so that silence says nothing"
+    return "it swings less than samples do on average, so that silence says nothing"
