@@ -3,9 +3,9 @@
     python benchmarks/branching.py [--only equal,planted,cost] [--seeds 5] [--keep FOLDER]
 
 `equal`: 20 runs, optimizers x tasks x batches, whose unchanged branch is compared with the run bit for bit.
-`planted`: each planted pair left out, from three checkpoints at the edge of stability; what part goes of its sides' swing,
-of the other pairs', and, with random controls instead, of its own: for pairs that swing there at least as much as samples
-do on average. `cost`: CPU time of a future over training's.
+`planted`: each planted pair left out, from three checkpoints at the edge of stability; what part goes of its sides'
+swing, of the other pairs', and, with random controls instead, of its own: for pairs that swing there at least as much
+as samples do on average. `cost`: CPU time of a future over training's.
 """
 
 import argparse
