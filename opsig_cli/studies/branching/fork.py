@@ -96,8 +96,8 @@ class Fork:
             raise OpsigError(f"the sharpness at step {self.step} is {sharpness:.3g}: there is no edge to choose from")
         rate = scale / (EDGES[edge] * sharpness)
         warn(
-            f"sharpness at step {self.step}, at the {place}: {sharpness:.4g}, {sharpness / settings.threshold:.2f} of the "
-            f"threshold. "
+            f"sharpness at step {self.step}, at the {place}: {sharpness:.4g}, "
+            f"{sharpness / settings.threshold:.2f} of the threshold. "
             f"{edge.capitalize()} the edge: learning rate {rate:.3g} for {settings.learning_rate:g}"
         )
         return rate
