@@ -61,11 +61,7 @@ def clustering(count: int) -> None:
     found = grouping.group_by_similarity(similarity, likeness_MM=likeness)
     middle = time.perf_counter()
     stable = significance.resampled(similarity, found, likeness_MM=likeness)
-    significance.shuffled_null(similarity)
-    for group in range(len(found.partner_G)):
-        significance.random_group_p(similarity, 0.5, len(found.members(group)))
-    for a, b in found.pairs():
-        significance.random_pair_p(similarity, -0.5, len(found.members(a)), len(found.members(b)))
+    significance.gaussian_null(similarity, likeness, None)
     end = time.perf_counter()
     truth = np.where(np.arange(count) < 800, np.arange(count) // 50, -1)
     right = [(truth[found.members(a)[0]], truth[found.members(b)[0]]) for a, b in found.pairs()]

@@ -3,7 +3,7 @@
     python benchmarks/natural.py [--seeds 3] [--keep FOLDER]
 
 Each seed trains an MLP on the same 5,000 images by full-batch gradient descent and clusters with the defaults. For
-every two seeds it prints how many significant pairs of one have a counterpart in the other: the same labels on both
+every two seeds it prints how many established pairs of one have a counterpart in the other: the same labels on both
 sides (the most common of each side), and with the members of both sides in common: the smaller Jaccard index of the two
 sides, mean over counterparts, against that of a random relabelling of members within their class.
 """
@@ -20,7 +20,7 @@ Pair = tuple[frozenset[str], dict[str, set[int]]]
 
 
 def pairs_of(path: Path) -> list[Pair]:
-    """The significant pairs of a run: the labels of both sides, and the members by label."""
+    """The established pairs of a run: the labels of both sides, and the members by label."""
     records = opsig("cluster", str(path), "-q")
     members: dict[int, set[int]] = {}
     for record in records:
@@ -28,7 +28,7 @@ def pairs_of(path: Path) -> list[Pair]:
             members.setdefault(record["group"], set()).add(record["sample"])
     found = []
     for record in records:
-        if record["kind"] == "pair" and record["p_value"] < 0.01:
+        if record["kind"] == "pair" and record["verdict"] == "established":
             labels = [next(iter(mix)) for mix in record["labels"]]
             sides = dict(zip(labels, (members[group] for group in record["groups"]), strict=True))
             found.append((frozenset(labels), sides))

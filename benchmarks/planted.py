@@ -1,11 +1,13 @@
 """How well `opsig cluster` recovers planted pairs: scenarios x seeds, through the command line.
 
-    python benchmarks/planted.py [--seeds 5] [--only easy,shared] [--by both,loss] [--keep FOLDER]
+    python benchmarks/planted.py [--seeds 5] [--only easy,shared] [--by both,loss] [--small] [--keep FOLDER]
 
 Every scenario trains an MLP on 2,000 planted Fashion-MNIST images by full-batch gradient descent (minibatch SGD where
-it says so), mines and clusters with the defaults, and compares with the truth. `--keep` trains only what the folder
-does not hold yet. A line per scenario: the adjusted Rand index of the planted sides (mean, and worst seed), over all
-planted samples and over the mined ones; precision and recall of the pairs; and how many other samples were grouped.
+it says so), mines and clusters with the defaults, and compares with the truth. `--small`: 600 images, sides of 15, and
+400 steps. `--keep` trains only what the folder does not hold yet. A line per scenario: the adjusted Rand index of the
+planted sides (mean, and worst seed), over all planted samples and over the mined ones; precision and recall of the
+established pairs; how many other samples were grouped; and rivals' index over the same samples: the label alone (a side
+is a label), and k-means on last-layer gradients, which is given the planted samples alone and their number of sides.
 """
 
 import argparse
@@ -18,7 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from opsig_cli import open_trajectory
 from opsig_cli.main import run
+
+TASKS = Path(__file__).with_name("null_tasks.py")
 
 GD = ("--learning-rate", "0.1", "--steps", "600")
 SCENARIOS = {
@@ -33,6 +38,26 @@ SCENARIOS = {
     "label noise": ("label_noise=0.05", GD),
     "native classes": ("native=true", GD),
     "shared patch": ("shared=true", GD),
+    "below the edge": ("", ("--learning-rate", "0.02", "--steps", "300", "--checkpoint-every", "15")),
+    "momentum SGD": (
+        "",
+        (
+            "--optimizer",
+            "momentum",
+            "--batch-size",
+            "64",
+            "--learning-rate",
+            "0.02",
+            "--steps",
+            "600",
+            "--track-every",
+            "10",
+            "--checkpoint-every",
+            "10",
+        ),
+    ),
+    "five labels": (f"{TASKS}:FiveLabels", ("--learning-rate", "0.2", "--steps", "400", "--checkpoint-every", "10")),
+    "regression": (f"{TASKS}:Offsets", ("--learning-rate", "0.1", "--steps", "500", "--checkpoint-every", "10")),
     "minibatch SGD": ("", ("--optimizer", "sgd", "--batch-size", "100", "--learning-rate", "0.05", "--steps", "600")),
 }
 
@@ -52,17 +77,59 @@ def opsig(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def trained(folder: Path, name: str, seed: int) -> Path:
+def trained(folder: Path, name: str, seed: int, small: bool = False) -> Path:
     """The run of a scenario, made where it is not there."""
-    task, training = SCENARIOS[name]
+    _, training = SCENARIOS[name]
+    if small and training is GD:
+        training = ("--learning-rate", "0.1", "--steps", "400", "--checkpoint-every", "10")
     path = folder / f"{name.replace(' ', '-')}-{seed}.h5"
     if not path.exists():
-        options = ",".join(filter(None, [task, f"seed={seed}"]))
         part = path.with_suffix(".part")
-        opsig("train", "--task", f"planted:{options}", *training, "--seed", str(seed), "--track", "--replace", "-q",
+        track = () if "--track-every" in training else ("--track",)
+        opsig("train", "--task", spec(name, seed, small), *training, "--seed", str(seed), *track, "--replace", "-q",
               "-o", str(part))  # fmt: skip
         part.rename(path)
     return path
+
+
+def spec(name: str, seed: int, small: bool) -> str:
+    """The task of a scenario, as --task takes it."""
+    task, _ = SCENARIOS[name]
+    if task.startswith(str(TASKS)):
+        return f"{task}:seed={seed}"
+    options = [task, "samples=600,side=15" if small else "", f"seed={seed}"]
+    return "planted:" + ",".join(filter(None, options))
+
+
+def rivals(path: Path, task_spec: str) -> tuple[float, float]:
+    """The adjusted Rand index of the planted sides by the label alone, and by k-means on last-layer gradients."""
+    import torch
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score
+
+    from opsig_cli import tasks
+    from opsig_cli.trajectory.recorder import read_state
+
+    with open_trajectory(path) as opened:
+        truth = opened.read("samples/truth")
+        inside = truth >= 0
+        alone = np.nan
+        if opened.has("samples/label"):
+            alone = adjusted_rand_score(truth[inside], opened.read("samples/label")[inside])
+        state = read_state(opened, int(opened.steps("checkpoints")[-1]))
+    task, _ = tasks.load(tasks.parse_spec(task_spec))
+    model = task.model()
+    torch.nn.utils.vector_to_parameters(torch.from_numpy(state.params.astype(np.float32)), model.parameters())
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    kept: list[torch.Tensor] = []
+    last.register_forward_hook(lambda module, given, result: kept.extend((given[0].detach(), result)))
+    batch = [tensor[np.flatnonzero(inside)] for tensor in task.dataset().tensors]  # pyright: ignore
+    losses = task.losses(model, batch)
+    (error,) = torch.autograd.grad(losses.sum(), kept[1])
+    rows = torch.einsum("bi,bj->bij", error.double(), kept[0].double()).flatten(1).numpy()
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    found = KMeans(len(np.unique(truth[inside])), n_init=10, random_state=0).fit_predict(rows)
+    return float(alone), float(adjusted_rand_score(truth[inside], found))
 
 
 def main() -> None:
@@ -71,15 +138,22 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SCENARIOS))
     parser.add_argument("--by", default="both,loss")
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
         for name in options.only.split(","):
-            runs = [trained(folder, name, seed) for seed in range(options.seeds)]
+            runs = [trained(folder, name, seed, options.small) for seed in range(options.seeds)]
+            specs = [spec(name, seed, options.small) for seed in range(options.seeds)]
             for by in options.by.split(","):
-                rows = [opsig("cluster", str(path), "--by", by, "--truth", "-q")[-1] for path in runs]
+                rows = []
+                for path, task in zip(runs, specs, strict=True):
+                    own = ("--task", task) if task.startswith(str(TASKS)) else ()
+                    rows.append(opsig("cluster", str(path), *own, "--by", by, "--truth", "-q")[-1])
                 print(f"{name:15} {by:8} {summary(rows)}", flush=True)
+            label, means = np.mean([rivals(path, task) for path, task in zip(runs, specs, strict=True)], axis=0)
+            print(f"{name:15} rivals   ARI of the label alone {label:.2f}, of k-means {means:.2f}", flush=True)
 
 
 def summary(rows: list[dict]) -> str:

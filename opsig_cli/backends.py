@@ -126,6 +126,15 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class SampleLosses(Protocol):
+    """The capability by which a task is held against a run at little cost."""
+
+    def sample_losses(self, state: State, samples: np.ndarray) -> np.ndarray:
+        """Losses of chosen samples, (M,) float64, as `losses` has them."""
+        ...
+
+
+@runtime_checkable
 class GradientCosines(Protocol):
     """The capability `cluster` needs."""
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 
@@ -27,6 +30,7 @@ from opsig_cli.commands import (
 )
 from opsig_cli.commands.options import Command
 from opsig_cli.errors import OpsigError
+from opsig_cli.tasks import own_frames
 
 app = typer.Typer(
     name="opsig",
@@ -72,17 +76,76 @@ def run() -> None:
     """Run the command line; the entry point `opsig`."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe ends us silently
+    if sys.stderr is None:  # closed by the caller; print(file=None) would take stdout in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        app()
+        with _checked_stdout():
+            app()
     except OpsigError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except MemoryError:
         _fail("out of memory. Use a smaller --chunk-size or fewer samples", 1)
+    except Exception as error:
+        if not (frames := own_frames(error)):
+            raise
+        _show_own(error, frames)
 
 
-def _fail(message: str, code: int) -> None:
+@contextmanager
+def _checked_stdout() -> Iterator[None]:
+    """What cannot be printed, such as on a full disk, is an OpsigError inside, whoever prints it."""
+    stream = sys.stdout
+    if stream is None:
+        raise OpsigError("stdout is closed. Send it to a file, or to /dev/null")
+    sys.stdout = cast(TextIO, _Checked(stream))
+    try:
+        yield
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    finally:
+        sys.stdout = stream
+
+
+class _Checked:
+    """A stream whose errors name it; after one, what is left to print is dropped: the interpreter tries again."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            raise OpsigError(f"stdout cannot be written: {error.strerror or error}") from error
+
+
+def _show_own(error: Exception, frames: list[traceback.FrameSummary]) -> NoReturn:
+    """An exception in a person's own code: what it says, and where in that code; nothing of ours around it."""
+    from opsig_cli.records import printable
+
+    if os.environ.get("OPSIG_DEBUG"):
+        raise error
+    lines = "".join(traceback.format_list(frames)).rstrip().split("\n")
+    print("\n".join(map(printable, lines)), file=sys.stderr)
+    _fail(f"the task's own code failed: {type(error).__name__}: {error}", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     from opsig_cli.records import printable
 
     print(f"opsig: {printable(' '.join(message.split()))}", file=sys.stderr)

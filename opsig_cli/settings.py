@@ -128,7 +128,7 @@ class Settings:
                     f"{path} was trained with --{option} {getattr(self, key)}, not {value}. "
                     "Leave it out to resume, or start a new run"
                 )
-        return replace(self, steps=given["steps"]) if given.get("steps") else self
+        return self if given.get("steps") is None else replace(self, steps=given["steps"])
 
     def scheduled(self, steps: int, track_every: int, checkpoint_every: int) -> Self:
         """These settings with another end and schedule of what is recorded."""

@@ -12,6 +12,8 @@ import importlib.util
 import inspect
 import os
 import sys
+import sysconfig
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 ENTRY_POINT_GROUP = "opsig.tasks"
+
+OURS = ("opsig_cli", "opsig_torch", "opsig_zoo")
+
+_own_places: set[str] = set()
+"""Files and folders of the code that a person named on the command line."""
 
 
 @runtime_checkable
@@ -94,7 +101,7 @@ def parse_options(text: str, of: str) -> dict[str, str]:
 
 
 def build(factory: Any, options: Mapping[str, str], what: str) -> Any:
-    """Call `factory` with options turned from text into the types its signature states.
+    """Call `factory` with options turned from text into the types that its signature states, or that its defaults have.
 
     `what` names it in errors. Raises UsageError for an unknown option (listing the known) or a value of the wrong type.
     """
@@ -107,7 +114,8 @@ def build(factory: Any, options: Mapping[str, str], what: str) -> Any:
         if key not in known and not free_form:
             listed = ", ".join(sorted(set(known) - {"model"})) or "none"
             raise UsageError(f"{what} has no option '{key}'. Known: {listed}")
-        values[key] = _convert(text, hints.get(key, str), f"{what}: option {key}")
+        kind = hints.get(key) or _type_of_default(parameters.get(key))
+        values[key] = _convert(text, kind, f"{what}: option {key}")
     missing = [n for n in known if parameters[n].default is inspect.Parameter.empty and n not in values]
     if missing:
         raise UsageError(f"{what} needs the option {missing[0]}. Write {what}:{missing[0]}=...")
@@ -115,6 +123,12 @@ def build(factory: Any, options: Mapping[str, str], what: str) -> Any:
         return factory(**values)
     except ValueError as error:
         raise UsageError(f"{what}: {error}") from error
+
+
+def _type_of_default(parameter: inspect.Parameter | None) -> Any:
+    """What a parameter without a stated type takes: a truth value or a number where its default is one; else text."""
+    kind = str if parameter is None else type(parameter.default)
+    return kind if kind in (bool, int, float) else str
 
 
 def _type_hints(factory: Any) -> dict[str, Any]:
@@ -211,6 +225,7 @@ def _load_own(spec: TaskSpec) -> tuple[Any, TaskSpec]:
         raise OpsigError(f"{place} has no '{attribute}'. Write --task {place}:NAME with a class that it defines")
     digest = None
     if path:
+        _own_places.add(_own_place(module, place))
         with open(path, "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
     return getattr(module, attribute), dataclasses.replace(
@@ -237,6 +252,28 @@ def _import_file(path: str) -> types.ModuleType:
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where an exception passed through a person's own task and its neighbours, the outermost first."""
+    libraries = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+    frames = []
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = os.path.abspath(frame.f_code.co_filename)
+        places = [place for place in _own_places if path == place or path.startswith(place + os.sep)]
+        closer = [library for library in libraries if path.startswith(library + os.sep)]
+        ours = str(frame.f_globals.get("__name__")).split(".")[0] in OURS
+        if places and not ours and len(max(places, key=len)) >= max(map(len, closer), default=0):
+            frames.append(traceback.FrameSummary(path, line, frame.f_code.co_name))
+    return frames
+
+
+def _own_place(module: types.ModuleType, place: str) -> str:
+    """A task's file with its neighbours, or the package or the lone module that it is imported from."""
+    if place.endswith(".py"):
+        return os.path.dirname(os.path.abspath(place))
+    top = sys.modules[module.__name__.split(".")[0]]
+    return os.path.abspath(next(iter(getattr(top, "__path__", ())), module.__file__ or ""))
 
 
 def labels(task: Task, count: int) -> Sequence[str] | None:

@@ -419,7 +419,7 @@ def test_the_door_returns_what_the_command_prints_and_draws(opsig, run, tmp_path
         (("--optimizer", "sgd", "--batch-size", "61"), 2, ("more than the 60 samples",)),
         (("--into-edge", "--learning-rate", "1"), 2, ("Leave --learning-rate out",)),
         (("--assume", "colour=red"), 2, ("not KEY=VALUE",)),
-        (("--task", f"{TASKS}:Tiny:shared=9"), 1, ("is not the one that was trained",)),
+        (("--task", f"{TASKS}:Tiny:shared=9"), 1, ("are not those of the run",)),
         (("--task", f"{TASKS}:Tiny:samples=50"), 1, ("60 samples", "50")),
     ],
 )

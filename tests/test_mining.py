@@ -37,15 +37,36 @@ def test_alternation_is_seen_where_it_begins_and_nowhere_in_smooth_losses():
     assert mining.oscillation([noise]).first_alternation is None
 
 
+def test_losses_that_only_fall_do_not_alternate_however_unevenly():
+    generator = np.random.default_rng(0)
+    uneven = np.where(np.arange(200) % 2, 0.02, 0.0)[:, None] * generator.random(30)  # every other step falls
+    growing = uneven * np.exp(np.arange(200) / 20)[:, None]
+    cliff = np.zeros((200, 30))
+    cliff[150] = 5  # one fall, and next to none after it
+    for falls in (uneven, growing, growing[::-1], cliff, cliff + 1e-6 * uneven):
+        losses = (10 - np.cumsum(falls, 0)).astype(np.float32)
+        assert np.nanmax(mining.oscillation([losses]).alternation_T) <= 0.5**0.5 + 1e-4
+        assert mining.oscillation([losses]).first_alternation is None
+
+
+def test_the_last_two_steps_of_a_run_are_no_alternation():
+    losses = planted()[:120]
+    first = mining.oscillation([losses]).first_alternation
+    for end in range(first + 1, first + mining.LASTS):
+        assert mining.oscillation([losses[: end + 1]]).first_alternation is None
+    assert mining.oscillation([losses[: first + mining.LASTS + 1]]).first_alternation == first
+
+
 def test_the_score_is_the_mean_of_second_differences_over_sixteen_steps_relative_to_all_samples():
     losses = planted(steps=120, samples=6, alternating=(1, 4)).astype(np.float64)
     sign = (-1.0) ** np.arange(120)
     e = sign[1:-1, None] * (losses[2:] - 2 * losses[1:-1] + losses[:-2]) / 4
-    changes = np.diff(losses, axis=0)[1:]
+    changes = np.diff(losses, axis=0) ** 2
+    changes = (changes[1:] + changes[:-1]) / 2
     means = np.array([e[t : t + 16].mean(0) for t in range(len(e) - 15)])
     scaled = np.abs(means) / np.sqrt((means**2).mean(1, keepdims=True))
     alternates = np.sqrt((means**2).sum(1)) > mining.ALTERNATES * np.sqrt(
-        np.array([(changes[t : t + 16] ** 2 / 4).sum(1).mean() for t in range(len(e) - 15)])
+        np.array([(changes[t : t + 16] / 4).sum(1).mean() for t in range(len(e) - 15)])
     )
     moved = mining.oscillation([losses.astype(np.float32)])
     assert moved.score == pytest.approx(scaled[alternates].max(0), rel=1e-4)

@@ -67,8 +67,8 @@ def group_by_similarity(
     not look alike, and what looks alike with another label does not move together. The cut is the one of CUTS with the
     best silhouette over groups of `smallest` or more, times their share of the samples; a cut that is right for a tight
     group takes a loose one apart, so that groups that move together and look alike are made one. Weak members are left
-    out, and groups that become smaller than `smallest` with them. NaN counts as 0. Raises ValueError for fewer than two
-    samples.
+    out, and groups that become smaller than `smallest` with them. What is not finite counts as 0. Raises ValueError for
+    fewer than two samples.
 
     >>> two = np.repeat([1.0, -1.0], 4)
     >>> grouping = group_by_similarity(np.outer(two, two))
@@ -78,7 +78,7 @@ def group_by_similarity(
     count = len(similarity_MM)
     if count < 2:
         raise ValueError(f"{count} samples cannot be grouped: at least two are needed")
-    similarity = similarity_MM if np.isfinite(similarity_MM).all() else np.nan_to_num(similarity_MM)
+    similarity = similarity_MM if np.isfinite(similarity_MM).all() else known(similarity_MM)
     if likeness_MM is None:
         return _without_weak(similarity, best_cut(similarity, smallest), smallest)
     affinity = (1 - LOOKS) * similarity
@@ -87,6 +87,15 @@ def group_by_similarity(
     found = _without_weak(similarity, best_cut(affinity, smallest), smallest)
     del affinity
     return _without_weak(similarity, _merged(similarity, likeness_MM, found.group_M), smallest)
+
+
+def known(values: np.ndarray, copy: bool = True) -> np.ndarray:
+    """The values with 0 for what is not finite: a cosine that was not measured speaks for nothing.
+
+    >>> known(np.array([0.5, np.nan, -np.inf])).tolist()
+    [0.5, 0.0, 0.0]
+    """
+    return np.nan_to_num(values, copy, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.ndarray) -> Grouping:
@@ -99,6 +108,7 @@ def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.nd
     partner_G = oppose(similarity_MM, groups, preferred_GG)
     opposed_GG = between_groups(similarity_MM, groups)
     opposed_GG[opposed_GG > OPPOSES] = 0
+    np.fill_diagonal(opposed_GG, 0)  # nothing opposes itself
     for group in np.flatnonzero(partner_G < 0):
         preferred = np.where(preferred_GG[group], opposed_GG[group], 0)
         opposed = preferred if preferred.any() else opposed_GG[group]

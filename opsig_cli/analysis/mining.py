@@ -14,8 +14,11 @@ import numpy as np
 WIDTH = 16
 """W: steps that the oscillation score averages over; a power of two."""
 
-ALTERNATES = 0.7
-"""An alternation above this is period two: white noise gives 0.35 and a smooth curve next to 0."""
+ALTERNATES = 0.75
+"""An alternation above this is period two: white noise gives 0.35, a smooth curve next to 0, and losses that only fall,
+however unevenly, at most the root of a half."""
+LASTS = 8
+"""Rows in succession that must alternate so that a run is said to: one spike moves the means of W rows."""
 
 _TILE = 4096  # samples worked on at a time, so that a tile's arrays stay in the processor's cache
 
@@ -27,7 +30,8 @@ class Movement:
     `score` (S,) float32, not negative; `place` (S,) int64, the row after the change; `before` and `after` (S,) float32
     in nats. `mean_T` is the mean loss of every row, float64. `alternation_T` is the amplitude at period two over the
     one that all one-step changes would have at period two, 0 to 1, over the W steps up to each row; NaN where it is not
-    defined. Drift counts against it: a run that learns smoothly does not alternate, however small its wiggles are.
+    defined. Drift counts against it: a run that learns smoothly does not alternate, however small its wiggles are, and
+    neither does one whose losses never rise.
     """
 
     score: np.ndarray
@@ -39,9 +43,12 @@ class Movement:
 
     @property
     def first_alternation(self) -> int | None:
-        """The first row at which the run alternates at period two, None where it never does."""
-        found = np.flatnonzero(np.nan_to_num(self.alternation_T) > ALTERNATES)
-        return int(found[0]) if found.size else None
+        """The first of LASTS rows at which the run alternates at period two, None where it never does."""
+        above = np.nan_to_num(self.alternation_T) > ALTERNATES
+        if len(above) < LASTS:
+            return None
+        lasting = np.lib.stride_tricks.sliding_window_view(above, LASTS).all(1)
+        return int(lasting.argmax()) if lasting.any() else None
 
 
 def sizes_of(changes: np.ndarray, direction: str) -> np.ndarray:
@@ -173,16 +180,17 @@ def _swings(rows: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
     count = len(rows) - WIDTH - 1
     swings = np.empty((count, rows.shape[1]), np.float32)
     sign = np.where((start + 1 + np.arange(len(rows) - 2)) % 2, -0.25, 0.25).astype(np.float32)[:, None]
-    movement = np.zeros(len(rows) - 2)
+    movement = np.zeros(len(rows) - 1)
     for first in range(0, rows.shape[1], _TILE):
         tile = rows[:, first : first + _TILE]
         changes = tile[1:] - tile[:-1]
         e = changes[1:] - changes[:-1]
         e *= sign
-        movement += np.einsum("ts,ts->t", changes[1:], changes[1:]) / 4  # at period two a change is twice the amplitude
+        movement += np.einsum("ts,ts->t", changes, changes) / 4  # at period two a change is twice the amplitude
         swings[:, first : first + _TILE] = _moving_sums(e)
     swings /= WIDTH
     power = np.einsum("ts,ts->t", swings, swings, dtype=np.float64)
+    movement = (movement[1:] + movement[:-1]) / 2  # each e is of two changes, and at most as large as both are
     total = np.convolve(movement, np.full(WIDTH, 1 / WIDTH), "valid")
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.sqrt(power / total)

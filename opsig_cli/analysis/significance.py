@@ -60,11 +60,13 @@ def pair_strength(opposition: float, size_a: int, size_b: int) -> float:
 
 
 def p_value(value: float, null: np.ndarray) -> float:
-    """Share of the null, the value itself included, that is at least as large.
+    """Share of the null, the value itself included, that is at least as large; 1 for a value that is not known.
 
-    >>> p_value(3.0, np.array([1.0, 2.0, 4.0]))
-    0.5
+    >>> p_value(3.0, np.array([1.0, 2.0, 4.0])), p_value(float("nan"), np.array([1.0]))
+    (0.5, 1.0)
     """
+    if not np.isfinite(value):
+        return 1.0
     return float((1 + (null >= value).sum()) / (1 + len(null)))
 
 
@@ -198,7 +200,7 @@ def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = R
     """Share of phase-shuffled a, (T,), itself included, that correlate with b at least as negatively as a does.
 
     Two series that do nothing but alternate at period two are at +1 or -1 whatever their phase: the answer is then a
-    half, not small.
+    half, not small. It is 1 where a change is not known.
 
     >>> swing = np.resize([1.0, -1.0], 64)
     >>> series_p_value(swing, -swing) > 0.3
@@ -207,6 +209,8 @@ def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = R
     a, b = changes_a - changes_a.mean(), changes_b - changes_b.mean()
     surrogates = phase_shuffled(np.repeat(a[:, None], rounds, 1), np.random.default_rng(seed))
     observed = float(a @ b)
+    if not np.isfinite(observed):
+        return 1.0
     return float((1 + (b @ surrogates <= observed + 1e-9 * abs(observed)).sum()) / (1 + rounds))
 
 

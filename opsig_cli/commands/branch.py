@@ -64,6 +64,7 @@ def branch(
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite BRANCH.")] = False,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -89,7 +90,8 @@ def branch(
         optimizer=optimizer, learning_rate=learning_rate, batch_size=batch_size, momentum=momentum,
         clip_norm=clip_norm, label_smoothing=label_smoothing, seed=seed, into_edge=into_edge, out_of_edge=out_of_edge,
         draws=draws, sharpness=sharpness, track_every=track_every, assume=assume or (), replace=replace, records=piped,
-        task=task, device=device, backend=backend, note=partial(options.note, quiet=quiet),
+        task=task, device=device, backend=backend, allow_changed_data=allow_changed_data,
+        note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)

@@ -43,6 +43,7 @@ def cluster(
         int | None, typer.Option("--budget", min=0, help="Training steps to repeat in all. Default: 400.")
     ] = None,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -69,11 +70,13 @@ def cluster(
     found = door.cluster(
         path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, test=test,
         budget=budget, records=piped, task=task, device=device, backend=backend,
-        note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
+        allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
+        progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
     options.say(found.notes, quiet)
-    tables = [records.Table(f"{found.title}: {shortened.headline(found)}", shortened.pair_table(found))]
+    tables = options.not_finite_tables(found)
+    tables.append(records.Table(f"{found.title}: {shortened.headline(found)}", shortened.pair_table(found)))
     if said := shortened.sentence_table(found):
         tables.append(records.Table("in words", said))
     if alone := shortened.alone_table(found):

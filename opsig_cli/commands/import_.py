@@ -11,7 +11,10 @@ from opsig_cli.commands import options
 
 
 def import_(
-    output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="Trajectory file to write.")],
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="RUN", callback=options.check_output, help="Trajectory file to write."),
+    ],
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -64,6 +67,7 @@ def import_(
     statistics: Annotated[
         str | None, typer.Option(metavar="running|chunk", help="Batch norm's statistics. Default: running.")
     ] = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -82,7 +86,7 @@ def import_(
     )  # fmt: skip
     request = entry.Request(
         output, paths or [], task, model, steps, steps_from, prefix, entry.chosen(given), losses, scalars, track,
-        append, replace, device, backend,
+        append, replace, device, backend, allow_changed_data,
     )  # fmt: skip
     bar = partial(options.progress, quiet=quiet)
     written = entry.run(request, partial(options.note, quiet=quiet), bar)

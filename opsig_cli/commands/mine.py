@@ -56,5 +56,7 @@ def mine(
             "share": None if r["share"] is None else f"{r['share']:.1%}",
         }
         for r in found
+        if r.get("kind") != "not_finite"
     ]
-    records.write(found, format, [records.Table(found.title, shown)])
+    broken = options.not_finite_tables(found)
+    records.write(found, format, [*broken, records.Table(found.title, shown)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,38 @@ import typer
 from typer.core import TyperCommand
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.figures.canvas import SUFFIXES
+
+
+def check_output(context: typer.Context, path: Any) -> Any:
+    """Raise OpsigError, before any work is done, where nothing can be written at a path that was given."""
+    if path is not None and not context.resilient_parsing:
+        _check_writable("-o", Path(path))
+    return path
+
+
+def check_figure(context: typer.Context, path: Path | None) -> Path | None:
+    """The same of a picture, whose name's ending must be one that is known."""
+    if path is not None and not context.resilient_parsing:
+        if path.suffix.lower() not in SUFFIXES:
+            raise OpsigError(f"--figure {path}: pictures are saved as {', '.join(SUFFIXES)}, not '{path.suffix}'")
+        _check_writable("--figure", path)
+    return path
+
+
+def _check_writable(option: str, path: Path) -> None:
+    try:
+        if not path.parent.is_dir():
+            raise OpsigError(f"{option} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise OpsigError(f"{option} {path} is a folder. Name a file in it")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise OpsigError(f"{option} {path}: the file cannot be written")
+        with tempfile.TemporaryFile(dir=path.parent):  # asks the file system itself: root may do what modes forbid
+            pass
+    except OSError as error:
+        raise OpsigError(f"{option} {path}: {error.strerror or error}") from error
+
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
 RunOrRecords = Annotated[
@@ -26,12 +60,16 @@ TaskOption = Annotated[
         show_default=False,
     ),
 ]
+AllowOption = Annotated[
+    bool, typer.Option("--allow-changed-data", help="Go on where the task's losses are not those that were recorded.")
+]
 FormatOption = Annotated[
     str | None,
     typer.Option("--format", metavar="table|json|csv", help="Default: table on a terminal, JSON lines in a pipe."),
 ]
 FigureOption = Annotated[
-    Path | None, typer.Option("--figure", metavar="PATH", help="Save the picture (.png, .pdf or .svg).")
+    Path | None,
+    typer.Option("--figure", metavar="PATH", callback=check_figure, help="Save the picture (.png, .pdf or .svg)."),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: the best.")]
 BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="Installed backend.")]
@@ -134,6 +172,14 @@ def records_of(run: str) -> tuple[str, list[dict[str, Any]] | None]:
 
     piped = records.read(sys.stdin)
     return trajectory_of(piped), piped
+
+
+def not_finite_tables(found: Any) -> list[Any]:
+    """The table that comes first where samples are not finite while the others are."""
+    from opsig_cli.records import Table
+
+    rows = [{name: r[name] for name in ("sample", "label", "step")} for r in found.of("not_finite")]
+    return [Table("samples whose loss is not finite, from this step on", rows)] if rows else []
 
 
 def say(notes: list[str], quiet: bool) -> None:

@@ -25,6 +25,7 @@ def probe(
         list[str] | None, typer.Option("--against", metavar="RUN", help="Show this run, too, over the first.")
     ] = None,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -58,7 +59,7 @@ def probe(
             shown = [{key: value for key, value in record.items() if key != "kind"} for record in summaries]
             tables = [records.Table(f"{run}: along its top eigenvector", shown)]
         else:
-            written, drawn = _inputs(runs, inputs or [], steps, task, device, backend, quiet)
+            written, drawn = _inputs(runs, inputs or [], steps, task, device, backend, quiet, allow_changed_data)
             options.save_figure(figure, drawing.draw_probe, runs, written, drawn)
             hidden = ("trajectory", "logits", "probabilities")
             rows = [{key: value for key, value in record.items() if key not in hidden} for record in written]
@@ -66,7 +67,7 @@ def probe(
     records.write(written, format, tables)
 
 
-def _inputs(runs, names: list[str], steps, task, device, backend, quiet: bool):
+def _inputs(runs, names: list[str], steps, task, device, backend, quiet: bool, allow_changed_data: bool):
     """Records of all runs, and the pictures that were shown to them."""
     from opsig_cli.studies import curvature, probing, tracking
 
@@ -74,7 +75,7 @@ def _inputs(runs, names: list[str], steps, task, device, backend, quiet: bool):
     for trajectory in runs:
         chosen = curvature.select_steps(trajectory, steps)
         session, loaded = tracking.open_session(
-            trajectory, task, device, backend, lambda text: options.note(text, quiet)
+            trajectory, task, device, backend, lambda text: options.note(text, quiet), allow_changed_data
         )
         shown = probing.gather(loaded, trajectory, names)
         drawn = shown if drawn is None else drawn

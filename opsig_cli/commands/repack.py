@@ -12,7 +12,10 @@ from opsig_cli.commands import options
 def repack(
     run: options.RunArgument,
     output: Annotated[
-        str | None, typer.Option("-o", "--output", metavar="PATH", help="Default: in place, once it is whole.")
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="PATH", callback=options.check_output, help="Default: in place, once it is whole."
+        ),
     ] = None,
     format: options.FormatOption = None,
 ) -> None:

@@ -17,7 +17,10 @@ from opsig_cli.errors import UsageError
 def report(
     run: options.RunArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="PATH", help="Default: the run's name with .html.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="PATH", callback=options.check_output, help="Default: the run's name with .html."
+        ),
     ] = None,
     by: options.ByOption = None,
     top: options.TopOption = None,
@@ -29,6 +32,7 @@ def report(
         typer.Option("--branch", metavar="BRANCH", help="Branches to list. Default: those in the run's folder."),
     ] = None,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -47,6 +51,7 @@ def report(
     from opsig_cli.studies.branching import lineage
     from opsig_cli.studies.clustering import finding
     from opsig_cli.studies.clustering import records as clustered
+    from opsig_cli.studies.filled import filled
     from opsig_cli.trajectory.file import open_trajectory
 
     if by not in (None, *finding.BY):
@@ -62,13 +67,15 @@ def report(
     with open_trajectory(run) as trajectory:
         page.check_output(path, run, replace)
         progress = partial(options.progress, quiet=quiet)
-        found = finding.find(trajectory, by, top, task, device, backend, warn, progress)
+        found = finding.find(
+            trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
+        )
         written = clustered.records(trajectory, found.clusters)
         branches = (
             lineage.branches_beside(trajectory) if branch is None
             else lineage.branches_among(branch, trajectory, strict=True)
         )  # fmt: skip
-        shown = content.gather(trajectory, found, written, task, said, branches)
+        shown = content.gather(filled(trajectory, found.movers.known), found, written, task, said, branches)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
     for words in found.notes:
         options.note(f"note: {words}", quiet)

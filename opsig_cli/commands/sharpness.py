@@ -46,6 +46,7 @@ def sharpness(
     seed: Annotated[int, typer.Option(help="Of the random samples.")] = 0,
     replace: Annotated[bool, typer.Option("--replace", help="Measure what was measured again.")] = False,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -67,7 +68,8 @@ def sharpness(
     found = door.sharpness(
         path, k=count, steps=steps, tolerance=tolerance, metrics=metrics, random=random, slice=slice_step, span=span,
         at=at, name=name, plain=plain, seed=seed, replace=replace, records=piped, task=task, device=device,
-        backend=backend, note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
+        backend=backend, allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
+        progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
     records.write(found, format, [records.Table(found.title, ends.rows(found) if name else _rows(found))])

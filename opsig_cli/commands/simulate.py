@@ -11,7 +11,15 @@ from opsig_cli.commands import options
 app = typer.Typer(help="Simulate the theory: the two-layer linear model, and the toy valley.", no_args_is_help=True)
 
 OutputOption = Annotated[
-    str | None, typer.Option("-o", "--output", metavar="RUN", help="Write a trajectory, too.", show_default=False)
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="RUN",
+        callback=options.check_output,
+        help="Write a trajectory, too.",
+        show_default=False,
+    ),
 ]
 AtOption = Annotated[
     list[float] | None,
@@ -44,6 +52,7 @@ def linear(
     from opsig_cli import records
     from opsig_cli.studies import simulating
 
+    _check_new(output, replace)
     run = simulating.linear(dynamics, d1, d2, alpha, beta_norm, learning_rate, steps, loss, seed)
     written = [{"kind": "run", **run.record}, *simulating.states(run, at or [])]
     _save(run, output, replace, figure)
@@ -68,11 +77,19 @@ def valley(
     from opsig_cli import records
     from opsig_cli.studies import simulating
 
+    _check_new(output, replace)
     run = simulating.valley(learning_rate, steps)
     written = [{"kind": "run", **run.record}, *simulating.states(run, at or [])]
     _save(run, output, replace, figure)
     tables = [records.Table(run.title, _rows(run.record)), records.Table("at", _states(written[1:]))]
     records.write([{"trajectory": output, **record} for record in written], format, tables[: len(written)])
+
+
+def _check_new(output: str | None, replace: bool) -> None:
+    from opsig_cli.trajectory.file import check_new
+
+    if output is not None:
+        check_new(output, replace)
 
 
 def _save(run, output: str | None, replace: bool, figure) -> None:

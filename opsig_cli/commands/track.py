@@ -8,6 +8,7 @@ from opsig_cli.commands import options
 def track(
     run: options.RunArgument,
     task: options.TaskOption = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -30,10 +31,10 @@ def track(
         written = []
         if len(steps):
             session, _ = tracking.open_session(
-                trajectory, task, device, backend, lambda text: options.note(text, quiet)
+                trajectory, task, device, backend, lambda text: options.note(text, quiet), allow_changed_data
             )
             with options.progress("tracking", len(steps), quiet) as advance:
-                for step, losses in tracking.fill_losses(trajectory, session, steps):
+                for step, losses in tracking.fill_losses(trajectory, session, steps, allow_changed_data):
                     written.append({"trajectory": run, "step": step, "loss": losses.mean(dtype="f8")})
                     advance(note=f"step {step}")
     records.write(written, format)

@@ -12,7 +12,10 @@ from opsig_cli.errors import OpsigError, UsageError
 
 
 def train(
-    output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="Trajectory file to write.")],
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="RUN", callback=options.check_output, help="Trajectory file to write."),
+    ],
     task: options.TaskOption = None,
     model: Annotated[
         str | None,
@@ -65,6 +68,7 @@ def train(
     ] = 10,
     chunk_size: options.BatchSizeOption = None,
     statistics: Annotated[str | None, typer.Option(metavar="chunk|running", help="Batch norm's statistics.")] = None,
+    allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
@@ -77,9 +81,9 @@ def train(
     from opsig_cli import records, tasks
     from opsig_cli.backends import State, load_backend
     from opsig_cli.settings import Settings
-    from opsig_cli.studies import training
+    from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
-    from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli.trajectory.file import check_new, open_trajectory
     from opsig_cli.trajectory.recorder import Recorder, read_state
 
     if resume and replace:
@@ -100,12 +104,19 @@ def train(
     if resume:
         with open_trajectory(output) as run:
             settings = Settings.stored(run.attributes, output).resumed(given, output)
+            reached = max(run.steps("checkpoints"), default=0)
+            if reached > settings.steps:
+                raise OpsigError(
+                    f"{output} is at step {reached} already, past --steps {settings.steps}. Give more steps"
+                )
     elif like is not None:
         with open_trajectory(like) as run:
             settings = Settings.stored(run.attributes, like).varied(given)
             initial = read_state(run, 0)
     else:
         settings = Settings.of(given)
+    if not resume:
+        check_new(output, replace)
     spec = tasks.parse_spec(task or settings.task, settings.model)
     if task is None and tasks.is_own(spec):  # a file is never a reason to run code that the command does not name
         of = output if resume else like
@@ -114,6 +125,8 @@ def train(
     session = load_backend(settings.backend).open(loaded, device, settings.chunk_size, settings.statistics)
     options.note(f"device: {session.device_name}", quiet)
     start = session.initial(settings.seed)
+    if settings.batch_size is None and getattr(session, "drops_out", False):
+        options.note("note: full-batch training leaves the model's dropout out. With --batch-size it is on", quiet)
     if like is not None:
         start = State(0, initial.params, initial.buffers)
     if resume:
@@ -125,6 +138,7 @@ def train(
     stop = training.StopRequest()
     with recorder:
         if resume:
+            tracking.check_data(recorder.run, session, lambda text: options.note(text, quiet), allow_changed_data)
             start = training.resume_point(recorder, session, settings)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():

@@ -13,7 +13,7 @@ from opsig_cli.report.pairs import show_pair
 from opsig_cli.report.run_facts import Curvature
 from opsig_cli.report.samples import Samples
 from opsig_cli.report.vectors import show_vectors
-from opsig_cli.studies import comparing
+from opsig_cli.studies import comparing, missing
 from opsig_cli.studies.clustering import explaining
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.clustering.records import by_strength, established
@@ -51,6 +51,7 @@ def gather(
     attributes = run.attributes
     return {
         "name": Path(run.path).name,
+        "broken": missing.not_finite(run, found.movers.known),
         "answer": words.answer(pairs, groups, len(clusters.position)),
         "strongest": pairs[0]["sentence"] if held else None,
         "rise": words.rise_sentence(

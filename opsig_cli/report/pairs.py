@@ -74,7 +74,7 @@ def _pair_charts(steps: np.ndarray, lines: list[Line], clusters: Clusters, recor
     about = f"Mean losses of the two groups of pair {record['pair']} and of all samples, steps"
     whole = line_chart(
         steps, lines, "loss (nats)", f"{about} {steps[0]} to {steps[-1]}.", band=near,
-        band_name="steps of the close-up", mark=rise, mark_name=f"largest rise, step {rise}",
+        band_name="steps of the close-up", mark=rise, mark_name=words.change_at(steps, lines[-1].values, rise),
     )  # fmt: skip
     close = (steps >= near[0]) & (steps <= near[1])
     if close.all() or close.sum() < 3:

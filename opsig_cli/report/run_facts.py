@@ -65,18 +65,19 @@ def facts(run: Trajectory, series: Mapping[str, Series]) -> list[tuple[str, str]
 
 def loss_chart(loss: Series, window: Window, rise: int) -> Chart:
     """The loss of all samples (T,) with the window and its largest rise."""
-    steps = window.steps_T
+    steps, named = window.steps_T, words.change_at(loss.steps, loss.values, rise)
     return line_chart(
         loss.steps, [Line("all samples", loss.values, "whole")], "loss (nats)",
-        f"Mean loss of all samples over steps {loss.steps[0]} to {loss.steps[-1]}. It rises most at step {rise}.",
+        f"Mean loss of all samples over steps {loss.steps[0]} to {loss.steps[-1]}; {named}.",
         band=(int(steps[0]), int(steps[-1])), band_name="window of the evidence", mark=rise,
-        mark_name=f"largest rise, step {rise}",
+        mark_name=named,
     )  # fmt: skip
 
 
 def larger_rise(loss: Series, rise: int) -> int | None:
     """The step where the whole loss rose most, where that is another one than in the window."""
-    rises = np.nan_to_num(np.diff(loss.values), nan=-np.inf, posinf=-np.inf)
+    finite = np.where(np.isfinite(loss.values), loss.values, np.nan)
+    rises = np.nan_to_num(np.diff(finite), nan=-np.inf)
     row = int(rises.argmax()) + 1
     here = int(np.searchsorted(loss.steps, rise))
     return int(loss.steps[row]) if rises[row - 1] > max(0.0, rises[here - 1]) else None

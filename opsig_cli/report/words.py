@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from opsig_cli.analysis.likeness import ALIKE
 from opsig_cli.analysis.significance import ROUNDS
 from opsig_cli.analysis.verdicts import SILENCES
@@ -124,6 +126,16 @@ def rise_sentence(
     )
 
 
+def change_at(steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray, step: int) -> str:
+    """The largest rise of a loss over steps, in a few words; the smallest fall where it never rises.
+
+    >>> change_at([3, 4, 5], [2.0, 1.0, 1.5], 5), change_at([3, 4], [2.0, 1.0], 4)
+    ('largest rise, step 5', 'smallest fall, step 4')
+    """
+    row = list(steps).index(step)
+    return f"{'largest rise' if values[row] > values[row - 1] else 'smallest fall'}, step {step}"
+
+
 def pair_evidence(pair: Record) -> list[Evidence]:
     """The evidence for a pair, each number with what it means."""
     step, losses = pair["rise_step"], pair["by"] == "loss"
@@ -230,7 +242,7 @@ def curvature_sentence(
     where = "at the floor of the valley, between the iterates, at" if floor else "at"
     text = f"Measured {where} {len(known)} step{'s' * (len(known) > 1)}, the sharpness reaches {most}"
     text += f", and is first above it at step {crossed[0]}. " if crossed else ", and never exceeds it. "
-    text += f"At step {near}, the nearest to the largest rise at step {rise}, it is {there / limit:.2f} times."
+    text += f"At step {near}, the nearest to step {rise}, it is {there / limit:.2f} times."
     return text + (" Above the threshold, oscillation along the top eigenvector grows." if crossed else "")
 
 

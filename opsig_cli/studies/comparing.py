@@ -71,18 +71,23 @@ def tracked(run: Trajectory) -> dict[str, Series]:
     if not run.has("losses/loss"):
         return {}
     steps = run.steps("losses")
-    means, shares, previous = [], [], None
+    means, shares, previous, whole = [], [], None, True
     for _, rows in run.blocks("losses/loss"):
         for row in rows:
-            means.append(row.mean(dtype=np.float64))
-            shares.append(np.nan if previous is None else (row > previous).mean())
+            mean = row.mean(dtype=np.float64)
+            both, whole = whole and not np.isnan(mean), not np.isnan(mean)  # NaN where a sample was not measured
+            means.append(mean if whole else _mean(row))
+            if previous is None:
+                shares.append(np.nan)
+            else:
+                shares.append((row > previous).mean() if both else _share_rising(previous, row))
             previous = row
     found = {"loss": Series(steps, np.array(means))}
     near = np.flatnonzero(np.diff(steps) == 1) + 1
     found["rising"] = Series(steps[near], np.array(shares)[near])
     label = label_numbers(run)
     if run.has("losses/prediction") and label is not None:
-        right = [(rows == label).mean(1) for _, rows in run.blocks("losses/prediction")]
+        right = [_accuracy(rows, label) for _, rows in run.blocks("losses/prediction")]
         found["accuracy"] = Series(steps, np.concatenate(right))
     return found
 
@@ -93,6 +98,24 @@ def label_numbers(run: Trajectory) -> np.ndarray | None:
         return None
     names = {name: number for number, name in enumerate(run.read("class_name").tolist())}
     return np.array([names.get(label, -2) for label in run.read("samples/label").tolist()])
+
+
+def _mean(row: np.ndarray) -> float:
+    """The mean loss of the samples that were measured; NaN for none of them."""
+    measured = row[~np.isnan(row)]
+    return float(measured.mean(dtype=np.float64)) if len(measured) else float("nan")
+
+
+def _share_rising(before: np.ndarray, after: np.ndarray) -> float:
+    """The share that rises of the samples that were measured at both steps; NaN for none of them."""
+    measured = len(before) - np.count_nonzero(np.isnan(before) | np.isnan(after))
+    return np.count_nonzero(after > before) / measured if measured else float("nan")
+
+
+def _accuracy(rows: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """The share that is right of the predictions that were made, for each row; NaN for none of them."""
+    made = (rows >= 0).sum(1)
+    return np.divide((rows == label).sum(1), made, out=np.full(len(rows), np.nan), where=made > 0)
 
 
 def summarise(run: Trajectory, series: Mapping[str, Series], until: int | None = None) -> dict[str, Any]:

@@ -41,11 +41,24 @@ def select_steps(run: Trajectory, text: str | None) -> list[int]:
     if len(parts) > 3 or not all(part.isdigit() or not part for part in parts) or not any(parts):
         raise UsageError(f"--steps '{text}' is not a range of steps. Write A:B, A:B:C or one step")
     first, last = parts[0], parts[1] if len(parts) > 1 else parts[0]
+    if len(parts) > 2 and parts[2] and int(parts[2]) == 0:
+        raise UsageError(f"--steps '{text}' takes every 0th checkpoint. Write A:B:C with C from 1 on")
+    if first and last and int(first) > int(last):
+        raise UsageError(f"--steps '{text}' ends before it begins")
     chosen = [step for step in steps if (not first or step >= int(first)) and (not last or step <= int(last))]
     chosen = chosen[:: int(parts[2]) if len(parts) > 2 and parts[2] else 1]
     if not chosen:
-        raise OpsigError(f"{run.path} has no checkpoint at --steps {text}. It has: {steps[0]} to {steps[-1]}")
+        raise OpsigError(f"{run.path} has no checkpoint at --steps {text}. {_nearest(steps, first, last)}")
     return chosen
+
+
+def _nearest(steps: list[int], first: str, last: str) -> str:
+    """The checkpoints next to a range that holds none, in words."""
+    if not steps:
+        return "It has none at all"
+    before = [step for step in steps if step < int(first or 0)][-1:]
+    after = [step for step in steps if last and step > int(last)][:1]
+    return f"Nearest: {', '.join(map(str, before + after))}, of {len(steps)} from {steps[0]} to {steps[-1]}"
 
 
 def group_of(settings: Settings | None, place: str = "iterate") -> str:
@@ -85,10 +98,21 @@ def count_to_measure(run: Trajectory, group: str, count: int) -> int:
     return held
 
 
+def to_measure(
+    run: Trajectory, group: str, steps: Sequence[int], count: int, tolerance: float
+) -> tuple[list[int], int]:
+    """The steps that lack their first `count` eigenvalues or hold them to a residual above the tolerance, and how many
+    of them are of the latter."""
+    have = run.steps(group).tolist()
+    residuals = run.rows(f"{group}/residual", 0, len(have))[:, :count] if have else np.empty((0, count))
+    met: dict[int, bool] = dict(zip(have, np.all(residuals <= tolerance, axis=1).tolist(), strict=True))
+    return [step for step in steps if not met.get(step)], sum(not met.get(step, True) for step in steps)
+
+
 def measure(
     run: Trajectory, session: Session, group: str, steps: Sequence[int], count: int, tolerance: float
 ) -> Iterator[int]:
-    """Append the `count` top eigenpairs at these checkpoints, where the group says, and commit each; yields the step.
+    """Write the `count` top eigenpairs at these checkpoints, where the group says, and commit each; yields the step.
 
     A checkpoint of Adam's before its first step has no preconditioner and is passed over.
     """
@@ -109,7 +133,10 @@ def measure(
         }  # fmt: skip
         if not PRECONDITIONED[group]:
             columns |= {"eigenvector": found.vectors[0], "layer_fraction": layer_fractions(session, found.vectors[0])}
-        run.append(group, step, **columns)
+        if step in run.steps(group):
+            run.replace_row(group, step, **columns)
+        else:
+            run.append(group, step, **columns)
         run.commit()
         yield step
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, ends, floor, mining, slopes, tracking
+from opsig_cli.studies import curvature, ends, floor, mining, missing, slopes, tracking
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
 from opsig_cli.studies.clustering import agreement, explaining, finding
 from opsig_cli.studies.clustering import records as clustered
+from opsig_cli.studies.filled import filled
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
 from opsig_cli.studies.trained import settings_of
@@ -33,6 +34,8 @@ def mine(
 ) -> Records:  # fmt: skip
     """The samples whose loss moves most, one record each, the largest score first (the paper's section 2).
 
+    Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
+
     `step`: rank by the change of this one step; `window`: steps "A:B" to look at, both ends included; `score`: one of
     `mining.SCORES`, or as the run allows; `direction`: "up", "down" or "both"; `share`: add each sample's part of the
     whole loss's change at this step.
@@ -43,7 +46,8 @@ def mine(
         raise UsageError("--step and --window exclude each other. Give one of them")
     with opened(run) as trajectory:
         found = mining.find(trajectory, top, score, step, parse_range(window, "--window"), direction)
-        records = mining.records(trajectory, found, share)
+        records = mining.records(filled(trajectory, found.known), found, share)
+        broken = missing.not_finite(trajectory, found.known)
     notes = [found.note] if found.note else []
     if share is not None:
         carried = sum(record["share_at_step"] or 0 for record in records)
@@ -51,19 +55,22 @@ def mine(
 
     def draw():
         with opened(run) as trajectory:
-            return drawing.draw_movers(trajectory, found, records)
+            return drawing.draw_movers(filled(trajectory, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
-    return Records(records, notes=notes, title=title, draw=draw)
+    return Records(broken + records, notes=notes, title=title, draw=draw)
 
 
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
     sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
     budget: int | None = None, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False,
+    note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
+
+    Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
 
     `by`: "gradient", "slope", "loss" or "both", or as the run allows; `top`: samples to mine first; `records`: those
     of `mine`, to be grouped instead; `window`: steps "A:B", those that were mined by default; `join`: add samples that
@@ -85,12 +92,13 @@ def cluster(
     with opened(run) as trajectory:
         found = finding.find(
             trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-            sketch=sketch, test=test, budget=budget,
+            sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
         )  # fmt: skip
         clusters = found.clusters
-        written = clustered.records(trajectory, clusters)
+        known = found.movers.known
+        written = missing.not_finite(trajectory, known) + clustered.records(trajectory, clusters)
         if explain is not None:
-            written += explaining.explain(trajectory, clusters, explain)
+            written += explaining.explain(filled(trajectory, known), clusters, explain)
         if truth:
             written.append(agreement.agreement(trajectory, clusters))
     notes = list(found.notes)
@@ -100,7 +108,7 @@ def cluster(
 
     def draw():
         with opened(run) as trajectory:
-            return drawing.draw_pairs(trajectory, clusters, written)
+            return drawing.draw_pairs(filled(trajectory, known), clusters, written)
 
     return Records(written, notes=notes, title=trajectory.path, draw=draw)
 
@@ -109,7 +117,8 @@ def sharpness(
     run: Run, *, k: int | None = None, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
     random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, name: bool = False,
     plain: bool = False, seed: int = 0, replace: bool = False, records: Sequence[dict[str, Any]] | None = None,
-    task: str | None = None, device: str | None = None, backend: str = "torch", note: Note = quietly,
+    task: str | None = None, device: str | None = None, backend: str = "torch", allow_changed_data: bool = False,
+    note: Note = quietly,
     progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
@@ -142,7 +151,7 @@ def sharpness(
         chosen_steps = curvature.select_steps(trajectory, steps)
         if name and steps is None:
             chosen_steps = chosen_steps[-1:]
-        session, _ = tracking.open_session(trajectory, task, device, backend, note)
+        session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
         backends.require(session, backends.Curvature, backend, "curvature")
         if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
             note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
@@ -179,10 +188,11 @@ def sharpness(
             count = curvature.count_to_measure(trajectory, group, k)
             if words:
                 note(words)
-            have = set(trajectory.steps(group).tolist())
-            missing = [step for step in chosen_steps if step not in have]
+            missing, rough = curvature.to_measure(trajectory, group, chosen_steps, k, tolerance)
             if len(missing) < len(chosen_steps):
                 note(f"measured already: {len(chosen_steps) - len(missing)} of {len(chosen_steps)} checkpoints")
+            if rough:
+                note(f"measured again: {rough} checkpoints, held to a residual above the tolerance {tolerance:g}")
             with progress("sharpness", len(missing)) as advance:
                 for step in curvature.measure(trajectory, session, group, missing, count, tolerance):
                     advance(note=f"step {step}")
@@ -209,7 +219,8 @@ def branch(
     label_smoothing: float | None = None, seed: int | None = None, into_edge: bool = False, out_of_edge: bool = False,
     draws: int = 3, sharpness: bool = False, track_every: int | None = None, assume: Sequence[str] = (),
     replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", note: Note = quietly, progress: Progress = unseen,
+    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly,
+    progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Train a run on from a checkpoint with something changed, and beside it unchanged: records of kind "branch".
 
@@ -234,11 +245,14 @@ def branch(
             steps, asked_for, os.fspath(output), draws, sharpness, track_every, replace,
         )  # fmt: skip
         asked.check(trajectory)
-        session, loaded, spec = tracking.open_run(trajectory, task, device, backend, note)
+        session, loaded, spec = tracking.open_run(trajectory, task, device, backend, note, allow_changed_data)
 
         def find_groups() -> list[dict[str, Any]]:
             note(f"groups are those of: opsig cluster {trajectory.path}")
-            return cluster(trajectory, task=task, device=device, backend=backend, note=note, progress=progress)
+            return cluster(
+                trajectory, budget=0, task=task, device=device, backend=backend,
+                allow_changed_data=allow_changed_data, note=note, progress=progress,
+            )  # fmt: skip
 
         names = naming.Names(trajectory, records, find_groups)
         written, panels = flow.branch(
@@ -262,8 +276,9 @@ def _place_of_name(
 
 
 def _samples_of(records: Sequence[dict[str, Any]]) -> list[int]:
-    """The samples that records name, each once, in order."""
-    return list(dict.fromkeys(r["sample"] for r in records if isinstance(r.get("sample"), int)))
+    """The samples that records name, each once, in order; those that are not finite have nothing to measure."""
+    named = (r["sample"] for r in records if isinstance(r.get("sample"), int) and r.get("kind") != "not_finite")
+    return list(dict.fromkeys(named))
 
 
 def _chosen(run: Trajectory, records: Sequence[dict[str, Any]], random: int, seed: int) -> dict[str, np.ndarray]:

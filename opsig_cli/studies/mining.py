@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.analysis import mining
+from opsig_cli.analysis.coverage import Coverage
 from opsig_cli.analysis.mining import Movement
 from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.studies import missing
+from opsig_cli.studies.filled import coverage_of, filled, measured_before
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import Texts
 
@@ -22,6 +25,8 @@ SCORES = {
 }
 
 
+SPARSE = 0.1
+"""Share of losses that were not measured above which no oscillation can be seen."""
 DIRECTIONS = ("both", "up", "down")
 
 
@@ -30,7 +35,8 @@ class Movers:
     """Mined samples, the largest score first. All arrays are (M,).
 
     `position`: column in the file; `row`: row of the losses after the change; `movement`: of all samples, over the
-    rows from `first` on; `score_name`: what was ranked by; `note`: why, where a person should know.
+    rows from `first` on; `score_name`: what was ranked by; `note`: why, where a person should know; `known`: what was
+    measured, where that is not all.
     """
 
     position: np.ndarray
@@ -39,6 +45,7 @@ class Movers:
     first: int
     score_name: str
     note: str | None = None
+    known: Coverage | None = None
 
 
 def find(
@@ -48,26 +55,36 @@ def find(
     """Mine `count` samples by one step's change, or over a window of steps by `score`.
 
     `direction` "up" or "down" counts only rises or only falls. Without a score it is the oscillation where the run
-    alternates at period two, and the one-step change elsewhere; the note then says which, and from where on. A window
-    ends before the first step at which the mean loss is not finite. Raises OpsigError for a step that was not recorded,
-    or too few of them.
+    alternates at period two, and the one-step change elsewhere; the note then says which, and from where on. What was
+    not measured counts as not changed, and a window ends before the step at which the run diverges. Raises OpsigError
+    for a step that was not recorded, or too few of them.
     """
-    movers = _find(run, count, score, step, window, direction)
-    broken = np.flatnonzero(~np.isfinite(movers.movement.mean_T))
-    if not len(broken):
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):
+            movers = _find(run, count, score, step, window, direction)
+    except OpsigError as error:
+        raise missing.explained(error, run) from error
+    if np.isfinite(movers.movement.mean_T).all():
         return movers
-    steps = run.steps("losses")
-    first = movers.first + int(broken[0])
-    if first == movers.first or step is not None:
-        raise OpsigError(f"{run.path}: losses are not finite at step {steps[first]}, so nothing is known from there on")
-    movers = _find(run, count, score, None, (window[0], int(steps[first - 1])), direction)
-    words = f"from step {steps[first]} on losses are not finite: only the steps before it are looked at"
-    return replace(movers, note=words + (f"; {movers.note}" if movers.note else ""))
+    steps, known = run.steps("losses"), coverage_of(run)
+    words = missing.said(run, known, movers.first + len(movers.movement.mean_T))
+    if known.diverged is not None and known.diverged < movers.first + len(movers.movement.mean_T):
+        at = int(steps[known.diverged])
+        if known.diverged <= movers.first or step is not None:
+            reason = f"losses are not finite at step {at}, so nothing is known from there on"
+            raise OpsigError(f"{run.path}: {'; '.join([*words, reason])}")
+        words.append(f"from step {at} on losses are not finite: only the steps before it are looked at")
+        window = (window[0], int(steps[known.diverged - 1]))
+    try:
+        movers = _find(filled(run, known), count, score, step, window, direction, known)
+    except OpsigError as error:
+        raise missing.explained(error, run) from error
+    return replace(movers, note="; ".join([*words, *([movers.note] if movers.note else [])]), known=known)
 
 
 def _find(
     run: Trajectory, count: int, score: str | None, step: int | None, window: tuple[int | None, int | None],
-    direction: str,
+    direction: str, known: Coverage | None = None,
 ) -> Movers:  # fmt: skip
     """Mine all steps of the window."""
     if score not in (None, *SCORES):
@@ -82,18 +99,18 @@ def _find(
         last = _row_of(run, steps, step)
         if last == 0:
             raise OpsigError(f"{run.path}: step {step} is the first with losses, so nothing changed before it")
-        return _movers(run, last - 1, last + 1, "change", count, direction)
+        return _movers(run, last - 1, last + 1, "change", count, direction, known)
     first, stop = window_rows(run, steps, window)
     if stop - first < 2:
         raise OpsigError(f"{run.path} has {stop - first} steps with losses in this window; at least two are needed")
     if score == "surprise" and stop - first < mining.WIDTH + 2:
         raise OpsigError(f"{run.path} has {stop - first} steps here, and surprise needs {mining.WIDTH + 2}")
     if score not in (None, "oscillation"):
-        movers = _movers(run, first, stop, score, count, direction)
+        movers = _movers(run, first, stop, score, count, direction, known)
         return replace(movers, note=f"{_worst(steps[first:stop], movers)}. Ranked by {score}")
-    reason = _why_not_oscillation(steps[first:stop])
+    reason = _why_not_oscillation(steps[first:stop], known)
     if reason is None:
-        movers = _movers(run, first, stop, "oscillation", count, direction)
+        movers = _movers(run, first, stop, "oscillation", count, direction, known)
         begin = movers.movement.first_alternation
         if begin is not None:
             words = f"from step {steps[first + begin]} on the losses alternate at period two (the edge of stability)"
@@ -103,13 +120,14 @@ def _find(
         reason = "the losses do not alternate at period two: this run has not reached the edge of stability"
     elif score == "oscillation":
         raise OpsigError(f"{run.path}: oscillation cannot be scored: {reason}")
-    movers = _movers(run, first, stop, "change", count, direction)
+    movers = _movers(run, first, stop, "change", count, direction, known)
     return replace(movers, note=f"{reason}; {_worst(steps[first:stop], movers)}. Ranked by the one-step change")
 
 
 def _worst(steps: np.ndarray, movers: Movers) -> str:
-    rise = int(np.diff(movers.movement.mean_T).argmax()) + 1
-    return f"the whole loss rose most at step {steps[rise]}"
+    rises = np.diff(movers.movement.mean_T)
+    row = int(rises.argmax())
+    return f"the whole loss rose most at step {steps[row + 1]}" if rises[row] > 0 else "the whole loss never rose"
 
 
 def window_rows(run: Trajectory, steps: np.ndarray, window: tuple[int | None, int | None]) -> tuple[int, int]:
@@ -150,10 +168,11 @@ def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> l
     run.check("losses", (movers.row[:, None] + around.get(movers.score_name, np.arange(-1, 1))).ravel())
     steps = run.steps("losses")
     ids = run.samples
-    labels = run.read("samples/label") if run.has("samples/label") else None
+    labels = missing.labels_of(run)
+    previous = movers.row - 1 if movers.known is None else measured_before(run, movers.position, movers.row)
     before, after = predictions_around(run, movers)
     moved = movers.movement
-    rise_T = np.diff(moved.mean_T) * len(ids)
+    rise_T = np.diff(moved.mean_T) * (len(ids) - (0 if movers.known is None else len(movers.known.never)))
     rising = _rising(run, movers)
     texts = Texts(run)
     window = [int(steps[movers.first]), int(steps[movers.first + len(moved.mean_T) - 1])]
@@ -167,7 +186,7 @@ def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> l
             "rank": rank + 1,
             "sample": int(ids[position]),
             "step": int(steps[row]),
-            "previous_step": int(steps[row - 1]),
+            "previous_step": int(steps[previous[rank]]),
             "direction": "up" if change > 0 else "down",
             "loss_before": float(moved.before[position]),
             "loss_after": float(moved.after[position]),
@@ -250,17 +269,25 @@ def _row_of(run: Trajectory, steps: np.ndarray, step: int) -> int:
     return row
 
 
-def _why_not_oscillation(steps: np.ndarray) -> str | None:
+def _why_not_oscillation(steps: np.ndarray, known: Coverage | None) -> str | None:
     if len(steps) < mining.WIDTH + 2:
         return f"{len(steps)} steps are too few to see an oscillation"
     if np.any(np.diff(steps) != 1):
         return "losses were not recorded at every step"
+    if known is not None and known.sparse > SPARSE:
+        return "losses of most samples were not measured at every step"
     return None
 
 
-def _movers(run: Trajectory, first: int, stop: int, score: str, count: int, direction: str) -> Movers:
+def _movers(
+    run: Trajectory, first: int, stop: int, score: str, count: int, direction: str, known: Coverage | None
+) -> Movers:
     movement = SCORES[score](_blocks(run, first, stop), direction)
     chosen = mining.top(movement.score, count)
+    if known is not None and len(known.never):
+        share = len(run.samples) / max(1, len(run.samples) - len(known.never))  # of those the mean is of
+        movement = replace(movement, mean_T=movement.mean_T * share)
+        chosen = chosen[~np.isin(chosen, known.never)]
     if direction != "both":
         rises = movement.after[chosen] - movement.before[chosen]
         chosen = chosen[(rises > 0) if direction == "up" else (rises < 0)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from opsig_cli import tasks
+from opsig_cli import backends, tasks
 from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
@@ -23,21 +23,34 @@ AGREES = 1e-4
 """Relative difference up to which a measured mean loss is the one in the training log."""
 AGREES_ROUNDED = 0.1
 """The same where checkpoints were rounded to bfloat16."""
+HELD = 16
+"""Samples whose losses are measured again before a task is used on a run."""
+SAME = 1e-3
+"""Part of its recorded loss, and a tenth of that part of the samples' mean, up to which a sample's is the same."""
+SAME_ROUNDED = 0.3
+"""Part of its recorded loss and of the mean where checkpoints were rounded to bfloat16."""
 
 
 def open_session(
-    run: Trajectory, task: str | None, device: str | None, backend: str, warn: Callable[[str], None]
-) -> tuple[Session, tasks.Task]:
+    run: Trajectory, task: str | None, device: str | None, backend: str, warn: Callable[[str], None],
+    allow_changed_data: bool = False,
+) -> tuple[Session, tasks.Task]:  # fmt: skip
     """Open the run's task on a backend, as it was trained: same options, model, chunks and batch-norm convention.
 
     A person's own task must be named again by `task`; code or labels that have changed since are warnings. Raises
-    OpsigError where the task is not given or its dataset has another length.
+    OpsigError where the task is not given, its dataset has another length, or a sample's loss is another than it was,
+    unless `allow_changed_data`.
     """
-    return open_run(run, task, device, backend, warn)[:2]
+    return open_run(run, task, device, backend, warn, allow_changed_data)[:2]
 
 
 def open_run(
-    run: Trajectory, task: str | None, device: str | None, backend: str, warn: Callable[[str], None]
+    run: Trajectory,
+    task: str | None,
+    device: str | None,
+    backend: str,
+    warn: Callable[[str], None],
+    allow_changed_data: bool = False,
 ) -> tuple[Session, tasks.Task, tasks.TaskSpec]:
     """What `open_session` opens, and the task's name with where its code came from."""
     attributes = run.attributes
@@ -55,7 +68,60 @@ def open_run(
     if changed := _changed_label(run, loaded):
         warn(f"{run.path}: {changed}. Has the task's data changed?")
     warn(f"device: {session.device_name}")
+    check_data(run, session, warn, allow_changed_data)
     return session, loaded, found
+
+
+def check_data(run: Trajectory, session: Session, warn: Callable[[str], None], allow_changed_data: bool) -> None:
+    """Hold recomputed losses of HELD samples against those that the file has of the same checkpoint.
+
+    Raises OpsigError, naming the first sample whose loss is another; a warning with `allow_changed_data`. Nothing is
+    said where the file has no losses at a checkpoint.
+    """
+    found = _recorded(run, bool(getattr(session, "couples_samples", False)))
+    if found is None:
+        return
+    step, positions, recorded = found
+    samples, state = run.samples[positions], read_state(run, step)
+    if isinstance(session, backends.SampleLosses):
+        measured = session.sample_losses(state, samples)
+    else:
+        measured = session.losses([state])[0][0][samples]
+    rounded = (run.attributes.get("settings_json") or {}).get("checkpoint_dtype") == "bfloat16"
+    part, rest = (SAME_ROUNDED, SAME_ROUNDED) if rounded else (SAME, SAME / 10)
+    other = np.flatnonzero(~(np.abs(measured - recorded) <= part * np.abs(recorded) + rest * np.abs(recorded).mean()))
+    if not len(other):
+        return
+    text = (
+        f"{run.path}: at step {step} the loss of sample {samples[other[0]]} is {measured[other[0]]:.6g} and was "
+        f"recorded as {recorded[other[0]]:.6g} ({len(other)} of {len(samples)} samples differ)"
+    )
+    if not allow_changed_data:
+        raise OpsigError(
+            f"{text}. The task's data, their order or its losses() are not those of the run. Give the --task that it "
+            "was made with, or go on with --allow-changed-data"
+        )
+    warn(f"note: {text}")
+
+
+def _recorded(run: Trajectory, together: bool) -> tuple[int, np.ndarray, np.ndarray] | None:
+    """A step with a checkpoint and losses, columns of some samples, and their losses then, (M,) float64.
+
+    Of the first, middle and last such step it is the one at which losses differ most, relative to their mean. Columns
+    are spread over all samples, or lie `together` at both ends. None where the file has no such step.
+    """
+    steps = np.intersect1d(run.steps("checkpoints"), run.steps("losses"))
+    count = len(run.samples)
+    ends = np.concatenate([np.arange(HELD // 2), count - 1 - np.arange(HELD // 2)])
+    columns = ends[(ends >= 0) & (ends < count)] if together else np.linspace(0, count - 1, HELD).round().astype(int)
+    best, most = None, -1.0
+    for step in np.unique(steps[[0, len(steps) // 2, -1]]).tolist() if len(steps) else []:
+        positions = np.unique(columns)
+        losses = run.row("losses/loss", step)[positions].astype(np.float64)
+        positions, losses = positions[np.isfinite(losses)], losses[np.isfinite(losses)]
+        if len(losses) and (spread := losses.std() / (np.abs(losses).mean() or 1.0)) > most:
+            best, most = (step, positions, losses), spread
+    return best
 
 
 def _changed_label(run: Trajectory, task: tasks.Task) -> str | None:
@@ -75,15 +141,18 @@ def missing_losses(run: Trajectory) -> np.ndarray:
     return np.setdiff1d(run.steps("checkpoints"), run.steps("losses"))
 
 
-def fill_losses(run: Trajectory, session: Session, steps: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def fill_losses(
+    run: Trajectory, session: Session, steps: np.ndarray, allow_changed_data: bool = False
+) -> Iterator[tuple[int, np.ndarray]]:
     """Measure every sample's loss at these checkpoints and append it; yields the step and losses (S,).
 
     What is measured becomes durable every COMMIT_SECONDS, and in the end when the caller closes the file.
 
-    Raises OpsigError where the mean of a full-batch run's losses is not the loss that its training logged.
+    Raises OpsigError where the mean of a full-batch run's losses is not the loss that its training logged, unless
+    `allow_changed_data`.
     """
     together = max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
-    logged = _logged_losses(run)
+    logged = {} if allow_changed_data else _logged_losses(run)
     settings = run.attributes.get("settings_json") or {}
     agrees = AGREES_ROUNDED if settings.get("checkpoint_dtype") == "bfloat16" else AGREES
     committed = time.monotonic()

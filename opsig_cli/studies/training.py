@@ -18,8 +18,9 @@ import numpy as np
 
 from opsig_cli import backends, tasks
 from opsig_cli.backends import Eigenpairs, Session, Snapshot, State, Training
-from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.errors import UsageError
 from opsig_cli.settings import Settings
+from opsig_cli.studies import divergence
 from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory.recorder import Recorder, read_state
 
@@ -131,22 +132,20 @@ def run(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Train from `start` and record; yields a record for every checkpoint written.
 
-    Raises OpsigError where the loss stops being finite, with everything up to the step before kept.
+    Raises OpsigError where the loss or the gradient stops being finite; see `opsig_cli.studies.divergence`.
     """
     trajectory = recorder.run
     pairs = None
     trajectory.set_attributes(state="training")
     fork = trajectory.attributes.get("from_step")
-    for snapshot in session.train(training_of(settings, stop, weights_of(trajectory), fork), start):
-        if not math.isfinite(snapshot.train_loss) or (
-            snapshot.losses is not None and not np.isfinite(snapshot.losses).all()
-        ):
-            trajectory.set_attributes(state=f"stopped: the loss is not finite at step {snapshot.step}")
-            trajectory.commit()
-            raise OpsigError(
-                f"the loss is not finite at step {snapshot.step}. {trajectory.path} keeps the steps before it. "
-                f"Try a learning rate below {settings.learning_rate:g}"
+    training, latest = training_of(settings, stop, weights_of(trajectory), fork), start
+    for snapshot in session.train(training, start):
+        if (what := divergence.not_finite(snapshot)) is not None:
+            recorder.record(
+                snapshot.step, scalars=_scalars(snapshot), losses=snapshot.losses, predictions=snapshot.predictions
             )
+            divergence.stop(recorder, session, training, latest, snapshot.step, what)
+        latest = latest if snapshot.state is None else snapshot.state
         ending = stop.asked and snapshot.state is not None
         sharpness = None
         if settings.sharpness_at(snapshot.step) and snapshot.state is not None:

@@ -47,14 +47,19 @@ def create_trajectory(
     Raises OpsigError where the file exists (unless `replace`), is being written, or cannot be written.
     """
     path = os.fspath(path)
-    if os.path.exists(path) and not replace:
-        raise OpsigError(f"{path} exists. Continue it with --resume, or overwrite it with --replace")
+    check_new(path, replace)
     with _file_errors(path):
         store = RedoFile(path, create=True)
     run = Trajectory(path, h5py.File(store, "w", libver=("v110", "v110"), rdcc_nbytes=0), store)
     run.set_attributes(schema_version=".".join(map(str, SCHEMA_VERSION)), **(attributes or {}))
     run.write("sample", np.asarray(samples, np.int64))
     return run
+
+
+def check_new(path: str, replace: bool) -> None:
+    """Raise OpsigError where a new file would take the place of another, unless `replace`."""
+    if os.path.exists(path) and not replace:
+        raise OpsigError(f"{path} exists. Continue it with --resume, or overwrite it with --replace")
 
 
 def open_trajectory(path: str | os.PathLike, mode: str = "r") -> Trajectory:
@@ -151,6 +156,16 @@ class Trajectory(Reading):
         crc = np.asarray(checksum, np.uint32)
         write_row(self._column(FIELDS[f"{group}/checksum"], crc, place), place, crc)
         rows.add(step)
+
+    def replace_row(self, group: str, step: int, **columns: np.ndarray | float) -> None:
+        """Write columns of a step's row in the place of what it held, as `append` does; its others stay."""
+        rows = self._rows(group)
+        place = rows.steps.index(step)
+        for name, value in columns.items():
+            field = FIELDS[f"{group}/{name.replace('__', '/')}"]
+            value = as_array(value)
+            self._column(field, value, rows.count)[place] = value
+        self._file[f"{group}/checksum"][place] = self.row_checksum(group, place)
 
     def write(self, name: str, values: np.ndarray, replace: bool = False) -> None:
         """Write a whole dataset of the schema. Raises OpsigError where it exists, unless `replace`."""

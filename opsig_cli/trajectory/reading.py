@@ -158,28 +158,18 @@ class Reading:
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Consecutive blocks of rows `start:stop` of at most BLOCK_BYTES: pairs of first position and rows.
 
-        One array may serve all blocks: copy what you keep of it.
+        Each block is an array of its own: what is kept of one is not overwritten by the next.
         """
         self.require(name)
         dataset = self._file[name]
-        rows = self._rows(group_of(name))
-        stop = rows.count if stop is None else stop
+        stop = self._rows(group_of(name)).count if stop is None else stop
         height = max(1, BLOCK_BYTES // max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize))
         if dataset.chunks and height > dataset.chunks[0]:
             height -= height % dataset.chunks[0]
-        chunks = self._chunks_of(name) if rows.in_order else None
-        buffer = (
-            None if chunks is None else np.empty((min(height, max(0, stop - start)), *dataset.shape[1:]), dataset.dtype)
-        )
         first = start
         while first < stop:
             last = min(first - first % height + height, stop)
-            if chunks is None or buffer is None:
-                yield first, self.rows(name, first, last)
-            else:
-                with self.damage(name):
-                    chunks.read_into(buffer, first, last)
-                yield first, self._missing(name, buffer[: last - first])
+            yield first, self.rows(name, first, last)
             first = last
 
     # -- is it whole

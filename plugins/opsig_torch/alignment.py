@@ -21,8 +21,8 @@ from opsig_torch.flat import replaced
 from opsig_torch.frozen import frozen_statistics
 from opsig_torch.opened import Opened
 
-VANISHES = 1e-30
-"""Norm up to which a gradient is taken for zero: its inverse would not be a float32."""
+VANISHES = 1e-15
+"""Norm up to which a gradient has no direction: products of such gradients leave the normal numbers of float32."""
 DIRECTIONS_BYTES = 256 << 20
 """Bound on the mean gradients of sets that are held at a time."""
 
@@ -76,7 +76,7 @@ def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) ->
     """
     norms = np.full(opened.samples, np.nan)
     needed = np.unique(np.concatenate([samples, *sets]))
-    norms[needed] = gradient_norms(opened, needed)
+    norms[needed] = directed(gradient_norms(opened, needed))
     together = max(1, DIRECTIONS_BYTES // (4 * opened.flat.vector.numel()))
     parts = [_products(opened, samples, sets[i : i + together], norms) for i in range(0, len(sets), together)]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -125,9 +125,14 @@ def _mean_unit_gradient(opened: Opened, samples: np.ndarray, norms: np.ndarray) 
     return total
 
 
+def directed(norms: np.ndarray) -> np.ndarray:
+    """The norms of gradients, NaN where one vanishes or is not finite: it has no direction."""
+    return np.where((norms > VANISHES) & np.isfinite(norms), norms, np.nan)
+
+
 def inverse(norms: np.ndarray) -> np.ndarray:
-    """1 / norm, and 0 for a gradient that vanishes: such a member must not void the mean of its set."""
-    return np.divide(1, norms, out=np.zeros_like(norms), where=norms > VANISHES)
+    """1 / norm, and 0 for a gradient without a direction: such a member must not void the mean of its set."""
+    return np.divide(1, norms, out=np.zeros_like(norms), where=np.isfinite(directed(norms)))
 
 
 def loose_gradients(opened: Opened, samples: np.ndarray, names: list[str]) -> torch.Tensor:

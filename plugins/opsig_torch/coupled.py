@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from opsig_torch.alignment import inverse
+from opsig_torch.alignment import directed, inverse
 from opsig_torch.flat import replaced
 from opsig_torch.layer_gradients import inner
 from opsig_torch.opened import Opened
@@ -60,6 +60,7 @@ def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) ->
     norms = np.full(opened.samples, np.nan)
     for _, sample, gradient in _gradients(opened, np.unique(np.concatenate([samples, *sets]))):
         norms[sample] = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    norms = directed(norms)
     products = np.empty((len(samples), len(sets)))
     together = max(1, DIRECTIONS_BYTES // (opened.flat.vector.element_size() * opened.flat.vector.numel()))
     for first in range(0, len(sets), together):

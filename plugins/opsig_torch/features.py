@@ -44,16 +44,18 @@ def _centred(opened: Opened, samples: np.ndarray) -> tuple[torch.Tensor, torch.T
     """Centred features of length one of the samples, (M, D) float32, and the mean of all samples, (D,) float64."""
     place = np.full(opened.samples, -1)
     place[samples] = np.arange(len(samples))
-    kept, total = None, 0.0
+    kept, total, count = None, 0.0, 0
     for indices, rows in _everybody(opened):
         if kept is None:
             kept = rows.new_empty(len(samples), rows.shape[1])
         here = place[indices]
         kept[here[here >= 0]] = rows[np.flatnonzero(here >= 0)]
-        total = total + rows.double().sum(0)
+        finite = rows.isfinite().all(1)  # one sample that is not must not move the centre of the others
+        total = total + torch.where(finite[:, None], rows.double(), 0).sum(0)
+        count += int(finite.sum())
     if kept is None or not isinstance(total, torch.Tensor):
         return None
-    centre = total / opened.samples
+    centre = total / max(1, count)
     return _unit(kept - centre.to(kept)), centre
 
 

@@ -81,6 +81,14 @@ class Opened:
         """Whether a sample's loss depends on the others of its chunk."""
         return self.statistics == "chunk" and bool(self.batch_norms())
 
+    @property
+    def drops_out(self) -> bool:
+        """Whether the model has dropout, which is on only while training on minibatches."""
+        modules = list(self.flat.model.modules())
+        rates = [module.p for module in modules if isinstance(module, nn.modules.dropout._DropoutNd)]
+        rates += [rate for module in modules if isinstance(rate := getattr(module, "dropout", 0.0), float)]
+        return any(rate > 0 for rate in rates)
+
     def initial(self, seed: int) -> State:
         """The run's first state: the task's model built after seeding torch with `seed`."""
         torch.manual_seed(seed)

@@ -45,6 +45,16 @@ class TorchSession(Opened):
                             result.put(indices, *self.forward(batch))
         return [result.arrays() for result in results]
 
+    def sample_losses(self, state: State, samples: np.ndarray) -> np.ndarray:
+        """Losses of chosen samples, (M,) float64; where samples are coupled, each in its whole chunk."""
+        chunks = [np.arange(s.start, s.stop) for s in self.batches.slices()] if self.couples_samples else [samples]
+        found = np.full(self.samples, np.nan)
+        with self.at(state), torch.inference_mode():
+            for chunk in chunks:
+                if np.isin(chunk, samples).any():
+                    found[chunk] = self.task.losses(self.flat.model, self.batches.take(chunk)).double().cpu().numpy()
+        return found[samples]
+
     def gradient_cosines(self, state: State, samples: np.ndarray) -> np.ndarray:
         """Cosines of the chosen samples' gradients, (M, M) float64; see `opsig_torch.alignment`.
 
@@ -55,7 +65,7 @@ class TorchSession(Opened):
         with self.at(state):
             gram = (coupled if self.couples_samples else alignment).gradient_gram(self, samples)
         with np.errstate(invalid="ignore", divide="ignore"):
-            norms = np.sqrt(np.diag(gram))
+            norms = alignment.directed(np.sqrt(np.diag(gram)))
             gram /= norms[:, None]
             gram /= norms
         return gram

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from opsig_torch import captured
-from opsig_torch.alignment import loose_gradients, sample_batches
+from opsig_torch.alignment import directed, loose_gradients, sample_batches
 from opsig_torch.layer_gradients import Captured
 from opsig_torch.opened import Opened
 
@@ -39,7 +39,8 @@ def gradient_sketch(opened: Opened, samples: np.ndarray, size: int, seed: int) -
             squares += gradients.square().sum(1)
             places = _Places(1, gradients.shape[1], size, [seed, number_of[model.get_parameter(name)]])
             places.scatter(sketch, slice(0, 1), gradients[:, None].float())
-        parts.append((sketch / squares.sqrt()[:, None]).float().cpu())
+        norms = torch.from_numpy(directed(squares.sqrt().cpu().numpy())).to(sketch)
+        parts.append((sketch / norms[:, None]).float().cpu())
     return torch.cat(parts).numpy()
 
 

@@ -16,7 +16,7 @@ from opsig_cli.studies.branching import controls, effects, writing
 from opsig_cli.studies.branching.changes import Change
 from opsig_cli.studies.branching.controls import Control
 from opsig_cli.studies.branching.effects import Panel, Places
-from opsig_cli.studies.branching.fork import Fork, check_task, fork_of
+from opsig_cli.studies.branching.fork import Fork, fork_of
 from opsig_cli.studies.branching.futures import Future, Futures, Plan
 from opsig_cli.studies.branching.likeness import Likeness
 from opsig_cli.studies.branching.naming import Names
@@ -67,7 +67,6 @@ def branch(asked: Asked) -> tuple[list[dict[str, Any]], list[Panel]]:
     records: list[dict[str, Any]] = []
     panels: list[Panel] = []
     for fork in forks:
-        check_task(fork, asked.session)
         branches = [_branch(asked, fork, change, paths[fork.step, n]) for n, change in enumerate(request.changes)]
         found = _Stretch(asked, fork, branches).train()
         records += found[0]

@@ -13,7 +13,7 @@ from opsig_cli import backends
 from opsig_cli.backends import Session, State
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
-from opsig_cli.studies import floor, tracking
+from opsig_cli.studies import floor
 from opsig_cli.studies.branching.changes import EDGES, Change
 from opsig_cli.studies.curvature import group_of, scale_of
 from opsig_cli.studies.trained import settings_at, weights_of
@@ -162,21 +162,6 @@ def assumed(texts: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             raise UsageError(f"--assume {key}: '{value}' is not a number") from None
     return found
-
-
-def check_task(fork: Fork, session: Session) -> None:
-    """Raise OpsigError where the losses at the fork are not those that the run recorded there."""
-    run, step = fork.run, fork.step
-    if step not in run.steps("losses"):
-        return
-    recorded = float(run.row("losses/loss", step).mean(dtype=np.float64))
-    found = float(session.losses([fork.state])[0][0].mean(dtype=np.float64))
-    agrees = tracking.AGREES_ROUNDED if fork.settings.checkpoint_dtype == "bfloat16" else tracking.AGREES
-    if abs(found - recorded) > agrees * abs(recorded) + 1e-6:
-        raise OpsigError(
-            f"{run.path}: at step {step} the task's mean loss is {found:.6g} and the run recorded {recorded:.6g}. "
-            "The task, its data or its model is not the one that was trained"
-        )
 
 
 def sharpness_at(session: Session, settings: Settings, state: State) -> float:

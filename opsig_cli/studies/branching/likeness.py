@@ -31,8 +31,9 @@ class Likeness:
         """Compare one step."""
         differences = []
         if losses_S is not None and step in self._rows:
-            recorded = self._run.rows("losses/loss", self._rows[step], self._rows[step] + 1)[0]
-            differences.append(float(np.abs(recorded[self._order] - losses_S).max()))
+            recorded = self._run.rows("losses/loss", self._rows[step], self._rows[step] + 1)[0][self._order]
+            known = np.isfinite(recorded)
+            differences += [float(np.abs(recorded - losses_S)[known].max())] if known.any() else []
         elif step in self._logged:
             differences.append(abs(self._logged[step] - train_loss))
         for difference in differences:

@@ -50,7 +50,7 @@ def agreement(run: Trajectory, clusters: Clusters) -> dict[str, Any]:
     right = [(a, b) for a, b in concerned if None not in (a, b) and a != b and feature_of[a] == feature_of[b]]
     opposed = {side for pair in right for side in pair}
     sides = sorted(feature_of)
-    found = [{2 * pair, 2 * pair + 1} <= opposed for pair in sorted({side // 2 for side in sides})]
+    found = [{2 * pair, 2 * pair + 1} & set(sides) <= opposed for pair in sorted({side // 2 for side in sides})]
     return {
         "kind": "agreement",
         "trajectory": run.path,

@@ -22,6 +22,7 @@ from opsig_cli.studies.clustering import gathering, silencing, slopes, weighing
 from opsig_cli.studies.clustering.clusters import Clusters, Joined, Tests
 from opsig_cli.studies.clustering.sentences import caveat
 from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
+from opsig_cli.studies.filled import filled
 from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory
 
@@ -43,6 +44,7 @@ def find(
     warn: Callable[[str], None], progress: Callable[[str, int], AbstractContextManager[Any]], *,
     samples: Sequence[int] | None = None, window: tuple[int | None, int | None] = (None, None),
     join: bool | None = None, sketch: int | None = None, test: str = "replay", budget: int | None = None,
+    allow_changed_data: bool = False,
 ) -> Found:  # fmt: skip
     """Group the samples of a run that move most, or the `samples` given by index, by what they do in a window of steps.
 
@@ -53,7 +55,10 @@ def find(
     run.require("losses/loss")
     by, fallback = choose_by(run, by)
     found = mining.find(run, top or mining.default_count(len(run.samples)), window=window)
+    run = filled(run, found.known)
     position = found.position if samples is None else mining.positions_of(run, samples)
+    if found.known is not None:
+        position = position[~np.isin(position, found.known.never)]
     if len(position) < 2:
         raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
     weighed = window_of(run, found)
@@ -63,7 +68,7 @@ def find(
         steps = checkpoints_in(run, weighed)
         if sketch is not None:
             gathering.sketch_band(run, weighed, sketch)  # refused before anything is loaded
-        session, _ = tracking.open_session(run, task, device, backend, warn)
+        session, _ = tracking.open_session(run, task, device, backend, warn, allow_changed_data)
         if join is None and not (join := not getattr(session, "couples_samples", False)):
             warn("note: nobody joins: with batch norm in chunks each costs a chunk; see --join")
         coordinates = None
@@ -86,7 +91,8 @@ def find(
             clusters = slopes.with_vectors(clusters, coordinates.measured[-1])
     if clusters.on_vectors is None:
         clusters = slopes.with_vectors(clusters, slopes.kept_near(run, weighed))
-    notes = [words for words in (fallback, found.note, caveat(clusters)) if words]
+    first, second = (fallback, found.note) if found.known is None else (found.note, fallback)
+    notes = [words for words in (first, second, caveat(clusters)) if words]
     return Found(clusters, found, notes)
 
 
@@ -170,7 +176,7 @@ def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
     half = (len(losses_TM) - 1) // 2
     first_MM, second_MM = (
-        np.nan_to_num(grouping.change_correlation(part)) for part in (losses_TM[: half + 1], losses_TM[half:])
+        grouping.known(grouping.change_correlation(part)) for part in (losses_TM[: half + 1], losses_TM[half:])
     )
     smallest = weighing.smallest(position)
     found = grouping.group_by_similarity(first_MM, smallest)
@@ -188,6 +194,8 @@ def _judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Cluste
             verdict, reason = "unclear", "it was not tested (--test none)"
         elif clusters.by == "loss":
             verdict, reason = "unclear", "losses alone do not show whether the sides share a feature"
+        elif not np.isfinite([pair.cohesion, pair.opposition, pair.loss_correlation]).all():
+            verdict, reason = "unclear", "a part of its evidence could not be measured, as where losses do not move"
         else:
             silenced = tuple(outcome.silenced.get(number, ()))
             known = Evidence(

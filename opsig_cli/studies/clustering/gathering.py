@@ -11,6 +11,7 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.analysis.group_means import ROWS
+from opsig_cli.analysis.grouping import known
 from opsig_cli.analysis.pairing import OPPOSES
 from opsig_cli.backends import Session
 from opsig_cli.errors import UsageError
@@ -32,7 +33,7 @@ def with_largest_gradients(
         return position
     score = np.zeros(len(run.samples))
     for step in checkpoints_in(run, window).tolist():
-        norms = np.nan_to_num(session.gradient_norms(read_state(run, step)))
+        norms = known(session.gradient_norms(read_state(run, step)))
         score += norms / (np.sqrt(np.mean(norms**2)) or 1.0)
         advance(note=f"step {step}")
     largest = np.argsort(-score, kind="stable")[: len(position)]
@@ -56,9 +57,9 @@ def mean_similarity(
         state = read_state(run, step)
         if sketch is None:
             found = session.gradient_cosines(state, samples)  # pyright: ignore[reportAttributeAccessIssue]
-            np.add(total, np.nan_to_num(found, copy=False), out=total, casting="same_kind")
+            np.add(total, known(found, copy=False), out=total, casting="same_kind")
         else:
-            rows = np.nan_to_num(session.gradient_sketch(state, samples, sketch, step))  # pyright: ignore[reportAttributeAccessIssue]
+            rows = known(session.gradient_sketch(state, samples, sketch, step))  # pyright: ignore[reportAttributeAccessIssue]
             for first in range(0, len(rows), ROWS):
                 total[first : first + ROWS] += rows[first : first + ROWS] @ rows.T
         advance(note=f"step {step}")
@@ -91,7 +92,7 @@ def group_cosines(
     for step in steps.tolist():
         rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore[reportAttributeAccessIssue]
         advance(note=f"step {step}")
-    return np.nan_to_num(np.stack(rows))
+    return known(np.stack(rows))
 
 
 def mean_likeness(run: Trajectory, session: Session, position: np.ndarray, window: Window) -> np.ndarray | None:
@@ -107,7 +108,7 @@ def mean_likeness(run: Trajectory, session: Session, position: np.ndarray, windo
         rows = session.features(read_state(run, step), run.samples[position])
         if rows is None:
             return None
-        rows = np.nan_to_num(rows, copy=False)
+        rows = known(rows, copy=False)
         for first in range(0, len(rows), ROWS):
             total[first : first + ROWS] += rows[first : first + ROWS] @ rows.T / len(steps)
     return total
@@ -119,4 +120,4 @@ def mean_likeness_with(
     """Mean cosine of these samples' centred features with every group's, averaged over the checkpoints, (N, G)."""
     steps = checkpoints_in(run, window).tolist()
     rows = [session.mean_feature_cosines(read_state(run, step), run.samples[outside], sets) for step in steps]  # pyright: ignore[reportAttributeAccessIssue]
-    return np.nan_to_num(np.mean(rows, axis=0))
+    return known(np.mean(rows, axis=0))

@@ -71,18 +71,17 @@ def silence(
     places = np.unique(np.linspace(0, len(held_out), REPLAYS + 1).round().astype(int)[1:]) - 1
     steps = [int(held_out[place]) for place in places if place >= 0]
     outcome = Outcome({}, {}, steps)
-    labels = run.read("samples/label") if run.has("samples/label") else np.zeros(len(run.samples), np.int64)
+    labels = labels_of(run)
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
-    units = _units(clusters, pairs)
     swung: dict[int, int] = {}
     left = budget // LENGTH
     plains = {}
     for step in steps:
         if left > 0:
-            plains[step] = _Replay(run, session, settings, step)(None)
+            plains[step] = Replay(run, session, settings, step)(None)
             left, outcome.replays = left - 1, outcome.replays + 1
             advance(note=f"step {step}")
-    for unit, numbers in units:
+    for unit, numbers in units_of(clusters):
         silent = np.concatenate([members[group] for group in unit])
         for step, plain in plains.items():
             swinging = [n for n in numbers if _swings(plain, np.concatenate([members[g] for g in pairs[n]]))]
@@ -91,26 +90,35 @@ def silence(
             if left < 2:
                 outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
                 continue
-            replayed = _Replay(run, session, settings, step)
-            controls = _controls(labels, silent, np.random.default_rng([seed, step, *unit]))
+            replayed = Replay(run, session, settings, step)
+            controls = controls_of(labels, silent, np.random.default_rng([seed, step, *unit]))
             without, controlled = replayed(silent), replayed(controls)
             left, outcome.replays = left - 2, outcome.replays + 2
             advance(2, note=f"step {step}")
             for n in swinging:
                 both = np.concatenate([members[group] for group in pairs[n]])
                 swung[n] = swung.get(n, 0) + 1
-                outcome.silenced.setdefault(n, []).append(
-                    Silenced(step, *(_swing(losses[:, both]) for losses in (plain, without, controlled)))
-                )
+                outcome.silenced.setdefault(n, []).append(compared(step, both, plain, without, controlled))
     for n in range(len(pairs)):
         if n not in swung:
             outcome.untested.setdefault(n, _why_not(plains, np.concatenate([members[g] for g in pairs[n]])))
     return outcome
 
 
-def _units(clusters: Clusters, pairs: list[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+def labels_of(run: Trajectory) -> np.ndarray:
+    """The samples' labels, (S,), or one for all."""
+    return run.read("samples/label") if run.has("samples/label") else np.zeros(len(run.samples), np.int64)
+
+
+def compared(step: int, both: np.ndarray, *losses_TS: np.ndarray) -> Silenced:
+    """A pair's swing when all train, when its samples are silent, and when their controls are."""
+    return Silenced(step, *(_swing(losses[:, both]) for losses in losses_TS))
+
+
+def units_of(clusters: Clusters) -> list[tuple[list[int], list[int]]]:
     """What is silenced at once, groups, and for which pairs: a family for all its pairs, else the pair itself; those
     that move most first."""
+    pairs = clusters.grouping.pairs()
     units: dict[tuple[int, ...], list[int]] = {}
     related_groups = related(clusters)
     for number, pair in enumerate(pairs):
@@ -120,7 +128,7 @@ def _units(clusters: Clusters, pairs: list[tuple[int, int]]) -> list[tuple[list[
     return [(list(unit), units[unit]) for unit in sorted(units, key=lambda unit: -np.nan_to_num(weight[unit]))]
 
 
-def _controls(labels: np.ndarray, silent: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def controls_of(labels: np.ndarray, silent: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """As many samples that are not silent, with the same labels as far as there are such; any others make up."""
     outside = np.setdiff1d(np.arange(len(labels)), silent)
     chosen = []
@@ -133,7 +141,7 @@ def _controls(labels: np.ndarray, silent: np.ndarray, generator: np.random.Gener
     return np.concatenate([drawn, more])
 
 
-class _Replay:
+class Replay:
     """Losses (T, S) of all samples when training is repeated from a checkpoint with some of them silent; NaN from the
     step at which they stop being finite."""
 

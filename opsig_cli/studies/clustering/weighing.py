@@ -47,15 +47,20 @@ def weigh(
         across_C = means_CMG[:, sides[0], b].mean(1)
         opposition, error = evidence.mean_and_error(across_C)
         low, high = evidence.interval(across_C)
-        p_value = significance.p_value(significance.pair_strength(opposition, *map(len, sides)), null.pair)
         a_T, b_T = losses_TG[:, a], losses_TG[:, b]
+        correlation = evidence.correlation_without_drift(a_T, b_T)
+        p_value = significance.p_value(significance.pair_strength(opposition, *map(len, sides)), null.pair)
+        measured = [groups[a].cohesion, groups[b].cohesion, opposition, correlation]
+        measured += [] if clusters.by == "loss" else [error]
+        if not np.isfinite(measured).all():
+            p_value = 1.0  # what could not be measured speaks for nothing
         row = evidence.moves_apart(a_T, b_T)
         pairs.append(PairWeight(
             (groups[a].cohesion + groups[b].cohesion) / 2, opposition, error,
             (low, high + (clusters.sketch_error or 0)),
             float("nan") if shared_GG is None else float(shared_GG[a, b]),
             float("nan") if clusters.alike_GG is None else float(clusters.alike_GG[a, b]),
-            evidence.correlation_without_drift(a_T, b_T), stable.pair[a, b], min(groups[a].kept, groups[b].kept),
+            correlation, stable.pair[a, b], min(groups[a].kept, groups[b].kept),
             p_value, significance.series_p_value(np.diff(a_T, 2), np.diff(b_T, 2)) if len(a_T) > 3 else float("nan"),
             rise.share(both), rise.share_of_movement(both), (groups[a].change, groups[b].change),
             None if row is None else (row, float(np.diff(a_T)[row - 1]), float(np.diff(b_T)[row - 1])),

@@ -45,6 +45,7 @@ class Request:
     replace: bool
     device: str | None
     backend: str
+    allow_changed_data: bool = False
 
 
 def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _import_checkpoints(
     task, spec = tasks.load(spec)
     used = stored or Settings(str(spec), chunk_size=given["chunk_size"], statistics=given["statistics"])
     session = load_backend(request.backend).open(task, request.device, used.chunk_size, used.statistics)
-    _check_session(request, session, losses)
+    _check_session(request, session, losses, warn)
     warn(f"device: {session.device_name}")
     target = flow.target_of(task, session, request.prefix)
     if used.statistics == "running" and any(t.name.endswith("running_mean") for t in target.layout):
@@ -161,7 +162,7 @@ def _import_checkpoints(
         )
 
 
-def _check_session(request: Request, session: Session, losses: series.Losses | None) -> None:
+def _check_session(request: Request, session: Session, losses: series.Losses | None, warn: flow.Warn) -> None:
     """Raise OpsigError or UsageError where the task or the options do not go with what is to be written."""
     if "optimizer" in request.given:
         training.check_optimizer(request.given["optimizer"], session)
@@ -171,6 +172,7 @@ def _check_session(request: Request, session: Session, losses: series.Losses | N
         with open_trajectory(request.output) as kept:
             check_samples(kept, session.samples)
             flow.check_layout(kept, session.layout)
+            tracking.check_data(kept, session, warn, request.allow_changed_data)
 
 
 def _stored(request: Request) -> Settings:
@@ -220,7 +222,7 @@ def _write(
         missing = tracking.missing_losses(kept)
         tracked = {}
         with bar("tracking", len(missing)) as advance:
-            for step, values in tracking.fill_losses(kept, session, missing):
+            for step, values in tracking.fill_losses(kept, session, missing, request.allow_changed_data):
                 tracked[step] = float(values.mean(dtype="f8"))
                 advance(note=f"step {step}")
         records = [record | {"loss": tracked.get(record["step"])} for record in records]

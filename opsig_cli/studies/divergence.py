@@ -1,0 +1,61 @@
+"""A training run that meets a loss or a gradient that is not finite: what is kept, and whose it is. S samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NoReturn
+
+import numpy as np
+
+from opsig_cli import backends
+from opsig_cli.backends import Session, Snapshot, State, Training
+from opsig_cli.errors import OpsigError
+from opsig_cli.studies.missing import named
+from opsig_cli.trajectory.recorder import Recorder
+
+
+def not_finite(snapshot: Snapshot) -> str | None:
+    """What of a step is not finite, "loss" or "gradient"; None where both are."""
+    if not math.isfinite(snapshot.train_loss):
+        return "loss"
+    if snapshot.losses is not None and not np.isfinite(snapshot.losses).all():
+        return "loss"
+    return None if math.isfinite(snapshot.grad_norm) else "gradient"
+
+
+def stop(recorder: Recorder, session: Session, training: Training, latest: State, step: int, what: str) -> NoReturn:
+    """Keep the state of the step before, and raise OpsigError, naming the samples whose loss or gradient it is.
+
+    `latest`: the last state that is known, from which the steps since are trained again. The learning rate is spoken of
+    only where no sample alone, or most of them, are not finite.
+    """
+    run = recorder.run
+    states = {latest.step: latest}
+    if latest.step < step:
+        wanted = (step - 1, step)
+        again = replace(training, wants_losses=lambda _: False, wants_state=lambda at: at in wanted)
+        for snapshot in session.train(again, latest):
+            if snapshot.state is not None:
+                states[snapshot.step] = snapshot.state
+            if snapshot.step == step:
+                break
+    kept = max(0, step - 1) if max(0, step - 1) in states else step
+    if np.isfinite(states[kept].params).all():
+        recorder.record(kept, state=states[kept])
+    run.set_attributes(state=f"stopped: the {what} is not finite at step {step}")
+    run.commit()
+    of, samples = _whose(session, states[step])
+    words = f"the {what} is not finite at step {step}"
+    keeps = f"{run.path} keeps this row, and the state at step {kept}"
+    if 0 < len(samples) <= session.samples / 2:
+        raise OpsigError(f"{words}: the {of} of {named(run, samples)} is not. {keeps}. Look at this part of the data")
+    raise OpsigError(f"{words}. {keeps}. Try a learning rate below {training.learning_rate:g}")
+
+
+def _whose(session: Session, state: State) -> tuple[str, np.ndarray]:
+    """The samples whose loss at a state is not finite, else those whose gradient is not."""
+    broken = np.flatnonzero(~np.isfinite(session.losses([state])[0][0]))
+    if len(broken) or not isinstance(session, backends.Curvature):
+        return "loss", broken
+    return "gradient", np.flatnonzero(~np.isfinite(session.gradient_norms(state)))

@@ -1,0 +1,528 @@
+"""Values that vanish, are missing or are not finite, data in another order, and what people ask for that cannot be."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TASKS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsig_cli import tasks
+from opsig_cli.analysis.coverage import coverage
+from opsig_cli.analysis.grouping import Grouping, group_by_similarity, pair_anew
+from opsig_cli.analysis.significance import p_value, series_p_value
+from opsig_cli.backends import load_backend
+from opsig_cli.studies import comparing
+from opsig_cli.studies.filled import coverage_of, filled
+from opsig_cli.trajectory import reading
+from opsig_cli.trajectory.file import create_trajectory, open_trajectory
+from opsig_cli.trajectory.recorder import read_state
+
+OWN = ("--task", f"{TASKS}:Tiny")
+
+
+def write_losses(path, losses, labels=None):
+    """A run of losses (T, S) alone."""
+    with create_trajectory(path, np.arange(losses.shape[1])) as run:
+        if labels is not None:
+            run.write("samples/label", np.array(labels))
+        for step, row in enumerate(losses):
+            run.append("losses", step, loss=row.astype(np.float32))
+    return path
+
+
+# -- views of blocks
+
+
+def test_the_share_of_samples_that_rise_is_the_same_wherever_a_block_ends(tmp_path, monkeypatch):
+    losses = np.random.default_rng(0).random((40, 30)).astype(np.float32)
+    path = write_losses(tmp_path / "run.h5", losses)
+    for rows in (1, 3, 7, 40):
+        monkeypatch.setattr(reading, "BLOCK_BYTES", rows * losses.itemsize * losses.shape[1])
+        with open_trajectory(path) as run:
+            kept = [block for _, block in run.blocks("losses/loss")]
+            np.testing.assert_array_equal(np.concatenate(kept), losses)
+            rising = comparing.series_of(run)["rising"].values
+        np.testing.assert_array_equal(rising, (losses[1:] > losses[:-1]).mean(1))
+
+
+# -- what cannot be written, and code that fails
+
+
+BAD = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Bad:
+    def __init__(self, after=3, wide=False, rate=1.0):
+        assert (type(after), type(wide), type(rate)) == (int, bool, float)
+        self.after, self.calls = after, 0
+
+    def model(self):
+        return nn.Linear(2, 1)
+
+    def dataset(self):
+        return TensorDataset(torch.ones(4, 2))
+
+    def losses(self, model, batch):
+        self.calls += 1
+        return helper(batch) if self.calls > self.after else model(batch[0])[:, 0].square()
+
+
+def helper(batch):
+    return batch["x"]
+"""
+
+
+def test_an_exception_in_a_persons_code_shows_their_frames_and_no_others(opsig, tmp_path):
+    (tmp_path / "bad.py").write_text(BAD)
+    task = f"{tmp_path / 'bad.py'}:Bad:after=5,wide=true,rate=2"  # options take their defaults' types
+    failed = opsig("train", "--task", task, "--steps", 9, "-o", tmp_path / "run.h5", "-q")
+    assert failed.code == 1
+    assert [line.split(", ")[-1] for line in failed.err.splitlines() if "File" in line] == ["in losses", "in helper"]
+    assert failed.err.count("bad.py") == 2
+    assert failed.err.splitlines()[-1].startswith("opsig: the task's own code failed: TypeError: list indices")
+    opsig("train", "--task", task.replace("5", "x"), "-o", tmp_path / "b.h5").fails(2, "after is 'x'", "an integer")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_a_full_or_closed_stdout_is_one_line(tmp_path):
+    path = write_losses(tmp_path / "run.h5", np.random.default_rng(0).random((30, 10)))
+    command = f"{sys.executable} -m opsig_cli.main mine {path} --quiet"
+    for into, words in (("> /dev/full", "stdout cannot be written: No space left"), (">&-", "stdout is closed")):
+        for unbuffered in ("", "1"):
+            done = subprocess.run(
+                f"{command} {into}", shell=True, capture_output=True, text=True,
+                env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            )  # fmt: skip
+            assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+            assert done.stderr.startswith(f"opsig: {words}")
+
+
+def test_a_path_that_cannot_be_written_is_found_before_the_work(opsig, tmp_path):
+    (tmp_path / "bad.py").write_text("raise SystemExit('the work has begun')")
+    task = ("--task", f"{tmp_path / 'bad.py'}:Bad")
+    run = tmp_path / "run.h5"
+    run.write_bytes(b"not a run, and never opened")
+    for option, path, words in (
+        ("-o", tmp_path / "none" / "run.h5", "there is no folder"),
+        ("-o", tmp_path, "is a folder"),
+        ("-o", run, "exists"),
+    ):
+        opsig("train", *task, option, path).fails(1, words)
+    for command in ("mine", "cluster", "sharpness", "probe", "compare"):
+        opsig(command, run, "--figure", tmp_path / "none" / "a.png").fails(1, "--figure", "there is no folder")
+        opsig(command, run, "--figure", tmp_path / "a.doc").fails(1, "--figure", ".doc")
+    opsig("report", run, "-o", tmp_path / "none" / "a.html").fails(1, "there is no folder")
+    opsig("import", "--losses", "x.npy", "-o", tmp_path / "none" / "a.h5").fails(1, "there is no folder")
+    opsig("simulate", "valley", "-o", run).fails(1, "exists")
+    assert not list(tmp_path.glob("*.png"))
+
+
+# -- steps
+
+
+def test_steps_that_are_not_there_name_the_nearest(opsig, tiny_run):
+    opsig("sharpness", tiny_run, *OWN, "--steps", 7).fails(1, "Nearest: 6, 9, of 21 from 0 to 60")
+    opsig("sharpness", tiny_run, *OWN, "--steps", "61:70").fails(1, "Nearest: 60, of 21")
+    opsig("sharpness", tiny_run, *OWN, "--steps", "0:60:0").fails(2, "every 0th")
+    opsig("sharpness", tiny_run, *OWN, "--steps", "30:3").fails(2, "ends before it begins")
+    opsig("train", "-o", tiny_run, "--resume", *OWN, "--steps", 30).fails(1, "at step 60 already", "--steps 30")
+
+
+def test_a_stored_eigenvalue_that_misses_the_tolerance_is_measured_again(opsig, tiny_run, tmp_path):
+    run = shutil.copy(tiny_run, tmp_path / "run.h5")
+    steps = ("--steps", "0:9")
+    rough = opsig("sharpness", run, *OWN, *steps, "--tolerance", 0.2)
+    fine = opsig("sharpness", run, *OWN, "--steps", "3:12", "--tolerance", 1e-4)
+    assert "measured already" not in fine.err
+    assert re.search(r"measured again: [123] checkpoints", fine.err)
+    again = opsig("sharpness", run, *OWN, *steps, "--tolerance", 0.2)
+    assert "measured already: 4 of 4" in again.err
+    assert max(r["residual"] for r in rough.records[1:]) > 1e-4 > max(r["residual"] for r in again.records[1:])
+    assert again.records[0] == rough.records[0]
+    assert opsig("verify", run).code == 0
+
+
+# -- losses and gradients that are not finite
+
+
+BROKEN = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Broken:
+    def __init__(self, nan=-1, root=-1):
+        x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+        if nan >= 0:
+            x[nan, 1] = float("nan")
+        if root >= 0:
+            x[root] = 0
+        self.x, self.root = x, root
+
+    def model(self):
+        return nn.Linear(3, 2, bias=False)
+
+    def dataset(self):
+        return TensorDataset(self.x)
+
+    def losses(self, model, batch):
+        out = model(batch[0]).square().sum(1)
+        return out.sqrt() if self.root >= 0 else out
+
+    def label(self, i):
+        return f"item {i}"
+"""
+
+
+@pytest.fixture
+def broken(tmp_path, opsig):
+    (tmp_path / "broken.py").write_text(BROKEN)
+
+    def train(options, *more):
+        task = ("--task", f"{tmp_path / 'broken.py'}:Broken{options}", "--steps", 200, "--replace", "-q")
+        return opsig("train", *task, "-o", tmp_path / "run.h5", *more)
+
+    return train
+
+
+def test_train_names_the_sample_whose_loss_or_gradient_is_not_finite(broken, tmp_path, opsig):
+    track = ("--track", "--learning-rate", 0.01)
+    broken(":nan=7", *track).fails(1, "the loss is not finite at step 0", "the loss of sample 7 (label item 7)")
+    with open_trajectory(tmp_path / "run.h5") as run:
+        assert np.flatnonzero(~np.isfinite(run.row("losses/loss", 0))).tolist() == [7]
+        assert run.steps("checkpoints").tolist() == [0]
+    outcome = broken(":nan=7", "--optimizer", "sgd", "--batch-size", 2, "--learning-rate", 0.01, "--seed", 1)
+    outcome.fails(1, "the loss is not finite at step ", "the loss of sample 7 (label item 7)")
+    assert "learning rate" not in outcome.err
+    step = int(outcome.err.split("not finite at step ")[1].split(":")[0])
+    assert step > 1
+    with open_trajectory(tmp_path / "run.h5") as run:
+        assert run.steps("scalars")[-1] == step
+        assert np.isnan(run.row("scalars/train_loss", step))
+        assert run.steps("checkpoints").tolist() == [0, step - 1]
+    broken(":root=5", *track).fails(
+        1, "the gradient is not finite at step 0", "the gradient of sample 5 (label item 5)"
+    )
+
+
+def test_train_speaks_of_the_learning_rate_where_most_losses_are_not_finite(broken, tmp_path):
+    outcome = broken("", "--track", "--learning-rate", 1e4, "--optimizer", "momentum", "--checkpoint-every", 100)
+    outcome.fails(1, "Try a learning rate below 10000")
+    with open_trajectory(tmp_path / "run.h5") as run:
+        last = int(run.steps("losses")[-1])
+        assert run.steps("checkpoints").tolist() == [0, last - 1]
+        state, before = read_state(run, last - 1), run.row("losses/loss", last - 1)
+        assert np.isfinite(before).all()
+        assert not np.isfinite(run.row("losses/loss", last)).all()
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose((x @ torch.tensor(state.params).view(2, 3).T).square().sum(1), before, rtol=1e-5)
+
+
+# -- values that vanish
+
+
+SATURATED = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+
+class Saturated:
+    def __init__(self, steep=200.0):
+        self.steep = steep
+
+    def model(self):
+        model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+        with torch.no_grad():
+            model[2].weight.mul_(self.steep)
+        return model
+
+    def dataset(self):
+        draw = torch.Generator().manual_seed(0)
+        return TensorDataset(torch.randn(60, 8, generator=draw), torch.randint(0, 3, (60,), generator=draw))
+
+    def losses(self, model, batch):
+        return cross_entropy(model(batch[0]), batch[1], reduction="none")
+"""
+
+
+def test_gradients_that_underflow_have_no_cosine_and_make_no_pair_of_a_group_with_itself(opsig, tmp_path):
+    (tmp_path / "s.py").write_text(SATURATED)
+    for steep in (1, 200):
+        task = ("--task", f"{tmp_path / 's.py'}:Saturated:steep={steep}")
+        run = tmp_path / f"{steep}.h5"
+        train = ("--learning-rate", 0.3, "--steps", 30, "--track", "--checkpoint-every", 5, "-q")
+        assert opsig("train", *task, *train, "-o", run).code == 0
+        found = opsig("cluster", run, *task, "--by", "gradient")
+        assert found.code == 0, found.err
+        pairs = [r for r in found.records if r["kind"] == "pair"]
+        assert pairs
+        for record in pairs + [r for r in found.records if r["kind"] == "group"]:
+            assert abs(record["cohesion"]) < 1 + 1e-9
+            if record["kind"] == "pair":
+                assert len(set(record["groups"])) == 2
+                assert -1 <= record["opposition"] < 0
+                measured = [record[name] for name in ("opposition", "opposition_error", "loss_correlation", "shared")]
+                assert record["p_value"] == 1 or None not in measured
+                assert record["verdict"] != "established" or None not in measured
+        loaded, _ = tasks.load(tasks.parse_spec(task[1]))
+        session: Any = load_backend("torch").open(loaded)
+        with open_trajectory(run) as trajectory:
+            state = read_state(trajectory, 0)
+        cosines, norms = session.gradient_cosines(state, np.arange(60)), session.gradient_norms(state)
+        gone = norms < 1e-15
+        assert gone.any() == (steep == 200)
+        assert np.isnan(cosines[gone]).all()
+        assert np.isnan(cosines[:, gone]).all()
+        assert np.isnan(session.mean_cosines(state, np.arange(60), [np.arange(9)])[gone]).all()
+        np.testing.assert_allclose(np.diag(cosines)[~gone], 1)
+        assert np.abs(cosines[np.ix_(~gone, ~gone)]).max() < 1 + 1e-6
+
+
+def test_nothing_opposes_itself_and_what_is_not_known_is_not_significant():
+    against = np.full((4, 4), -0.9)
+    grouping = Grouping(np.array([0, 0, 1, 1]), np.array([-1, -1]), np.full(4, np.nan))
+    assert pair_anew(against, grouping, np.zeros((2, 2), bool)).pairs() == [(0, 1)]
+    lone = Grouping(np.zeros(4, int), np.array([-1]), np.full(4, np.nan))
+    assert pair_anew(against, lone, np.zeros((1, 1), bool)).pairs() == []
+    assert p_value(float("nan"), np.zeros(199)) == 1
+    assert series_p_value(np.full(20, np.nan), np.arange(20.0)) == 1
+    infinite = np.where(np.eye(8) > 0, 1, np.inf)
+    assert group_by_similarity(infinite).pairs() == []
+
+
+# -- losses that were not measured
+
+
+def swinging(steps=120, samples=40):
+    """Losses that fall with noise, and of which samples 0 to 3 swing at period two against 4 to 7."""
+    draw = np.random.default_rng(0)
+    losses = np.exp(-np.arange(steps) / 40)[:, None] * (0.5 + draw.random(samples))
+    losses += 0.05 * draw.random((steps, samples))
+    swing = np.where(np.arange(steps) % 2, 0.6, -0.6)[:, None]
+    losses[:, :4] += 1 + swing
+    losses[:, 4:8] += 1 - swing
+    return losses
+
+
+def in_batches(losses, size=10):
+    """Each sample at the one step of every epoch whose batch has it."""
+    draw, seen = np.random.default_rng(1), np.full(losses.shape, np.nan)
+    per_epoch = losses.shape[1] // size
+    for step in range(len(losses)):
+        if step % per_epoch == 0:
+            order = draw.permutation(losses.shape[1])
+        batch = order[step % per_epoch * size :][:size]
+        seen[step, batch] = losses[step, batch]
+    return seen
+
+
+def test_a_loss_that_was_not_measured_is_a_gap_and_no_divergence(opsig, tmp_path):
+    whole = opsig("mine", write_losses(tmp_path / "whole.h5", swinging()), "--top", 8)
+    losses = swinging()
+    losses[60, 9] = np.nan
+    run = write_losses(tmp_path / "gap.h5", losses)
+    found = opsig("mine", run, "--top", 8)
+    assert "1 of 4,800 losses were not measured" in found.err
+    assert "not finite" not in found.err
+    for left, right in zip(whole.records, found.records, strict=True):
+        assert left["sample"] == right["sample"]
+        assert left["score"] == pytest.approx(right["score"], rel=1e-3)
+    grouped = opsig("cluster", run)
+    members = {r["sample"]: r["side"] for r in grouped.records if r["kind"] == "member" and r["pair"] == 1}
+    assert [members[sample] for sample in range(8)] == [members[0]] * 4 + [-members[0]] * 4
+    assert opsig("report", run, "-q").code == 0
+    assert "not finite" not in (tmp_path / "gap.html").read_text()
+
+
+def test_samples_seen_once_an_epoch_are_a_measured_run_with_gaps(opsig, tmp_path):
+    losses = in_batches(swinging())
+    run = write_losses(tmp_path / "sparse.h5", losses)
+    found = opsig("mine", run, "--top", 8, "--figure", tmp_path / "m.png")
+    assert found.code == 0, found.err
+    assert "3,600 of 4,800 losses were not measured" in found.err
+    assert "not finite" not in found.err
+    for record in found.records:
+        column = losses[:, record["sample"]]
+        at, before = record["step"], record["previous_step"]
+        assert record["change"] == pytest.approx(column[at] - column[before], abs=1e-6)
+        assert np.isnan(column[before + 1 : at]).all()
+    assert {r["sample"] for r in found.records} == set(range(8))
+    for command in ("cluster", "report"):
+        outcome = opsig(command, run)
+        assert outcome.code == 0, outcome.err
+        assert "losses were not measured" in outcome.err
+    (compared,) = opsig("compare", run).records
+    assert compared["loss"] == pytest.approx(np.nanmean(losses[-1]), rel=1e-6)
+
+
+def test_a_sample_that_is_not_finite_while_the_others_are_is_named_first(opsig, tmp_path):
+    losses = swinging()
+    losses[:, 17] = np.nan
+    losses[50:, 23] = np.inf
+    run = write_losses(tmp_path / "run.h5", losses, [f"kind {i % 3}" for i in range(40)])
+    named = "not finite while other losses are: sample 17 (label kind 2) from step 0 on, sample 23 (label kind 2)"
+    for command in ("mine", "cluster"):
+        found = opsig(command, run)
+        assert found.code == 0, found.err
+        assert [(r["kind"], r["sample"], r["label"], r["step"]) for r in found.records[:2]] == [
+            ("not_finite", 17, "kind 2", 0), ("not_finite", 23, "kind 2", 50),
+        ]  # fmt: skip
+        assert found.err.startswith(f"note: {named}")
+        assert "losses were not measured" not in found.err
+        assert opsig(command, run, "--format", "table").out.startswith("samples whose loss is not finite")
+    mined = opsig("mine", run, "--top", 40)
+    assert 17 not in {r["sample"] for r in mined.records if "rank" in r}
+    assert opsig("cluster", "-", stdin=mined.out).code == 0
+    assert opsig("report", run, "-q").code == 0
+    assert "sample 17 (label kind 2) from step 0 on" in (tmp_path / "run.html").read_text()
+    opsig("mine", write_losses(tmp_path / "one.h5", losses[:1])).fails(1, "sample 17 from step 0 on", "at least two")
+
+
+def test_a_run_that_diverges_ends_at_the_step_where_most_losses_do(opsig, tmp_path):
+    for seen in (swinging(), in_batches(swinging())):
+        losses = seen.copy()
+        losses[80:] = np.nan
+        losses[79, 5] = np.inf
+        run = write_losses(tmp_path / f"{np.isnan(seen).any()}.h5", losses)
+        found = opsig("mine", run, "--top", 3)
+        assert found.code == 0, found.err
+        assert re.search(r"from step (79|80) on losses are not finite: only the steps before it", found.err)
+        assert found.records[-1]["window"][0] == 0
+        assert found.records[-1]["window"][1] in (78, 79)
+    opsig("mine", write_losses(tmp_path / "never.h5", np.full((5, 4), np.nan))).fails(1, "not finite at step 0")
+
+
+def test_the_whole_loss_is_not_said_to_rise_where_it_never_does(opsig, tmp_path):
+    falls = np.exp(-np.arange(40) / 9)[:, None] * np.linspace(1, 2, 12)
+    run = write_losses(tmp_path / "a.h5", falls)
+    assert "the whole loss never rose" in opsig("mine", run).err
+    assert opsig("report", run, "-q").code == 0
+    page = (tmp_path / "a.html").read_text()
+    assert "never rose" in page
+    assert "rises most" not in page
+    assert "largest rise" not in page.lower()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cut=st.lists(st.integers(1, 29), max_size=4, unique=True),
+    holes=st.lists(st.tuples(st.integers(0, 29), st.integers(0, 4)), max_size=40),
+    start=st.integers(0, 29),
+)
+def test_what_is_held_is_the_last_loss_that_was_measured(tmp_path_factory, cut, holes, start):
+    losses = np.random.default_rng(0).random((30, 5)).astype(np.float32)
+    for row, column in holes:
+        losses[row, column] = np.nan
+    expected = losses.copy()
+    for column in expected.T:
+        known = np.flatnonzero(np.isfinite(column))
+        for row in range(30):
+            before = known[known <= row]
+            column[row] = column[before[-1]] if len(before) else column[known[0]] if len(known) else 0
+    path = write_losses(tmp_path_factory.mktemp("held") / "run.h5", losses)
+    with open_trajectory(path) as run:
+        whole = coverage((part for part in np.split(losses, sorted(cut))), 5)
+        assert coverage_of(run).gaps == whole.gaps
+        run = filled(run, replace(whole, diverged=None))
+        np.testing.assert_array_equal(run.rows("losses/loss", start, 30), expected[start:])
+        np.testing.assert_array_equal(run.series("losses/loss", np.array([3, 1]), start), expected[start:, [3, 1]])
+        blocks = [rows for _, rows in run.blocks("losses/loss", start)]
+        np.testing.assert_array_equal(np.concatenate(blocks), expected[start:])
+
+
+# -- the data and their order
+
+
+SHUFFLED = """
+import torch
+from tiny import Tiny
+from torch import nn
+
+
+class Shuffled(Tiny):
+    '''In an order of its own, as that of a set or of a folder is in every process.'''
+
+    def __init__(self, order=0, drop=0.0, norm=False):
+        super().__init__(norm=norm)
+        self.drop = drop
+        if order:
+            chosen = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(order))
+            self.x, self.y = self.x[chosen], self.y[chosen]
+
+    def model(self):
+        model = super().model()
+        return nn.Sequential(model, nn.Dropout(self.drop)) if self.drop else model
+
+    label = None
+"""
+
+
+@pytest.fixture
+def shuffled(tmp_path):
+    (tmp_path / "shuffled.py").write_text(f"import sys\nsys.path.insert(0, {str(TASKS.parent)!r})\n{SHUFFLED}")
+    return lambda options="": ("--task", f"{tmp_path / 'shuffled.py'}:Shuffled{options}")
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_data_in_another_order_are_found_before_anything_is_measured(opsig, tmp_path, shuffled, norm):
+    run, kind = tmp_path / "run.h5", f"norm={norm}"
+    train = ("--learning-rate", 0.3, "--track-every", 4, "--checkpoint-every", 2, "--steps", 22, "--chunk-size", 16)
+    assert opsig("train", *shuffled(f":{kind}"), *train, "-o", run).code == 0
+    again, other = shuffled(f":{kind}"), shuffled(f":order=3,{kind}")
+    page = ("-o", tmp_path / "a.html")
+    for command in (
+        ("track", run), ("cluster", run), ("sharpness", run, "--steps", 22), ("report", run, *page),
+        ("train", "-o", run, "--resume", "--steps", 24),
+    ):  # fmt: skip
+        before = run.read_bytes()
+        refused = opsig(*command, *other)
+        assert (refused.code, refused.out) == (1, "")
+        assert re.search(r"sample 0 is .* was recorded as .* --allow-changed-data", refused.err.splitlines()[-1])
+        assert run.read_bytes() == before
+        assert not (tmp_path / "a.html").exists()
+    outcome = opsig("track", run, *other, "--allow-changed-data")
+    assert outcome.code == 0, outcome.err
+    assert "note: " in outcome.err
+    assert "the loss of sample 0 is" in outcome.err
+    assert opsig("train", "-o", run, "--resume", "--steps", 24, *again, "-q").code == 0
+    assert opsig("sharpness", run, *again, "--steps", 24, "-q").code == 0
+
+
+def test_checkpoints_in_bfloat16_are_the_same_data_still(opsig, tmp_path, shuffled):
+    run = tmp_path / "run.h5"
+    train = ("--learning-rate", 0.3, "--track", "--checkpoint-dtype", "bfloat16", "--steps", 20)
+    assert opsig("train", *shuffled(), *train, "-o", run).code == 0
+    assert opsig("sharpness", run, *shuffled(), "--steps", 20, "--tolerance", 0.1).code == 0
+    opsig("sharpness", run, *shuffled(":order=3"), "--steps", 20).fails(1, "--allow-changed-data")
+
+
+def test_dropout_that_full_batch_training_leaves_out_is_said(opsig, tmp_path, shuffled):
+    run = ("--steps", 1, "--replace", "-o", tmp_path / "run.h5")
+    assert "leaves the model's dropout out" in opsig("train", *shuffled(":drop=.5"), *run).err
+    assert "dropout" not in opsig("train", *shuffled(), *run).err
+    batches = ("--optimizer", "sgd", "--batch-size", 10)
+    assert "dropout" not in opsig("train", *shuffled(":drop=.5"), *batches, *run).err
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_losses_with_random_holes_end_no_command_in_a_traceback(tmp_path, seed, monkeypatch):
+    monkeypatch.syspath_prepend(str(TASKS.parents[2] / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", [])
+    import missing  # pyright: ignore[reportMissingImports]
+
+    assert missing.problems(seed, tmp_path) == []
