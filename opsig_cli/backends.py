@@ -1,7 +1,8 @@
 """What turns a task and its parameters into numbers: the Backend protocol, and finding backends.
 
 S samples, P parameters, B buffers, M chosen samples, C checkpoints, K eigenpairs. Arrays are numpy on both sides.
-Losses are in nats; parameters are one flat float32 row in the order of `Session.layout`.
+Losses are in nats; parameters are one flat float32 row in the order of `Session.layout`. P counts those that are
+trained: gradients, Hessians and optimizers are over these alone, and the F that are frozen are constants.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ ENTRY_POINT_GROUP = "opsig.backends"
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one parameter or buffer lies in the flat row of its kind ("parameter" or "buffer")."""
+    """Where one tensor of the model lies in the flat row of its kind.
+
+    Kinds: "parameter", one that is trained; "frozen", a parameter whose `requires_grad` is False; "buffer".
+    """
 
     name: str
     kind: str
@@ -31,12 +35,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class State:
-    """A point of a run: step, parameters (P,) float32, buffers (B,) float64, optimizer state by name, (P,) each."""
+    """A point of a run: step, parameters (P,) float32, buffers (B,) float64, optimizer state by name, (P,) each.
+
+    `frozen`: the parameters that are not trained, (F,) float32, the same array at all states of a run; where it is
+    empty, they are as the task's model has them.
+    """
 
     step: int
     params: np.ndarray
     buffers: np.ndarray
     optimizer: Mapping[str, np.ndarray] = field(default_factory=dict)
+    frozen: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,10 @@ class Session(Protocol):
 
     def initial(self, seed: int) -> State:
         """The run's first state, from torch seeded with `seed`."""
+        ...
+
+    def adopt(self, frozen: np.ndarray) -> None:
+        """Take a run's frozen parameters, (F,), for the model's own, so that its states need not bring them anew."""
         ...
 
     def train(self, training: Training, start: State) -> Iterator[Snapshot]:
@@ -214,8 +227,10 @@ class Curvature(Protocol):
         """Gradient of the mean training loss, (P,)."""
         ...
 
-    def sample_sharpness(self, state: State, samples: np.ndarray) -> np.ndarray:
-        """The most positive eigenvalue of each chosen sample's Hessian, (M,) float64."""
+    def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+        """The most positive eigenvalue a of each chosen sample's Hessian, (M,) float64, to the tolerance of its
+        residual |Hv - av| / |H|, (M,) float64, |H| the largest size of an eigenvalue. Never above the true one, to
+        rounding; a sample that is not finite has NaN."""
         ...
 
     def spectral_density(self, state: State) -> tuple[np.ndarray, np.ndarray, float]:

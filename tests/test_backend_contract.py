@@ -145,7 +145,7 @@ def test_batch_norm_measures_with_the_chunks_it_trained_on():
     last = list(session.train(training, start))[-1]
     np.testing.assert_allclose(session.losses([last.state])[0][0], last.losses, rtol=1e-6)
     with pytest.raises(OpsigError, match="batch norm goes by chunks"):
-        session.sample_sharpness(last.state, np.arange(4))
+        session.sample_sharpness(last.state, np.arange(4), 1e-3)
 
 
 def test_a_dataset_that_changes_its_items_is_refused():

@@ -297,18 +297,6 @@ def test_the_hessian_counts_its_products():
         assert hessian.products == 1
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
-def test_a_samples_sharpness_is_its_most_positive_eigenvalue(name):
-    session, state = open_double(name)
-    chosen = np.array([1, 8, 3])
-    found = session.sample_sharpness(state, chosen)
-    for i, value in zip(chosen, found, strict=True):
-        one = torch.zeros(session.samples, dtype=torch.float64)
-        one[i] = 1
-        values = torch.linalg.eigvalsh(dense(session, state, one)[0])
-        assert value == pytest.approx(float(values[-1]), rel=1e-3)
-
-
 def test_the_spectral_density_gives_the_trace():
     session, state = open_double("mlp")
     matrix, _ = dense(session, state)

@@ -261,7 +261,7 @@ def test_the_two_sides_of_a_simulation_are_found(opsig, runs, name, by):
 
 
 def test_the_two_sides_of_the_valley_are_found_by_gradient(opsig, runs):
-    found = opsig("cluster", runs / "valley.h5", "--by", "gradient", "--truth").records
+    found = opsig("cluster", runs / "valley.h5", "--by", "gradient", "--window", "80:120", "--truth").records
     pair = next(r for r in found if r["kind"] == "pair")
     assert {frozenset(mix) for mix in map(dict.keys, pair["labels"])} == {frozenset({"plane"}), frozenset({"other"})}
 

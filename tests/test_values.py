@@ -213,6 +213,10 @@ def test_train_names_the_sample_whose_loss_or_gradient_is_not_finite(broken, tmp
         assert run.steps("scalars")[-1] == step
         assert np.isnan(run.row("scalars/train_loss", step))
         assert run.steps("checkpoints").tolist() == [0, step - 1]
+    task = ("--task", f"{tmp_path / 'broken.py'}:Broken:nan=7")
+    opsig("sharpness", tmp_path / "run.h5", *task).fails(1, "the loss of sample 7 is not finite", "no curvature")
+    sharp = opsig("sharpness", tmp_path / "run.h5", *task, "--metrics", "sample_sharpness", "--steps", 0).records
+    assert [r["sample"] for r in sharp if r["sample_sharpness"] is None] == [7]
     broken(":root=5", *track).fails(
         1, "the gradient is not finite at step 0", "the gradient of sample 5 (label item 5)"
     )

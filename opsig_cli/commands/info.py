@@ -35,6 +35,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
             "steps": max((int(steps[-1]) for steps in rows.values() if len(steps)), default=None),
             "samples": len(trajectory.samples),
             "parameters": trajectory.shape("checkpoints/params")[1] if trajectory.has("checkpoints/params") else None,
+            "frozen_parameters": trajectory.shape("frozen/params")[0] if trajectory.has("frozen/params") else 0,
             "checkpoints": len(rows["checkpoints"]),
             "groups": trajectory.groups(),
             "bytes": os.path.getsize(run),

@@ -16,7 +16,9 @@ def sharpness(
         int | None, typer.Option("-k", min=1, help="Eigenvalues. Default: 1, with --name 4.", show_default=False)
     ] = None,
     steps: options.StepsOption = None,
-    tolerance: Annotated[float, typer.Option(help="Residual |Hv - av| / |a| to reach.")] = 1e-3,
+    tolerance: Annotated[
+        float, typer.Option(help="Residual |Hv - av| / |a| to reach; of a sample, over the largest size.")
+    ] = 1e-3,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -58,6 +60,9 @@ def sharpness(
     With --metrics, curvature of single samples instead: those of records on stdin, of --random, or all. With --slice,
     the losses of the groups that `opsig cluster` piped in, along the top eigenvector. With --name, the samples on the
     two sides of each eigenvector, which a step along it sets against each other, and their part of the eigenvalue.
+
+    sample_sharpness, the top eigenvalue a of a sample's own Hessian H, comes with its residual: |Hv - av| over the
+    largest size of an eigenvalue of H.
 
     Example: opsig sharpness run.h5 -k 2 --steps 0:400:2 --figure sharpness.png
     """

@@ -84,7 +84,7 @@ def train(
     from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import check_new, open_trajectory
-    from opsig_cli.trajectory.recorder import Recorder, read_state
+    from opsig_cli.trajectory.recorder import Recorder, check_trained, read_state
 
     if resume and replace:
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
@@ -128,7 +128,7 @@ def train(
     if settings.batch_size is None and getattr(session, "drops_out", False):
         options.note("note: full-batch training leaves the model's dropout out. With --batch-size it is on", quiet)
     if like is not None:
-        start = State(0, initial.params, initial.buffers)
+        start = State(0, initial.params, initial.buffers, frozen=initial.frozen)
     if resume:
         recorder = Recorder(output, session.samples, resume=True, commit_every=commit_every)
     else:
@@ -138,6 +138,7 @@ def train(
     stop = training.StopRequest()
     with recorder:
         if resume:
+            check_trained(recorder.run, session.layout)
             tracking.check_data(recorder.run, session, lambda text: options.note(text, quiet), allow_changed_data)
             start = training.resume_point(recorder, session, settings)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)

@@ -51,7 +51,8 @@ def facts(run: Trajectory, series: Mapping[str, Series]) -> list[tuple[str, str]
     found.append(("Steps with losses", f"{len(steps):,}, from {steps[0]:,} to {steps[-1]:,}"))
     found.append(("Samples", f"{len(run.samples):,}"))
     if run.has("checkpoints/params"):
-        found.append(("Parameters", f"{run.shape('checkpoints/params')[1]:,}"))
+        frozen = f" trained, {run.shape('frozen/params')[0]:,} frozen" if run.has("frozen/params") else ""
+        found.append(("Parameters", f"{run.shape('checkpoints/params')[1]:,}{frozen}"))
     found.append(("Checkpoints", f"{len(run.steps('checkpoints')):,}"))
     if "loss" in series:
         found.append(("Last loss, in nats", words.nats(series["loss"].last)))

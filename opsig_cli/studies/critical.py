@@ -5,6 +5,8 @@ P parameters. Against 2/eta it says how far the next step is from too long.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from opsig_cli.backends import Session, State
@@ -83,7 +85,7 @@ def critical_sharpness(
 
     def rises(rate: float) -> bool:
         moved = (state.params + rate * direction).astype(state.params.dtype)
-        losses = session.losses([State(state.step, moved, state.buffers)])[0][0]
+        losses = session.losses([replace(state, params=moved)])[0][0]
         return not losses.mean(dtype=np.float64) <= start
 
     low, high = 0.0, settings.learning_rate if settings is not None and known else 1e-3

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.backends import Eigenpairs, Session, State
+from opsig_cli.backends import Eigenpairs, SampleLosses, Session, State
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.critical import critical_sharpness
@@ -187,12 +187,13 @@ def direction_at(run: Trajectory, session: Session, step: int, state: State) -> 
 
 def sample_records(
     run: Trajectory, session: Session, steps: Sequence[int], chosen: dict[str, np.ndarray], metrics: Sequence[str],
-    advance: Callable[..., None],
+    tolerance: float, advance: Callable[..., None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Metrics of chosen samples (positions by the name of their set) at checkpoints, one record a sample and step.
 
     `gradient_norm`: of the sample's loss; `curvature`: v'H(z)v along the whole loss's top eigenvector v;
-    `sample_sharpness`: the most positive eigenvalue of H(z). (The paper's Fig. 2.)
+    `sample_sharpness`: the most positive eigenvalue a of H(z), with `sample_sharpness_residual`, |H(z)u - au| over the
+    largest size of an eigenvalue. (The paper's Fig. 2.)
     """
     ids = run.samples
     found = []
@@ -207,12 +208,26 @@ def sample_records(
         for name, position in chosen.items():
             rows = {metric: values[position] for metric, values in measured.items()}
             if "sample_sharpness" in metrics:
-                rows["sample_sharpness"] = session.sample_sharpness(state, ids[position])  # pyright: ignore
+                values, residuals = _sample_sharpness(session, state, ids[position], tolerance)
+                rows |= {"sample_sharpness": values, "sample_sharpness_residual": residuals}
             for place, sample in enumerate(ids[position].tolist()):
                 record = {"trajectory": run.path, "step": step, "sample": sample, "set": name}
                 found.append(record | {metric: float(values[place]) for metric, values in rows.items()})
         advance(note=f"step {step}")
     return found
+
+
+def _sample_sharpness(
+    session: Session, state: State, samples: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each sample's most positive Hessian eigenvalue and its residual, (M,); NaN where its loss is not finite."""
+    finite = np.ones(len(samples), bool)
+    if isinstance(session, SampleLosses):
+        finite = np.isfinite(session.sample_losses(state, samples))
+    found = np.full((2, len(samples)), np.nan)
+    if finite.any():
+        found[:, finite] = session.sample_sharpness(state, samples[finite], tolerance)  # pyright: ignore
+    return found[0], found[1]
 
 
 def step_records(
@@ -257,7 +272,7 @@ def slice_records(
     direction = direction_at(run, session, step, state)
     found = []
     for position in np.linspace(-span, span, SLICE_POINTS):
-        moved = State(step, (state.params + position * direction).astype(np.float32), state.buffers)
+        moved = replace(state, params=(state.params + position * direction).astype(np.float32))
         losses = session.losses([moved])[0][0][run.samples].astype(np.float64)
         means = {"all samples": losses.mean()} | {name: losses[p].mean() for name, p in groups.items()}
         found.append({"trajectory": run.path, "step": step, "position": float(position), "losses": means})

@@ -163,7 +163,9 @@ def sharpness(
             with progress("curvature", len(chosen_steps)) as advance:
                 if of_samples:
                     chosen = _chosen(trajectory, records or [], random, seed)
-                    written = curvature.sample_records(trajectory, session, chosen_steps, chosen, of_samples, advance)
+                    written = curvature.sample_records(
+                        trajectory, session, chosen_steps, chosen, of_samples, tolerance, advance
+                    )
                 else:
                     written = curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
         elif name:
@@ -197,7 +199,10 @@ def sharpness(
                 for step in curvature.measure(trajectory, session, group, missing, count, tolerance):
                     advance(note=f"step {step}")
             written = curvature.records(trajectory, group, chosen_steps, tolerance, k)
-    unmet = sum(record.get("converged") is False or record.get("residual", 0) > tolerance for record in written)
+    unmet = sum(
+        r.get("converged") is False or (r.get("residual") or r.get("sample_sharpness_residual") or 0) > tolerance
+        for r in written
+    )
     notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []
 
     def draw():

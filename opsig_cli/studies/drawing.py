@@ -18,6 +18,7 @@ from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.records import by_strength
 from opsig_cli.studies.clustering.sentences import describe, plus_minus
 from opsig_cli.studies.comparing import QUANTITIES, Series
+from opsig_cli.studies.curvature import SAMPLE_METRICS
 from opsig_cli.studies.mining import Movers
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import clause
@@ -140,7 +141,7 @@ def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
         where = " at the floor of the valley" if records[0]["at"] == "floor" else ""
         return curvature.sharpness_page(steps, values, threshold, layers, f"{name}: sharpness{where}")
     elif records and "sample" in records[0]:
-        metrics = [key for key in records[0] if key not in ("trajectory", "step", "sample", "set")]
+        metrics = [key for key in records[0] if key in SAMPLE_METRICS]
         steps = sorted({r["step"] for r in records})
         sets = list(dict.fromkeys(r["set"] for r in records))
         panels = []

@@ -12,7 +12,7 @@ from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import check_samples, read_state
+from opsig_cli.trajectory.recorder import check_samples, check_trained, read_state
 
 STATES_BYTES = 256 << 20
 """Bound on the checkpoints held in memory at a time."""
@@ -65,6 +65,9 @@ def open_run(
         warn(f"{spec.name} has changed since {run.path} was recorded")
     session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
     check_samples(run, session.samples)
+    if run.has("checkpoints/params"):
+        check_trained(run, session.layout)
+        session.adopt(run.frozen)
     if changed := _changed_label(run, loaded):
         warn(f"{run.path}: {changed}. Has the task's data changed?")
     warn(f"device: {session.device_name}")

@@ -173,9 +173,9 @@ def run(
 def resume_point(recorder: Recorder, session: Session, settings: Settings) -> State:
     """The last checkpoint, or the initial state where there is none yet."""
     steps = recorder.run.steps("checkpoints")
+    initial = session.initial(settings.seed)
     if not len(steps):
-        return session.initial(settings.seed)
-    session.initial(settings.seed)
+        return initial
     return read_state(recorder.run, int(steps[-1]))
 
 

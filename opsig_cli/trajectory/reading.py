@@ -38,6 +38,7 @@ class Reading:
         self._store = store
         self._groups: dict[str, Rows] = {}
         self._chunks: dict[str, Chunks | None] = {}
+        self._frozen: np.ndarray | None = None
 
     # -- what the file says of itself
 
@@ -59,6 +60,14 @@ class Reading:
     def samples(self) -> np.ndarray:
         """Dataset index of every sample, (S,) int64."""
         return self.read("sample")
+
+    @property
+    def frozen(self) -> np.ndarray:
+        """The parameters that are not trained, (F,) float32, empty where all are: one array, read once."""
+        if self._frozen is None and self.has("frozen/params"):
+            self._frozen = self.read("frozen/params")
+            self._frozen.flags.writeable = False
+        return np.empty(0, np.float32) if self._frozen is None else self._frozen
 
     def has(self, name: str) -> bool:
         """Whether the dataset or group is in the file."""

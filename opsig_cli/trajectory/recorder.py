@@ -54,6 +54,7 @@ class Recorder:
         self._commit_every = commit_every
         self._bfloat16 = bfloat16
         self._uncommitted = 0
+        self._frozen: np.ndarray | None = None
         self._have = {group: set(self.run.steps(group).tolist()) for group in ("scalars", "losses", "checkpoints")}
 
     def __enter__(self) -> Self:
@@ -87,12 +88,26 @@ class Recorder:
                 "losses", step, {"loss": losses} | ({} if predictions is None else {"prediction": predictions})
             )
         if state is not None:
+            self._keep_frozen(state.frozen)
             columns = {f"source__{name}": value for name, value in (source or {}).items()}
             self._append("checkpoints", step, self._checkpoint(state) | columns)
         self._uncommitted += 1
         if state is not None or self._uncommitted >= self._commit_every:
             self.run.commit()
             self._uncommitted = 0
+
+    def _keep_frozen(self, frozen: np.ndarray) -> None:
+        """Write the parameters that are not trained, once. Raises OpsigError where a later state has others."""
+        if not frozen.size or frozen is self._frozen:
+            return
+        if not self.run.has("frozen/params"):
+            self.run.write("frozen/params", frozen)
+        elif not np.array_equal(self.run.frozen, frozen.astype(np.float32), equal_nan=True):
+            raise OpsigError(
+                f"{self.run.path} holds frozen parameters that are not those of this state. What changes is trained: "
+                "its requires_grad must be True"
+            )
+        self._frozen = frozen
 
     def _checkpoint(self, state: State) -> dict[str, np.ndarray]:
         columns: dict[str, np.ndarray] = {"params": to_bfloat16(state.params) if self._bfloat16 else state.params}
@@ -131,6 +146,21 @@ def write_layout(run: Trajectory, layout: list[Tensor]) -> None:
     run.write("layout/size", np.array([tensor.size for tensor in layout]))
 
 
+def check_trained(run: Trajectory, layout: Iterable[Tensor]) -> None:
+    """Raise OpsigError where a model trains a parameter that was frozen in the run, or the other way round."""
+    if not run.has("layout/kind"):
+        return
+    kinds = dict(zip(run.read("layout/name").tolist(), run.read("layout/kind").tolist(), strict=True))
+    for tensor in layout:
+        kind = kinds.get(tensor.name, tensor.kind)
+        if kind != tensor.kind and "buffer" not in (kind, tensor.kind):
+            before, now = ("trained", "freezes") if kind == "parameter" else ("frozen", "trains")
+            raise OpsigError(
+                f"{run.path} was recorded with {tensor.name} {before}, and the task's model {now} it (requires_grad). "
+                "Give the --task that the run was made with, or record it anew"
+            )
+
+
 def read_state(run: Trajectory, step: int) -> State:
     """The checkpoint of a step. Raises OpsigError, naming the nearest, where there is none."""
     params = run.row("checkpoints/params", step)
@@ -142,4 +172,4 @@ def read_state(run: Trajectory, step: int) -> State:
             row = run.row(path, step)
             if not np.isnan(row).all():
                 slots[name] = row
-    return State(step, params, buffers, slots)
+    return State(step, params, buffers, slots, run.frozen)

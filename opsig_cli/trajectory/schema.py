@@ -104,7 +104,7 @@ FIELDS = _fields(
     Field("losses/prediction", ("step", "sample"), "u1|i4", "1", "predicted class of every sample", "opsig track"),
     Field("checkpoints/step", ("step",), "i8", "1", "optimizer steps taken before the checkpoint"),
     Field("checkpoints/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
-    Field("checkpoints/params", ("step", "parameter"), "f4|u2", "1", "all parameters, flattened in layout order"),
+    Field("checkpoints/params", ("step", "parameter"), "f4|u2", "1", "trained parameters, flattened in layout order"),
     Field("checkpoints/buffers", ("step", "buffer"), "f8", "1", "all buffers of the model, flattened in layout order"),
     Field("checkpoints/optimizer/momentum_buffer", ("step", "parameter"), "f4", "1", "heavy-ball momentum"),
     Field("checkpoints/optimizer/exp_avg", ("step", "parameter"), "f4", "1", "Adam's first moment"),
@@ -113,8 +113,9 @@ FIELDS = _fields(
     Field("checkpoints/source/path", ("step",), "S512", "1", "file or folder that the checkpoint was imported from"),
     Field("checkpoints/source/bytes", ("step",), "i8", "byte", "size of its weights' files"),
     Field("checkpoints/source/sha256", ("step",), "S64", "1", "SHA-256 of its weights' files in order of name"),
+    Field("frozen/params", ("frozen_parameter",), "f4", "1", "parameters not trained, flattened in layout order"),
     Field("layout/name", ("tensor",), "S*", "1", "name of the parameter or buffer"),
-    Field("layout/kind", ("tensor",), "S*", "1", "parameter or buffer"),
+    Field("layout/kind", ("tensor",), "S*", "1", "parameter (trained), frozen (a parameter that is not), or buffer"),
     Field("layout/shape", ("tensor", "axis"), "i8", "1", "shape, padded with -1"),
     Field("layout/offset", ("tensor",), "i8", "1", "first index in the flat row of its kind"),
     Field("layout/size", ("tensor",), "i8", "1", "number of entries"),
@@ -152,6 +153,7 @@ DIMENSIONS = (
     ("sharpness", "rank"),
     *((group, "step") for group in ("scalars", "losses", "checkpoints", "sharpness", "preconditioned")),
     ("preconditioned", "rank"),
+    ("", "frozen_parameter"),
     *((group, name) for group in ("floor", "preconditioned_floor", "slopes") for name in ("step", "rank")),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""

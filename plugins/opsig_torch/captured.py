@@ -63,6 +63,8 @@ def plan(opened: Opened) -> Plan:
     holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             holders.setdefault(parameter, []).append((module, name))
     known = {p: places for p, places in holders.items() if len({_kind(m, n) for m, n in places} - {None}) == 1}
     known = {p: places for p, places in known.items() if all(_kind(m, n) for m, n in places)}
@@ -81,7 +83,7 @@ def plan(opened: Opened) -> Plan:
                 covered[parameter] = known[parameter]
     sizes = {m: sum(use.inputs.numel() + use.gradients.numel() for use in uses[m]) // len(two) for m in modules}
     floats = {p: sum(sizes[m] for m in {m for m, _ in places}) for p, places in covered.items()}
-    loose = [name for name, p in model.named_parameters() if p not in covered]
+    loose = [name for name, p in model.named_parameters() if p.requires_grad and p not in covered]
     return Plan(covered, floats, loose)
 
 

@@ -220,12 +220,12 @@ class _Search:
 
     def _combine(self, coefficients: np.ndarray) -> torch.Tensor:
         """Combinations of all rows, (k, P), by coefficients (n, k)."""
-        return torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(self._rows) @ self._rows[: len(self._gram)]
+        return torch.from_numpy(coefficients.T.copy()).to(self._rows) @ self._rows[: len(self._gram)]
 
     def _lift(self, first: int, coefficients: np.ndarray) -> torch.Tensor:
         """The same of every other row from `first` on: of V, or of W."""
         rows = self._rows[first : len(self._gram) : 2]
-        return torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(rows) @ rows
+        return torch.from_numpy(coefficients.T.copy()).to(rows) @ rows
 
 
 def lanczos_matrix(

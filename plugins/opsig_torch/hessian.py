@@ -86,9 +86,15 @@ class Hessian:
     def _check_repeatable(self) -> None:
         opened = self._opened
         with torch.no_grad():
-            _, batch = next(iter(opened.batches))
+            indices, batch = next(iter(opened.batches))
             first, second = (opened.task.losses(opened.flat.model, batch) for _ in range(2))
-        if not torch.isfinite(first).all():
+        broken = torch.nonzero(~torch.isfinite(first)).flatten()
+        if 0 < len(broken) <= len(first) / 2:
+            raise OpsigError(
+                f"the loss of sample {indices.start + int(broken[0])} is not finite at this checkpoint, so that the "
+                "whole loss has no curvature. Look at this part of the data"
+            )
+        if len(broken):
             raise OpsigError(
                 "losses are not finite at this checkpoint: the run has diverged. Choose others with --steps"
             )

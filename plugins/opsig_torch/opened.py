@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -98,18 +99,35 @@ class Opened:
 
     def state(self, step: int) -> State:
         """Parameters and buffers as they are now."""
-        return State(step, self.flat.vector.detach().cpu().numpy().copy(), self.flat.read_buffers())
+        params = self.flat.vector.detach().cpu().numpy().copy()
+        return State(step, params, self.flat.read_buffers(), frozen=self.flat.read_frozen())
+
+    def load(self, state: State) -> None:
+        """Make a state the model's own."""
+        self.adopt(state.frozen)
+        self.flat.load(state)
+
+    def adopt(self, frozen: np.ndarray) -> None:
+        """Make a run's frozen parameters, (F,), the model's own: its states bring the same array and cost no copy.
+
+        They are set in place, where traces that are kept see them.
+        """
+        if not self.flat.has_frozen(frozen):
+            self.flat.load_frozen(frozen)
 
     @contextmanager
     def at(self, state: State) -> Iterator[None]:
         """Measure at another state: its parameters and buffers inside, those of before, to the bit, afterwards."""
+        frozen = None if self.flat.has_frozen(state.frozen) else self.flat.read_frozen()
         vector = self.flat.vector.detach().clone()
         buffers = [buffer.clone() for _, buffer in self.flat.buffers]
-        self.flat.load(state)
+        self.load(state)
         self.measuring_mode()
         try:
             yield
         finally:
+            if frozen is not None:
+                self.adopt(frozen)
             with torch.no_grad():
                 self.flat.vector.copy_(vector)
                 for (_, buffer), saved in zip(self.flat.buffers, buffers, strict=True):

@@ -151,8 +151,8 @@ class TorchSession(Opened):
                 total += torch.cat([part.reshape(-1) for part in parts])
             return total.cpu().numpy()
 
-    def sample_sharpness(self, state: State, samples: np.ndarray) -> np.ndarray:
-        """The most positive eigenvalue of chosen samples' Hessians, (M,) float64; see `opsig_torch.spectrum`."""
+    def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+        """The most positive eigenvalue of chosen samples' Hessians, and residuals; see `opsig_torch.spectrum`."""
         from opsig_torch.spectrum import sample_sharpness
 
         if self.couples_samples:
@@ -161,7 +161,8 @@ class TorchSession(Opened):
                 "its own there. Measure curvature instead, or train with --statistics running"
             )
         with self.at(state):
-            return sample_sharpness(self, samples)
+            found = sample_sharpness(self, samples, tolerance)
+        return found.values, found.residuals
 
     def spectral_density(self, state: State) -> tuple[np.ndarray, np.ndarray, float]:
         """Nodes and weights (R, m) of the Hessian's spectral density, and the trace's standard error."""

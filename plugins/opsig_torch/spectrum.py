@@ -5,6 +5,8 @@ P parameters, R probes, m Lanczos steps, b samples of a block.
 
 from __future__ import annotations
 
+from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,17 @@ import torch
 from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_map
 
-from opsig_torch.eigen import PIECE, lanczos_matrix, random_start
+from opsig_cli.errors import OpsigError
+from opsig_torch.batched_lanczos import ROOM, Largest, largest_eigenvalues
+from opsig_torch.eigen import SMALLEST_TOLERANCE, lanczos_matrix, random_start
 from opsig_torch.flat import replaced
 from opsig_torch.hessian import Hessian
 from opsig_torch.opened import Opened
 from opsig_torch.sample_curvature import Primitives
 
 PROBES, STEPS = 4, 30
-SAMPLE_STEPS = 10
+SAMPLE_LIMIT = 200
+"""Products after which a sample is given up, and its residual says so."""
 BLOCK_BYTES = 64 << 20
 """Bound on the bases of a block of samples."""
 
@@ -43,69 +48,41 @@ def spectral_density(opened: Opened) -> tuple[np.ndarray, np.ndarray, float]:
     return nodes, weights, float(traces.std(ddof=1) / np.sqrt(PROBES))
 
 
-def sample_sharpness(opened: Opened, samples: np.ndarray) -> np.ndarray:
-    """The most positive eigenvalue of every chosen sample's Hessian at the loaded parameters, (M,) float64.
+def sample_sharpness(opened: Opened, samples: np.ndarray, tolerance: float) -> Largest:
+    """The most positive eigenvalue of every chosen sample's Hessian at the loaded parameters, with its residual.
 
-    SAMPLE_STEPS steps of Lanczos from each sample's gradient, with full reorthogonalisation, a block of samples at a
-    time: power iteration would converge to the end that is largest in size.
+    See `opsig_torch.batched_lanczos`; SAMPLE_LIMIT products are the most that a sample gets. Raises OpsigError for a
+    tolerance that the precision cannot reach.
     """
     model, parameters = opened.flat.model, opened.flat.parameters
-    values = [parameter.detach() for parameter in parameters]
+    at_state = [parameter.detach() for parameter in parameters]
     layout = [tensor for tensor in opened.layout if tensor.kind == "parameter"]
-    size = opened.flat.vector.numel()
-    block = max(1, BLOCK_BYTES // (opened.flat.vector.element_size() * size * (SAMPLE_STEPS + 4)))
-    steps = min(SAMPLE_STEPS, size)
+    like = opened.flat.vector.detach()
+    if like.dtype == torch.float32 and tolerance < SMALLEST_TOLERANCE:
+        raise OpsigError(f"a tolerance of {tolerance:g} cannot be met in float32. Use {SMALLEST_TOLERANCE:g} or more")
+    block = max(1, BLOCK_BYTES // (like.element_size() * like.numel() * (ROOM + 4)))
+    start = random_start(like, 0)  # the same for all: a sample's value is its own, whatever the company
 
     def loss(at: list[torch.Tensor], item: Any) -> torch.Tensor:
         batch = tree_map(lambda leaf: leaf.unsqueeze(0), item)
         with replaced(model, dict(zip(parameters, at, strict=True))):
             return opened.task.losses(model, batch)[0]
 
-    def gradient(item: Any) -> torch.Tensor:
-        return torch.cat([g.reshape(-1) for g in grad(loss)(values, item)])
-
     def product(vector: torch.Tensor, item: Any) -> torch.Tensor:
         pieces = [vector[t.offset : t.offset + t.size].view(t.shape) for t in layout]
-        image = jvp(lambda at: grad(loss)(at, item), (values,), (pieces,))[1]
+        image = jvp(lambda at: grad(loss)(at, item), (at_state,), (pieces,))[1]
         return torch.cat([g.reshape(-1) for g in image])
 
-    found = np.empty(len(samples))
+    found = []
     with Primitives():
         for first in range(0, len(samples), block):
-            batch = opened.batches.take(samples[first : first + block])
-            start = vmap(gradient)(batch)
-            found[first : first + len(start)] = _batched_lanczos(lambda v, b=batch: vmap(product)(v, b), start, steps)
-    return found
+            chosen = samples[first : first + block]
+            products = partial(_block_product, vmap(product), opened.batches.take(chosen))
+            found.append(largest_eigenvalues(products, start.expand(len(chosen), -1), tolerance, SAMPLE_LIMIT))
+    return Largest(*(np.concatenate(parts) for parts in zip(*map(astuple, found), strict=True)))
 
 
-def _batched_lanczos(product: Any, start: torch.Tensor, steps: int) -> np.ndarray:
-    """Largest Ritz value of b operators at once from starts (b, P), (b,)."""
-    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(0)).to(start)
-    norm = start.norm(dim=1, keepdim=True)
-    start = torch.where(norm > 0, start / norm.clamp_min(1e-30), 0) + 1e-3 * noise / noise.norm(dim=1, keepdim=True)
-    basis = start.new_zeros(steps, *start.shape)
-    basis[0] = start / start.norm(dim=1, keepdim=True)
-    matrix = torch.zeros(len(start), steps, steps, dtype=torch.float64)
-    for step in range(steps):
-        image = product(basis[step])
-        along = _inner_products(basis[: step + 1], image)
-        matrix[:, step, step] = along[step].cpu()
-        image = torch.baddbmm(image[:, None], along.T[:, None].to(image), basis[: step + 1].transpose(0, 1), alpha=-1)[
-            :, 0
-        ]  # once is enough for so few steps
-        if step + 1 < steps:
-            length = image.norm(dim=1, keepdim=True)
-            alive = length > 1e-6 * matrix[:, step, step].abs().to(length)[:, None].clamp_min(1e-20)
-            basis[step + 1] = torch.where(alive, image / length.clamp_min(1e-30), 0)
-            beside = torch.where(alive, length, 0)[:, 0].double().cpu()
-            matrix[:, step, step + 1] = matrix[:, step + 1, step] = beside
-    return torch.linalg.eigvalsh(matrix)[:, -1].numpy()
-
-
-def _inner_products(rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Inner products of rows (j, b, P) with vectors (b, P), (j, b) float64."""
-    total = torch.zeros(rows.shape[:2], dtype=torch.float64, device=rows.device)
-    for first in range(0, vectors.shape[1], PIECE):
-        piece = slice(first, first + PIECE)
-        total += torch.bmm(rows[:, :, piece].transpose(0, 1), vectors[:, piece, None])[..., 0].T
-    return total
+def _block_product(product: Any, batch: Any, vectors: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    """Images of vectors (a, P) under the Hessians of these samples of a batch."""
+    chosen = torch.from_numpy(rows)
+    return product(vectors, tree_map(lambda leaf: leaf[chosen.to(leaf.device)], batch))

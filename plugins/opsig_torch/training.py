@@ -7,6 +7,7 @@ from the seed and the step), so that a resumed run repeats an uninterrupted one 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def train(opened: Opened, training: Training, start: State) -> Iterator[Snapshot
     if training.weights is not None and training.weights.shape != (opened.samples,):
         raise UsageError(f"{training.weights.size} weights are not one for each of the {opened.samples} samples")
     optimizer = _optimizer(opened, training)
-    opened.flat.load(start)
+    opened.load(start)
     _restore(optimizer, opened, start, training.began)
     gradient = _full_batch_gradient if training.batch_size is None else _minibatch_gradient
     for step in range(start.step, training.steps + 1):
@@ -150,8 +151,7 @@ def _state(opened: Opened, optimizer: torch.optim.Optimizer, step: int) -> State
     radius = optimizer.param_groups[0].get("radius")
     if radius is not None:
         kept["radius"] = np.asarray(radius, np.float64)
-    plain = opened.state(step)
-    return State(step, plain.params, plain.buffers, kept)
+    return replace(opened.state(step), optimizer=kept)
 
 
 def _restore(optimizer: torch.optim.Optimizer, opened: Opened, start: State, began: int) -> None:

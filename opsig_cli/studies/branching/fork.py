@@ -70,8 +70,7 @@ class Fork:
             raise UsageError(f"--batch-size {settings.batch_size} is more than the {session.samples} samples there are")
         if settings.optimizer == self.settings.optimizer:
             return settings, self.state
-        bare = State(self.step, self.state.params, self.state.buffers)
-        return replace(settings, began=self.step), bare
+        return replace(settings, began=self.step), replace(self.state, optimizer={})
 
     def sharpness(self, session: Session, place: str) -> float:
         """The (preconditioned) sharpness at the floor here, or at the iterate: the file's, or measured now."""

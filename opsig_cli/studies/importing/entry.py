@@ -129,7 +129,7 @@ def _import_checkpoints(
     session = load_backend(request.backend).open(task, request.device, used.chunk_size, used.statistics)
     _check_session(request, session, losses, warn)
     warn(f"device: {session.device_name}")
-    target = flow.target_of(task, session, request.prefix)
+    target = flow.target_of(task, session, request.prefix, request.output if request.append else None)
     if used.statistics == "running" and any(t.name.endswith("running_mean") for t in target.layout):
         warn("batch norm goes by its running statistics, as in evaluation; --statistics chunk takes those of the data")
     glances = []
@@ -219,6 +219,7 @@ def _write(
     if losses is not None:
         flow.import_losses(recorder, losses, None, warn)
     if request.track:
+        session.adopt(kept.frozen)
         missing = tracking.missing_losses(kept)
         tracked = {}
         with bar("tracking", len(missing)) as advance:

@@ -21,9 +21,10 @@ from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
 from opsig_cli.studies.importing import checkpoints, names, optimizers
 from opsig_cli.studies.importing.series import Losses
 from opsig_cli.studies.importing.torch_files import first_words
+from opsig_cli.studies.importing.weights import FrozenRow, put
 from opsig_cli.tasks import Task
-from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import Recorder
+from opsig_cli.trajectory.file import Trajectory, open_trajectory
+from opsig_cli.trajectory.recorder import Recorder, check_trained
 from opsig_cli.trajectory.schema import FIELDS
 
 Warn = Callable[[str], None]
@@ -31,7 +32,8 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Target:
-    """The model that checkpoints must fit: its layout, all names of each tensor, and its buffers (B,) as it is made.
+    """The model that checkpoints must fit: its layout, all names of each tensor, its buffers (B,) as it is made, and
+    what it does not train.
 
     `prefix` is where in a checkpoint to look for it, None for anywhere.
     """
@@ -39,6 +41,7 @@ class Target:
     layout: list[Tensor]
     aliases: dict[str, list[str]]
     buffers: np.ndarray
+    frozen: FrozenRow
     prefix: str | None = None
 
 
@@ -52,10 +55,15 @@ class Glance:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def target_of(task: Task, session: Session, prefix: str | None) -> Target:
-    """The task's model as what checkpoints must fit."""
+def target_of(task: Task, session: Session, prefix: str | None, added_to: str | None = None) -> Target:
+    """The task's model as what checkpoints must fit, and the run that they are added to."""
     aliases = names.aliases_of(task.model())
-    return Target(session.layout, aliases, session.initial(0).buffers, prefix)
+    made = session.initial(0)
+    frozen = FrozenRow(session.layout, made.frozen)
+    if added_to is not None:
+        with open_trajectory(added_to) as kept:
+            frozen = FrozenRow(session.layout, kept.frozen, added_to)
+    return Target(session.layout, aliases, made.buffers, frozen, prefix)
 
 
 def once(warn: Warn) -> Warn:
@@ -71,9 +79,13 @@ def once(warn: Warn) -> Warn:
 
 
 def glance(path: str, target: Target, warn: Warn) -> Glance:
-    """Look at a checkpoint without reading its weights. Raises OpsigError where it cannot be read or does not fit."""
+    """Look at a checkpoint, reading of its weights no more than the frozen ones.
+
+    Raises OpsigError where it cannot be read or does not fit.
+    """
     with checkpoints.opened(path) as content:
         fit = _fit(content, target, path)
+        target.frozen.take(content, fit, path, warn)
         _say(fit, target, warn)
         saved = content.optimizers[0] if content.optimizers else None
         if saved is None:
@@ -178,6 +190,7 @@ def check_layout(run: Trajectory, layout: Sequence[Tensor]) -> None:
     held = list(zip(run.read("layout/name").tolist(), shapes, strict=True))
     if held != [(tensor.name, tensor.shape) for tensor in layout]:
         raise OpsigError(f"{run.path} holds checkpoints of another model. Give the --task and --model it was made with")
+    check_trained(run, layout)
 
 
 def import_all(recorder: Recorder, paths: Mapping[int, str], target: Target, warn: Warn) -> Iterator[dict[str, Any]]:
@@ -213,22 +226,15 @@ def _kept(path: str) -> str:
 
 def read(content: checkpoints.Content, target: Target, path: str, step: int, warn: Warn) -> State:
     """A checkpoint's state in the layout of the model. Raises OpsigError where a tensor cannot be read."""
-    import torch
-
-    exact = (torch.float32, torch.float16, torch.bfloat16)
     fit = _fit(content, target, path)
     parameters = sum(tensor.size for tensor in target.layout if tensor.kind == "parameter")
     rows = {"parameter": np.empty(parameters, np.float32), "buffer": target.buffers.copy()}
     slots: dict[str, np.ndarray] = {}
     try:
         for tensor in target.layout:
-            if tensor.name in fit.keys:
-                value = content.tensors[fit.keys[tensor.name]].read()
-                if tensor.kind == "parameter" and value.dtype not in exact:
-                    _check_real(value, tensor.name, path)
-                    warn(f"parameters in {_kind(value)} are taken as float32")
+            if tensor.kind in rows and tensor.name in fit.keys:
                 row = rows[tensor.kind][tensor.offset : tensor.offset + tensor.size]
-                torch.from_numpy(row).view(tensor.shape).copy_(value)
+                put(row, tensor, content.tensors[fit.keys[tensor.name]].read(), path, warn)
         if content.optimizers:
             slots, why = optimizers.slots_of(content.optimizers[0], target.layout, fit.prefix)
             if why:
@@ -239,19 +245,7 @@ def read(content: checkpoints.Content, target: Target, path: str, step: int, war
         raise OpsigError(f"{path} cannot be read: {first_words(error)}") from error
     if not np.isfinite(rows["parameter"]).all():
         warn(f"{os.path.basename(path)} (step {step}) has parameters that are not finite")
-    return State(step, rows["parameter"], rows["buffer"], slots)
-
-
-def _check_real(value: Any, name: str, path: str) -> None:
-    if not value.is_floating_point():  # codes of a quantized model, or half of a complex number
-        raise OpsigError(
-            f"{path} holds {name} in {_kind(value)}: these are not weights to measure with. Import the model as it was "
-            "trained"
-        )
-
-
-def _kind(value: Any) -> str:
-    return str(value.dtype).removeprefix("torch.")
+    return State(step, rows["parameter"], rows["buffer"], slots, target.frozen.row)
 
 
 def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:

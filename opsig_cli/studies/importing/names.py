@@ -22,8 +22,8 @@ SHOWN = 3
 class Fit:
     """Which key of the checkpoint each tensor of the layout has; `prefix` is what stands before its name there.
 
-    `kept`: buffers that the checkpoint lacks; `unused`: keys beside the model's that it lacks; `others`: prefixes under
-    which the whole model lies, too.
+    `kept`: frozen parameters and buffers that the checkpoint lacks; `unused`: keys beside the model's that it lacks;
+    `others`: prefixes under which the whole model lies, too.
     """
 
     prefix: str
@@ -67,7 +67,7 @@ def fit(
     best, inner, most = found[0]
     keys, wrong = _place(shapes, layout, aliases, best, inner)
     missing = [t for t in layout if t.name not in keys and t.name not in wrong]
-    kept = [t.name for t in missing if t.kind == "buffer" and not t.name.endswith(STATISTICS)]
+    kept = [t.name for t in missing if t.kind != "parameter" and not t.name.endswith(STATISTICS)]
     needed = [t.name for t in missing if t.name not in kept]
     if wrong or needed:
         raise OpsigError(_does_not_fit(shapes, layout, path, best, wrong, needed))

@@ -119,11 +119,14 @@ def slots_of(
     import torch
 
     states = saved["state"]
-    parameters = [tensor for tensor in layout if tensor.kind == "parameter"]
+    parameters = [tensor for tensor in layout if tensor.kind == "parameter"]  # what is frozen is never stepped
+    every = [tensor for tensor in layout if tensor.kind != "buffer"]
     names = [name for name in SLOTS if any(_tensor(state, name) is not None for state in states.values())]
     if not names:
         return {}, None
     placed = _by_name(_named(saved) or states, parameters, prefix) or _by_order(saved, parameters)
+    if placed is None and (whole := _by_order(saved, every)) is not None:  # an optimizer of all parameters
+        placed = [state for tensor, state in zip(every, whole, strict=True) if tensor.kind == "parameter"]
     if placed is None:
         return {}, "its parameters are not the model's, or could be in several orders"
     rows = {name: np.zeros(sum(tensor.size for tensor in parameters), np.float32) for name in names}
