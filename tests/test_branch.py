@@ -50,6 +50,7 @@ def own(records):
         ("--optimizer", "adam", "--learning-rate", "0.01"),
         ("--optimizer", "splitsgd", "--learning-rate", "0.02", "--batch-size", "16"),
         ("--task", f"{TASKS}:Tiny:norm=true"),
+        ("--task", f"{TASKS.parent / 'partly.py'}:Head"),
         ("--task", f"{TASKS}:Tiny:norm=true", "--optimizer", "sgd", "--batch-size", "16", "--track-every", "4"),
     ],
 )
