@@ -85,12 +85,21 @@ def run() -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except MemoryError:
-        _fail("out of memory. Use a smaller --chunk-size or fewer samples", 1)
     except Exception as error:
-        if not (frames := own_frames(error)):
+        if frames := own_frames(error):
+            _show_own(error, frames)
+        if (said := _of_the_machine(error)) is None:
             raise
-        _show_own(error, frames)
+        _fail(said, 1)
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What a shortage or a failing disk means to a person, or None for what is a defect of ours."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return "out of memory. Use a smaller --chunk-size or fewer samples"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    return f"a library cannot be loaded: {error}" if isinstance(error, ImportError) else None
 
 
 @contextmanager
@@ -146,9 +155,14 @@ def _show_own(error: Exception, frames: list[traceback.FrameSummary]) -> NoRetur
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    from opsig_cli.records import printable
+    message = " ".join(message.split())
+    try:
+        from opsig_cli.records import printable
 
-    print(f"opsig: {printable(' '.join(message.split()))}", file=sys.stderr)
+        message = printable(message)
+    except (MemoryError, ImportError):  # then it is about just that, and is ours
+        pass
+    print(f"opsig: {message}", file=sys.stderr)
     sys.stderr.flush()
     if os.environ.get("OPSIG_DEBUG"):
         raise

@@ -1,7 +1,7 @@
 """What a disk holds after a crash, simulated from a recording of everything that a writer did to it.
 
-A recorded writer's every operation on the file and its log goes through `store.os`, as HDF5 itself never touches the
-disk. `kill_states` are what a killed process leaves: every prefix of the operations, and halves of writes.
+A recorded writer's every operation on the file and its log goes through the `os` of MODULES, as HDF5 itself never
+touches the disk. `kill_states` are what a killed process leaves: every prefix of the operations, and halves of writes.
 `power_loss` is what a power cut may leave: of the operations on a file after its last sync, any subset of sectors.
 """
 
@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from opsig_cli.trajectory import store
+from opsig_cli.trajectory import disk, locks, pending, recovery, redo_log, snapshot, store, whereabouts
+
+MODULES = (disk, locks, pending, recovery, redo_log, snapshot, store, whereabouts)
 
 SECTOR = 512
 
 
 class Recorder:
-    """Stands for the module `os` in `opsig_cli.trajectory.store`, does everything, and writes it down."""
+    """Stands for the module `os` in MODULES, does everything, and writes it down."""
 
     def __init__(self):
         self.operations: list[tuple] = []
@@ -61,6 +63,12 @@ class Recorder:
         self.operations.append(("unlink", os.path.basename(path)))
         os.unlink(path)
 
+    def replace(self, source, target):
+        old, new = os.path.basename(source), os.path.basename(target)
+        self.operations.append(("rename", old, new))
+        os.replace(source, target)
+        self._names = {fd: new if name == old else name for fd, name in self._names.items()}
+
     def mark(self, what: Any) -> None:
         """Note in the recording that something was promised."""
         self.operations.append(("mark", what))
@@ -70,11 +78,13 @@ class Recorder:
 def recorded():
     """Record what a writer does inside."""
     recorder = Recorder()
-    real, store.os = store.os, recorder
+    for module in MODULES:
+        module.os = recorder  # pyright: ignore
     try:
         yield recorder
     finally:
-        store.os = real
+        for module in MODULES:
+            module.os = os
 
 
 def apply(files: dict[str, bytearray], operation: tuple) -> None:
@@ -84,6 +94,8 @@ def apply(files: dict[str, bytearray], operation: tuple) -> None:
         files[name] = bytearray()
     elif kind == "unlink":
         files.pop(name, None)
+    elif kind == "rename" and name in files:
+        files[operation[2]] = files.pop(name)
     elif kind in ("truncate", "allocate") and name in files:
         size = operation[2]
         content = files[name]
@@ -129,7 +141,7 @@ def power_loss(operations: list[tuple], generator: random.Random):
         if kind in ("mark", "sync"):
             continue
         # names are durable with the folder, contents with the file
-        anchor = "" if kind in ("create", "unlink") else operation[1]
+        anchor = "" if kind in ("create", "unlink", "rename") else operation[1]
         if place < last_sync.get(anchor, -1):
             apply(files, operation)
         elif kind == "create":  # ordered journals keep a name once its file was synced

@@ -12,6 +12,7 @@ import pytest
 from conftest import TASKS, start_opsig, train_tiny
 
 from opsig_cli import Recorder
+from opsig_cli.trajectory.schema import SCHEMA_VERSION
 
 COMMANDS = (
     "train",
@@ -527,7 +528,7 @@ def test_a_file_that_is_not_hdf5_or_not_a_trajectory(opsig, tmp_path):
 def test_a_newer_schema_is_refused_naming_both(opsig, tmp_path):
     with h5py.File(tmp_path / "new.h5", "w", libver=("v110", "v110")) as file:
         file.attrs["schema_version"] = np.bytes_(b"7.1")
-    opsig("info", tmp_path / "new.h5").fails(1, "schema 7.1", "1.1")
+    opsig("info", tmp_path / "new.h5").fails(1, "schema 7.1", ".".join(map(str, SCHEMA_VERSION)))
 
 
 def test_a_missing_group_names_the_command_that_makes_it(opsig, tmp_path):

@@ -16,10 +16,11 @@ from opsig_cli.trajectory.recorder import read_state
 
 
 def arrays(path):
-    """Every dataset of a run by name."""
+    """Every dataset of a run by name, but the stamp of its last commit."""
     found = {}
     with h5py.File(path) as file:
         file.visititems(lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
+    del found["commit"]
     return found
 
 

@@ -83,7 +83,7 @@ def train(
     from opsig_cli.settings import Settings
     from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
-    from opsig_cli.trajectory.file import check_new, open_trajectory
+    from opsig_cli.trajectory.file import check_new, cut_off_at_birth, open_trajectory
     from opsig_cli.trajectory.recorder import Recorder, check_trained, read_state
 
     if resume and replace:
@@ -101,6 +101,9 @@ def train(
         sharpness_every=sharpness_every, statistics=statistics,
         backend=backend,
     )  # fmt: skip
+    if resume and cut_off_at_birth(output):
+        options.note(f"{output} was cut off before it had its name: beginning with the options of this command", quiet)
+        resume = False
     if resume:
         with open_trajectory(output) as run:
             settings = Settings.stored(run.attributes, output).resumed(given, output)
@@ -134,13 +137,15 @@ def train(
     else:
         training.check_optimizer(settings.optimizer, session)
         recorder = training.new_recorder(output, settings, session, loaded, spec, replace, commit_every)
+        if like is not None:  # what a seed does not tell, for a run that is killed before its first checkpoint
+            recorder.record(0, state=start)
     written = []
     stop = training.StopRequest()
     with recorder:
         if resume:
             check_trained(recorder.run, session.layout)
             tracking.check_data(recorder.run, session, lambda text: options.note(text, quiet), allow_changed_data)
-            start = training.resume_point(recorder, session, settings)
+            start = training.resume_point(recorder, session, loaded, settings)
             options.note(f"resuming at step {start.step} of {settings.steps}", quiet)
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():
             written.extend(training.run(recorder, session, settings, start, stop, advance))

@@ -17,18 +17,21 @@ from typing import Any
 import numpy as np
 
 from opsig_cli import backends, tasks
-from opsig_cli.backends import Eigenpairs, Session, Snapshot, State, Training
+from opsig_cli.backends import Session, Snapshot, State, Training
 from opsig_cli.errors import UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import divergence
 from opsig_cli.studies.trained import weights_of
-from opsig_cli.trajectory.recorder import Recorder, read_state
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.recorder import Recorder, read_state, write_layout
 
 THUMBNAIL_BYTES = 64 << 20
 """Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""
 THUMBNAIL_SIDE = 64
 SHARPNESS_TOLERANCE = 1e-2
-"""Enough for the eigenvalue, whose error goes with the residual's square."""
+"""Enough for the eigenvalue, whose error goes with the residual's square. Each solve begins anew, so that a resumed run
+measures the same bits: from the last one's memory it would take 2% to 25% fewer products (measured on MLPs), and every
+checkpoint would have to hold 16 more vectors of its size."""
 
 
 class StopRequest:
@@ -105,25 +108,39 @@ def new_recorder(
     count = session.samples
     if (settings.batch_size or 0) > count:
         raise UsageError(f"--batch-size {settings.batch_size} is more than the {count} samples there are")
+    about = _description(session, task)
     recorder = Recorder(
         path,
         count,
-        labels=tasks.labels(task, count),
-        classes=getattr(task, "classes", None),
-        layout=session.layout,
         attributes=provenance(settings, session)
         | {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest},
         replace=replace,
         commit_every=commit_every,
         bfloat16=settings.checkpoint_dtype == "bfloat16",
     )
+    _describe(recorder.run, session, about)
+    return recorder
+
+
+def _description(session: Session, task: tasks.Task) -> dict[str, np.ndarray]:
+    """What the samples are, by the datasets that say it."""
+    count = session.samples
+    labels, classes = tasks.labels(task, count), getattr(task, "classes", None)
+    found = {} if labels is None else {"samples/label": np.array(labels, dtype=str)}
+    if classes is not None:
+        found["class_name"] = np.array(classes, dtype=str)
     for name in ("truth", "feature"):
         planted = getattr(task, name, None)
         if planted is not None:
-            recorder.run.write(f"samples/{name}", np.asarray(planted()))
-    _write_pictures(recorder, task, count)
-    recorder.run.commit()
-    return recorder
+            found[f"samples/{name}"] = np.asarray(planted())
+    return found | _pictures(task, count)
+
+
+def _describe(run: Trajectory, session: Session, about: dict[str, np.ndarray]) -> None:
+    for name, values in about.items():
+        run.write(name, values)
+    write_layout(run, list(session.layout))
+    run.commit()
 
 
 def run(
@@ -135,7 +152,6 @@ def run(
     Raises OpsigError where the loss or the gradient stops being finite; see `opsig_cli.studies.divergence`.
     """
     trajectory = recorder.run
-    pairs = None
     trajectory.set_attributes(state="training")
     fork = trajectory.attributes.get("from_step")
     training, latest = training_of(settings, stop, weights_of(trajectory), fork), start
@@ -149,15 +165,14 @@ def run(
         ending = stop.asked and snapshot.state is not None
         sharpness = None
         if settings.sharpness_at(snapshot.step) and snapshot.state is not None:
-            pairs = _record_sharpness(recorder, session, settings, snapshot.state, pairs)
-            sharpness = float(pairs.values[0])
+            sharpness = _record_sharpness(recorder, session, settings, snapshot.state)
         due = settings.checkpoint_at(snapshot.step) or ending
         recorder.record(
             snapshot.step,
             scalars=_scalars(snapshot),
             losses=snapshot.losses,
             predictions=snapshot.predictions,
-            state=snapshot.state if due else None,
+            state=snapshot.state if due and snapshot.step not in trajectory.steps("checkpoints") else None,
         )
         advance(note=f"loss {snapshot.train_loss:.4f}" + ("" if sharpness is None else f"  sharpness {sharpness:.4g}"))
         if due:
@@ -170,8 +185,13 @@ def run(
     trajectory.commit()
 
 
-def resume_point(recorder: Recorder, session: Session, settings: Settings) -> State:
-    """The last checkpoint, or the initial state where there is none yet."""
+def resume_point(recorder: Recorder, session: Session, task: tasks.Task, settings: Settings) -> State:
+    """The last checkpoint, or the initial state where there is none yet.
+
+    Says what the samples are where the run was killed before it did.
+    """
+    if not recorder.run.has("layout/name"):
+        _describe(recorder.run, session, _description(session, task))
     steps = recorder.run.steps("checkpoints")
     initial = session.initial(settings.seed)
     if not len(steps):
@@ -192,17 +212,15 @@ def _checkpoint_record(path: str, snapshot: Snapshot, sharpness: float | None) -
     return record if sharpness is None else record | {"sharpness": sharpness}
 
 
-def _record_sharpness(
-    recorder: Recorder, session: Session, settings: Settings, state: State, previous: Eigenpairs | None
-) -> Eigenpairs:
+def _record_sharpness(recorder: Recorder, session: Session, settings: Settings, state: State) -> float:
+    """Append the top eigenvalue at a state where the file lacks it; returns it."""
+    if state.step in recorder.run.steps("sharpness"):
+        return float(recorder.run.row("sharpness/eigenvalue", state.step)[0])
     backends.require(session, backends.Curvature, "of this run", "sharpness")
-    found = session.top_eigenpairs(state, 1, SHARPNESS_TOLERANCE, previous)  # pyright: ignore
-    if state.step not in recorder.run.steps("sharpness"):
-        threshold = float("nan") if settings.preconditioned else settings.threshold
-        recorder.run.append(
-            "sharpness", state.step, eigenvalue=found.values, residual=found.residuals, threshold=threshold
-        )
-    return found
+    found = session.top_eigenpairs(state, 1, SHARPNESS_TOLERANCE)  # pyright: ignore
+    threshold = float("nan") if settings.preconditioned else settings.threshold
+    recorder.run.append("sharpness", state.step, eigenvalue=found.values, residual=found.residuals, threshold=threshold)
+    return float(found.values[0])
 
 
 def provenance(settings: Settings, session: Session) -> dict[str, Any]:
@@ -227,25 +245,24 @@ def _git_commit() -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
-def _write_pictures(recorder: Recorder, task: tasks.Task, count: int) -> None:
-    """Keep every sample's picture or text in the file, so that figures need neither the task nor its data."""
+def _pictures(task: tasks.Task, count: int) -> dict[str, np.ndarray]:
+    """Every sample's picture or text, to be kept in the file, so that figures need neither the task nor its data."""
     render = getattr(task, "render", None)
     if render is None:
-        return
+        return {}
     first = render(0)
     if isinstance(first, str):
-        recorder.run.write("samples/text", np.array([render(i) for i in range(count)]))
-        return
+        return {"samples/text": np.array([render(i) for i in range(count)])}
     shape = _thumbnail(first).shape
     if count * math.prod(shape) > THUMBNAIL_BYTES:
-        return
+        return {}
     pictures = np.zeros((count, *shape), np.uint8)
     for i in range(count):
         picture = _thumbnail(render(i))
         if picture.shape != shape:
-            return  # pictures of several sizes stay with the task
+            return {}  # pictures of several sizes stay with the task
         pictures[i] = picture
-    recorder.run.write("samples/thumbnail", pictures)
+    return {"samples/thumbnail": pictures}
 
 
 def _thumbnail(picture: Any) -> np.ndarray:

@@ -20,11 +20,16 @@ import numpy as np
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory import frames
+from opsig_cli.trajectory.identity import create_stamp, is_run_id, new_run_id, place_of_stamp
+from opsig_cli.trajectory.locks import writer_of
 from opsig_cli.trajectory.naming import describe
-from opsig_cli.trajectory.reading import Reading
+from opsig_cli.trajectory.pending import NEW_SUFFIX
+from opsig_cli.trajectory.reading import Reading, as_value
+from opsig_cli.trajectory.redo_log import LOG_SUFFIX
 from opsig_cli.trajectory.rows import as_array, column_checksum, is_fill, stated_fill, write_fill, write_row
 from opsig_cli.trajectory.schema import FIELDS, SCHEMA_VERSION, Field
-from opsig_cli.trajectory.store import RedoFile, SnapshotFile, writer_of
+from opsig_cli.trajectory.snapshot import SnapshotFile
+from opsig_cli.trajectory.store import RedoFile
 from opsig_cli.trajectory.vetting import Refused, vet
 
 if TYPE_CHECKING:
@@ -46,13 +51,22 @@ def create_trajectory(
 
     Raises OpsigError where the file exists (unless `replace`), is being written, or cannot be written.
     """
-    path = os.fspath(path)
+    path = _followed(path)
     check_new(path, replace)
-    with _file_errors(path):
+    stated = dict(attributes or {})
+    if not is_run_id(stated.get("run_id")):
+        stated["run_id"] = new_run_id()
+    with file_errors(path):
         store = RedoFile(path, create=True)
-    run = Trajectory(path, h5py.File(store, "w", libver=("v110", "v110"), rdcc_nbytes=0), store)
-    run.set_attributes(schema_version=".".join(map(str, SCHEMA_VERSION)), **(attributes or {}))
-    run.write("sample", np.asarray(samples, np.int64))
+        try:
+            run = Trajectory(path, h5py.File(store, "w", libver=("v110", "v110"), rdcc_nbytes=0), store)
+            run.set_attributes(schema_version=".".join(map(str, SCHEMA_VERSION)), **stated)
+            run.write("sample", np.asarray(samples, np.int64))
+            store.stamp_at(create_stamp(run._file, stated["run_id"]), stated["run_id"])
+            run.commit()
+        except BaseException:
+            store.close()
+            raise
     return run
 
 
@@ -68,23 +82,50 @@ def open_trajectory(path: str | os.PathLike, mode: str = "r") -> Trajectory:
     Raises OpsigError where there is no such file, it is not a trajectory, its schema is newer than this program, it is
     damaged or could reach outside itself, or, for appending, another process writes to it.
     """
-    path = os.fspath(path)
+    path = _followed(path)
     if not os.path.exists(path):
+        if writer := writer_of(path):
+            raise OpsigError(f"{path} is only being created, by {writer}. Try again in a moment")
         raise OpsigError(f"{path} does not exist")
     run = _open_snapshot(path)
     if mode == "r":
         return run
+    with run.damage("the stamp of its last commit"):
+        run_id, place = as_value(run._file.attrs.get("run_id")), place_of_stamp(run._file)
+        there = os.fstat(run._store.fd)
     run.abort()
-    with _file_errors(path):
-        store = RedoFile(path)
-    return Trajectory(path, h5py.File(store, "r+", libver=("v110", "v110"), rdcc_nbytes=0), store)
+    with file_errors(path):
+        store = RedoFile(path, stamp=place or 0, like=there)
+        try:
+            run = Trajectory(path, h5py.File(store, "r+", libver=("v110", "v110"), rdcc_nbytes=0), store)
+            if place is None or not is_run_id(run_id):  # a file of schema 1.0 becomes one of this version
+                run_id = new_run_id()
+                run.set_attributes(run_id=run_id, schema_version=".".join(map(str, SCHEMA_VERSION)))
+                place = create_stamp(run._file, run_id) if place is None else place
+            store.stamp_at(place, run_id)
+        except BaseException:
+            store.let_go()
+            raise
+    return run
+
+
+def _followed(path: str | os.PathLike) -> str:
+    """The file that a link leads to: its log lies beside it, whatever the name by which it is opened."""
+    path = os.fspath(path)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+def cut_off_at_birth(path: str) -> bool:
+    """Whether a writer was killed before the file had its name, which it gets with its first commit."""
+    left = (path + LOG_SUFFIX, path + NEW_SUFFIX)
+    return not os.path.exists(path) and any(map(os.path.exists, left)) and writer_of(path) is None
 
 
 def _open_snapshot(path: str) -> Trajectory:
-    with _file_errors(path):
+    with file_errors(path):
         store = SnapshotFile(path)
     try:
-        with _file_errors(path):
+        with file_errors(path):
             file = h5py.File(store, "r", rdcc_nbytes=0)
         run = Trajectory(path, file, store)
         with run.damage("its structure"):
@@ -195,26 +236,45 @@ class Trajectory(Reading):
         Raises OpsigError on a full disk, with nothing lost: it can be called again.
         """
         assert isinstance(self._store, RedoFile)
-        with _file_errors(self.path):
-            self._file.flush()
-            self._store.commit()
+        with file_errors(self.path):
+            try:
+                self._file.flush()
+                self._store.commit()
+            finally:
+                self.path = self._store.path
 
     def close(self) -> None:
         """Commit and close; a file that was written is one plain HDF5 file afterwards."""
         if isinstance(self._store, RedoFile):
-            try:
-                with _file_errors(self.path):
+            with file_errors(self.path):
+                try:
                     self._file.close()
                     self._store.commit()
-            finally:
-                self._store.close()
+                finally:
+                    self._store.close()
         else:
             self.abort()
 
     def abort(self) -> None:
         """Close and drop what was not committed."""
-        self._file.close()
-        self._store.close()
+        with file_errors(self.path):
+            try:
+                self._file.close()
+            finally:
+                self._store.close()
+
+    def replace_by(self, path: str) -> None:
+        """Let another, finished file take this one's place, and close.
+
+        Raises OpsigError where somebody has written to this one although it is open here.
+        """
+        assert isinstance(self._store, RedoFile)
+        with file_errors(self.path):
+            try:
+                self._file.close()
+                self._store.replace_by(path)
+            finally:
+                self._store.let_go()
 
     def _column(self, field: Field, value: np.ndarray, place: int) -> Any:
         """The dataset for rows like `value`, made where it is new: the rows before `place` hold the fill."""
@@ -246,15 +306,16 @@ class Trajectory(Reading):
 
 
 @contextmanager
-def _file_errors(path: str) -> Iterator[None]:
+def file_errors(path: str) -> Iterator[None]:
+    """What the system says of a file, in one line."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OpsigError(f"{path}: the disk is full. Free some space and continue with --resume") from error
         reason = " ".join(str(error).split())
-        if "file signature not found" in reason and (writer := writer_of(path)):
-            raise OpsigError(f"{path} is only being created, by {writer}. Try again in a moment") from error
         if "file signature not found" in reason or "truncated" in reason:
             raise OpsigError(f"{path} is not a readable HDF5 file") from error
-        raise OpsigError(f"{path}: {error.strerror or reason}") from error
+        name = error.filename if isinstance(error.filename, str) else path
+        about = "" if os.path.abspath(name) == os.path.abspath(path) else f" ({name})"
+        raise OpsigError(f"{path}: {error.strerror or reason}{about}") from error

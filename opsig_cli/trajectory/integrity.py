@@ -7,8 +7,10 @@ import tempfile
 from typing import Any
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajectory
+from opsig_cli.trajectory.disk import sync_folder
+from opsig_cli.trajectory.file import Trajectory, create_trajectory, file_errors, open_trajectory
 from opsig_cli.trajectory.packing import copy_packed
+from opsig_cli.trajectory.redo_log import LOG_SUFFIX
 from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS
 
 
@@ -50,22 +52,35 @@ def _record(run: Trajectory, name: str, rows: int, damaged: list[int], reason: s
 def repack(path: str, output: str) -> dict[str, Any]:
     """Write a compressed copy of a finished run, and put it in place when it is whole; `output` may be `path`.
 
-    Raises OpsigError where the run is damaged, or still written.
+    The run is held as by a writer until then. Raises OpsigError where it is damaged, or somebody else writes to it.
     """
-    if output != path and os.path.exists(output):
-        raise OpsigError(f"{output} exists. Remove it first, or choose another name")
+    if output != path and (os.path.exists(output) or os.path.exists(output + LOG_SUFFIX)):
+        taken = output if os.path.exists(output) else output + LOG_SUFFIX
+        raise OpsigError(f"{taken} exists. Remove it first, or choose another name")
     before = os.path.getsize(path) if os.path.exists(path) else 0
-    open_trajectory(path, "r+").close()  # nobody else writes, and an interrupted writer's log is applied
-    folder = os.path.dirname(os.path.abspath(output))
-    with open_trajectory(path) as run, tempfile.TemporaryDirectory(dir=folder, prefix=".repack-") as temporary:
+    held = open_trajectory(path, "r+")  # nobody else writes, and an interrupted writer's log is applied
+    try:
+        folder = os.path.dirname(os.path.abspath(held.path if output == path else output))
+        with file_errors(output), tempfile.TemporaryDirectory(dir=folder, prefix=".repack-") as temporary:
+            new = os.path.join(temporary, "run.h5")
+            _write_packed(path, new)
+            if output == path:
+                held.replace_by(new)
+            else:
+                os.replace(new, output)
+                sync_folder(output)
+    finally:
+        held.abort()
+    return {"trajectory": output, "bytes_before": before, "bytes": os.path.getsize(output)}
+
+
+def _write_packed(path: str, new: str) -> None:
+    with open_trajectory(path) as run:
         bad = [record for record in verify(run) if record["damaged"] or record["reason"]]
         if bad:
             raise OpsigError(f"{path} is damaged in {bad[0]['name']}. See what is intact: opsig verify {path}")
-        new = os.path.join(temporary, "run.h5")
-        with create_trajectory(new, run.samples) as copy:
+        with create_trajectory(new, run.samples, {"run_id": run.attributes.get("run_id")}) as copy:
             copy_packed(run, copy)
-        with open_trajectory(new) as copy:
-            if any(record["damaged"] or record["reason"] for record in verify(copy)):
-                raise OpsigError(f"the copy of {path} could not be read back. Nothing was changed")
-        os.replace(new, output)
-    return {"trajectory": output, "bytes_before": before, "bytes": os.path.getsize(output)}
+    with open_trajectory(new) as copy:
+        if any(record["damaged"] or record["reason"] for record in verify(copy)):
+            raise OpsigError(f"the copy of {path} could not be read back. Nothing was changed")

@@ -19,7 +19,8 @@ def copy_packed(run: Trajectory, copy: Trajectory) -> None:
     Attributes, and groups that the schema does not know, come along.
     """
     for key, value in run._file.attrs.items():
-        copy._file.attrs[key] = value
+        if key not in ("schema_version", "run_id"):  # the copy's own
+            copy._file.attrs[key] = value
     for name in run.names():
         field = FIELDS[name]
         if field.dims[0] == "step":

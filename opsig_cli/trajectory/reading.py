@@ -19,7 +19,8 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.chunks import Chunks
 from opsig_cli.trajectory.rows import Rows, column_checksum, fill_of, from_bfloat16, is_fill
 from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, SCHEMA_VERSION, dimension
-from opsig_cli.trajectory.store import RedoFile, SnapshotFile
+from opsig_cli.trajectory.snapshot import SnapshotFile
+from opsig_cli.trajectory.store import RedoFile
 
 BLOCK_BYTES = 16 << 20
 """Bound on the memory that one block of `Reading.blocks` takes."""

@@ -42,7 +42,11 @@ class Recorder:
         ids = np.arange(samples) if isinstance(samples, int) else np.asarray(samples)
         if resume:
             self.run = open_trajectory(path, "r+")
-            check_samples(self.run, len(ids))
+            try:
+                check_samples(self.run, len(ids))
+            except OpsigError:
+                self.run.abort()  # a second try finds the file free
+                raise
         else:
             self.run = create_trajectory(path, ids, attributes, replace=replace)
             if labels is not None:
