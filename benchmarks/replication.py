@@ -38,13 +38,13 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
                              lambda label, total: nullcontext(lambda count=1, note="": None))  # fmt: skip
         clusters = found.clusters
         session, _ = tracking.open_session(run, task, "cpu", "torch", lambda text: None)
-        training = silencing.replayable(run, session)
-        assert training is not None
+        settings = silencing.replayable(run, session)
+        assert settings is not None
         used = np.array(clusters.tests.found_on + clusters.tests.held_out)
         steps = run.steps("checkpoints")
         inside = steps[(steps > clusters.tests.held_out[0]) & (steps < clusters.tests.held_out[-1])]
         step = int(inside[np.abs(inside[:, None] - used).min(1).argmax()])
-        replay = silencing.Replay(run, session, training, step)
+        replay = silencing.Replay(run, session, settings, step)
         plain = replay(None)
         rows = []
         for unit, numbers in silencing.units_of(clusters):
@@ -53,11 +53,14 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
                 continue
             members = {g: clusters.position[clusters.grouping.members(g)] for g in unit}
             silent = np.concatenate(list(members.values()))
-            controls = silencing.controls_of(silencing.labels_of(run), silent, np.random.default_rng([1, step, *unit]))
+            controls = silencing.controls_of(
+                silencing.labels_of(run), silent, clusters.position[clusters.grouping.group_M >= 0],
+                np.random.default_rng([1, step, *unit]),
+            )  # fmt: skip
             without, controlled = replay(silent), replay(controls)
             for n in decided:
-                both = np.concatenate([members[g] for g in clusters.grouping.pairs()[n]])
-                anew = silencing.compared(step, both, plain, without, controlled)
+                sides = [members[g] for g in clusters.grouping.pairs()[n]]
+                anew = silencing.compared(step, sides, plain, without, controlled)
                 pair = clusters.pairs[n]
                 rows.append((pair.verdict, [one.ratio for one in pair.silenced], anew.ratio))
         return rows

@@ -165,3 +165,29 @@ def test_a_device_that_is_absent_is_an_error_and_never_another_device():
     if not torch.cuda.is_available():
         with pytest.raises(OpsigError, match="no CUDA device"):
             TorchBackend().open(tiny.Tiny(), "cuda")
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_a_sample_of_weight_zero_is_left_out_of_training_and_no_other_counts_for_more(batch_size):
+    """One step of descent goes along the weighted sum of the samples' own gradients over the number of all of them."""
+    from opsig_torch.training import minibatch
+
+    session, state = open_double(tiny.Tiny(), 13)
+    trained = np.arange(session.samples) if batch_size is None else minibatch(session.samples, batch_size, 0, 0)
+    weights = np.ones(session.samples)
+    weights[trained[:3]], weights[trained[3]] = 0, 0.5
+    rows = autograd_gradients(session, state, trained)
+
+    def stepped(weights):
+        wants = {"wants_state": lambda step: True}
+        training = Training("sgd", 0.5, 1, batch_size=batch_size, weights=weights, **wants)
+        return list(session.train(training, state))
+
+    before, after = stepped(weights)
+    expected = state.params - 0.5 * (weights[trained] @ rows) / len(trained)
+    np.testing.assert_allclose(after.state.params, expected, atol=1e-12)
+    losses = session.losses([state])[0][0][trained]
+    assert before.train_loss == pytest.approx(float(weights[trained] @ losses) / len(trained), rel=1e-6)
+    np.testing.assert_array_equal(stepped(np.ones(session.samples))[1].state.params, stepped(None)[1].state.params)
+    with pytest.raises(UsageError, match="3 weights are not one for each of the"):
+        next(session.train(Training("sgd", 0.5, 1, weights=np.ones(3)), state))

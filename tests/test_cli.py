@@ -277,7 +277,7 @@ def test_a_planted_pair_swings_by_itself(opsig, tmp_path):
     (planted,) = [r for r in records if r["kind"] == "pair" and r["sizes"] == [12, 12]]
     assert planted["verdict"] == "established"
     assert planted["silencing"] > 0.9 > 0.4 > planted["silencing_control"]
-    assert all(one["swing_ratio"] == pytest.approx(one["silent"] / one["controls"]) for one in planted["silenced"])
+    assert all(0.5 > one["swing_ratio"] >= one["silent"] / one["controls"] for one in planted["silenced"])
     assert f"Silencing both sides removes {planted['silencing']:.0%} of their swing" in planted["sentence"]
     agreed = next(r for r in records if r["kind"] == "agreement")
     assert (agreed["pair_precision"], agreed["pair_recall"]) == (1, 1)

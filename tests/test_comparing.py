@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
 
     base = ("--task", "digits", "--model", "mlp:width=32", "--learning-rate", 0.5, "--steps", STEPS)
     call("train", *base, "--checkpoint-every", 1, "--track", "-o", folder / "gd.h5")
-    call("sharpness", folder / "gd.h5", "--steps", "0:40")
+    call("sharpness", folder / "gd.h5", "--at", "iterate", "--steps", "0:40")
     for name, options in LIKE.items():
         call("train", "--like", folder / "gd.h5", *options, "-o", folder / f"{name}.h5")
     return folder

@@ -8,6 +8,7 @@ from opsig_cli.analysis import cutting, evidence, grouping, pairing, significanc
 from opsig_cli.analysis.group_means import group_means
 from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.verdicts import Evidence, Silenced, judge
+from opsig_cli.studies.clustering import silencing
 
 
 def cosines_of_pairs(sizes, dimensions=400, noise=0.6, strays=20, seed=0):
@@ -345,29 +346,40 @@ def test_likeness_across_is_held_against_likeness_within():
     assert abs(alike_between(whole_classes + whole_classes.T, np.repeat([0, 1], 20))[0, 1]) < 0.2
 
 
+def test_one_side_that_swings_by_itself_does_not_make_a_pair():
+    """Silence ends the swing of samples 0 to 2 and not that of 3 and 4, whose swing is a tenth as large."""
+    swing = np.resize([1.0, -1.0], 17)[:, None]
+    plain, silent = swing * [1, 1, 1, 0.1, 0.1], swing * [0, 0, 0, 0.1, 0.1]
+    found = silencing.compared(40, [np.arange(3), np.arange(3, 5)], plain, silent, plain)
+    assert found.silent / found.controls < 0.1
+    assert found.ratio == pytest.approx(1)
+
+
 def apart(*ratios):
-    return [Silenced(40 * place, 1.0, ratio * 0.9, 0.9) for place, ratio in enumerate(ratios, 1)]
+    return [Silenced(40 * place, 1.0, ratio * 0.9, 0.9, ratio) for place, ratio in enumerate(ratios, 1)]
 
 
 @pytest.mark.parametrize(
     ("known", "verdict"),
     [
-        (Evidence(-0.3, 0.01, 0.9, apart(0.1, 0.2)), "established"),
-        (Evidence(-0.3, 1.0, 0.3, apart(0.1, 0.2)), "established"),  # what swings is decided by intervention
-        (Evidence(-0.3, 0.01, 0.9, apart(0.1, 0.7)), "unclear"),
-        (Evidence(-0.3, 0.01, 0.9, apart(0.8, 0.7)), "refuted"),
-        (Evidence(0.01, 0.01, 0.9, apart(0.1, 0.2)), "refuted"),
-        (Evidence(float("nan"), 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
-        (Evidence(-0.3, 0.01, 0.9, apart(0.1, float("nan"))), "unclear"),
-        (Evidence(-0.3, 0.01, 0.9, apart(0.1)), "established"),
-        (Evidence(-0.3, 0.2, 0.9, apart(0.1)), "likely"),
-        (Evidence(-0.3, 0.01, 0.9, apart(0.6)), "unclear"),
-        (Evidence(-0.3, 0.01, 0.9), "established"),
-        (Evidence(-0.3, 0.01, 0.7), "likely"),
-        (Evidence(-0.3, 0.01, float("nan")), "likely"),
-        (Evidence(-0.3, float("nan"), 0.9), "unclear"),
-        (Evidence(-0.3, 0.01, float("nan"), apart(0.1, 0.2)), "likely"),
-        (Evidence(-0.3, 0.2, 0.9), "unclear"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 1.0, 0.3, apart(0.1, 0.2)), "established"),  # what swings is decided by intervention
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.7)), "unclear"),
+        (Evidence(-0.4, -0.3, 0.5, 0.9, apart(0.8, 0.7)), "refuted"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7)), "unclear"),  # they oppose, and others swing them
+        (Evidence(-0.4, 0.01, 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
+        (Evidence(-0.1, -0.05, 0.01, 0.9, apart(0.1, 0.2)), "refuted"),
+        (Evidence(-0.4, float("nan"), 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, float("nan"))), "unclear"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1)), "established"),
+        (Evidence(-0.4, -0.3, 0.2, 0.9, apart(0.1)), "likely"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.6)), "unclear"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9), "established"),
+        (Evidence(-0.4, -0.3, 0.01, 0.7), "unclear"),
+        (Evidence(-0.4, -0.3, 0.01, float("nan")), "likely"),
+        (Evidence(-0.4, -0.3, float("nan"), 0.9), "unclear"),
+        (Evidence(-0.4, -0.3, 0.01, float("nan"), apart(0.1, 0.2)), "likely"),
+        (Evidence(-0.4, -0.3, 0.2, 0.9), "unclear"),
     ],
 )
 def test_the_verdict_on_a_pair(known, verdict):

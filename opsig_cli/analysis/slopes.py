@@ -1,12 +1,11 @@
 """Samples by their slopes along the Hessian's leading eigenvectors: two ends of each, and coordinates for grouping.
 
-C checkpoints, S samples, M of them that are grouped, K vectors, G groups. A slope is v'g(z) and a
+C checkpoints, S samples, M of them that are grouped, K vectors. A slope is v'g(z) and a
 curvature v'H(z)v of a sample z along an eigenvector v; the mean of the curvatures over all samples is the eigenvalue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,14 +114,6 @@ def similarity(coordinates_CMK: np.ndarray) -> np.ndarray:
     """
     rows = np.concatenate(list(coordinates_CMK), 1) / np.sqrt(len(coordinates_CMK)).astype(np.float32)
     return rows @ rows.T
-
-
-def group_means(coordinates_CSK: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
-    """At each checkpoint every sample's mean cosine with the members of each set, (C, S, G) float64."""
-    if not sets:
-        return np.zeros((*coordinates_CSK.shape[:2], 0))
-    means_CGK = np.stack([coordinates_CSK[:, members].mean(1) for members in sets], 1)
-    return np.matmul(coordinates_CSK, means_CGK.transpose(0, 2, 1)).astype(np.float64)
 
 
 def structure(scaled_CMK: np.ndarray, smallest: int, seed: int = 0) -> np.ndarray:

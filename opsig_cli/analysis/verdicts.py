@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opsig_cli.analysis.likeness import ALIKE
+from opsig_cli.analysis.pairing import OPPOSES
 
 VERDICTS = ("established", "likely", "unclear", "refuted")
 """In the order in which pairs are shown."""
@@ -25,25 +26,23 @@ REPLAYS = 2
 @dataclass(frozen=True)
 class Silenced:
     """A pair's swing at one held-out checkpoint, in nats: with all training, with both sides silent, and with as many
-    others of the same labels silent."""
+    others of the same labels silent. `ratio` is R: what remains with both sides silent over what remains with the
+    controls silent, of the side of which more remains; one side that swings by itself does not make a pair."""
 
     step: int
     plain: float
     silent: float
     controls: float
-
-    @property
-    def ratio(self) -> float:
-        """R: what remains with both sides silent, over what remains with the controls silent."""
-        return self.silent / self.controls if self.controls > 0 else float("nan")
+    ratio: float
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a pair. `high`: upper end of the interval of its opposition over held-out checkpoints; `p_value`
-    of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced` where it
-    swings and training was repeated, else `untested` says why it was not."""
+    """What is known of a pair. `opposition` over held-out checkpoints, and the upper end `high` of its interval;
+    `p_value` of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced`
+    where it swings and training was repeated, else `untested` says why it was not."""
 
+    opposition: float
     high: float
     p_value: float
     alike: float
@@ -54,14 +53,16 @@ class Evidence:
 def judge(found: Evidence) -> tuple[str, str]:
     """A verdict and its reason, which completes a sentence.
 
-    >>> apart = [Silenced(step, 1.0, 0.05, 0.9) for step in (40, 80)]
-    >>> judge(Evidence(-0.3, 0.01, 0.9, apart))[0], judge(Evidence(0.1, 0.01, 0.9, apart))[0]
+    >>> apart = [Silenced(step, 1.0, 0.05, 0.9, 0.06) for step in (40, 80)]
+    >>> judge(Evidence(-0.4, -0.3, 0.01, 0.9, apart))[0], judge(Evidence(-0.1, 0.1, 0.01, 0.9, apart))[0]
     ('established', 'refuted')
     """
     if math.isnan(found.high):
         return "unclear", "too few checkpoints are left to test it on that had no part in finding it"
+    if found.opposition > OPPOSES:
+        return "refuted", "at checkpoints that had no part in finding it, the sides hardly pull apart"
     if found.high >= 0:
-        return "refuted", "at checkpoints that had no part in finding it, the sides do not pull apart for certain"
+        return "unclear", "at checkpoints that had no part in finding it, the sides do not pull apart for certain"
     ratios = [one.ratio for one in found.silenced]
     if not all(map(math.isfinite, ratios)):
         return "unclear", "its losses or those of its controls do not move when training is repeated"
@@ -76,8 +77,13 @@ def judge(found: Evidence) -> tuple[str, str]:
         if max(ratios) < SILENCES:
             goes = "the swing of both sides goes when they are silent"
             return ("likely", f"{goes}, but {looks}") if math.isnan(found.alike) else ("established", goes)
+        if min(ratios) >= SILENCES and not lacks:
+            return (
+                "unclear",
+                "the sides pull apart and look alike, but swing on when they are silent: others swing them",
+            )
         if min(ratios) >= SILENCES:
-            return "refuted", "its sides swing on when they are silent: others swing them"
+            return "refuted", "the sides swing on when they are silent: others swing them"
         return "unclear", "silent sides lose their swing at one checkpoint and keep it at another"
     if ratios and ratios[0] >= SILENCES:
         return "unclear", "it swings at one checkpoint of those tested, and there others swing it"
@@ -85,6 +91,6 @@ def judge(found: Evidence) -> tuple[str, str]:
     why = (swings if ratios else f"{found.untested}; " if found.untested else "") + "on held-out checkpoints "
     if not lacks:
         return "established", why + "the sides pull apart, look alike, and are stronger than chance"
-    if ratios or not chance:
+    if ratios or (math.isnan(found.alike) and not chance):
         return "likely", why + f"the sides pull apart, but {lacks}"
     return "unclear", why + f"the sides pull apart, but {lacks}"

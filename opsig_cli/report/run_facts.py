@@ -86,7 +86,8 @@ def larger_rise(loss: Series, rise: int) -> int | None:
 
 def curvature_of(run: Trajectory, rise: int) -> Curvature | None:
     """The sharpness that the file holds, and what it is near the largest rise; None where the file holds none."""
-    group = held_group(run)
+    plain = "sharpness" if run.has("sharpness/eigenvalue") and len(run.steps("sharpness")) else None
+    group = held_group(run) or plain
     if group is None:
         return None
     floor = PLACE[group] == "floor"

@@ -6,6 +6,8 @@ Hessian is sharper where they stand than between them. (theta_t + 2 theta_t+1 + 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from opsig_cli.analysis import mining
@@ -74,7 +76,7 @@ def floor_state(run: Trajectory, session: Session, step: int) -> State:
     states = three_states(run, session, step)
     params = sum(weight * state.params.astype(np.float64) for weight, state in zip(WEIGHTS, states, strict=True))
     assert isinstance(params, np.ndarray)
-    return State(step + 1, params.astype(states[1].params.dtype), states[1].buffers, states[1].optimizer)
+    return replace(states[1], params=params.astype(states[1].params.dtype))
 
 
 def state_at(run: Trajectory, session: Session, step: int, place: str) -> State:

@@ -47,11 +47,13 @@ def slopes_at(
     """Every sample's slopes along the leading eigenvectors of what decides stability, by way of `previous` ones.
 
     For Adam that is P^-1/2 H P^-1/2, and v stands for P^-1/2 times its eigenvector, so that the curvatures' mean is its
-    eigenvalue, too. Raises OpsigError for more eigenvectors than parameters.
+    eigenvalue, too. Raises OpsigError for more eigenvectors than parameters, or where Adam's state is not known.
     """
     settings = settings_of(run)
     state = state_at(run, session, step, place)
     scale = scale_of(settings, state)
+    if scale is None and settings is not None and settings.preconditioned:
+        raise OpsigError(f"{run.path} holds no state of Adam at step {step}, which its preconditioner takes")
     found: Eigenpairs = session.top_eigenpairs(state, count, tolerance, previous, scale)  # pyright: ignore
     if len(found.values) < count:
         raise OpsigError(f"the model has {len(found.values)} parameters: -k must not be more")

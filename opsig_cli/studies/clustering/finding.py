@@ -199,7 +199,7 @@ def _judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Cluste
         else:
             silenced = tuple(outcome.silenced.get(number, ()))
             known = Evidence(
-                pair.interval[1], pair.p_value, pair.alike, silenced, outcome.untested.get(number, ""),
+                pair.opposition, pair.interval[1], pair.p_value, pair.alike, silenced, outcome.untested.get(number, ""),
             )  # fmt: skip
             verdict, reason = judge(known)
             pair = replace(pair, silenced=silenced)

@@ -30,7 +30,7 @@ SETTLING = 4
 BUDGET = 400
 """Steps that are repeated by default, each at the cost of a training step: as many as train the demo's run."""
 SWINGS = 1.0
-"""A pair can be tested by silence at a checkpoint where it swings more than samples do on average."""
+"""A pair can be tested by silence at a checkpoint where both its sides swing more than samples do on average."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ def silence(
     """Silence each pair that swings, the family that it belongs to with it, at REPLAYS of the held-out checkpoints.
 
     Pairs that move most come first, and `budget` bounds the steps repeated. Controls are drawn anew at each checkpoint
-    from samples outside of what is silenced, with the same labels where there are as many.
+    from samples outside of what is silenced, with the same labels where there are as many, those in no group first.
     """
     pairs = clusters.grouping.pairs()
     settings = replayable(run, session)
@@ -73,6 +73,7 @@ def silence(
     outcome = Outcome({}, {}, steps)
     labels = labels_of(run)
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
+    grouped = np.concatenate([np.empty(0, np.int64), *members])
     swung: dict[int, int] = {}
     left = budget // LENGTH
     plains = {}
@@ -84,24 +85,25 @@ def silence(
     for unit, numbers in units_of(clusters):
         silent = np.concatenate([members[group] for group in unit])
         for step, plain in plains.items():
-            swinging = [n for n in numbers if _swings(plain, np.concatenate([members[g] for g in pairs[n]]))]
+            swinging = [n for n in numbers if _swings(plain, [members[g] for g in pairs[n]])]
             if not swinging:
                 continue
             if left < 2:
                 outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
                 continue
             replayed = Replay(run, session, settings, step)
-            controls = controls_of(labels, silent, np.random.default_rng([seed, step, *unit]))
+            controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
             without, controlled = replayed(silent), replayed(controls)
             left, outcome.replays = left - 2, outcome.replays + 2
             advance(2, note=f"step {step}")
             for n in swinging:
-                both = np.concatenate([members[group] for group in pairs[n]])
                 swung[n] = swung.get(n, 0) + 1
-                outcome.silenced.setdefault(n, []).append(compared(step, both, plain, without, controlled))
+                outcome.silenced.setdefault(n, []).append(
+                    compared(step, [members[group] for group in pairs[n]], plain, without, controlled)
+                )
     for n in range(len(pairs)):
         if n not in swung:
-            outcome.untested.setdefault(n, _why_not(plains, np.concatenate([members[g] for g in pairs[n]])))
+            outcome.untested.setdefault(n, _why_not(plains, [members[g] for g in pairs[n]]))
     return outcome
 
 
@@ -110,9 +112,13 @@ def labels_of(run: Trajectory) -> np.ndarray:
     return run.read("samples/label") if run.has("samples/label") else np.zeros(len(run.samples), np.int64)
 
 
-def compared(step: int, both: np.ndarray, *losses_TS: np.ndarray) -> Silenced:
+def compared(step: int, sides: list[np.ndarray], *losses_TS: np.ndarray) -> Silenced:
     """A pair's swing when all train, when its samples are silent, and when their controls are."""
-    return Silenced(step, *(_swing(losses[:, both]) for losses in losses_TS))
+    both = np.concatenate(sides)
+    whole = [_swing(losses[:, both]) for losses in losses_TS]
+    parts = [[_swing(losses[:, side]) for losses in losses_TS[1:]] for side in sides]
+    ratios = [silent / controls if controls > 0 else float("nan") for silent, controls in parts]
+    return Silenced(step, whole[0], whole[1], whole[2], float(np.max(ratios)))
 
 
 def units_of(clusters: Clusters) -> list[tuple[list[int], list[int]]]:
@@ -128,17 +134,33 @@ def units_of(clusters: Clusters) -> list[tuple[list[int], list[int]]]:
     return [(list(unit), units[unit]) for unit in sorted(units, key=lambda unit: -np.nan_to_num(weight[unit]))]
 
 
-def controls_of(labels: np.ndarray, silent: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """As many samples that are not silent, with the same labels as far as there are such; any others make up."""
+def controls_of(
+    labels: np.ndarray, silent: np.ndarray, grouped: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """As many samples that are not silent, with the same labels as far as there are such; any others make up.
+
+    Of each label those in no group come first: a control that took in another pair, which may swing the whole run,
+    would show what that pair does.
+    """
     outside = np.setdiff1d(np.arange(len(labels)), silent)
+    alone = ~np.isin(outside, grouped)
     chosen = []
     for label, count in zip(*np.unique(labels[silent], return_counts=True), strict=True):
-        pool = outside[labels[outside] == label]
-        chosen.append(generator.choice(pool, min(int(count), len(pool)), replace=False))
+        same = labels[outside] == label
+        chosen += _drawn([outside[same & alone], outside[same & ~alone]], int(count), generator)
     drawn = np.concatenate(chosen)
-    rest = np.setdiff1d(outside, drawn)
-    more = generator.choice(rest, min(len(silent) - len(drawn), len(rest)), replace=False)
-    return np.concatenate([drawn, more])
+    rest = ~np.isin(outside, drawn)
+    missing = len(silent) - len(drawn)
+    return np.concatenate([drawn, *_drawn([outside[rest & alone], outside[rest & ~alone]], missing, generator)])
+
+
+def _drawn(pools: list[np.ndarray], count: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """So many samples at random, from the first pool as far as it reaches."""
+    found = []
+    for pool in pools:
+        found.append(generator.choice(pool, min(count, len(pool)), replace=False))
+        count -= len(found[-1])
+    return found
 
 
 class Replay:
@@ -167,16 +189,16 @@ def _swing(losses_TM: np.ndarray) -> float:
     return swing(losses_TM[SETTLING:])
 
 
-def _swings(plain: np.ndarray, both: np.ndarray) -> bool:
-    """Whether a pair turns back and forth, and more than samples do on average."""
-    return period_two(plain[:, both]) > 0 and _swing(plain[:, both]) > SWINGS * _swing(plain)
+def _swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
+    """Whether both sides turn back and forth, and more than samples do on average."""
+    return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(plain) for side in sides)
 
 
-def _why_not(plains: dict[int, np.ndarray], both: np.ndarray) -> str:
+def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:
     if not plains:
         return "no training was repeated (--budget)"
     if all(not period_two(plain) > 0 for plain in plains.values()):
         return "the run does not swing at the checkpoints held out, so that silence says nothing"
-    if all(not period_two(plain[:, both]) > 0 for plain in plains.values()):
+    if all(not period_two(plain[:, side]) > 0 for plain in plains.values() for side in sides):
         return "its losses do not swing, so that silence says nothing"
-    return "it swings less than samples do on average, so that silence says nothing"
+    return "one side or both swing less than samples do on average, so that silence says nothing"

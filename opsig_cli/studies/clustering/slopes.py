@@ -6,7 +6,7 @@ K numbers a checkpoint, whatever the number of parameters: see `analysis.slopes`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -50,20 +50,17 @@ class Coordinates:
         self.count = analysis.choose_count(analysis.structure(chosen, smallest))
         return analysis.similarity(analysis.coordinates(chosen, self.count))
 
-    def group_cosines(self, everybody: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
-        """At each checkpoint everybody's mean cosine with every group, both by position, (C, N, G)."""
-        rows = analysis.coordinates(self.scaled_CSK, self.count)
-        means_CSG = analysis.group_means(rows, sets)
-        return means_CSG[:, everybody]
-
     @property
     def note(self) -> str:
         """What was compared, in words."""
         steps = ", ".join(str(slopes.step) for slopes in self.measured)
         where = "at the floor of the valley " if self.measured[0].place == "floor" else ""
+        whole = self.scaled_CSK.shape[2]
+        if self.count == whole:
+            return f"slopes along {whole} leading eigenvectors {where}are compared, at steps {steps}"
         return (
-            f"slopes along the first {self.count} of {self.scaled_CSK.shape[2]} eigenvectors {where}are compared, at "
-            f"steps {steps}: with more, groups stand out less from what there is by chance"
+            f"slopes along the first {self.count} of {whole} eigenvectors {where}are compared, at steps {steps}: with "
+            "more, groups stand out less from what there is by chance"
         )
 
 
