@@ -38,13 +38,13 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
                              lambda label, total: nullcontext(lambda count=1, note="": None))  # fmt: skip
         clusters = found.clusters
         session, _ = tracking.open_session(run, task, "cpu", "torch", lambda text: None)
-        training = silencing.replayable(run, session)
-        assert training is not None
+        settings = silencing.replayable(run, session)
+        assert settings is not None
         used = np.array(clusters.tests.found_on + clusters.tests.held_out)
         steps = run.steps("checkpoints")
         inside = steps[(steps > clusters.tests.held_out[0]) & (steps < clusters.tests.held_out[-1])]
         step = int(inside[np.abs(inside[:, None] - used).min(1).argmax()])
-        replay = silencing.Replay(run, session, training, step)
+        replay = silencing.Replay(run, session, settings, step)
         plain = replay(None)
         rows = []
         for unit, numbers in silencing.units_of(clusters):

@@ -21,7 +21,7 @@ from opsig_cli.main import app
 DOCS = Path(__file__).parent
 GROUPS = {
     "Reading": ("open_trajectory", "Trajectory"),
-    "Analysing": ("mine", "cluster", "sharpness", "Records"),
+    "Analysing": ("mine", "cluster", "sharpness", "branch", "Records"),
     "Recording": ("Recorder", "State", "Tensor"),
     "Tasks and errors": ("Task", "OpsigError"),
 }

@@ -1,9 +1,9 @@
 """opsig finds the opposing groups of samples that make a network's training loss oscillate and spike.
 
-The public Python API. `open_trajectory` reads a run, as arrays, pandas frames or xarray datasets; `mine`, `cluster` and
-`sharpness` are the commands of these names as functions, and return the records that the commands print; `Recorder`
-writes a run from a training loop of one's own, with `State` for checkpoints whose layout is a list of `Tensor`; `Task`
-is what a training problem must offer; `OpsigError` is what all of them raise.
+The public Python API. `open_trajectory` reads a run, as arrays, pandas frames or xarray datasets; `mine`, `cluster`,
+`sharpness` and `branch` are the commands of these names as functions, and return the records that the commands print;
+`Recorder` writes a run from a training loop of one's own, with `State` for checkpoints whose layout is a list of
+`Tensor`; `Task` is what a training problem must offer; `OpsigError` is what all of them raise.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opsig_cli.backends import State, Tensor
     from opsig_cli.errors import OpsigError
-    from opsig_cli.studies.door import cluster, mine, sharpness
+    from opsig_cli.studies.door import branch, cluster, mine, sharpness
     from opsig_cli.studies.results import Records
     from opsig_cli.tasks import Task
     from opsig_cli.trajectory.file import Trajectory, open_trajectory
@@ -25,6 +25,7 @@ _HOMES = {
     "Task": "tasks",
     "Tensor": "backends",
     "Trajectory": "trajectory.file",
+    "branch": "studies.door",
     "cluster": "studies.door",
     "mine": "studies.door",
     "open_trajectory": "trajectory.file",
@@ -39,6 +40,7 @@ __all__ = [
     "Task",
     "Tensor",
     "Trajectory",
+    "branch",
     "cluster",
     "mine",
     "open_trajectory",

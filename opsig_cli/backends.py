@@ -55,7 +55,9 @@ class Training:
 
     `wants_losses(step)` and `wants_state(step)` say what the snapshot of that step must carry. `weights` (S,), None for
     1 throughout, multiply the samples' losses in what is minimised, whose sum is divided by the number of all samples
-    (of the minibatch) as before: weight 0 leaves a sample out and no other one counts for more.
+    (of the minibatch) as before: weight 0 leaves a sample out and no other one counts for more. Gradients longer than
+    `clip_norm` are shortened to it. `label_smoothing` is what is minimised instead of the task's own; recorded losses
+    stay the task's. `began`: the step at which the optimizer began to count, later than 0 where a branch changed it.
     """
 
     optimizer: str
@@ -73,13 +75,17 @@ class Training:
     wants_losses: Callable[[int], bool] = lambda step: False
     wants_state: Callable[[int], bool] = lambda step: False
     weights: np.ndarray | None = None
+    clip_norm: float | None = None
+    label_smoothing: float | None = None
+    began: int = 0
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """What was seen at one step, before the update that follows it.
 
-    `signed_fraction`: the share of parameters that the update moved by the sign, NaN but for SplitSGD.
+    `grad_norm` is that before clipping. `signed_fraction`: the share of parameters that the update moved by the sign,
+    NaN but for SplitSGD.
     `losses` (S,) float32 and `predictions` (S,) integers or None; `state` where it was asked for; `update_norm` is NaN
     at the last step.
     """

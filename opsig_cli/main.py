@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, TextIO, cast
 import typer
 
 from opsig_cli.commands import (
+    branch,
     cluster,
     compare,
     import_,
@@ -45,6 +46,7 @@ app.command(cls=Command)(sharpness.sharpness)
 app.command(cls=Command)(mine.mine)
 app.command(cls=Command)(probe.probe)
 app.command(cls=Command)(cluster.cluster)
+app.command(cls=Command)(branch.branch)
 app.command(cls=Command)(report.report)
 app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(info.info)

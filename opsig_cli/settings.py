@@ -31,7 +31,8 @@ class Settings:
     """Everything that decides a run's numbers. `batch_size` None is full batch; `track_every` 0 records no losses.
 
     Of an imported run, `learning_rate` is NaN (null in the file), `batch_size` UNKNOWN_BATCH and `optimizer` OTHER
-    where it does not tell them; `nesterov` is of momentum, and for thresholds alone.
+    where it does not tell them; `nesterov` is of momentum, and for thresholds alone. Of a branch, `began` is the step
+    at which a changed optimizer began to count.
     """
 
     task: str
@@ -49,6 +50,9 @@ class Settings:
     dampening: float = 0.9
     radius: float | None = None
     weight_decay: float = 0.0
+    clip_norm: float | None = None
+    label_smoothing: float | None = None
+    began: int = 0
     seed: int = 0
     chunk_size: int | None = None
     statistics: str | None = None
@@ -136,6 +140,13 @@ class Settings:
                     "Leave it out to resume, or start a new run"
                 )
         return self if given.get("steps") is None else replace(self, steps=given["steps"])
+
+    def scheduled(self, steps: int, track_every: int, checkpoint_every: int) -> Self:
+        """These settings with another end and schedule of what is recorded."""
+        return replace(
+            self, steps=steps, track_every=track_every, checkpoint_every=checkpoint_every, checkpoint_pairs=False,
+            checkpoint_window=None, checkpoint_dtype="float32", sharpness_every=0,
+        )  # fmt: skip
 
     def untold(self) -> dict[str, str]:
         """Settings without which an imported run cannot be trained further, and why."""

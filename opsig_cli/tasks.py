@@ -48,7 +48,8 @@ class Task(Protocol):
     Optional members, used where present:
     `collate(items) -> batch`; `predictions(model, batch) -> (B,) integers`; `features(model, batch) -> (B, D)`,
     the input of the last linear layer; `render(i) -> PIL.Image | str`, what a person looks at;
-    `label(i) -> str`; `classes -> Sequence[str]`, the names behind the integers of `predictions`;
+    `label(i) -> str`; `smoothed_losses(model, batch, smoothing) -> (B,)`, for `branch`, the losses with labels smoothed
+    by so much; `classes -> Sequence[str]`, the names behind the integers of `predictions`;
     `truth() -> (S,) integers`, planted sides; and for `probe`: `picture_shape`, (H, W, C), `inputs(pixels) -> batch's
     first part`, for pixels (B, H, W, C) with white at 1, and `logits(model, batch) -> (B, classes)`.
     """

@@ -24,7 +24,7 @@ def compare(
     """How runs differ: loss, accuracy, share of samples that rise, sharpness against its threshold, signed share.
 
     One record a run; the figure lays them over each other. `opsig train --like RUN` makes runs that share their
-    beginning.
+    beginning; a run and its branches are compared from the fork on, as far as the branches go.
 
     Example: opsig compare gd.h5 adam.h5 --figure compared.png
     """
@@ -34,10 +34,17 @@ def compare(
 
     with ExitStack() as stack:
         opened = [stack.enter_context(open_trajectory(path)) for path in runs]
+        span = comparing.since_fork(opened)
+        if span:
+            options.note(f"note: compared from the fork on, steps {span[0]} to {span[1]}", quiet)
 
         def work():
             series = [comparing.series_of(run) for run in opened]
-            written = [comparing.summarise(run, found) for run, found in zip(opened, series, strict=True)]
+            if span:
+                series = [{name: line.between(*span) for name, line in found.items()} for found in series]
+                series = [{name: line for name, line in found.items() if len(line.steps)} for found in series]
+            until = None if span is None else span[1]
+            written = [comparing.summarise(run, found, until) for run, found in zip(opened, series, strict=True)]
             if test is not None:
                 for run, record in zip(opened, written, strict=True):
                     record["test_accuracy"] = _test_accuracy(run, test, device, backend)
@@ -50,7 +57,13 @@ def compare(
 
 def _rows(written: list[dict]) -> list[dict]:
     """Records under short names, with what any of the runs has; the seed goes last."""
-    short = {"trajectory": "run", "learning_rate": "rate", "sign_learning_rate": "sign rate", "batch_size": "batch"}
+    short = {
+        "trajectory": "run",
+        "from_step": "from",
+        "learning_rate": "rate",
+        "sign_learning_rate": "sign rate",
+        "batch_size": "batch",
+    }
     short |= {"signed_fraction": "signed", "test_accuracy": "test accuracy"}
     names = [name for name in written[0] if any(record[name] is not None for record in written)]
     names.sort(key=lambda name: name == "seed")

@@ -48,9 +48,12 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
             "bytes": os.path.getsize(run),
             "state": attributes.get("state"),
         }
+        if "from_step" in attributes:
+            record |= {key: attributes.get(key) for key in ("parent_path", "from_step", "change")}
         settings = attributes.get("settings_json") or {}
         optimizer = settings.get("optimizer")
         settings = {key: value for key, value in settings.items() if optimizer in TAKES.get(key, (optimizer,))}
+        settings = {key: value for key, value in settings.items() if key != "began" or value}
         rows_recorded = [
             {"group": group, "rows": len(s), "first": s[0], "last": s[-1]} for group, s in rows.items() if len(s)
         ]

@@ -27,6 +27,10 @@ def report(
     replace: Annotated[
         bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
     ] = False,
+    branch: Annotated[
+        list[str] | None,
+        typer.Option("--branch", metavar="BRANCH", help="Branches to list. Default: those in the run's folder."),
+    ] = None,
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
@@ -36,13 +40,15 @@ def report(
 ) -> None:
     """One HTML page: which samples move the loss, against which others they pull, and how sure that is.
 
-    The page holds what `opsig cluster` and `opsig mine` print, with pictures, and the sharpness where the file has it.
+    The page holds what `opsig cluster` and `opsig mine` print, with pictures, the sharpness where the file has it, and
+    what the run's branches showed.
     It loads nothing from anywhere, so that it can be sent and kept.
 
     Example: opsig report run.h5 -o report.html
     """
     from opsig_cli import records
     from opsig_cli.report import content, page
+    from opsig_cli.studies.branching import lineage
     from opsig_cli.studies.clustering import finding
     from opsig_cli.studies.clustering import records as clustered
     from opsig_cli.studies.filled import filled
@@ -63,6 +69,10 @@ def report(
     with open_trajectory(run) as trajectory:
         page.check_output(path, run, replace)
         progress = partial(options.progress, quiet=quiet)
+        branches = (
+            lineage.branches_beside(trajectory) if branch is None
+            else lineage.branches_among(branch, trajectory, strict=True)
+        )  # fmt: skip
 
         def work():
             said.clear()
@@ -71,7 +81,7 @@ def report(
             )
             written = clustered.records(trajectory, found.clusters)
             whole = filled(trajectory, found.movers.known)
-            return found, written, content.gather(whole, found, written, task, [*damage, *said])
+            return found, written, content.gather(whole, found, written, task, [*damage, *said], branches)
 
         found, written, shown = without_damage(work, damage.append)
     options.say(damage, False)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opsig_cli.report import branches as branched
 from opsig_cli.report import run_facts, tables, words
 from opsig_cli.report.pairs import show_pair
 from opsig_cli.report.run_facts import Curvature
@@ -23,11 +24,12 @@ PAIRS = 8
 
 
 def gather(
-    run: Trajectory, found: Found, records: Sequence[Mapping[str, Any]], task: str | None, warnings: Sequence[str] = ()
-) -> dict[str, Any]:
+    run: Trajectory, found: Found, records: Sequence[Mapping[str, Any]], task: str | None, warnings: Sequence[str] = (),
+    branches: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Everything that the template names, from the groups found and the records `cluster` would print of them.
 
-    `warnings`: what was said while the task was opened.
+    `branches`: of the run, as `lineage` found them; `warnings`: what was said while the task was opened.
     """
     clusters, window = found.clusters, found.clusters.window
     pairs = by_strength([record for record in records if record["kind"] == "pair"])
@@ -58,7 +60,9 @@ def gather(
         "rise_step": rise,
         "note": found.movers.note,
         "tiles": _tiles(pairs, held, explained, rise, means[rise] - means[previous], curvature),
-        "facts": run_facts.facts(run, series),
+        "facts": [*branched.origin(run), *run_facts.facts(run, series)],
+        "branches": branched.rows(branches),
+        "branch_count": len(branches),
         "loss": run_facts.loss_chart(loss, window, rise),
         "curvature": curvature,
         "vectors": show_vectors(run, rise),

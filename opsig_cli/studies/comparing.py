@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
+from opsig_cli.studies.branching.lineage import is_branch_of
 from opsig_cli.studies.curvature import held_group
 from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
@@ -27,6 +28,11 @@ class Series:
     def last(self) -> float | None:
         """The last value, or None where there is none."""
         return float(self.values[-1]) if len(self.values) else None
+
+    def between(self, first: int, last: int) -> Series:
+        """The part at steps `first` to `last`, both included."""
+        inside = (self.steps >= first) & (self.steps <= last)
+        return Series(self.steps[inside], self.values[inside])
 
 
 QUANTITIES = {
@@ -54,6 +60,13 @@ def series_of(run: Trajectory) -> dict[str, Series]:
     return {name: series for name, series in found.items() if np.isfinite(series.values).any()}
 
 
+def since_fork(runs: Sequence[Trajectory]) -> tuple[int, int] | None:
+    """The steps from the first fork to the last step of a branch, where a run is compared with branches of its own."""
+    branches = [branch for branch in runs if any(is_branch_of(branch, run) for run in runs)]
+    ends = [int(steps[-1]) for branch in branches if len(steps := branch.steps("scalars"))]
+    return (min(int(branch.attributes["from_step"]) for branch in branches), max(ends)) if ends else None
+
+
 def tracked(run: Trajectory) -> dict[str, Series]:
     """Mean loss, accuracy, and the share of samples whose loss is higher than one step before (the paper's Fig. 36)."""
     if not run.has("losses/loss"):
@@ -75,12 +88,19 @@ def tracked(run: Trajectory) -> dict[str, Series]:
     found = {"loss": Series(steps, np.array(means))}
     near = np.flatnonzero(np.diff(steps) == 1) + 1
     found["rising"] = Series(steps[near], np.array(shares)[near])
-    if run.has("losses/prediction") and run.has("class_name") and run.has("samples/label"):
-        names = run.read("class_name").tolist()
-        label = np.array([names.index(text) if text in names else -2 for text in run.read("samples/label").tolist()])
+    label = label_numbers(run)
+    if run.has("losses/prediction") and label is not None:
         right = [_accuracy(rows, label) for _, rows in run.blocks("losses/prediction")]
         found["accuracy"] = Series(steps, np.concatenate(right))
     return found
+
+
+def label_numbers(run: Trajectory) -> np.ndarray | None:
+    """The class of every sample's label as predictions number it, (S,), -2 for one of none; None without classes."""
+    if not run.has("class_name") or not run.has("samples/label"):
+        return None
+    names = {name: number for number, name in enumerate(run.read("class_name").tolist())}
+    return np.array([names.get(label, -2) for label in run.read("samples/label").tolist()])
 
 
 def _mean(row: np.ndarray) -> float:
@@ -101,16 +121,21 @@ def _accuracy(rows: np.ndarray, label: np.ndarray) -> np.ndarray:
     return np.divide((rows == label).sum(1), made, out=np.full(len(rows), np.nan), where=made > 0)
 
 
-def summarise(run: Trajectory, series: Mapping[str, Series]) -> dict[str, Any]:
-    """One record of a run: how it was trained, where it ended, and medians over its second half of what fluctuates."""
+def summarise(run: Trajectory, series: Mapping[str, Series], until: int | None = None) -> dict[str, Any]:
+    """One record of a run: how it was trained, where it ended, and medians over its second half of what fluctuates.
+
+    `until`: the step at which series were cut off.
+    """
     settings = settings_of(run)
-    record: dict[str, Any] = {"trajectory": run.path}
+    said = run.attributes
+    record: dict[str, Any] = {"trajectory": run.path, "from_step": said.get("from_step"), "change": said.get("change")}
     for name in ("optimizer", "learning_rate", "sign_learning_rate", "batch_size", "seed"):
         record[name] = None if settings is None else getattr(settings, name)
     record["batch_size"] = record["batch_size"] or None  # 0 where it is not known
     if settings is not None and settings.optimizer != "splitsgd":
         record["sign_learning_rate"] = None
     steps = run.steps("scalars")
+    steps = steps if until is None else steps[steps <= until]
     run.check("scalars", steps[-1:].tolist())
     record["steps"] = int(steps[-1]) if len(steps) else None
     for name in ("loss", "accuracy"):

@@ -88,10 +88,11 @@ def scale_of(settings: Settings | None, state: State) -> np.ndarray | None:
     arXiv 2207.14484.)
     """
     second = state.optimizer.get("exp_avg_sq")
-    if settings is None or not settings.preconditioned or second is None or state.step == 0:
+    if settings is None or not settings.preconditioned or second is None or state.step == settings.began:
         return None
-    corrected = np.sqrt(second.astype(np.float64) / (1 - settings.beta2**state.step)) + settings.epsilon
-    return 1 / np.sqrt((1 - settings.beta1**state.step) * corrected)
+    count = state.step - settings.began
+    corrected = np.sqrt(second.astype(np.float64) / (1 - settings.beta2**count)) + settings.epsilon
+    return 1 / np.sqrt((1 - settings.beta1**count) * corrected)
 
 
 def count_to_measure(run: Trajectory, group: str, count: int) -> int:

@@ -1,4 +1,4 @@
-"""The Python door: `mine`, `cluster` and `sharpness` with the options of the commands, under the same names.
+"""The Python door: `mine`, `cluster`, `sharpness` and `branch` with the options of the commands, under the same names.
 
 The commands call exactly these functions, so that a notebook and a shell never differ. `run` is a path, or a trajectory
 that `open_trajectory` gave. Each returns `Records`: a list of dictionaries with `.frame()`, `.figure()`, `.notes`, and
@@ -17,6 +17,7 @@ import numpy as np
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import curvature, ends, floor, mining, missing, slopes, tracking
+from opsig_cli.studies.branching import changes, flow, fork, naming, request
 from opsig_cli.studies.clustering import agreement, explaining, finding
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.filled import filled
@@ -247,6 +248,57 @@ def _eigenvalues(
         for step in curvature.measure(run, session, group, missing, count, tolerance):
             advance(note=f"step {step}")
     return curvature.records(run, group, steps, tolerance, k)
+
+
+def branch(
+    run: Run, *, from_step: int | Sequence[int], steps: int, output: str | os.PathLike, drop: Sequence[str] = (),
+    weight: Sequence[str] = (), each: bool = False, optimizer: str | None = None, learning_rate: float | None = None,
+    batch_size: int | None = None, momentum: float | None = None, clip_norm: float | None = None,
+    label_smoothing: float | None = None, seed: int | None = None, into_edge: bool = False, out_of_edge: bool = False,
+    draws: int = 3, sharpness: bool = False, track_every: int | None = None, assume: Sequence[str] = (),
+    replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
+    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly,
+    progress: Progress = unseen,
+) -> Records:  # fmt: skip
+    """Train a run on from a checkpoint with something changed, and beside it unchanged: records of kind "branch".
+
+    `drop` and `weight` ("NAME=W") name samples: "pair:1", "group:3", "label:Coat", "17,18", or "-", those of `records`;
+    groups are those of `records`, or found as `cluster` finds them. The options of training replace the run's;
+    `into_edge` and `out_of_edge` choose the learning rate from the sharpness at the fork, with records of kind "group".
+    `each`: a branch for each change instead of one for all. `output`: the branch's file, a trajectory like any other;
+    of several, each name tells its change. `draws`: controls with as many random samples, and of the same labels.
+    `sharpness`: measure it at the end of each future. `assume`: "KEY=VALUE" of what an imported run does not tell.
+    """
+    from opsig_cli.studies import drawing
+
+    given = dict(optimizer=optimizer, learning_rate=learning_rate, batch_size=batch_size, momentum=momentum,
+                 clip_norm=clip_norm, label_smoothing=label_smoothing, seed=seed)  # fmt: skip
+    settings = {key: value for key, value in given.items() if value is not None}
+    edges = [edge for edge, wanted in (("into", into_edge), ("out of", out_of_edge)) if wanted]
+    asked_for = changes.changes_of(drop, weight, settings, edges, each)
+    with opened(run) as trajectory:
+        trajectory.require("checkpoints/params")
+        asked = request.Request(
+            fork.told(trajectory, task, fork.assumed(assume)), [from_step] if isinstance(from_step, int) else from_step,
+            steps, asked_for, os.fspath(output), draws, sharpness, track_every, replace,
+        )  # fmt: skip
+        asked.check(trajectory)
+        session, loaded, spec = tracking.open_run(trajectory, task, device, backend, note, allow_changed_data)
+
+        def find_groups() -> list[dict[str, Any]]:
+            note(f"groups are those of: opsig cluster {trajectory.path}")
+            return cluster(
+                trajectory, budget=0, task=task, device=device, backend=backend,
+                allow_changed_data=allow_changed_data, note=note, progress=progress,
+            )  # fmt: skip
+
+        names = naming.Names(trajectory, records, find_groups)
+        written, panels = flow.branch(
+            flow.Asked(trajectory, asked, session, loaded, spec, names, note, progress)
+        )  # fmt: skip
+    title = f"{trajectory.path}: futures from step {', '.join(map(str, asked.from_steps))}"
+    sentences = [record["sentence"] for record in written if record.get("sentence")]
+    return Records(written, notes=sentences, title=title, draw=lambda: drawing.draw_branches(panels, title))
 
 
 def _place_of_name(

@@ -13,6 +13,7 @@ from opsig_cli.figures.alignment import alignment_block
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 from opsig_cli.studies import mining as finding
+from opsig_cli.studies.branching.effects import Line, Panel
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.records import by_strength
 from opsig_cli.studies.clustering.sentences import describe, plus_minus
@@ -219,6 +220,19 @@ def draw_compared(runs: Sequence[Trajectory], series: Sequence[Mapping[str, Seri
         if have:
             panels.append((quantity, axis, {name: (line.steps, line.values) for name, line in have.items()}))
     return compared_page(panels, names, f"{len(names)} runs")
+
+
+def draw_branches(panels: Sequence[Panel], title: str) -> Figure:
+    """Every branch over the unchanged future and its controls."""
+    from opsig_cli.figures.branched import branches_page
+
+    def drawn(line: Line) -> tuple[str, np.ndarray, np.ndarray]:
+        return line.of, line.steps, line.values
+
+    return branches_page(
+        [(p.title, drawn(p.branch), drawn(p.unchanged), [drawn(line) for line in p.controls]) for p in panels],
+        f"{_run_name(title.split(':')[0])}: what would have happened",
+    )
 
 
 def _run_name(path: str) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 from opsig_cli.analysis import mining
 from opsig_cli.backends import Session, State
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.trained import settings_at, settings_of
-from opsig_cli.studies.training import StopRequest, training_of
+from opsig_cli.studies.replaying import replay
+from opsig_cli.studies.trained import settings_at, settings_of, weights_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.recorder import read_state
 
@@ -61,12 +61,14 @@ def three_states(run: Trajectory, session: Session, step: int) -> list[State]:
         return [read_state(run, step + ahead) for ahead in range(3)]
     settings = settings_of(run)
     assert settings is not None
-    training = replace(
-        training_of(settings_at(run, settings, step), StopRequest(), step), steps=step + 2,
+    again = replay(
+        session, settings_at(run, settings, step), read_state(run, step), 2, weights_of(run),
         wants_losses=lambda step: False, wants_state=lambda step: True,
     )  # fmt: skip
-    states = [snapshot.state for snapshot in session.train(training, read_state(run, step))]
-    return [state for state in states if state is not None]
+    states = [snapshot.state for snapshot in again if snapshot.state is not None]
+    if len(states) < 3:
+        raise OpsigError(no_floor(run, step, "the loss stops being finite in the two steps that follow"))
+    return states
 
 
 def floor_state(run: Trajectory, session: Session, step: int) -> State:

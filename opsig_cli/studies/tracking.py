@@ -42,6 +42,18 @@ def open_session(
     OpsigError where the task is not given, its dataset has another length, or a sample's loss is another than it was,
     unless `allow_changed_data`.
     """
+    return open_run(run, task, device, backend, warn, allow_changed_data)[:2]
+
+
+def open_run(
+    run: Trajectory,
+    task: str | None,
+    device: str | None,
+    backend: str,
+    warn: Callable[[str], None],
+    allow_changed_data: bool = False,
+) -> tuple[Session, tasks.Task, tasks.TaskSpec]:
+    """What `open_session` opens, and the task's name with where its code came from."""
     attributes = run.attributes
     stored = Settings.stored(attributes, run.path) if task is None or "settings_json" in attributes else Settings(task)
     spec = tasks.parse_spec(task or stored.task, stored.model)
@@ -64,7 +76,7 @@ def open_session(
         warn(f"{run.path}: {changed}. Has the task's data changed?")
     warn(f"device: {session.device_name}")
     check_data(run, session, warn, allow_changed_data)
-    return session, loaded
+    return session, loaded, found
 
 
 def check_model(run: Trajectory, session: Session) -> None:

@@ -22,3 +22,8 @@ def settings_at(run: Trajectory, settings: Settings, step: int) -> Settings:
         rate = float(run.row("scalars/learning_rate", step))
         return settings if np.isnan(rate) else replace(settings, learning_rate=rate)
     return settings
+
+
+def weights_of(run: Trajectory) -> np.ndarray | None:
+    """The weights of the samples (S,) in what a branch minimises; None for any other run."""
+    return run.read("samples/weight") if run.has("samples/weight") else None

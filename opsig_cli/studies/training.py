@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from opsig_cli.backends import Session, Snapshot, State, Training
 from opsig_cli.errors import UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import divergence, tracking
+from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory, check_new, open_trajectory
 from opsig_cli.trajectory.recorder import Recorder, check_samples, read_state, write_layout
@@ -41,7 +43,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into a request while inside."""
+        """Turn SIGINT and SIGTERM into a request while inside; a thread that is not the main one gets no signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, _: Any) -> None:
@@ -58,8 +63,13 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def training_of(settings: Settings, stop: StopRequest, first: int) -> Training:
-    """What the backend is asked to do; a requested stop makes the next snapshot carry a checkpoint."""
+def training_of(
+    settings: Settings, stop: StopRequest, weights: np.ndarray | None = None, fork: int | None = None
+) -> Training:
+    """What the backend is asked to do; a requested stop makes the next snapshot carry a checkpoint.
+
+    `weights` (S,) of the samples; `fork`: the step at which a branch begins, which has losses whatever the schedule.
+    """
     return Training(
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
@@ -72,8 +82,12 @@ def training_of(settings: Settings, stop: StopRequest, first: int) -> Training:
         dampening=settings.dampening,
         radius=settings.radius,
         weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        label_smoothing=settings.label_smoothing,
+        began=settings.began,
+        weights=weights,
         seed=settings.seed,
-        wants_losses=settings.losses_at,
+        wants_losses=lambda step: settings.losses_at(step) or step == fork,
         wants_state=lambda step: settings.checkpoint_at(step) or settings.sharpness_at(step) or stop.asked,
     )
 
@@ -100,7 +114,8 @@ def new_recorder(
     recorder = Recorder(
         path,
         count,
-        attributes=_provenance(settings, session, spec),
+        attributes=provenance(settings, session)
+        | {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest},
         replace=replace,
         commit_every=commit_every,
         bfloat16=settings.checkpoint_dtype == "bfloat16",
@@ -148,7 +163,8 @@ def run(
     """
     trajectory = recorder.run
     trajectory.set_attributes(state="training")
-    training, latest = training_of(settings, stop, start.step), start
+    fork = trajectory.attributes.get("from_step")
+    training, latest = training_of(settings, stop, weights_of(trajectory), fork), start
     for snapshot in session.train(training, start):
         if (what := divergence.not_finite(snapshot)) is not None:
             recorder.record(
@@ -223,7 +239,8 @@ def _record_sharpness(recorder: Recorder, session: Session, settings: Settings, 
     return float(found.values[0])
 
 
-def _provenance(settings: Settings, session: Session, spec: tasks.TaskSpec) -> dict[str, Any]:
+def provenance(settings: Settings, session: Session) -> dict[str, Any]:
+    """What a new file says of how it was made, its task excepted."""
     return {
         "opsig_version": version("opsig"),
         "python_version": platform.python_version(),
@@ -231,9 +248,6 @@ def _provenance(settings: Settings, session: Session, spec: tasks.TaskSpec) -> d
         "command": shlex.join(["opsig", *sys.argv[1:]]),
         "git_commit": _git_commit(),
         "device": session.device_name,
-        "task": str(spec),
-        "task_source": spec.source,
-        "task_sha256": spec.digest,
         "settings_json": settings.stored_form(),
         "state": "training",
     }

@@ -92,6 +92,7 @@ FIELDS = _fields(
     Field("class_name", ("class",), "S*", "1", "name of the class that a prediction's integer stands for"),
     Field("samples/label", ("sample",), "S*", "1", "label of the sample, as a person reads it"),
     Field("samples/thumbnail", ("sample", "row", "column", "channel"), "u1", "1", "small picture of the sample"),
+    Field("samples/weight", ("sample",), "f8", "1", "weight of the sample's loss in what a branch minimises"),
     Field("samples/text", ("sample",), "S*", "1", "the sample as text"),
     Field("samples/truth", ("sample",), "i4", "1", "planted side: 2*pair + side, or -1 outside every group"),
     Field("samples/feature", ("sample",), "i4", "1", "planted feature, which two pairs may share, or -1 for none"),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from opsig_cli.errors import OpsigError
+from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.tasks import Task
 
 
@@ -21,6 +21,25 @@ def forward(task: Task, model: nn.Module, batch: Any) -> tuple[torch.Tensor, tor
     losses = task.losses(replay, batch)
     with torch.no_grad():
         return losses, predict(replay, batch)
+
+
+def smoothed(
+    task: Task, model: nn.Module, batch: Any, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Losses (B,) over smoothed labels, the task's own losses (B,), and predictions, from one forward pass.
+
+    Raises UsageError for a task that cannot smooth its labels.
+    """
+    smooth = getattr(task, "smoothed_losses", None)
+    if smooth is None:
+        raise UsageError("the task's labels cannot be smoothed: it has no smoothed_losses(model, batch, smoothing)")
+    replay, predict = _Replay(model), getattr(task, "predictions", None)
+    try:
+        minimised = smooth(replay, batch, smoothing)
+    except ValueError as error:
+        raise UsageError(f"label smoothing of {smoothing:g}: {error}") from error
+    with torch.no_grad():
+        return minimised, task.losses(replay, batch), None if predict is None else predict(replay, batch)
 
 
 class LossRow:

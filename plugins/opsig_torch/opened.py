@@ -63,10 +63,11 @@ class Opened:
     def flat(self) -> FlatModel:
         """The model as one vector, built on first use."""
         if self._flat is None:
-            model = self.task.model()
-            dtype = torch.float64 if self.double else torch.float32
-            self._running = Running(model, self.device, dtype, lambda words: self.tell(words))
-            self._flat = FlatModel(model, torch.device(self.device), self.double)
+            with torch.inference_mode(False):  # what is first measured may be trained next
+                model = self.task.model()
+                dtype = torch.float64 if self.double else torch.float32
+                self._running = Running(model, self.device, dtype, lambda words: self.tell(words))
+                self._flat = FlatModel(model, torch.device(self.device), self.double)
         return self._flat
 
     @property

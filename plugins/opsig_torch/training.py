@@ -14,7 +14,7 @@ import torch
 
 from opsig_cli.backends import Snapshot, State, Training
 from opsig_cli.errors import UsageError
-from opsig_torch.forward import LossRow
+from opsig_torch.forward import LossRow, smoothed
 from opsig_torch.opened import Opened
 from opsig_torch.splitsgd import SignSGD, SplitSGD
 
@@ -26,19 +26,22 @@ def train(opened: Opened, training: Training, start: State) -> Iterator[Snapshot
 
     A full-batch snapshot's losses come from the forward pass that trains; a minibatch run measures them in a pass of
     their own. `train_loss` and `grad_norm` are those of the minibatch where there is one, and of what is minimised
-    where samples have weights. Raises UsageError where these are not one a sample.
+    where samples have weights or labels are smoothed. Raises UsageError where weights are not one a sample, or labels
+    cannot be smoothed.
     """
     if training.weights is not None and training.weights.shape != (opened.samples,):
         raise UsageError(f"{training.weights.size} weights are not one for each of the {opened.samples} samples")
     optimizer = _optimizer(opened, training)
     opened.load(start)
-    _restore(optimizer, opened, start)
+    _restore(optimizer, opened, start, training.began)
     gradient = _full_batch_gradient if training.batch_size is None else _minibatch_gradient
     for step in range(start.step, training.steps + 1):
         wants_losses = training.wants_losses(step)
         state = _state(opened, optimizer, step) if training.wants_state(step) else None
         train_loss, row = gradient(opened, training, step, wants_losses)
         grad_norm = opened.flat.gradient.norm().item()
+        if training.clip_norm is not None and grad_norm > training.clip_norm:
+            opened.flat.gradient.mul_(training.clip_norm / grad_norm)
         update_norm = float("nan")
         if step < training.steps:
             before = opened.flat.vector.detach().clone()
@@ -56,15 +59,19 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
     opened.measuring_mode()
     opened.flat.gradient.zero_()
     row = LossRow(opened.samples)
-    total = 0.0
+    plain, total = training.weights is None and training.label_smoothing is None, 0.0
     for indices, batch in opened.batches:
-        losses, predictions = opened.forward(batch)
+        if training.label_smoothing is None:
+            losses, predictions = opened.forward(batch)
+            counted = _weighted(losses, training, indices)
+        else:
+            counted, losses, predictions = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)
+            counted = _weighted(counted, training, indices)
         row.put(indices, losses, predictions)
-        counted = _weighted(losses, training, indices)
         (counted.sum() / opened.samples).backward()
-        if training.weights is not None:
+        if not plain:
             total += counted.detach().double().sum().item()
-    return row.mean() if training.weights is None else total / opened.samples, row
+    return row.mean() if plain else total / opened.samples, row
 
 
 def _weighted(losses: torch.Tensor, training: Training, indices: slice | np.ndarray) -> torch.Tensor:
@@ -92,8 +99,12 @@ def _minibatch_gradient(
     torch.manual_seed(int(np.random.SeedSequence([training.seed, step]).generate_state(1)[0]))
     opened.flat.gradient.zero_()
     chosen = minibatch(opened.samples, training.batch_size, training.seed, step)
+    batch = opened.batches.take(chosen)
     with opened.running.as_trained():
-        losses = opened.task.losses(opened.flat.model, opened.batches.take(chosen))
+        if training.label_smoothing is None:
+            losses = opened.task.losses(opened.flat.model, batch)
+        else:
+            losses = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)[0]
     mean = _weighted(losses, training, chosen).mean()
     mean.backward()
     return mean.item(), row
@@ -144,9 +155,9 @@ def _state(opened: Opened, optimizer: torch.optim.Optimizer, step: int) -> State
     return replace(opened.state(step), optimizer=kept)
 
 
-def _restore(optimizer: torch.optim.Optimizer, opened: Opened, start: State) -> None:
+def _restore(optimizer: torch.optim.Optimizer, opened: Opened, start: State, began: int) -> None:
     if isinstance(optimizer, SplitSGD):
-        optimizer.param_groups[0]["steps"] = start.step
+        optimizer.param_groups[0]["steps"] = start.step - began
         if "radius" in start.optimizer:
             optimizer.param_groups[0]["radius"] = float(start.optimizer["radius"])
     if not start.optimizer:
@@ -157,4 +168,4 @@ def _restore(optimizer: torch.optim.Optimizer, opened: Opened, start: State) -> 
             continue  # a number of the whole group
         slots[name] = torch.from_numpy(row.copy()).to(opened.flat.vector.device)
     if isinstance(optimizer, torch.optim.Adam):
-        slots["step"] = torch.tensor(float(start.step))
+        slots["step"] = torch.tensor(float(start.step - began))

@@ -81,6 +81,12 @@ class ImageTask:
             return (logits - one_hot(batch[1], len(self.classes))).square().sum(1) / 2
         return cross_entropy(logits, batch[1], reduction="none", label_smoothing=self._smoothing)
 
+    def smoothed_losses(self, model: nn.Module, batch: Any, smoothing: float) -> Tensor:
+        """Cross-entropy with labels smoothed by this much, (B,). Raises ValueError for the square loss."""
+        if self._loss != "cross-entropy" or not 0 <= smoothing < 1:
+            raise ValueError("it belongs to cross-entropy, and is at least 0 and below 1")
+        return cross_entropy(model(batch[0]).double(), batch[1], reduction="none", label_smoothing=smoothing)
+
     def predictions(self, model: nn.Module, batch: Any) -> Tensor:
         """Predicted classes, (B,)."""
         return model(batch[0]).argmax(1)

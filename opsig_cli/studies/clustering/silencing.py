@@ -7,18 +7,19 @@ S samples of the run, T steps of a replay, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from opsig_cli.analysis.evidence import period_two, swing
 from opsig_cli.analysis.verdicts import REPLAYS, Silenced
-from opsig_cli.backends import Session, State, Training
+from opsig_cli.backends import Session, State
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.weighing import related
-from opsig_cli.studies.training import StopRequest, training_of
+from opsig_cli.studies.replaying import replay
+from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.recorder import read_state
 
@@ -43,7 +44,7 @@ class Outcome:
     replays: int = 0
 
 
-def replayable(run: Trajectory, session: Session) -> Training | None:
+def replayable(run: Trajectory, session: Session) -> Settings | None:
     """How the run trains, to be repeated from its checkpoints; None where its file does not tell or nobody can."""
     try:
         settings = Settings.stored(run.attributes, run.path)
@@ -51,7 +52,7 @@ def replayable(run: Trajectory, session: Session) -> Training | None:
         return None
     if settings.untold() or settings.optimizer not in session.optimizers:
         return None
-    return training_of(settings, StopRequest(), 0)
+    return settings
 
 
 def silence(
@@ -64,8 +65,8 @@ def silence(
     from samples outside of what is silenced, with the same labels where there are as many, those in no group first.
     """
     pairs = clusters.grouping.pairs()
-    training = replayable(run, session)
-    if training is None:
+    settings = replayable(run, session)
+    if settings is None:
         return Outcome({}, dict.fromkeys(range(len(pairs)), "how it was trained is not known, to repeat it"), [])
     places = np.unique(np.linspace(0, len(held_out), REPLAYS + 1).round().astype(int)[1:]) - 1
     steps = [int(held_out[place]) for place in places if place >= 0]
@@ -78,7 +79,7 @@ def silence(
     plains = {}
     for step in steps:
         if left > 0:
-            plains[step] = Replay(run, session, training, step)(None)
+            plains[step] = Replay(run, session, settings, step)(None)
             left, outcome.replays = left - 1, outcome.replays + 1
             advance(note=f"step {step}")
     for unit, numbers in units_of(clusters):
@@ -90,7 +91,7 @@ def silence(
             if left < 2:
                 outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
                 continue
-            replayed = Replay(run, session, training, step)
+            replayed = Replay(run, session, settings, step)
             controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
             without, controlled = replayed(silent), replayed(controls)
             left, outcome.replays = left - 2, outcome.replays + 2
@@ -163,23 +164,25 @@ def _drawn(pools: list[np.ndarray], count: int, generator: np.random.Generator) 
 
 
 class Replay:
-    """Losses (T, S) of all samples when training is repeated from a checkpoint with some of them silent."""
+    """Losses (T, S) of all samples when training is repeated from a checkpoint with some of them silent; NaN from the
+    step at which they stop being finite."""
 
-    def __init__(self, run: Trajectory, session: Session, training: Training, step: int):
+    def __init__(self, run: Trajectory, session: Session, settings: Settings, step: int):
         self._samples = run.samples
         self._session = session
         self._state: State = read_state(run, step)
-        self._training = replace(
-            training, steps=step + LENGTH, wants_losses=lambda step: True, wants_state=lambda step: False
-        )
+        self._settings = settings
+        self._weights = weights_of(run)
 
     def __call__(self, silent: np.ndarray | None) -> np.ndarray:
-        weights = np.ones(self._session.samples)
+        weights = self._weights
         if silent is not None:
+            weights = np.ones(self._session.samples) if weights is None else weights.copy()
             weights[self._samples[silent]] = 0
-        training = replace(self._training, weights=None if silent is None else weights)
-        rows = [snapshot.losses for snapshot in self._session.train(training, self._state)]
-        return np.stack([row for row in rows if row is not None])[:, self._samples]
+        losses = np.full((LENGTH + 1, self._session.samples), np.nan, np.float32)
+        for row, snapshot in enumerate(replay(self._session, self._settings, self._state, LENGTH, weights)):
+            losses[row] = snapshot.losses
+        return losses[:, self._samples]
 
 
 def _swing(losses_TM: np.ndarray) -> float:

@@ -1,0 +1,34 @@
+"""Training again from a checkpoint, with samples weighted, without writing a file. S samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from opsig_cli.backends import Session, Snapshot, State
+from opsig_cli.settings import Settings
+from opsig_cli.studies.training import StopRequest, training_of
+
+
+def replay(
+    session: Session, settings: Settings, start: State, steps: int, weights: np.ndarray | None = None,
+    wants_losses: Callable[[int], bool] = lambda step: True, wants_state: Callable[[int], bool] = lambda step: False,
+) -> Iterator[Snapshot]:  # fmt: skip
+    """Snapshots of `steps` steps from `start`, its own included, as the run's settings say; every one has losses (S,).
+
+    `weights` (S,) multiply the samples' losses in what is minimised. Ends before the first step that is not finite. On
+    the CPU, without weights and with the run's own settings, it is the run bit for bit.
+    """
+    plan = training_of(replace(settings, steps=start.step + steps), StopRequest(), weights)
+    for snapshot in session.train(replace(plan, wants_losses=wants_losses, wants_state=wants_state), start):
+        if not is_finite(snapshot):
+            return
+        yield snapshot
+
+
+def is_finite(snapshot: Snapshot) -> bool:
+    """Whether the losses of a step are finite."""
+    return math.isfinite(snapshot.train_loss) and (snapshot.losses is None or bool(np.isfinite(snapshot.losses).all()))
