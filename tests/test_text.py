@@ -196,7 +196,8 @@ def test_a_planted_pair_of_contexts_is_found_and_said(opsig, tmp_path, vocabular
     for pair in found:
         assert pair["opposition"] < -0.3
         assert min(pair["after"]["shares"]) > 0.9
-        assert ":" in re.search(r"(?:pull against each other|held-out checkpoints), after (.*?) \(", pair["sentence"])[1]
+        said = r"(?:pull against each other|held-out checkpoints), after (.*?) \("
+        assert ":" in re.search(said, pair["sentence"])[1]
         for member in members:
             if member["pair"] == pair["pair"] and member["mined"]:
                 assert texts.context(member["text"], member["label"]).endswith(":")
