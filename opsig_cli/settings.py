@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16")
 """What checkpoints can be kept in."""
 OTHER = "other"
 """The optimizer of an imported run that is none of opsig's: it has no threshold here."""
-LARGEST = 1 << 53
+LARGEST = (1 << 63) - 1
 """No number of a run is larger."""
 LEAST = dict.fromkeys(("steps", "learning_rate", "batch_size", "track_every", "sharpness_every", "epsilon"), 0) | {
     "chunk_size": 1,

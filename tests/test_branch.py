@@ -79,9 +79,9 @@ def test_the_unchanged_branch_is_the_run_bit_for_bit(opsig, tmp_path, options):
 
 
 def test_an_unchanged_replay_that_differs_is_said(opsig, run):
-    with h5py.File(run, "r+") as file:
-        row = file["losses/loss"][35]
-        file["losses/loss"][35] = row + np.float32(0.25) * (np.arange(60) == 7)
+    with opsig_cli.open_trajectory(run, "r+") as file:
+        row = file.row("losses/loss", 35)
+        file.rewrite("losses", 35, loss=row + np.float32(0.25) * (np.arange(60) == 7))
     found = branch(opsig, run, "--drop", "label:red", "--draws", 0)
     assert found.records[0]["replay_difference"] == pytest.approx(0.25, rel=1e-3)
     assert "differ by up to 0.25 nats from step 30 to 42, first at step 35" in found.err

@@ -23,7 +23,7 @@ ANSWERS = {
     "compare": ("compare",),
     "metrics": ("sharpness", "--metrics", "gradient_norm,curvature", *TASK),
     "projection": ("probe", "--projection"),
-    "sharpness": ("sharpness", *TASK),
+    "sharpness": ("sharpness", "--at", "iterate", *TASK),
     "track": ("track", *TASK),
 }
 
@@ -32,7 +32,10 @@ ANSWERS = {
 def whole(tmp_path_factory) -> Path:
     """A tracked run with checkpoints at every tenth step and the sharpness of every second of these."""
     path = tmp_path_factory.mktemp("whole") / "run.h5"
-    for command in (train_tiny(path, "--checkpoint-every", 10), ["sharpness", path, "--steps", "0:60:2", *TASK]):
+    for command in (
+        train_tiny(path, "--checkpoint-every", 10),
+        ["sharpness", path, "--steps", "0:60:2", "--at", "iterate", *TASK],
+    ):
         process = start_opsig(*command)
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -155,7 +158,7 @@ def test_a_damaged_row_can_be_measured_again(whole, tmp_path, opsig):
     shutil.copy(whole, broken)
     damage(broken, {"losses": [30], "sharpness": [40]})
     assert [r["step"] for r in opsig("track", broken, *TASK).records] == [30]
-    assert opsig("sharpness", broken, *TASK).code == 0
+    assert opsig("sharpness", broken, "--at", "iterate", *TASK).code == 0
     assert opsig("verify", broken).code == 0
     with open_trajectory(broken) as run, open_trajectory(whole) as before:
         np.testing.assert_allclose(run.row("losses/loss", 30), before.row("losses/loss", 30), rtol=1e-5)

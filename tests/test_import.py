@@ -109,7 +109,11 @@ def test_an_imported_run_is_the_original_to_the_bit_and_measures_the_same(opsig,
         for key in ("optimizer", "learning_rate", "momentum", "beta1", "beta2", "epsilon", "weight_decay"):
             if key != "momentum" or name == "momentum":
                 assert held[key] == kept.attributes["settings_json"][key], key
-    for command in (("sharpness", "-k", 2), ("cluster",), ("sharpness", "--metrics", "critical_sharpness")):
+    for command in (
+        ("sharpness", "-k", 2),
+        ("cluster", "--test", "held-out"),
+        ("sharpness", "--metrics", "critical_sharpness"),
+    ):
         ours, theirs = (opsig(command[0], path, *command[1:], "--task", spec) for path in (run, same))
         assert ours.code == theirs.code == 0, ours.err
         assert theirs.records

@@ -259,8 +259,8 @@ def test_every_command_takes_a_model_that_is_trained_in_part(run, opsig, tmp_pat
     assert len(records("sharpness", "-", *own, "--metrics", metrics, "--steps", 12, stdin=mined)) == 3
     records("sharpness", file, *own, "--metrics", "trace,critical_sharpness", "--steps", 12)
     records("sharpness", file, *own, "--slice", 12)
-    for sketch in ((), ("--sketch", 256)):
-        assert records("cluster", file, *own, *sketch)[-1]["kind"] in ("member", "pair", "group")
+    for sketch in ((), ("--sketch", 512)):
+        assert records("cluster", file, *own, *sketch)[-1]["kind"] in ("member", "pair", "group", "tests")
     records("probe", file, *own, "--input", "color:sky", "--steps", 12)
     records("report", file, *own, "-o", tmp_path / "r.html")
     assert "frozen" in (tmp_path / "r.html").read_text()

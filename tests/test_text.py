@@ -20,6 +20,7 @@ from opsig_zoo.tokens import quoted, split
 
 from opsig_cli.backends import Training
 from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.figures.canvas import save
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import movers_figure
 from opsig_cli.trajectory import texts
@@ -237,7 +238,8 @@ def test_lines_of_text_are_drawn_under_one_another(tmp_path):
     long = "a very long context " * 9
     shown = {f"{long}as follows:[ a]": "' a'", "this[[]": "'['", "no target": "no", "[\\n]": "'\\n'"}
     tiles = [Tile(text, label, "'\\n'", "' a'") for text, label in shown.items()]
-    movers_figure(tmp_path / "a.svg", [("rose", tiles)], np.arange(9), {"rose": np.ones(9)}, np.ones(9), (0, 8), "t")
+    page = movers_figure([("rose", tiles)], np.arange(9), {"rose": np.ones(9)}, np.ones(9), (0, 8), "t")
+    save(page, tmp_path / "a.svg")
     drawn = (tmp_path / "a.svg").read_text()
     for part in ("as follows:", "[ a]", "this", "[[]", "no target", "was '\\n' \u00d7", "now ' a'"):
         assert f">{part}<" in drawn or f"{part}<" in drawn, part
@@ -266,7 +268,17 @@ def test_what_cannot_be_read_is_refused_in_one_line(opsig, tmp_path):
 
 def test_without_the_library_the_message_says_what_to_install(opsig, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    command = ("train", "--track", "--steps", 1, "-o", folder / "a.h5", "--model", "gpt:width=4,depth=1,heads=1")
+    command = (
+        "train",
+        "--track",
+        "--steps",
+        1,
+        "--model",
+        "gpt:width=4,depth=1,heads=1",
+        "--replace",
+        "-o",
+        folder / "a.h5",
+    )
     assert opsig(*command, "--task", f"text:path={folder},context=4,samples=9").code == 0  # bytes need none
     opsig(*command, "--task", f"text:path={folder},vocabulary=300").fails(1, "pip install 'opsig[text]'")
     with pytest.raises(OpsigError):

@@ -257,7 +257,7 @@ def test_the_two_sides_of_a_simulation_are_found(opsig, runs, name, by):
     assert pair["loss_correlation"] < -0.8
     agreement = next(r for r in found.records if r["kind"] == "agreement")
     assert agreement["adjusted_rand_index"] == 1
-    assert agreement["pair_recall"] == 1
+    assert pair["verdict"] == ("unclear" if by == "loss" else "likely")  # nothing tells what looks alike here
 
 
 def test_the_two_sides_of_the_valley_are_found_by_gradient(opsig, runs):

@@ -41,7 +41,7 @@ def stop(recorder: Recorder, session: Session, training: Training, latest: State
             if snapshot.step == step:
                 break
     kept = max(0, step - 1) if max(0, step - 1) in states else step
-    if np.isfinite(states[kept].params).all():
+    if kept not in run.steps("checkpoints") and np.isfinite(states[kept].params).all():
         recorder.record(kept, state=states[kept])
     run.set_attributes(state=f"stopped: the {what} is not finite at step {step}")
     run.commit()
