@@ -24,7 +24,7 @@ from opsig_cli.settings import Settings
 from opsig_cli.studies import training
 from opsig_cli.tasks import Task
 from opsig_cli.trajectory.file import open_trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 TOLERANCE = 1e-3
 

@@ -108,7 +108,7 @@ def rivals(path: Path, task_spec: str) -> tuple[float, float]:
     from sklearn.metrics import adjusted_rand_score
 
     from opsig_cli import tasks
-    from opsig_cli.trajectory.recorder import read_state
+    from opsig_cli.trajectory.states import read_state
 
     with open_trajectory(path) as opened:
         truth = opened.read("samples/truth")

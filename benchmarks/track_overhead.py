@@ -18,7 +18,7 @@ from opsig_cli import tasks
 from opsig_cli.settings import Settings
 from opsig_cli.studies import tracking, training
 from opsig_cli.trajectory.file import open_trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 
 def train(path: Path, task: str, steps: int, track: bool) -> float:

@@ -449,7 +449,7 @@ def test_probes_are_what_the_model_makes_of_the_inputs(opsig, digits_run, tmp_pa
     from opsig_zoo import Digits
 
     from opsig_cli.trajectory.file import open_trajectory
-    from opsig_cli.trajectory.recorder import read_state
+    from opsig_cli.trajectory.states import read_state
 
     session = TorchBackend().open(Digits(model="mlp:width=16"))
     with open_trajectory(digits_run) as run:

@@ -10,7 +10,7 @@ from conftest import TASKS, train_tiny
 from opsig_cli import open_trajectory
 from opsig_cli.analysis.valley import Valley, descend
 from opsig_cli.studies import floor, tracking
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 FLOORS = TASKS.parent / "floors.py"
 OWN = ("--task", f"{TASKS}:Tiny")

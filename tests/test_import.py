@@ -25,7 +25,7 @@ from opsig_cli.studies.importing.names import fit
 from opsig_cli.studies.importing.optimizers import merge_order
 from opsig_cli.studies.importing.steps import steps_in_names, steps_of
 from opsig_cli.trajectory.file import open_trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 sys.path.insert(0, str(TASKS.parent))
 from tiny import Tiny

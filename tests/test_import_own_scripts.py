@@ -15,7 +15,7 @@ import torch
 from conftest import TASKS
 
 from opsig_cli.trajectory.file import open_trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 sys.path.insert(0, str(TASKS.parent))
 from tiny import Tiny

@@ -14,7 +14,7 @@ import pytest
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory import schema
 from opsig_cli.trajectory.file import create_trajectory, open_trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 HERE = Path(__file__).parent
 

@@ -14,7 +14,8 @@ from torch.func import functional_call
 from opsig_cli.backends import State, Training
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.file import open_trajectory
-from opsig_cli.trajectory.recorder import Recorder, read_state
+from opsig_cli.trajectory.recorder import Recorder
+from opsig_cli.trajectory.states import read_state
 
 TASKS = {"Head": partly.Head, "Adapted": partly.Adapted}
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsig_cli import OpsigError, Recorder, State, Tensor, open_trajectory
-from opsig_cli.trajectory.recorder import read_layout, read_state
+from opsig_cli.trajectory.states import read_layout, read_state
 
 S = 12
 ONES = np.ones(S)

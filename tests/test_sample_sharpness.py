@@ -127,7 +127,7 @@ def test_softmax_regression_has_its_closed_form(opsig, tmp_path):
     records = opsig("sharpness", run, *own, "--metrics", "sample_sharpness", "--steps", 200).records
     session = TorchBackend().open(sharp.Softmax(), "cpu", double=True)
     from opsig_cli.trajectory.file import open_trajectory
-    from opsig_cli.trajectory.recorder import read_state
+    from opsig_cli.trajectory.states import read_state
 
     with open_trajectory(run) as kept, session.at(read_state(kept, 200)), torch.no_grad():
         inputs = session.batches.take(np.arange(session.samples))[0]

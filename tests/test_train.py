@@ -12,7 +12,7 @@ import torch
 from conftest import TASKS, start_opsig, train_tiny
 
 from opsig_cli.trajectory.file import open_trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 
 def arrays(path):

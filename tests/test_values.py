@@ -25,7 +25,7 @@ from opsig_cli.studies import comparing
 from opsig_cli.studies.filled import coverage_of, filled
 from opsig_cli.trajectory import reading
 from opsig_cli.trajectory.file import create_trajectory, open_trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 OWN = ("--task", f"{TASKS}:Tiny")
 

@@ -87,7 +87,7 @@ def train(
     from opsig_cli.studies import tracking, training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import check_new, cut_off_at_birth, open_trajectory
-    from opsig_cli.trajectory.recorder import check_trained, read_state
+    from opsig_cli.trajectory.states import check_trained, read_state
 
     if resume and replace:
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")

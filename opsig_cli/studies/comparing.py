@@ -14,7 +14,7 @@ from opsig_cli.studies.branching.lineage import is_branch_of
 from opsig_cli.studies.curvature import held_group
 from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from opsig_cli.studies.critical import critical_sharpness
 from opsig_cli.studies.floor import state_at
 from opsig_cli.studies.trained import settings_at, settings_of
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 SAMPLE_METRICS = ("gradient_norm", "curvature", "sample_sharpness")
 STEP_METRICS = ("trace", "critical_sharpness")

@@ -16,7 +16,7 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.studies.replaying import replay
 from opsig_cli.studies.trained import settings_at, settings_of, weights_of
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 PLACES = ("floor", "iterate")
 WEIGHTS = (0.25, 0.5, 0.25)

@@ -15,7 +15,7 @@ from opsig_cli.studies.curvature import scale_of, select_steps
 from opsig_cli.studies.mining import positions_of
 from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 COLOURS = {"sky": "#87ceeb", "white": "#ffffff", "black": "#000000", "red": "#ff0000", "green": "#00ff00"}
 SWINGS = 0.05

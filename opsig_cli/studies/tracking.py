@@ -13,7 +13,7 @@ from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import check_samples, check_trained, read_state
+from opsig_cli.trajectory.states import check_samples, check_trained, read_state
 
 STATES_BYTES = 256 << 20
 """Bound on the checkpoints held in memory at a time."""

@@ -24,7 +24,8 @@ from opsig_cli.studies import divergence, tracking
 from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory, check_new, open_trajectory
-from opsig_cli.trajectory.recorder import Recorder, check_samples, read_state, write_layout
+from opsig_cli.trajectory.recorder import Recorder
+from opsig_cli.trajectory.states import check_samples, read_state, write_layout
 
 THUMBNAIL_BYTES = 64 << 20
 """Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""

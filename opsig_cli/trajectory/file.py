@@ -20,6 +20,7 @@ import numpy as np
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory import frames
+from opsig_cli.trajectory.conforming import check_shapes, check_version
 from opsig_cli.trajectory.identity import create_stamp, is_run_id, new_run_id, place_of_stamp
 from opsig_cli.trajectory.locks import writer_of
 from opsig_cli.trajectory.naming import describe
@@ -130,8 +131,8 @@ def _open_snapshot(path: str) -> Trajectory:
         run = Trajectory(path, file, store)
         with run.damage("its structure"):
             vet(file, store.size, is_known)
-            run.check_version()
-            run.check_shapes()
+            check_version(run)
+            check_shapes(run)
         return run
     except Refused as refusal:
         store.close()

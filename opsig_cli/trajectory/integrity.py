@@ -11,9 +11,9 @@ from opsig_cli.settings import Settings
 from opsig_cli.trajectory.disk import sync_folder
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, file_errors, open_trajectory
 from opsig_cli.trajectory.packing import copy_packed
-from opsig_cli.trajectory.recorder import read_layout
 from opsig_cli.trajectory.redo_log import LOG_SUFFIX
 from opsig_cli.trajectory.schema import ROW_GROUPS, field_of
+from opsig_cli.trajectory.states import read_layout
 
 
 def verify(run: Trajectory) -> list[dict[str, Any]]:

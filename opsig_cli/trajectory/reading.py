@@ -19,7 +19,7 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.checking import DamagedRows, named_steps, row_checksums
 from opsig_cli.trajectory.chunks import Chunks
 from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16, known_names
-from opsig_cli.trajectory.schema import ATTRIBUTES, ROW_GROUPS, SCHEMA_VERSION, dimension, field_of
+from opsig_cli.trajectory.schema import ATTRIBUTES, ROW_GROUPS, field_of
 from opsig_cli.trajectory.snapshot import SnapshotFile
 from opsig_cli.trajectory.store import RedoFile
 
@@ -272,31 +272,6 @@ class Reading:
                     except OpsigError:
                         readable[row] = False
         return sums, readable
-
-    def check_version(self) -> None:
-        version = str(as_value(self._file.attrs.get("schema_version", ""))).strip()
-        if not version:
-            raise OpsigError(f"{self.path} is HDF5 but not an opsig trajectory (it states no schema_version)")
-        if int(version.split(".")[0]) > SCHEMA_VERSION[0]:
-            ours = ".".join(map(str, SCHEMA_VERSION))
-            raise OpsigError(
-                f"{self.path} has trajectory schema {version}; this opsig reads up to {ours}. Update opsig"
-            )
-
-    def check_shapes(self) -> None:
-        """Raise OpsigError where a dataset is not what the schema says: its type, its dimensions, or their lengths."""
-        lengths: dict[tuple[str, str], int] = {}
-        for name in self.names():
-            field, dataset = field_of(name), self._file[name]
-            if not isinstance(dataset, h5py.Dataset) or dataset.ndim != len(field.dims):
-                raise OpsigError(f"{self.path}: {name} must have the dimensions {', '.join(field.dims)}")
-            kinds = field.dtype.replace("S*", dataset.dtype.str[1:]).split("|")
-            if dataset.dtype.kind + str(dataset.dtype.itemsize) not in kinds:
-                raise OpsigError(f"{self.path}: {name} must be {field.dtype}, not {dataset.dtype}")
-            for axis, length in zip(field.dims, dataset.shape, strict=True):
-                expected = lengths.setdefault(dimension(field, axis), length)
-                if length < expected or (length != expected and axis != "step"):
-                    raise OpsigError(f"{self.path}: {name} has {length} along {axis}, where {expected} are expected")
 
     # -- inside
 

@@ -5,7 +5,6 @@ S samples, P parameters, N of the samples given at once.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -20,6 +19,7 @@ from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajec
 from opsig_cli.trajectory.modules import layout_of, state_of
 from opsig_cli.trajectory.rows import to_bfloat16
 from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, logged_name
+from opsig_cli.trajectory.states import read_layout, write_layout
 
 SLOTS = [name.rpartition("/")[2] for name in FIELDS if name.startswith("checkpoints/optimizer/")]
 SCALARS = {name.removeprefix("scalars/") for name in FIELDS if name.startswith("scalars/")} - {"step", "checksum"}
@@ -299,70 +299,3 @@ def _check_ids(run: Trajectory, ids: np.ndarray) -> None:
         raise OpsigError(f"{run.path} was recorded over {len(kept):,} samples, and {len(ids):,} are given")
     if not np.array_equal(kept, ids):
         raise OpsigError(f"samples are not those that {run.path} was recorded over")
-
-
-def check_samples(run: Trajectory, count: int) -> None:
-    """Raise OpsigError where the dataset's length is not what it was when the run was recorded."""
-    recorded = len(run.samples)
-    if recorded != count:
-        raise OpsigError(
-            f"{run.path} was recorded over {recorded:,} samples and the task's dataset now has {count:,}. "
-            "Give the --task, with the options, that the run was made with"
-        )
-
-
-def write_layout(run: Trajectory, layout: list[Tensor]) -> None:
-    """Write names, shapes and places of parameters and buffers."""
-    axes = max((len(tensor.shape) for tensor in layout), default=0)
-    shapes = np.full((len(layout), max(axes, 1)), -1)
-    for row, tensor in zip(shapes, layout, strict=True):
-        row[: len(tensor.shape)] = tensor.shape
-    run.write("layout/name", np.array([tensor.name for tensor in layout]))
-    run.write("layout/kind", np.array([tensor.kind for tensor in layout]))
-    run.write("layout/shape", shapes)
-    run.write("layout/offset", np.array([tensor.offset for tensor in layout]))
-    run.write("layout/size", np.array([tensor.size for tensor in layout]))
-
-
-def read_layout(run: Trajectory) -> list[Tensor]:
-    """Names, shapes and places of parameters and buffers. Raises OpsigError where they do not follow each other."""
-    found, ends = [], {"parameter": 0, "frozen": 0, "buffer": 0}
-    columns = [run.read(f"layout/{name}").tolist() for name in ("name", "kind", "shape", "offset", "size")]
-    for name, kind, axes, offset, size in zip(*columns, strict=True):
-        shape = tuple(axis for axis in axes if axis >= 0)
-        if kind not in ends or offset != ends[kind] or size < 0 or math.prod(shape) != size:
-            raise OpsigError(
-                f"{run.path}: the layout of {name} does not follow the tensor before it, as opsig writes it"
-            )
-        ends[kind] += size
-        found.append(Tensor(name, kind, shape, offset, size))
-    return found
-
-
-def check_trained(run: Trajectory, layout: Iterable[Tensor]) -> None:
-    """Raise OpsigError where a model trains a parameter that was frozen in the run, or the other way round."""
-    if not run.has("layout/kind"):
-        return
-    kinds = dict(zip(run.read("layout/name").tolist(), run.read("layout/kind").tolist(), strict=True))
-    for tensor in layout:
-        kind = kinds.get(tensor.name, tensor.kind)
-        if kind != tensor.kind and "buffer" not in (kind, tensor.kind):
-            before, now = ("trained", "freezes") if kind == "parameter" else ("frozen", "trains")
-            raise OpsigError(
-                f"{run.path} was recorded with {tensor.name} {before}, and the task's model {now} it (requires_grad). "
-                "Give the --task that the run was made with, or record it anew"
-            )
-
-
-def read_state(run: Trajectory, step: int) -> State:
-    """The checkpoint of a step. Raises OpsigError, naming the nearest, where there is none."""
-    params = run.row("checkpoints/params", step)
-    buffers = run.row("checkpoints/buffers", step) if run.has("checkpoints/buffers") else np.empty(0)
-    slots = {}
-    for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "radius"):
-        path = f"checkpoints/optimizer/{name}"
-        if run.has(path):
-            row = run.row(path, step)
-            if not np.isnan(row).all():
-                slots[name] = row
-    return State(step, params, buffers, slots, run.frozen)

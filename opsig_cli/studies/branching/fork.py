@@ -19,7 +19,7 @@ from opsig_cli.studies.curvature import group_of, scale_of
 from opsig_cli.studies.trained import settings_at, weights_of
 from opsig_cli.studies.training import SHARPNESS_TOLERANCE
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 ASSUMED = {
     "optimizer": str, "learning_rate": float, "batch_size": int, "momentum": float, "beta1": float, "beta2": float,

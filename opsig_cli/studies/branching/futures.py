@@ -16,7 +16,8 @@ from opsig_cli.studies import training
 from opsig_cli.studies.branching.fork import sharpness_at
 from opsig_cli.studies.replaying import replay
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
-from opsig_cli.trajectory.recorder import Recorder, read_state
+from opsig_cli.trajectory.recorder import Recorder
+from opsig_cli.trajectory.states import read_state
 
 Advance = Callable[..., None]
 Observe = Callable[[int, float, np.ndarray | None], None]

@@ -17,7 +17,7 @@ from opsig_cli.backends import Session
 from opsig_cli.errors import UsageError
 from opsig_cli.studies.clustering.window import Window, checkpoints_in
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 
 def with_largest_gradients(

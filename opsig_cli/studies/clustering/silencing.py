@@ -21,7 +21,7 @@ from opsig_cli.studies.clustering.weighing import related
 from opsig_cli.studies.replaying import replay
 from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.recorder import read_state
+from opsig_cli.trajectory.states import read_state
 
 LENGTH = 16
 """Steps of a replay."""

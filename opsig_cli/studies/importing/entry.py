@@ -21,7 +21,8 @@ from opsig_cli.studies import tracking, training
 from opsig_cli.studies.importing import checkpoints, flow, series
 from opsig_cli.studies.importing.steps import given_steps, steps_of
 from opsig_cli.trajectory.file import open_trajectory
-from opsig_cli.trajectory.recorder import Recorder, check_samples
+from opsig_cli.trajectory.recorder import Recorder
+from opsig_cli.trajectory.states import check_samples
 
 Bar = Callable[[str, int], AbstractContextManager[Any]]
 

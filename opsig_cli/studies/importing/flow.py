@@ -24,8 +24,9 @@ from opsig_cli.studies.importing.torch_files import first_words
 from opsig_cli.studies.importing.weights import FrozenRow, put
 from opsig_cli.tasks import Task
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
-from opsig_cli.trajectory.recorder import Recorder, check_trained
+from opsig_cli.trajectory.recorder import Recorder
 from opsig_cli.trajectory.schema import FIELDS
+from opsig_cli.trajectory.states import check_trained
 
 Warn = Callable[[str], None]
 
