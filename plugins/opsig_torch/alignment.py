@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from opsig_torch import captured, layer_gradients, plain, ways
 from opsig_torch.flat import replaced
-from opsig_torch.frozen import Frozen, frozen_statistics
+from opsig_torch.held_statistics import Frozen, frozen_statistics
 from opsig_torch.naming import is_vmapped
 from opsig_torch.opened import Opened
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from opsig_torch import layer_gradients, plain
 from opsig_torch.eigen import random_start
-from opsig_torch.frozen import frozen_statistics
+from opsig_torch.held_statistics import frozen_statistics
 from opsig_torch.layer_gradients import NORMS, Captured, Use
 from opsig_torch.opened import Opened
 
