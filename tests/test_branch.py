@@ -462,3 +462,15 @@ def test_what_an_imported_run_does_not_tell_is_asked_for(opsig, tmp_path):
     found = branch(opsig, run, "--drop", "3", *wrong, "--replace", start=5, steps=5)
     assert found.records[0]["replay_difference"] > 1e-3
     assert "the unchanged replay is not the run" in found.err
+
+
+# -- what other commands make of it
+
+
+@pytest.mark.parametrize("change", [("--drop", "1,2,3"), ("--label-smoothing", 0.2)])
+def test_a_branch_that_minimises_another_loss_is_tracked(opsig, run, change):
+    task = ("--task", f"{TASKS}:Smooth")
+    assert branch(opsig, run, *change, "--track-every", 5, "--draws", 0, task=task).code == 0
+    found = opsig("track", run.parent / "branch.h5", *task)
+    assert found.code == 0, found.err
+    assert len(found.records) > 5
