@@ -282,15 +282,22 @@ def branch(
             fork.told(trajectory, task, fork.assumed(assume)), [from_step] if isinstance(from_step, int) else from_step,
             steps, asked_for, os.fspath(output), draws, sharpness, track_every, replace,
         )  # fmt: skip
-        asked.check(trajectory)
-        session, loaded, spec = tracking.open_run(trajectory, task, device, backend, note, allow_changed_data)
+        damage: list[str] = []
+
+        def work():
+            asked.check(trajectory)
+            return tracking.open_run(trajectory, task, device, backend, note, allow_changed_data)
+
+        session, loaded, spec = without_damage(work, damage.append)
 
         def find_groups() -> list[dict[str, Any]]:
             note(f"groups are those of: opsig cluster {trajectory.path}")
-            return cluster(
+            found = cluster(
                 trajectory, budget=0, task=task, device=device, backend=backend,
                 allow_changed_data=allow_changed_data, note=note, progress=progress,
             )  # fmt: skip
+            damage.extend(found.damage)
+            return found
 
         names = naming.Names(trajectory, records, find_groups)
         written, panels = flow.branch(
@@ -298,7 +305,9 @@ def branch(
         )  # fmt: skip
     title = f"{trajectory.path}: futures from step {', '.join(map(str, asked.from_steps))}"
     sentences = [record["sentence"] for record in written if record.get("sentence")]
-    return Records(written, notes=sentences, title=title, draw=lambda: drawing.draw_branches(panels, title))
+    return Records(
+        written, notes=sentences, damage=damage, title=title, draw=lambda: drawing.draw_branches(panels, title)
+    )
 
 
 def _place_of_name(
