@@ -23,7 +23,7 @@ from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
-from opsig_cli.studies.trained import settings_of
+from opsig_cli.studies.trained import other_loss, settings_of
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory
 
@@ -169,6 +169,8 @@ def sharpness(
                 chosen_steps = chosen_steps[-1:]
             session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
             backends.require(session, backends.Curvature, backend, "curvature")
+            if not wanted and (other := other_loss(trajectory, settings_of(trajectory))):
+                note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
                 note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
             if slice is not None:
