@@ -529,3 +529,12 @@ def test_samples_are_silenced_at_the_learning_rate_of_the_step(run):
         scheduled = replace(settings, learning_rate=3 * settings.learning_rate)  # as of an import: the largest
         losses = silencing.Replay(file, session, scheduled, 30)(None)
         np.testing.assert_array_equal(losses, file.rows("losses/loss", 30, 31 + silencing.LENGTH))
+
+
+def test_a_branch_without_its_fork_is_not_begun_from_the_seed(opsig, run):
+    assert branch(opsig, run, "--drop", "1,2,3", "--draws", 0).code == 0
+    path = run.parent / "branch.h5"
+    with open_trajectory(path, "r+") as file:
+        file.rewind(29)
+    opsig("train", "--resume", "-o", path, *OWN, "--quiet").fails(1, "no checkpoint to go on from", "opsig branch")
+    assert arrays(path)["scalars/step"].size == 0
