@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -15,7 +16,13 @@ from test_train import arrays
 
 import opsig_cli
 from opsig_cli import tasks
+from opsig_cli.studies import tracking
 from opsig_cli.studies.branching.controls import drawn
+from opsig_cli.studies.clustering import silencing
+from opsig_cli.studies.critical import update_direction
+from opsig_cli.studies.trained import settings_of
+from opsig_cli.trajectory.file import open_trajectory
+from opsig_cli.trajectory.states import read_state
 
 OWN = ("--task", f"{TASKS}:Tiny")
 QUADRATIC = f"{TASKS}:Quadratic"
@@ -462,3 +469,72 @@ def test_what_an_imported_run_does_not_tell_is_asked_for(opsig, tmp_path):
     found = branch(opsig, run, "--drop", "3", *wrong, "--replace", start=5, steps=5)
     assert found.records[0]["replay_difference"] > 1e-3
     assert "the unchanged replay is not the run" in found.err
+
+
+# -- what other commands make of it
+
+
+@pytest.mark.parametrize("change", [("--drop", "1,2,3"), ("--label-smoothing", 0.2)])
+def test_a_branch_that_minimises_another_loss_is_tracked(opsig, run, change):
+    task = ("--task", f"{TASKS}:Smooth")
+    assert branch(opsig, run, *change, "--track-every", 5, "--draws", 0, task=task).code == 0
+    found = opsig("track", run.parent / "branch.h5", *task)
+    assert found.code == 0, found.err
+    assert len(found.records) > 5
+
+
+@pytest.mark.parametrize("more", [(), ("--optimizer", "sgd", "--batch-size", 20)])
+def test_a_model_kept_in_half_precision_takes_smoothed_labels(opsig, tmp_path, more):
+    task = ("--task", f"{TASKS.parent / 'parts.py'}:Half")
+    path = tmp_path / "run.h5"
+    assert opsig("train", *task, "--steps", 10, "--checkpoint-every", 5, "--track", "-o", path).code == 0
+    found = branch(opsig, path, "--label-smoothing", 0.1, *more, start=5, steps=5, task=task)
+    assert found.code == 0, found.err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("--optimizer", "adam", "--learning-rate", 0.01), ("--clip-norm", 0.05), ("--optimizer", "splitsgd")],
+)
+def test_the_update_of_a_branch_is_the_one_it_makes(opsig, run, change):
+    assert branch(opsig, run, *change, "--draws", 0).code == 0
+    with open_trajectory(run.parent / "branch.h5") as file:
+        session, _ = tracking.open_session(file, f"{TASKS}:Tiny", "cpu", "torch", print)
+        settings = settings_of(file)
+        for step in (30, 31, 40):
+            state, after = read_state(file, step), read_state(file, step + 1)
+            direction = update_direction(settings, state, session.gradient(state).astype(np.float64))
+            assert direction is not None, step
+            moved = after.params.astype(np.float64) - state.params
+            np.testing.assert_allclose(settings.learning_rate * direction, moved, atol=1e-3 * np.abs(moved).max())
+
+
+def test_the_curvature_of_a_branch_says_of_which_loss_it_is(opsig, run):
+    assert branch(opsig, run, "--drop", "1,2,3", "--draws", 0).code == 0
+    path = run.parent / "branch.h5"
+    critical = opsig("sharpness", path, "--steps", 40, "--metrics", "critical_sharpness", *OWN)
+    assert critical.code == 0
+    assert "minimises the loss with its samples' weights: critical sharpness is along the negative" in critical.err
+    assert critical.records[0]["threshold"] is None
+    top = opsig("sharpness", path, "--steps", 40, *OWN)
+    assert "measured of the mean loss of all samples" in top.err
+    assert "mean loss of all samples" not in opsig("sharpness", run, "--steps", 40, *OWN).err
+
+
+def test_samples_are_silenced_at_the_learning_rate_of_the_step(run):
+    with open_trajectory(run) as file:
+        session, _ = tracking.open_session(file, f"{TASKS}:Tiny", "cpu", "torch", print)
+        settings = settings_of(file)
+        assert settings is not None
+        scheduled = replace(settings, learning_rate=3 * settings.learning_rate)  # as of an import: the largest
+        losses = silencing.Replay(file, session, scheduled, 30)(None)
+        np.testing.assert_array_equal(losses, file.rows("losses/loss", 30, 31 + silencing.LENGTH))
+
+
+def test_a_branch_without_its_fork_is_not_begun_from_the_seed(opsig, run):
+    assert branch(opsig, run, "--drop", "1,2,3", "--draws", 0).code == 0
+    path = run.parent / "branch.h5"
+    with open_trajectory(path, "r+") as file:
+        file.rewind(29)
+    opsig("train", "--resume", "-o", path, *OWN, "--quiet").fails(1, "no checkpoint to go on from", "opsig branch")
+    assert arrays(path)["scalars/step"].size == 0

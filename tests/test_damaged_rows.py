@@ -163,3 +163,33 @@ def test_a_damaged_row_can_be_measured_again(whole, tmp_path, opsig):
     with open_trajectory(broken) as run, open_trajectory(whole) as before:
         np.testing.assert_allclose(run.row("losses/loss", 30), before.row("losses/loss", 30), rtol=1e-5)
         np.testing.assert_allclose(run.row("sharpness/eigenvalue", 40), before.row("sharpness/eigenvalue", 40), 0.02)
+
+
+@pytest.mark.parametrize("names", ["1,2,3", "pair:1"])
+def test_a_branch_leaves_damaged_rows_out_and_says_so(whole, tmp_path, opsig, names):
+    broken, reference = tmp_path / "run.h5", tmp_path / "reference" / "run.h5"
+    reference.parent.mkdir()
+    shutil.copy(whole, broken)
+    rows = {"losses": [17, 35, 60], "scalars": [36], "checkpoints": [50]}
+    damage(broken, rows)
+    without(whole, reference, rows)
+    more = ("--from", 30, "--steps", 10, "--drop", names, "--draws", 0, *TASK)
+    ours = opsig("branch", broken, "-o", tmp_path / "branch.h5", *more, "--quiet")
+    theirs = opsig("branch", reference, "-o", reference.parent / "branch.h5", *more, "--quiet")
+    assert (ours.code, theirs.code) == (0, 0), ours.err + theirs.err
+    assert ours.out == theirs.out.replace(str(reference.parent), str(tmp_path))
+    said = [line.split(": ", 2)[2] for line in ours.err.splitlines()]
+    assert "3 of 61 rows of losses are damaged and left out: steps 17, 35, 60" in said
+    assert "1 of 61 rows of scalars is damaged and left out: step 36" in said
+    assert ("1 of 7 rows of checkpoints is damaged and left out: step 50" in said) == (names == "pair:1")
+
+
+def test_a_branch_is_compared_without_its_damaged_last_row(whole, tmp_path, opsig):
+    run, branch = tmp_path / "run.h5", tmp_path / "branch.h5"
+    shutil.copy(whole, run)
+    assert opsig("branch", run, "--from", 30, "--steps", 10, "-o", branch, "--draws", 0, *TASK).code == 0
+    damage(branch, {"scalars": [40]})
+    found = opsig("compare", run, branch)
+    assert found.code == 0, found.err
+    assert [record["steps"] for record in found.records] == [39, 39]
+    assert "from the fork on, steps 30 to 39" in found.err

@@ -84,6 +84,20 @@ def test_a_run_that_alternates_is_measured_at_its_floor_and_this_is_said(opsig, 
     assert "at the floor of the valley" in table.splitlines()[0]
 
 
+def test_gaps_in_the_losses_do_not_hide_that_a_run_alternates(tiny_run, tmp_path):
+    path = Path(shutil.copy(tiny_run, tmp_path / "run.h5"))
+    with open_trajectory(path, "r+") as run:
+        for step in run.steps("losses").tolist()[3::5]:
+            losses = run.row("losses/loss", step).copy()
+            losses[::7] = np.nan
+            run.rewrite("losses", step, loss=losses)
+    with open_trajectory(path) as run, open_trajectory(tiny_run) as whole:
+        session = session_of(run, f"{TASKS}:Tiny")
+        steps = run.steps("checkpoints").tolist()[:1]
+        assert floor.alternates(whole, session, steps)
+        assert floor.alternates(run, session, steps)
+
+
 @pytest.mark.parametrize("tracked", [True, False])
 def test_a_run_below_the_edge_is_measured_at_its_iterates(opsig, tmp_path, tracked):
     path = tmp_path / "slow.h5"

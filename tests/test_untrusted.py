@@ -71,6 +71,7 @@ def test_attributes_of_another_type_are_refused_by_name(recorded, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     for name, value in {
         "task": 3, "state": np.arange(4), "settings_json": "[1]", "command": np.float64("nan"), "opsig_version": 1,
+        "from_step": "30", "parent": 3, "change": 4, "change_json": "[1]", "effects_json": "5",
     }.items():  # fmt: skip
         path = with_attributes(recorded, tmp_path / "run.h5", **{name: value})
         refused(

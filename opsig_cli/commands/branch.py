@@ -95,6 +95,7 @@ def branch(
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
+    options.say(found.damage, False)
     options.say(found.notes, quiet)
     tables = [records.Table(found.title, effects.table(found))]
     if gains := effects.group_table(found):

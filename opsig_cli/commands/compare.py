@@ -34,11 +34,9 @@ def compare(
 
     with ExitStack() as stack:
         opened = [stack.enter_context(open_trajectory(path)) for path in runs]
-        span = comparing.since_fork(opened)
-        if span:
-            options.note(f"note: compared from the fork on, steps {span[0]} to {span[1]}", quiet)
 
         def work():
+            span = comparing.since_fork(opened)
             series = [comparing.series_of(run) for run in opened]
             if span:
                 series = [{name: line.between(*span) for name, line in found.items()} for found in series]
@@ -49,9 +47,11 @@ def compare(
                 for run, record in zip(opened, written, strict=True):
                     record["test_accuracy"] = _test_accuracy(run, test, device, backend)
             options.save_figure(figure, drawing.draw_compared, opened, series)
-            return written
+            return written, span
 
-        written = options.without_damage(work)
+        written, span = options.without_damage(work)
+    if span:
+        options.note(f"note: compared from the fork on, steps {span[0]} to {span[1]}", quiet)
     records.write(written, format, [records.Table("", _rows(written))])
 
 

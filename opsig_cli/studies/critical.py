@@ -28,9 +28,12 @@ def update_direction(settings: Settings | None, state: State, gradient: np.ndarr
     """
     if settings is None or not settings.learning_rate > 0:  # 0 for gradient flow, NaN where it is not known
         return None
+    norm = float(np.linalg.norm(gradient))
+    if settings.clip_norm is not None and norm > settings.clip_norm:
+        gradient = gradient * (settings.clip_norm / norm)
     gradient = gradient + settings.weight_decay * state.params.astype(np.float64)
-    kept, step = state.optimizer, state.step + 1
-    begins = state.step == 0
+    kept, step = state.optimizer, state.step - settings.began + 1
+    begins = step == 1
     match settings.optimizer:
         case "gd" | "sgd":
             return -gradient
@@ -55,12 +58,13 @@ def _split(settings: Settings, state: State, gradient: np.ndarray) -> np.ndarray
     beta, tau = settings.momentum, settings.dampening
     radius = settings.radius if settings.radius is not None else state.optimizer.get("radius")
     buffer = state.optimizer.get("momentum_buffer")
-    if state.step and (radius is None or (buffer is None and (beta or tau))):
+    count = state.step - settings.began
+    if count and (radius is None or (buffer is None and (beta or tau))):
         return None
     if radius is None:
         sizes = np.sort(np.abs(gradient[gradient != 0]))
         radius = sizes[max(1, round(QUANTILE * len(sizes))) - 1] if len(sizes) else 0.0
-    moment = _advanced(buffer, beta, (1 - tau) * gradient) / (1 - tau ** (state.step + 1))
+    moment = _advanced(buffer, beta, (1 - tau) * gradient) / (1 - tau ** (count + 1))
     signed = settings.sign_learning_rate / settings.learning_rate * np.sign(moment)
     return -np.where(np.abs(moment) > float(radius), signed, moment)
 

@@ -13,7 +13,7 @@ from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.critical import critical_sharpness
 from opsig_cli.studies.floor import state_at
-from opsig_cli.studies.trained import settings_at, settings_of
+from opsig_cli.studies.trained import other_loss, settings_at, settings_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
@@ -248,6 +248,8 @@ def step_records(
     the update is not known.
     """
     settings = settings_of(run)
+    other = other_loss(run, settings)
+    followed = None if other else settings  # the update goes by the gradient of another loss
     found, unknown = [], []
     for step in steps:
         state = read_state(run, step)
@@ -257,7 +259,7 @@ def step_records(
             record |= {"trace": float(nodes.ravel() @ weights.ravel()), "trace_error": error}
             record |= {"density_nodes": nodes.ravel(), "density_weights": weights.ravel()}
         if "critical_sharpness" in metrics:
-            record["critical_sharpness"], known = critical_sharpness(session, state, settings)
+            record["critical_sharpness"], known = critical_sharpness(session, state, followed)
             rate = settings_at(run, settings, step).learning_rate if settings else 0.0
             record["threshold"] = 2 / rate if rate and known else None
             unknown += [] if known else [step]
@@ -265,6 +267,7 @@ def step_records(
         advance(note=f"step {step}")
     if unknown:
         lacks = "does not say how it was trained" if settings is None else "does not hold the optimizer's update"
+        lacks = f"minimises {other}" if other else lacks
         warn(f"note: {run.path} {lacks}: critical sharpness is along the negative gradient at {len(unknown)} steps")
     return found
 

@@ -23,7 +23,7 @@ from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
-from opsig_cli.studies.trained import settings_of
+from opsig_cli.studies.trained import other_loss, settings_of
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory
 
@@ -169,6 +169,8 @@ def sharpness(
                 chosen_steps = chosen_steps[-1:]
             session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
             backends.require(session, backends.Curvature, backend, "curvature")
+            if not wanted and (other := other_loss(trajectory, settings_of(trajectory))):
+                note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
                 note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
             if slice is not None:
@@ -282,15 +284,22 @@ def branch(
             fork.told(trajectory, task, fork.assumed(assume)), [from_step] if isinstance(from_step, int) else from_step,
             steps, asked_for, os.fspath(output), draws, sharpness, track_every, replace,
         )  # fmt: skip
-        asked.check(trajectory)
-        session, loaded, spec = tracking.open_run(trajectory, task, device, backend, note, allow_changed_data)
+        damage: list[str] = []
+
+        def work():
+            asked.check(trajectory)
+            return tracking.open_run(trajectory, task, device, backend, note, allow_changed_data)
+
+        session, loaded, spec = without_damage(work, damage.append)
 
         def find_groups() -> list[dict[str, Any]]:
             note(f"groups are those of: opsig cluster {trajectory.path}")
-            return cluster(
+            found = cluster(
                 trajectory, budget=0, task=task, device=device, backend=backend,
                 allow_changed_data=allow_changed_data, note=note, progress=progress,
             )  # fmt: skip
+            damage.extend(found.damage)
+            return found
 
         names = naming.Names(trajectory, records, find_groups)
         written, panels = flow.branch(
@@ -298,7 +307,9 @@ def branch(
         )  # fmt: skip
     title = f"{trajectory.path}: futures from step {', '.join(map(str, asked.from_steps))}"
     sentences = [record["sentence"] for record in written if record.get("sentence")]
-    return Records(written, notes=sentences, title=title, draw=lambda: drawing.draw_branches(panels, title))
+    return Records(
+        written, notes=sentences, damage=damage, title=title, draw=lambda: drawing.draw_branches(panels, title)
+    )
 
 
 def _place_of_name(

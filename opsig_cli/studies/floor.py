@@ -13,6 +13,7 @@ import numpy as np
 from opsig_cli.analysis import mining
 from opsig_cli.backends import Session, State
 from opsig_cli.errors import OpsigError
+from opsig_cli.studies.filled import LOSS, coverage_of, filled
 from opsig_cli.studies.replaying import replay
 from opsig_cli.studies.trained import settings_at, settings_of, weights_of
 from opsig_cli.trajectory.file import Trajectory
@@ -105,7 +106,9 @@ def alternates(run: Trajectory, session: Session, steps: list[int]) -> bool:
     recorded = run.steps("losses")
     if len(recorded) >= mining.WIDTH + 2 and bool(np.all(np.diff(recorded) == 1)):
         chosen = np.unique(np.linspace(0, len(run.samples) - 1, SAMPLES).astype(int))
-        losses_TS = run.series("losses/loss", chosen)
+        losses_TS = run.series(LOSS, chosen)
+        if not np.isfinite(losses_TS).all():
+            losses_TS = filled(run, coverage_of(run)).series(LOSS, chosen)
         with np.errstate(invalid="ignore", over="ignore"):  # a run that diverged
             return mining.oscillation([losses_TS]).first_alternation is not None
     return bounce(three_states(run, session, steps[-1])) > 1

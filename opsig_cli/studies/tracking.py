@@ -12,6 +12,7 @@ from opsig_cli import backends, tasks
 from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
+from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import check_samples, check_trained, read_state
 
@@ -174,9 +175,10 @@ def fill_losses(
 
     What is measured becomes durable every COMMIT_SECONDS, and in the end when the caller closes the file.
 
-    Raises OpsigError where the mean of a full-batch run's losses is not the loss that its training logged, unless
-    `allow_changed_data`.
+    Raises OpsigError where the mean of a full-batch run's losses, weighted as training weighed them, is not the loss
+    that its training logged, unless `allow_changed_data`.
     """
+    weights = weights_of(run)
     together = max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
     logged = {} if allow_changed_data else _logged_losses(run, steps)
     settings = run.attributes.get("settings_json") or {}
@@ -186,7 +188,8 @@ def fill_losses(
         chosen = steps[start : start + together].tolist()
         measured = session.losses([read_state(run, step) for step in chosen])
         for step, (losses, predictions) in zip(chosen, measured, strict=True):
-            _check_mean(run, step, float(losses.mean(dtype=np.float64)), logged, agrees)
+            minimised = losses if weights is None else losses * weights
+            _check_mean(run, step, float(minimised.mean(dtype=np.float64)), logged, agrees)
             run.append("losses", step, loss=losses, **({} if predictions is None else {"prediction": predictions}))
             if time.monotonic() - committed > COMMIT_SECONDS:
                 run.commit()
@@ -196,7 +199,8 @@ def fill_losses(
 
 def _logged_losses(run: Trajectory, wanted: np.ndarray) -> dict[int, float]:
     settings = run.attributes.get("settings_json") or {}
-    if settings.get("batch_size") is not None or not run.has("scalars/train_loss"):
+    of_others = settings.get("batch_size") is not None or settings.get("label_smoothing") is not None
+    if of_others or not run.has("scalars/train_loss"):  # logged is the loss of a minibatch, or over smoothed labels
         return {}
     steps = np.intersect1d(wanted, run.steps("scalars")).tolist()
     return {step: float(run.row("scalars/train_loss", step)) for step in steps}

@@ -27,3 +27,12 @@ def settings_at(run: Trajectory, settings: Settings, step: int) -> Settings:
 def weights_of(run: Trajectory) -> np.ndarray | None:
     """The weights of the samples (S,) in what a branch minimises; None for any other run."""
     return run.read("samples/weight") if run.has("samples/weight") else None
+
+
+def other_loss(run: Trajectory, settings: Settings | None) -> str | None:
+    """What a run minimised where that is not the mean loss of all samples, in words."""
+    if run.has("samples/weight"):
+        return "the loss with its samples' weights"
+    if settings is not None and settings.label_smoothing is not None:
+        return "the loss over smoothed labels"
+    return None

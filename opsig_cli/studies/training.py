@@ -18,7 +18,7 @@ import numpy as np
 
 from opsig_cli import backends, tasks
 from opsig_cli.backends import Session, Snapshot, State, Training
-from opsig_cli.errors import UsageError
+from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import divergence, tracking
 from opsig_cli.studies.trained import weights_of
@@ -201,7 +201,8 @@ def resume_point(
 ) -> State:
     """The last intact checkpoint, to which the run is rewound, or the initial state where there is none yet.
 
-    Says what the samples are where the run was killed before it did.
+    Says what the samples are where the run was killed before it did. Raises OpsigError where there is no checkpoint of
+    a run that did not begin with its seed.
     """
     if not recorder.run.has("layout/name"):
         _describe(recorder.run, session, _description(session, task))
@@ -212,6 +213,11 @@ def resume_point(
         return read_state(recorder.run, int(steps[-1])) if len(steps) else None
 
     state = without_damage(last, warn)
+    if state is None and ("from_step" in recorder.run.attributes or recorder.run.has("checkpoints/source/path")):
+        raise OpsigError(
+            f"{recorder.run.path} holds no checkpoint to go on from, and did not begin with its seed. Make it again: "
+            "opsig branch, or opsig import"
+        )
     recorder.rewind(0 if state is None else state.step)  # what came later is trained, and recorded, again
     return initial if state is None else state
 

@@ -57,7 +57,9 @@ class Reading:
                 found[key] = json.loads(value) if key.endswith("_json") else as_value(value)
         for key, value in found.items():
             if not isinstance(value, ATTRIBUTES.get(key, object)):
-                what = {str: "text", dict: "an object of JSON"}[ATTRIBUTES[key]]
+                what = {str: "text", int: "a whole number", dict: "an object of JSON", list: "a list of JSON"}[
+                    ATTRIBUTES[key]
+                ]
                 raise OpsigError(f"{self.path}: the attribute {key} is not {what}, as opsig writes it")
         return found
 

@@ -65,7 +65,8 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
             losses, predictions = opened.forward(batch)
             counted = _weighted(losses, training, indices)
         else:
-            counted, losses, predictions = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)
+            with opened.running.as_trained():
+                counted, losses, predictions = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)
             counted = _weighted(counted, training, indices)
         row.put(indices, losses, predictions)
         (counted.sum() / opened.samples).backward()

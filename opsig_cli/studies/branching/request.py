@@ -9,6 +9,7 @@ from pathlib import Path
 
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
+from opsig_cli.studies import curvature
 from opsig_cli.studies.branching.changes import Change
 from opsig_cli.trajectory.file import Trajectory
 
@@ -31,13 +32,21 @@ class Request:
     replace: bool = False
 
     def check(self, run: Trajectory) -> None:
-        """Raise UsageError or OpsigError for what cannot be done: a step without a checkpoint, a file in the way."""
+        """Raise UsageError or OpsigError for what cannot be done: a step without a checkpoint, a file in the way.
+
+        Raises DamagedRows for what is damaged of the rows that branches are held against, before any is trained.
+        """
         if self.steps < 1:
             raise UsageError(f"--steps {self.steps} leads nowhere. Give at least 1")
         if not self.from_steps:
             raise UsageError("--from is missing. Give the step of a checkpoint")
         for step in self.from_steps:
             run.row("checkpoints/params", step)
+        for group in ("losses", "scalars"):
+            run.check(group, run.steps(group).tolist())
+        for group in ("checkpoints", *curvature.PLACE):  # the floor of a step takes two checkpoints more
+            near = {step + ahead for step in self.from_steps for ahead in range(3)}
+            run.check(group, near & set(run.steps(group).tolist()))
         for path in self.paths().values():
             _check_path(path, run, self.replace)
 

@@ -19,7 +19,7 @@ from opsig_cli.settings import Settings
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.weighing import related
 from opsig_cli.studies.replaying import replay
-from opsig_cli.studies.trained import weights_of
+from opsig_cli.studies.trained import settings_at, weights_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
@@ -171,7 +171,7 @@ class Replay:
         self._samples = run.samples
         self._session = session
         self._state: State = read_state(run, step)
-        self._settings = settings
+        self._settings = settings_at(run, settings, step)
         self._weights = weights_of(run)
 
     def __call__(self, silent: np.ndarray | None) -> np.ndarray:
