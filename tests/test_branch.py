@@ -15,6 +15,7 @@ from test_train import arrays
 
 import opsig_cli
 from opsig_cli import tasks
+from opsig_cli.studies.branching import effects
 from opsig_cli.studies.branching.controls import drawn
 
 OWN = ("--task", f"{TASKS}:Tiny")
@@ -462,3 +463,15 @@ def test_what_an_imported_run_does_not_tell_is_asked_for(opsig, tmp_path):
     found = branch(opsig, run, "--drop", "3", *wrong, "--replace", start=5, steps=5)
     assert found.records[0]["replay_difference"] > 1e-3
     assert "the unchanged replay is not the run" in found.err
+
+
+def test_a_branch_whose_loss_only_falls_is_said_never_to_rise():
+    falls = {
+        "change": "drop 3", "samples_changed": 1, "stopped_at": None, "rise_of_untouched": -0.004,
+        "rise_of_untouched_step": 9, "unchanged_rise_of_untouched": 0.2, "unchanged_rise_of_untouched_step": 7,
+    }  # fmt: skip
+    controls = [{"control": "random", "rise_of_untouched": rise} for rise in (-0.01, -0.02)]
+    assert effects.sentence(falls, controls) == (
+        "with drop 3 (1 sample), the others' loss never rises; unchanged it rises by +0.2 (step 7); "
+        "with as many random samples instead it never rises"
+    )
