@@ -17,6 +17,7 @@ from test_train import arrays
 import opsig_cli
 from opsig_cli import tasks
 from opsig_cli.studies import tracking
+from opsig_cli.studies.branching import effects
 from opsig_cli.studies.branching.controls import drawn
 from opsig_cli.studies.clustering import silencing
 from opsig_cli.studies.critical import update_direction
@@ -538,3 +539,15 @@ def test_a_branch_without_its_fork_is_not_begun_from_the_seed(opsig, run):
         file.rewind(29)
     opsig("train", "--resume", "-o", path, *OWN, "--quiet").fails(1, "no checkpoint to go on from", "opsig branch")
     assert arrays(path)["scalars/step"].size == 0
+
+
+def test_a_branch_whose_loss_only_falls_is_said_never_to_rise():
+    falls = {
+        "change": "drop 3", "samples_changed": 1, "stopped_at": None, "rise_of_untouched": -0.004,
+        "rise_of_untouched_step": 9, "unchanged_rise_of_untouched": 0.2, "unchanged_rise_of_untouched_step": 7,
+    }  # fmt: skip
+    controls = [{"control": "random", "rise_of_untouched": rise} for rise in (-0.01, -0.02)]
+    assert effects.sentence(falls, controls) == (
+        "with drop 3 (1 sample), the others' loss never rises; unchanged it rises by +0.2 (step 7); "
+        "with as many random samples instead it never rises"
+    )

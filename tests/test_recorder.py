@@ -320,3 +320,22 @@ def test_the_loop_in_the_readme_runs_and_is_measured(tmp_path, monkeypatch, opsi
     (record,) = opsig("sharpness", "run.h5", "--task", "mytask.py:MyTask", "--steps", "50").records
     assert record["converged"]
     assert record["eigenvalue"] > 0
+
+
+def test_sharpness_of_a_recorded_loop_has_a_threshold_once_the_loop_says_how_it_trains(tmp_path, opsig):
+    path = tmp_path / "run.h5"
+    task = f"{TASKS}:Tiny"
+    opsig("train", "--task", task, "--steps", "1", "-o", tmp_path / "shape.h5")
+    with open_trajectory(tmp_path / "shape.h5") as run:
+        state, layout, samples = read_state(run, 0), read_layout(run), len(run.samples)
+    with Recorder(path, samples=samples, layout=layout) as recorder:
+        recorder.record(0, state=state)
+    untold = opsig("sharpness", path, "--task", task)
+    assert untold.records[0]["threshold"] is None
+    assert "no stability threshold" in untold.err
+    how = {"task": task, "optimizer": "momentum", "learning_rate": 0.2, "momentum": 0.9}
+    with Recorder(path, samples=samples, resume=True, attributes={"settings_json": how}):
+        pass
+    told = opsig("sharpness", path, "--task", task, "--replace")
+    assert told.records[0]["threshold"] == pytest.approx((2 + 2 * 0.9) / 0.2)
+    assert "no stability threshold" not in told.err

@@ -29,7 +29,7 @@ def track(
         steps = options.without_damage(lambda: tracking.missing_losses(trajectory))
         skipped = len(trajectory.steps("checkpoints")) - len(steps)
         if skipped:
-            options.note(f"{skipped} checkpoints have losses already and are skipped", quiet)
+            options.note(f"note: {skipped} checkpoints have losses already and are skipped", quiet)
         written = []
         if len(steps):
             note = partial(options.note, quiet=quiet)

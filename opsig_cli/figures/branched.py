@@ -16,6 +16,7 @@ from opsig_cli.figures.canvas import (
     Area,
     Block,
     heading,
+    over_steps,
     page,
     quiet_axes,
     sentence,
@@ -46,7 +47,8 @@ def _panel(title: str, branch: Line, unchanged: Line, controls: Sequence[Line], 
                       label=None if known else f"{name} instead")  # fmt: skip
         axes.plot(*unchanged[1:], color=WHOLE, linewidth=1.1, label=unchanged[0])
         axes.plot(*branch[1:], color=SIDES[1], linewidth=1.4, label=branch[0])
-        axes.set(ylim=limits, xlabel="step")
+        over_steps(axes)
+        axes.set(ylim=limits)
         quiet_axes(axes)
         legend = axes.legend(loc="upper right", ncols=2, frameon=False, fontsize=8)
         for text in legend.get_texts():

@@ -110,6 +110,12 @@ def sentence(words: str) -> Block:
     return 0.3, lambda area: area.text(MARGIN, 0, words, color=FAINT)
 
 
+def over_steps(axes: Axes) -> None:
+    """An x axis of steps, with ticks at whole ones."""
+    axes.set_xlabel("step")
+    axes.locator_params(axis="x", integer=True)
+
+
 def quiet_axes(axes: Axes) -> None:
     """Without the top and right spines, with a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)

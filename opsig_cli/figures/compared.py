@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, Area, Block, heading, page, quiet_axes
+from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, Area, Block, heading, over_steps, page, quiet_axes
 from opsig_cli.figures.curvature import PALETTE
 from opsig_cli.figures.curves import log_scale
 
@@ -28,12 +28,14 @@ def compared_page(panels: Sequence[tuple[str, str, Lines]], names: Sequence[str]
         def draw(area: Area) -> None:
             axes = area.axes(MARGIN + 0.6, 0.4, WIDTH - 2 * MARGIN - 0.8, HEIGHT - 0.9)
             for name, (steps, values) in lines.items():
-                axes.plot(steps, values, color=colours[name], linewidth=0.9, label=name)
+                axes.plot(steps, values, color=colours[name], linewidth=0.9, label=name,
+                          marker="." if np.isfinite(values).sum() == 1 else None)  # fmt: skip
             if quantity == "loss":
                 log_scale(axes, [values for _, values in lines.values()])
             if quantity in ("sharpness", "rising"):
                 axes.axhline({"sharpness": 1.0, "rising": 0.5}[quantity], color=FAINT, linewidth=0.8, linestyle="--")
-            axes.set(xlabel="step", ylabel=axis)
+            over_steps(axes)
+            axes.set(ylabel=axis)
             quiet_axes(axes)
             legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=6, frameon=False, fontsize=8)
             for text in legend.get_texts():

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import FAINT, MARGIN, SIDES, WHOLE, WIDTH, Area, Block, heading, page, quiet_axes
+from opsig_cli.figures.canvas import (
+    FAINT,
+    MARGIN,
+    SIDES,
+    WHOLE,
+    WIDTH,
+    Area,
+    Block,
+    heading,
+    over_steps,
+    page,
+    quiet_axes,
+)
 from opsig_cli.figures.curves import log_scale
 
 if TYPE_CHECKING:
@@ -31,7 +43,8 @@ def sharpness_page(
             axes.plot(steps, values, ".-", color=SIDES[0], alpha=1 / (1 + 0.6 * rank), label=f"eigenvalue {rank + 1}")
         if np.isfinite(threshold_T).any():
             axes.plot(steps, threshold_T, "--", color=WHOLE, label="stability threshold")
-        axes.set(xlabel="step", ylabel="sharpness", ylim=(min(0, float(np.nanmin(eigenvalues_TK))), None))
+        over_steps(axes)
+        axes.set(ylabel="sharpness", ylim=(min(0, float(np.nanmin(eigenvalues_TK))), None))
         _legend(axes)
 
     blocks: list[Block] = [heading(title), (HEIGHT, draw)]
@@ -49,7 +62,8 @@ def _fractions(steps: np.ndarray, fractions: Mapping[str, np.ndarray]):
         stack = [fractions[name] for name in shown] + ([np.sum(rest, axis=0)] if rest else [])
         names = shown + ([f"{len(rest)} others"] if rest else [])
         axes.stackplot(steps, np.stack(stack), labels=names, colors=PALETTE[: len(stack)], alpha=0.85)
-        axes.set(xlabel="step", ylabel="share", ylim=(0, 1))
+        over_steps(axes)
+        axes.set(ylabel="share", ylim=(0, 1))
         _legend(axes, min(4, len(names)))
 
     return draw
@@ -68,7 +82,8 @@ def samples_page(panels: Sequence[tuple[str, np.ndarray, Mapping[str, np.ndarray
                 low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=1)
                 axes.plot(steps, middle, ".-", color=colour, label=f"{label} ({values.shape[1]} samples)")
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-            axes.set(xlabel="step", ylabel=name.replace("_", " "))
+            over_steps(axes)
+            axes.set(ylabel=name.replace("_", " "))
             _legend(axes)
 
         return HEIGHT, panel
@@ -93,7 +108,8 @@ def trace_panel(steps: np.ndarray, trace_T: np.ndarray, error_T: np.ndarray) -> 
         else:
             axes.fill_between(steps, low, high, color=SIDES[0], alpha=0.25, linewidth=0, label="standard error")
         axes.axhline(0, color=FAINT, linewidth=0.8)
-        axes.set(xlabel="step", ylabel="trace of the Hessian")
+        over_steps(axes)
+        axes.set(ylabel="trace of the Hessian")
         _legend(axes)
 
     return HEIGHT, draw
@@ -118,7 +134,8 @@ def critical_panel(steps: np.ndarray, critical_T: np.ndarray, threshold_T: np.nd
                 steps[climbs], top, "^", color=SIDES[1], clip_on=False, transform=axes.get_xaxis_transform(),
                 label="any step along the update raises the loss",
             )  # fmt: skip
-        axes.set(xlabel="step", ylabel="critical sharpness")
+        over_steps(axes)
+        axes.set(ylabel="critical sharpness")
         _legend(axes)
 
     return HEIGHT, draw

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import MARGIN, WHOLE, WIDTH, Area, quiet_axes, visible
+from opsig_cli.figures.canvas import MARGIN, WHOLE, WIDTH, Area, over_steps, quiet_axes, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def draw_losses(area: Area, steps: np.ndarray, curves: Sequence[Curve], zoom: tu
                 steps[chosen], curve.values[chosen], curve.style, color=curve.colour, linewidth=1.2, marker=marker,
                 markersize=4, label=visible(curve.name),
             )  # fmt: skip
-        axes.set(xlabel="step")
+        over_steps(axes)
         log_scale(axes, [curve.values[chosen] for curve in curves])
         quiet_axes(axes)
     left.axvspan(*zoom, color="black", alpha=0.08, linewidth=0)

@@ -240,7 +240,10 @@ def curvature_sentence(
     most = f"{value / limit:.2f} times the stability threshold ({value:.3g} against {limit:.3g}, at step {step})"
     near, there, limit = min(known, key=lambda row: abs(row[0] - rise))
     where = "at the floor of the valley, between the iterates, at" if floor else "at"
-    text = f"Measured {where} {len(known)} step{'s' * (len(known) > 1)}, the sharpness reaches {most}"
+    if len(known) == 1:
+        text = f"Measured {where} one step, the sharpness is {most}."
+        return text + (" Above the threshold, oscillation along the top eigenvector grows." if crossed else "")
+    text = f"Measured {where} {len(known)} steps, the sharpness reaches {most}"
     text += f", and is first above it at step {crossed[0]}. " if crossed else ", and never exceeds it. "
     text += f"At step {near}, the nearest to step {rise}, it is {there / limit:.2f} times."
     return text + (" Above the threshold, oscillation along the top eigenvector grows." if crossed else "")

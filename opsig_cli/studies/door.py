@@ -249,7 +249,10 @@ def _eigenvalues(
     with progress("sharpness", len(missing)) as advance:
         for step in curvature.measure(run, session, group, missing, count, tolerance):
             advance(note=f"step {step}")
-    return curvature.records(run, group, steps, tolerance, k)
+    found = curvature.records(run, group, steps, tolerance, k)
+    if settings_of(run) is None:
+        note("no stability threshold: the file does not say how it was trained. Recorder takes that as settings_json")
+    return found
 
 
 def branch(

@@ -117,7 +117,7 @@ def _find(
             return replace(movers, note=f"{words}; {_worst(steps[first:stop], movers)}. Ranked by oscillation")
         if score == "oscillation":
             return movers
-        reason = "the losses do not alternate at period two: this run has not reached the edge of stability"
+        reason = "the losses do not alternate at period two, as they do at the edge of stability"
     elif score == "oscillation":
         raise OpsigError(f"{run.path}: oscillation cannot be scored: {reason}")
     movers = _movers(run, first, stop, "change", count, direction, known)

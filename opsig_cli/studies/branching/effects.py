@@ -81,16 +81,15 @@ def sentence(record: Mapping[str, Any], controls: Sequence[Mapping[str, Any]]) -
     """What a branch shows, in one sentence, against the unchanged future and the controls."""
     count = record["samples_changed"]
     whose = "the others'" if count else "the"
-    text = f"with {record['change']}" + (f" ({count:,} samples)" if count else "")
+    text = f"with {record['change']}" + (f" ({count:,} sample{'s' * (count > 1)})" if count else "")
     if record["stopped_at"] is not None:
         return f"{text} the loss stops being finite at step {record['stopped_at']}"
-    text += f", {whose} loss rises by {_nats(record['rise_of_untouched'])} at most"
-    text += _at(record["rise_of_untouched_step"]) + f"; unchanged by {_nats(record['unchanged_rise_of_untouched'])}"
-    text += _at(record["unchanged_rise_of_untouched_step"])
+    text += f", {whose} loss {_rise(record['rise_of_untouched'], record['rise_of_untouched_step'], ' at most')}"
+    text += "; unchanged it " + _rise(record["unchanged_rise_of_untouched"], record["unchanged_rise_of_untouched_step"])
     for kind, name in ((RANDOM, "as many random samples"), (SAME_LABELS, "random ones of the same labels")):
         rises = [control["rise_of_untouched"] for control in controls if control["control"] == kind]
         if rises:
-            text += f"; with {name} instead by {_span(rises)}"
+            text += f"; with {name} instead it " + ("never rises" if max(rises) <= 0 else f"rises by {_span(rises)}")
     return text
 
 
@@ -169,8 +168,10 @@ def _nats(value: float) -> str:
     return f"{value:+.3g}"
 
 
-def _at(step: int | None) -> str:
-    return "" if step is None else f" (step {step})"
+def _rise(value: float, step: int | None, most: str = "") -> str:
+    if value <= 0:
+        return "never rises"
+    return f"rises by {_nats(value)}{most}" + ("" if step is None else f" (step {step})")
 
 
 def _span(values: Sequence[float]) -> str:
