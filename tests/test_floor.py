@@ -147,3 +147,11 @@ def test_the_report_and_compare_speak_of_the_floor(opsig, tmp_path):
     assert f"{most:.2f} times the stability threshold" in page
     half = [record["eigenvalue"] / record["threshold"] for record in found]
     assert opsig("compare", path).records[0]["sharpness"] == pytest.approx(np.median(half[len(half) // 2 :]))
+
+
+def test_one_step_at_the_floor_does_not_hide_what_was_measured_along_the_run(opsig, tiny_run, tmp_path):
+    path = shutil.copy(tiny_run, tmp_path)
+    assert opsig("sharpness", path, *OWN, "--at", "iterate").code == 0
+    along = opsig("compare", path).records[0]["sharpness"]
+    assert opsig("sharpness", path, *OWN, "--at", "floor", "--steps", 30).code == 0
+    assert opsig("compare", path).records[0]["sharpness"] == along

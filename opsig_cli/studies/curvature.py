@@ -75,10 +75,11 @@ def group_of(settings: Settings | None, place: str = "iterate") -> str:
 
 
 def held_group(run: Trajectory) -> str | None:
-    """The row group that says how stable a run is: that of the floor where the file has it; None without any."""
+    """The row group that says how stable a run is: the one with more steps, the floor's of two; None without any."""
     settings = settings_of(run)
     wanted = [group_of(settings, "floor"), group_of(settings)]
-    return next((group for group in wanted if run.has(f"{group}/eigenvalue") and len(run.steps(group))), None)
+    have = [group for group in wanted if run.has(f"{group}/eigenvalue") and len(run.steps(group))]
+    return max(have, key=lambda group: len(run.steps(group)), default=None)
 
 
 def scale_of(settings: Settings | None, state: State) -> np.ndarray | None:
