@@ -54,7 +54,7 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
             members = {g: clusters.position[clusters.grouping.members(g)] for g in unit}
             silent = np.concatenate(list(members.values()))
             controls = silencing.controls_of(
-                silencing.labels_of(run), silent, clusters.position[clusters.grouping.group_M >= 0],
+                silencing.strata_of(run), silent, clusters.position[clusters.grouping.group_M >= 0],
                 np.random.default_rng([1, step, *unit]),
             )  # fmt: skip
             without, controlled = replay(silent), replay(controls)

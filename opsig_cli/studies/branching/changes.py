@@ -10,8 +10,6 @@ from typing import Any
 
 from opsig_cli.errors import UsageError
 
-SETTINGS = ("optimizer", "learning_rate", "batch_size", "momentum", "clip_norm", "label_smoothing", "seed")
-"""Settings that a branch can change, as `opsig train` and the file name them."""
 EDGES = {"into": 0.8, "out of": 2.0}
 """The threshold that a branch's learning rate gives, as a multiple of the sharpness at the fork."""
 

@@ -18,6 +18,7 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.weighing import related
+from opsig_cli.studies.missing import labels_of
 from opsig_cli.studies.replaying import replay
 from opsig_cli.studies.trained import settings_at, weights_of
 from opsig_cli.trajectory.file import Trajectory
@@ -71,7 +72,7 @@ def silence(
     places = np.unique(np.linspace(0, len(held_out), REPLAYS + 1).round().astype(int)[1:]) - 1
     steps = [int(held_out[place]) for place in places if place >= 0]
     outcome = Outcome({}, {}, steps)
-    labels = labels_of(run)
+    labels = strata_of(run)
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
     grouped = np.concatenate([np.empty(0, np.int64), *members])
     swung: dict[int, int] = {}
@@ -107,9 +108,10 @@ def silence(
     return outcome
 
 
-def labels_of(run: Trajectory) -> np.ndarray:
-    """The samples' labels, (S,), or one for all."""
-    return run.read("samples/label") if run.has("samples/label") else np.zeros(len(run.samples), np.int64)
+def strata_of(run: Trajectory) -> np.ndarray:
+    """What controls are drawn within, (S,): the samples' labels, or one stratum for all where there are none."""
+    labels = labels_of(run)
+    return np.zeros(len(run.samples), np.int64) if labels is None else labels
 
 
 def compared(step: int, sides: list[np.ndarray], *losses_TS: np.ndarray) -> Silenced:
