@@ -1,7 +1,8 @@
 """Which parameters' per-sample gradients are had from layers' inputs and outputs, and passes that capture these.
 
-M samples, P parameters. One backward pass to the layers' outputs is all that is taken from autograd. `plan` finds the
-parameters for which `opsig_torch.layer_gradients` holds, and holds each against autograd.
+M samples, P parameters, T positions of a layer. One backward pass to the layers' outputs is all that is taken from
+autograd; where items have several samples, one for each of an item's chosen samples, from a forward pass that they
+share. `plan` finds the parameters for which `opsig_torch.layer_gradients` holds, and holds each against autograd.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from opsig_torch.eigen import random_start
 from opsig_torch.held_statistics import frozen_statistics
 from opsig_torch.layer_gradients import NORMS, Captured, Use
 from opsig_torch.opened import Opened
+from opsig_torch.ways import Disagrees
 
 AGREES = 1e-3
 """Relative error up to which a captured gradient is the one of autograd."""
@@ -30,12 +32,14 @@ SHAKEN = 0.01
 class Plan:
     """`covered`: parameters with captured gradients, each with the (module, name)s that use it and what one sample's
     activations take in floats. `loose`: names of all other parameters, whose gradients are had by vmap, or, where that
-    does not hold, one sample after the other."""
+    does not hold, one sample after the other. `single`: modules of which a sample's loss sees one position alone, as it
+    does of a language model's last layer."""
 
     covered: dict[nn.Parameter, list[tuple[nn.Module, str]]]
     floats: dict[nn.Parameter, int]
     loose: list[str]
     vmapped: bool = True
+    single: frozenset[nn.Module] = frozenset()
 
     def groups(self, samples: int) -> list[list[nn.Parameter]]:
         """Consecutive parameters of which what is held of so many samples fits the budget."""
@@ -90,11 +94,13 @@ def _plan(opened: Opened) -> Plan:
             holders.setdefault(parameter, []).append((module, name))
     known = {p: places for p, places in holders.items() if len({_kind(m, n) for m, n in places} - {None}) == 1}
     known = {p: places for p, places in known.items() if all(_kind(m, n) for m, n in places)}
-    two = np.unique([0, opened.samples - 1])
+    two = _two(opened)
     modules = list(dict.fromkeys(module for places in known.values() for module, _ in places))
     uses = _captured_uses(opened, two, modules)
+    single = frozenset(m for m in modules if opened.positions > 1 and uses[m] and all(map(_sees_one, uses[m])))
+    uses |= {module: [_at_its_position(use) for use in uses[module]] for module in single}
     known = {p: places for p, places in known.items() if all(_separate(uses[m], len(two)) for m, _ in places)}
-    losses = opened.batch_losses(opened.batches.take(two))
+    losses = opened.losses_of(two)
     parameters = opened.flat.parameters
     exact = [plain.gradients(opened, loss, keep=True) for loss in losses]
     covered = {}
@@ -106,13 +112,29 @@ def _plan(opened: Opened) -> Plan:
     sizes = {m: sum(use.inputs.numel() + use.gradients.numel() for use in uses[m]) // len(two) for m in modules}
     floats = {p: sum(sizes[m] for m in {m for m, _ in places}) for p, places in covered.items()}
     loose = [name for name, p in model.named_parameters() if p.requires_grad and p not in covered]
-    return Plan(covered, floats, loose)
+    return Plan(covered, floats, loose, single=single)
+
+
+def _two(opened: Opened) -> np.ndarray:
+    """The first and the last sample; of items that have several, the last with a target of each and one in the middle.
+
+    What comes early in a sequence sees little, and would let a layer pass for one that sees a single position.
+    """
+    if opened.positions == 1:
+        return np.unique([0, opened.samples - 1])
+    found = []
+    for item in (0, opened.items - 1):
+        samples = item * opened.positions + np.arange(opened.positions)
+        with torch.no_grad():
+            counted = samples[opened.losses_of(samples).isfinite().cpu().numpy()]
+        found += [counted[len(counted) // 2], counted[-1]] if len(counted) else [samples[-1]]
+    return np.unique(found)
 
 
 def capture(opened: Opened, samples: np.ndarray, chosen: Plan, parameters: list[nn.Parameter]) -> Iterator[Captured]:
     """Gradients of these parameters for a batch, all of whose activations are held until the last is taken."""
     modules = list(dict.fromkeys(module for p in parameters for module, _ in chosen.covered[p]))
-    uses = _captured_uses(opened, samples, modules)
+    uses = _captured_uses(opened, samples, modules, chosen.single)
     for parameter in parameters:
         yield _collect(parameter, chosen.covered[parameter], uses)
 
@@ -124,11 +146,10 @@ def gather(
     small = [p for p in parameters if chosen.is_small(p)]
     rows = opened.flat.vector.new_empty(len(samples), sum(p.numel() for p in small))
     weights: list[Captured] = []
-    size = opened.inference_batch()
-    for start in range(0, len(samples), size):
-        batch = slice(start, start + size)
+    for start, part in pieces(opened, samples):
+        batch = slice(start, start + len(part))
         left = number = 0
-        for parameter in capture(opened, samples[batch], chosen, parameters):
+        for parameter in capture(opened, part, chosen, parameters):
             if chosen.is_small(parameter.parameter):
                 right = left + parameter.parameter.numel()
                 rows[batch, left:right] = parameter.gradients()
@@ -150,8 +171,43 @@ def _collect(
     )
 
 
-def _captured_uses(opened: Opened, samples: np.ndarray, modules: list[nn.Module]) -> dict[nn.Module, list[Use]]:
-    """Every entry of these layers for a batch."""
+def pieces(opened: Opened, samples: np.ndarray, plan: Plan | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """Chosen samples, in their order, in pieces whose items go through the network at a time; each with its start.
+
+    `plan`: all of whose layers' activations are then held, so that a piece has no more samples than memory allows for.
+    """
+    size = opened.inference_batch()
+    if opened.positions == 1:
+        for start in range(0, len(samples), size):
+            yield start, samples[start : start + size]
+        return
+    held = sum(plan.floats.values()) if plan is not None else 0
+    most = max(1, layer_gradients.MEMORY_BYTES // (8 * held)) if held else len(samples)
+    items = samples // opened.positions
+    start = 0
+    while start < len(samples):
+        _, first = np.unique(items[start : start + most], return_index=True)
+        first = np.sort(first)
+        stop = start + int(first[size]) if len(first) > size else min(start + most, len(samples))
+        yield start, samples[start:stop]
+        start = stop
+
+
+def grouped(opened: Opened, samples: np.ndarray) -> np.ndarray:
+    """An order of chosen samples in which those of one item are neighbours, (M,), and items with many come first.
+
+    A backward pass serves one sample of each item of a piece, so that items of a piece should have equally many.
+    """
+    if opened.positions == 1:
+        return np.arange(len(samples))
+    _, number, counts = np.unique(samples // opened.positions, return_inverse=True, return_counts=True)
+    return np.lexsort((samples, number, -counts[number]))
+
+
+def _captured_uses(
+    opened: Opened, samples: np.ndarray, modules: list[nn.Module], single: frozenset[nn.Module] = frozenset()
+) -> dict[nn.Module, list[Use]]:  # fmt: skip
+    """Every entry of these layers for a batch. Raises Disagrees where one of the `single` ones sees more positions."""
     seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor, GradientEdge]]] = {module: [] for module in modules}
 
     def keep(module: nn.Module, inputs: tuple, named: dict[str, torch.Tensor], output: torch.Tensor) -> None:
@@ -160,19 +216,85 @@ def _captured_uses(opened: Opened, samples: np.ndarray, modules: list[nn.Module]
             entering = inputs[0] if inputs else next(iter(named.values()))
             seen[module].append((entering.detach(), output, get_gradient_edge(output)))
 
+    items, places = opened.placed(samples)
     handles = [module.register_forward_hook(keep, prepend=True, with_kwargs=True) for module in modules]
     try:
-        losses = opened.batch_losses(opened.batches.take(samples))
+        losses = opened.batch_losses(opened.batches.take(items))
     finally:
         for handle in handles:
             handle.remove()
-    edges = [edge for entries in seen.values() for *_, edge in entries]
-    known = edges and losses.requires_grad
-    gradients = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True) if known else [None] * len(edges))
-    return {
-        module: [Use(module, a, torch.zeros_like(o) if (d := next(gradients)) is None else d) for a, o, _ in entries]
-        for module, entries in seen.items()
-    }
+    entries = [(module, a, o, edge) for module, several in seen.items() for a, o, edge in several]
+    edges = [edge for *_, edge in entries]
+    if opened.positions == 1:
+        known = edges and losses.requires_grad
+        gradients = torch.autograd.grad(losses.sum(), edges, allow_unused=True) if known else [None] * len(edges)
+        made = [
+            Use(module, a, torch.zeros_like(o) if d is None else d)
+            for (module, a, o, _), d in zip(entries, gradients, strict=True)
+        ]
+    else:
+        made = _uses_by_position(losses, edges, entries, places, places // opened.positions, len(items), single)
+    uses: dict[nn.Module, list[Use]] = {module: [] for module in modules}
+    for use in made:
+        uses[use.module].append(use)
+    return uses
+
+
+def _uses_by_position(
+    losses: torch.Tensor, edges: list[GradientEdge], entries: list[tuple], places: np.ndarray, items: np.ndarray,
+    count: int, single: frozenset[nn.Module],
+) -> list[Use]:  # fmt: skip
+    """The entries with a row for each sample, at these places of the losses and of these items, (M,), of `count`.
+
+    A backward pass has one sample of every item at a time; items are kept apart, so that each has its own row of it.
+    """
+    order = np.argsort(items, kind="stable")
+    starts = np.searchsorted(items[order], items[order])
+    turn = np.empty(len(items), int)
+    turn[order] = np.arange(len(items)) - starts  # how many samples of the same item come before
+    found: list[Use | None] = [None] * len(entries)
+    for now in range(int(turn.max()) + 1 if len(edges) else 0):
+        here = np.flatnonzero(turn == now)
+        chosen = torch.zeros_like(losses)
+        chosen[torch.from_numpy(places[here]).to(losses.device)] = 1
+        rows = torch.from_numpy(items[here]).to(losses.device)
+        known = losses.requires_grad
+        gradients = (
+            torch.autograd.grad(losses, edges, chosen, retain_graph=True, allow_unused=True)
+            if known
+            else [None] * len(edges)
+        )
+        for number, ((module, a, o, _), d) in enumerate(zip(entries, gradients, strict=True)):
+            apart = len(a) == len(o) == count
+            d = torch.zeros_like(o) if d is None else d
+            part = Use(module, a[rows], d[rows]) if apart else Use(module, a, d)
+            if module in single:
+                part = _at_its_position(part)
+            if found[number] is None:
+                found[number] = part.room(len(items)) if apart else part
+            if apart:
+                found[number].put(torch.from_numpy(here).to(losses.device), part)  # pyright: ignore
+    return [use for use in found if use is not None]
+
+
+def _sees_one(use: Use) -> bool:
+    """Whether every sample's gradient is that of one position of a layer that was entered by position."""
+    shaped = use.gradients.ndim == 3 and use.inputs.shape[:2] == use.gradients.shape[:2]
+    return shaped and use.gradients.shape[1] > 1 and bool((_live(use).sum(1) <= 1).all())
+
+
+def _live(use: Use) -> torch.Tensor:
+    """Positions at which a sample has a gradient, (M, T)."""
+    return (use.gradients != 0).any(2)
+
+
+def _at_its_position(use: Use) -> Use:
+    """The use with the one position that has a gradient, (M, 1, ...). Raises Disagrees where there are several."""
+    live = _live(use)
+    if bool((live.sum(1) > 1).any()):
+        raise Disagrees("a sample's loss sees several positions of a layer of which it saw one")
+    rows, place = torch.arange(len(live), device=live.device), live.int().argmax(1)
+    return Use(use.module, use.inputs[rows, place, None], use.gradients[rows, place, None])
 
 
 def _kind(module: nn.Module, name: str) -> str | None:

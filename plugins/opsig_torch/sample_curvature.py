@@ -38,7 +38,8 @@ def curvature_along(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray
         ways.Way("reverse derivatives of batches", lambda: _checked(opened, direction, _reversed)),
         ways.Way("reverse derivatives of single samples", lambda: _one_by_one(opened, direction)),
     ]
-    return tuple(ways.first_that_holds(opened, "curvature of samples", found, opened.samples))
+    losses, *derivatives = ways.first_that_holds(opened, "curvature of samples", found, opened.samples)
+    return losses, *(np.where(np.isnan(losses), np.nan, values) for values in derivatives)
 
 
 def slopes_along(opened: Opened, directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

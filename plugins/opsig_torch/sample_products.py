@@ -18,6 +18,7 @@ from opsig_torch.eigen import random_start
 from opsig_torch.flat import replaced
 from opsig_torch.naming import curves_forward, is_vmapped
 from opsig_torch.opened import Opened
+from opsig_torch.positions import one_of
 from opsig_torch.primitives import Primitives
 from opsig_torch.second import tell_of_second_derivative
 
@@ -60,21 +61,25 @@ def _checked(opened: Opened, samples: np.ndarray) -> Products:
 def _vmapped(opened: Opened, samples: np.ndarray) -> Products:
     model, parameters = opened.flat.model, opened.flat.parameters
     values = [parameter.detach() for parameter in parameters]
-    batch = opened.batches.take(samples)
+    items, places_of = opened.placed(samples)
+    batch = opened.batches.take(items)
+    number_M, position_M = (torch.from_numpy(part) for part in divmod(places_of, opened.positions))
 
-    def loss(at: list[torch.Tensor], item: Any) -> torch.Tensor:
+    def loss(at: list[torch.Tensor], item: Any, position: torch.Tensor) -> torch.Tensor:
         one = tree_map(lambda leaf: leaf.unsqueeze(0), item)
         with replaced(model, dict(zip(parameters, at, strict=True))):
-            return opened.batch_losses(one, 2)[0]
+            losses = opened.batch_losses(one, 2)
+        return losses[0] if opened.positions == 1 else one_of(losses, position)
 
-    def product(vector: torch.Tensor, item: Any) -> torch.Tensor:
+    def product(vector: torch.Tensor, item: Any, position: torch.Tensor) -> torch.Tensor:
         pieces = plain.pieces(opened, vector)
-        return plain.flattened(jvp(lambda at: grad(loss)(at, item), (values,), (pieces,))[1])
+        return plain.flattened(jvp(lambda at: grad(loss)(at, item, position), (values,), (pieces,))[1])
 
     def products(vectors: torch.Tensor, places: np.ndarray) -> torch.Tensor:
-        chosen = torch.from_numpy(places)
+        chosen = number_M[places]
+        entering = tree_map(lambda leaf: leaf[chosen.to(leaf.device)], batch)
         with Primitives():
-            return vmap(product)(vectors, tree_map(lambda leaf: leaf[chosen.to(leaf.device)], batch))
+            return vmap(product)(vectors, entering, position_M[places].to(vectors.device))
 
     return products
 

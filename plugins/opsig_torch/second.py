@@ -57,12 +57,13 @@ def _outcome(opened: Opened, sample: int) -> bool | None:
     parameters = opened.flat.parameters
     frozen = {parameter: _double(parameter.detach()) for parameter in opened.flat.frozen}
     buffers = [b.double() if b.is_floating_point() else b for _, b in opened.flat.buffers]
-    batch = tree_map(_double, opened.batches.take([sample]))
+    items, (place,) = opened.placed([sample])
+    batch = tree_map(_double, opened.batches.take(items))
 
     def loss(*at: torch.Tensor) -> torch.Tensor:
         new: dict = frozen | dict(zip(parameters, at, strict=True))
         with replaced(opened.flat.model, new), held_buffers(opened.flat, buffers):
-            return opened.batch_losses(batch, 2)[0]
+            return opened.batch_losses(batch, 2)[place]
 
     try:
         return _agree(loss, [parameter.detach().double() for parameter in parameters])

@@ -32,6 +32,8 @@ def train(opened: Opened, training: Training, start: State) -> Iterator[Snapshot
     if training.weights is not None and training.weights.shape != (opened.samples,):
         raise UsageError(f"{training.weights.size} weights are not one for each of the {opened.samples} samples")
     optimizer = _optimizer(opened, training)
+    with opened.at(start):
+        assert opened.target_count  # found now: later it would cost draws of dropout, and move running statistics
     opened.load(start)
     _restore(optimizer, opened, start, training.began)
     gradient = _full_batch_gradient if training.batch_size is None else _minibatch_gradient
@@ -69,10 +71,11 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
                 counted, losses, predictions = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)
             counted = _weighted(counted, training, indices)
         row.put(indices, losses, predictions)
-        (counted.sum() / opened.samples).backward()
+        counted = opened.counted(counted, indices)
+        (counted.sum() / opened.target_count).backward()
         if not plain:
             total += counted.detach().double().sum().item()
-    return row.mean() if plain else total / opened.samples, row
+    return row.mean(opened.targets) if plain else total / opened.target_count, row
 
 
 def _weighted(losses: torch.Tensor, training: Training, indices: slice | np.ndarray) -> torch.Tensor:
@@ -99,26 +102,31 @@ def _minibatch_gradient(
     opened.flat.model.train()
     torch.manual_seed(int(np.random.SeedSequence([training.seed, step]).generate_state(1)[0]))
     opened.flat.gradient.zero_()
-    chosen = minibatch(opened.samples, training.batch_size, training.seed, step)
-    batch = opened.batches.take(chosen)
+    items = minibatch(opened.items, training.batch_size, training.seed, step)
+    chosen = (items[:, None] * opened.positions + np.arange(opened.positions)).ravel()
+    batch = opened.batches.take(items)
     with opened.running.as_trained():
         if training.label_smoothing is None:
             losses = opened.task.losses(opened.flat.model, batch)
         else:
             losses = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)[0]
-    mean = _weighted(losses, training, chosen).mean()
+    weighted = _weighted(losses, training, chosen)
+    if opened.targets is None:
+        mean = weighted.mean()
+    else:
+        mean = opened.counted(weighted, chosen).sum() / opened.targets.cpu()[chosen].sum().clamp_min(1)
     mean.backward()
     return mean.item(), row
 
 
-def minibatch(samples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Indices of the minibatch of a step; an epoch is a permutation drawn from (seed, epoch), its last batch smaller.
+def minibatch(items: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Items of the minibatch of a step; an epoch is a permutation drawn from (seed, epoch), its last batch smaller.
 
     >>> sorted(np.concatenate([minibatch(5, 2, 0, step) for step in range(3)]).tolist())
     [0, 1, 2, 3, 4]
     """
-    epoch, position = divmod(step, -(-samples // batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(samples)
+    epoch, position = divmod(step, -(-items // batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(items)
     return order[position * batch_size : (position + 1) * batch_size]
 
 
