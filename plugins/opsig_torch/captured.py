@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from opsig_torch import layer_gradients, plain
 from opsig_torch.eigen import random_start
 from opsig_torch.held_statistics import frozen_statistics
-from opsig_torch.layer_gradients import NORMS, Captured, Use
+from opsig_torch.layer_gradients import NORMS, Captured, Use, is_transposed
 from opsig_torch.opened import Opened
 from opsig_torch.ways import Disagrees
 
@@ -107,7 +107,7 @@ def _plan(opened: Opened) -> Plan:
     for number, parameter in enumerate(parameters):
         if parameter in known:
             found = _collect(parameter, known[parameter], uses)
-            if all(_agree(found.sample_gradient(i), gradients[number]) for i, gradients in enumerate(exact)):
+            if _is_exact(found, [gradients[number] for gradients in exact]):
                 covered[parameter] = known[parameter]
     sizes = {m: sum(use.inputs.numel() + use.gradients.numel() for use in uses[m]) // len(two) for m in modules}
     floats = {p: sum(sizes[m] for m in {m for m, _ in places}) for p, places in covered.items()}
@@ -166,9 +166,11 @@ def gather(
 def _collect(
     parameter: nn.Parameter, places: list[tuple[nn.Module, str]], uses: dict[nn.Module, list[Use]]
 ) -> Captured:
-    return Captured(
-        parameter, [(use, name) for module, name in places for use in uses[module]], _kind(*places[0]) == "weight"
-    )
+    is_weight = _kind(*places[0]) == "weight"
+    found = [(use, name) for module, name in places for use in uses[module]]
+    if is_weight:
+        found = [(use.transposed() if is_transposed(use.module) else use, name) for use, name in found]
+    return Captured(parameter, found, is_weight)
 
 
 def pieces(opened: Opened, samples: np.ndarray, plan: Plan | None = None) -> Iterator[tuple[int, np.ndarray]]:
@@ -209,9 +211,12 @@ def _captured_uses(
 ) -> dict[nn.Module, list[Use]]:  # fmt: skip
     """Every entry of these layers for a batch. Raises Disagrees where one of the `single` ones sees more positions."""
     seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor, GradientEdge]]] = {module: [] for module in modules}
+    others: set[nn.Module] = set()  # not one tensor to one tensor
 
     def keep(module: nn.Module, inputs: tuple, named: dict[str, torch.Tensor], output: torch.Tensor) -> None:
-        if output.requires_grad:  # nothing comes back through a layer that is entered without gradients
+        if len(inputs) + len(named) != 1 or not isinstance(output, torch.Tensor):
+            others.add(module)
+        elif output.requires_grad:  # nothing comes back through a layer that is entered without gradients
             # The edge is taken now: an in-place ReLU that follows would shift the gradient past itself.
             entering = inputs[0] if inputs else next(iter(named.values()))
             seen[module].append((entering.detach(), output, get_gradient_edge(output)))
@@ -236,7 +241,8 @@ def _captured_uses(
         made = _uses_by_position(losses, edges, entries, places, places // opened.positions, len(items), single)
     uses: dict[nn.Module, list[Use]] = {module: [] for module in modules}
     for use in made:
-        uses[use.module].append(use)
+        if use.module not in others:
+            uses[use.module].append(use)
     return uses
 
 
@@ -310,17 +316,28 @@ def _kind(module: nn.Module, name: str) -> str | None:
         plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return None if not plain else "weight" if name == "weight" else "rows"
     if type(module) is nn.Embedding:
-        plain = module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
+        plain = module.max_norm is None and not module.scale_grad_by_freq
         return "weight" if plain else None
+    if is_transposed(module):
+        return "weight" if name == "weight" else "rows"
     if type(module) in NORMS:
         batch_norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
         return None if batch_norm and (module.training or module.running_mean is None) else "rows"
-    return None
+    leaf = next(module.children(), None) is None
+    return "rows" if leaf and module.get_parameter(name).ndim == 1 else None  # as a norm of a person's own
 
 
 def _separate(uses: list[Use], samples: int) -> bool:
     """Whether a layer was entered, each time with the samples along the first axis."""
     return bool(uses) and all(len(use.inputs) == len(use.gradients) == samples for use in uses)
+
+
+def _is_exact(found: Captured, exact: list[torch.Tensor]) -> bool:
+    """Whether the gradients are these, those of autograd."""
+    try:
+        return all(_agree(found.sample_gradient(i), gradient) for i, gradient in enumerate(exact))
+    except Exception:  # a layer of a person's own, in a transformation that it was not written for
+        return False
 
 
 def _agree(found: torch.Tensor, exact: torch.Tensor) -> bool:

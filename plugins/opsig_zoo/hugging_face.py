@@ -53,14 +53,19 @@ class HFCausal:
         with torch.device("meta"):
             built = self.model()
         self._takes_places = "position_ids" in inspect.signature(built.forward).parameters
+        self._masks = False
 
     def model(self) -> nn.Module:
         """The model in float32, with the folder's weights where it has them."""
         options = {"attn_implementation": "eager", "dtype": torch.float32}
         auto = self._transformers.AutoModelForCausalLM
         if torch.get_default_device().type == "meta" or not any((self._folder / name).is_file() for name in WEIGHTS):
-            return self._called(auto.from_config, self._config, trust_remote_code=False, **options)
-        return self._loaded(auto.from_pretrained, config=self._config, weights_only=True, **options)
+            model = self._called(auto.from_config, self._config, trust_remote_code=False, **options)
+        else:
+            model = self._loaded(auto.from_pretrained, config=self._config, weights_only=True, **options)
+        if torch.get_default_device().type != "meta":
+            self._masks = self._sees_all_before(model.eval())
+        return model
 
     def dataset(self) -> TensorDataset:
         """Tokens, targets and places, (I, T) each of I sequences."""
@@ -76,8 +81,25 @@ class HFCausal:
 
     def _logits(self, model: nn.Module, batch: Any) -> Tensor:
         # a place for every token of every sequence, so that each sample's gradient stays apart
-        places = {"position_ids": batch[2]} if self._takes_places else {}
-        return model(input_ids=batch[0], use_cache=False, **places).logits
+        given = {"position_ids": batch[2]} if self._takes_places else {}
+        if self._masks:
+            given["attention_mask"] = _causal_mask(batch[0])
+        return model(input_ids=batch[0], use_cache=False, **given).logits
+
+    def _sees_all_before(self, model: nn.Module) -> bool:
+        """Whether a plain causal mask does as the model's own, for the first sequence.
+
+        The library makes masks in ways that torch's transformations do not follow, so that ours is taken where it can.
+        """
+        batch = [part[None] for part in self.dataset()[0]]
+        with torch.no_grad():
+            self._masks = False
+            own = self._logits(model, batch)
+            self._masks = True
+            try:
+                return torch.allclose(self._logits(model, batch), own, rtol=1e-4, atol=1e-5)
+            except Exception:  # a model that takes other masks
+                return False
 
     def _check(self, tokens: np.ndarray, length: int) -> None:
         known, longest = self._config.vocab_size, getattr(self._config, "max_position_embeddings", None)
@@ -96,6 +118,12 @@ class HFCausal:
         except Exception as error:  # a folder may hold anything
             reason = " ".join(str(error).split()).split(". ")[0][:200]
             raise OpsigError(f"{self._folder} is not a causal model that transformers builds: {reason}") from error
+
+
+def _causal_mask(tokens: Tensor) -> Tensor:
+    """What attention adds to its scores, (1, 1, T, T): nothing where a token sees another, and the least number."""
+    ones = torch.ones(tokens.shape[1], tokens.shape[1], device=tokens.device)
+    return ones.triu(1)[None, None] * torch.finfo(torch.float32).min
 
 
 def _tokenized(folder: Path, data: bytes) -> tuple[np.ndarray, Callable[[int], bytes], tuple[str, ...]]:
