@@ -15,11 +15,12 @@ from opsig_cli.studies.missing import named
 from opsig_cli.trajectory.recorder import Recorder
 
 
-def not_finite(snapshot: Snapshot) -> str | None:
-    """What of a step is not finite, "loss" or "gradient"; None where both are."""
+def not_finite(snapshot: Snapshot, session: Session) -> str | None:
+    """What of a step is not finite, "loss" or "gradient"; None where both are. Samples that never have a loss do not
+    count."""
     if not math.isfinite(snapshot.train_loss):
         return "loss"
-    if snapshot.losses is not None and not np.isfinite(snapshot.losses).all():
+    if snapshot.losses is not None and len(_broken(snapshot.losses, session)):
         return "loss"
     return None if math.isfinite(snapshot.grad_norm) else "gradient"
 
@@ -55,7 +56,13 @@ def stop(recorder: Recorder, session: Session, training: Training, latest: State
 
 def _whose(session: Session, state: State) -> tuple[str, np.ndarray]:
     """The samples whose loss at a state is not finite, else those whose gradient is not."""
-    broken = np.flatnonzero(~np.isfinite(session.losses([state])[0][0]))
+    broken = _broken(session.losses([state])[0][0], session)
     if len(broken) or not isinstance(session, backends.Curvature):
         return "loss", broken
     return "gradient", np.flatnonzero(~np.isfinite(session.gradient_norms(state)))
+
+
+def _broken(losses: np.ndarray, session: Session) -> np.ndarray:
+    """The samples whose loss is not finite, among those that have one."""
+    broken = ~np.isfinite(losses)
+    return np.flatnonzero(broken & backends.targets_of(session)) if broken.any() else np.empty(0, np.int64)

@@ -44,7 +44,7 @@ def _centred(opened: Opened, samples: np.ndarray) -> tuple[torch.Tensor, torch.T
     """Centred features of length one of the samples, (M, D) float32, and the mean of all samples, (D,) float64."""
     place = np.full(opened.samples, -1)
     place[samples] = np.arange(len(samples))
-    kept, total, count, targets = None, 0.0, 0, opened.targets
+    kept, total, count, targets = None, 0.0, 0, opened.counts_S
     for indices, rows in _everybody(opened):
         if kept is None:
             kept = rows.new_empty(len(samples), rows.shape[1])

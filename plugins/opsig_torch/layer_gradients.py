@@ -95,7 +95,7 @@ class Use:
     def _counts(self, ids: torch.Tensor) -> torch.Tensor:
         """Where an embedding's row has a gradient: not that of padding."""
         padding = self.module.padding_idx
-        return torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
+        return torch.ones_like(ids, dtype=torch.bool) if padding is None else torch.ne(ids, padding)  # pyright: ignore
 
     def rows(self, name: str) -> torch.Tensor:
         """Gradients of a bias, or of a normalisation's scale or shift, (M, its size)."""

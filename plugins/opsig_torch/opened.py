@@ -203,7 +203,7 @@ class Opened:
         return items, number * self.positions + samples % self.positions
 
     @property
-    def targets(self) -> torch.Tensor | None:
+    def counts_S(self) -> torch.Tensor | None:
         """Which samples have a loss, (S,) bool; None where all have. Positions without a target have none (NaN).
 
         Found by a pass over the data at the loaded parameters, at the first call. Where no loss is a number, all count.
@@ -222,14 +222,14 @@ class Opened:
     @property
     def target_count(self) -> int:
         """How many samples have a loss: what the mean is over."""
-        return self.samples if self.targets is None else int(self.targets.sum())
+        return self.samples if self.counts_S is None else int(self.counts_S.sum())
 
     def counted(self, losses: torch.Tensor, samples: slice | np.ndarray) -> torch.Tensor:
         """The losses (B,) of these samples, 0 for those that have none."""
-        if self.targets is None:
+        if self.counts_S is None:
             return losses
         chosen = samples if isinstance(samples, slice) else torch.from_numpy(samples).to(losses.device)
-        return torch.where(self.targets[chosen], losses, torch.zeros_like(losses))
+        return torch.where(self.counts_S[chosen], losses, torch.zeros_like(losses))
 
 
 def _choose_device(name: str | None) -> str:

@@ -38,8 +38,9 @@ def curvature_along(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray
         ways.Way("reverse derivatives of batches", lambda: _checked(opened, direction, _reversed)),
         ways.Way("reverse derivatives of single samples", lambda: _one_by_one(opened, direction)),
     ]
-    losses, *derivatives = ways.first_that_holds(opened, "curvature of samples", found, opened.samples)
-    return losses, *(np.where(np.isnan(losses), np.nan, values) for values in derivatives)
+    losses, slopes, curvatures = ways.first_that_holds(opened, "curvature of samples", found, opened.samples)
+    slopes, curvatures = (np.where(np.isnan(losses), np.nan, values) for values in (slopes, curvatures))
+    return losses, slopes, curvatures
 
 
 def slopes_along(opened: Opened, directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,13 @@ class TorchSession(Opened):
 
     optimizers = OPTIMIZERS
 
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Which samples have a loss, (S,) bool; None where all have. See `opsig_torch.opened`."""
+        if self.positions == 1 or self.counts_S is None:
+            return None
+        return self.counts_S.cpu().numpy()
+
     def initial(self, seed: int) -> State:
         """The run's first state, from the task's model built after seeding torch. Raises OpsigError where the model
         couples samples: before hours are spent on it."""

@@ -75,7 +75,7 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
         (counted.sum() / opened.target_count).backward()
         if not plain:
             total += counted.detach().double().sum().item()
-    return row.mean(opened.targets) if plain else total / opened.target_count, row
+    return row.mean(opened.counts_S) if plain else total / opened.target_count, row
 
 
 def _weighted(losses: torch.Tensor, training: Training, indices: slice | np.ndarray) -> torch.Tensor:
@@ -111,10 +111,10 @@ def _minibatch_gradient(
         else:
             losses = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)[0]
     weighted = _weighted(losses, training, chosen)
-    if opened.targets is None:
+    if opened.counts_S is None:
         mean = weighted.mean()
     else:
-        mean = opened.counted(weighted, chosen).sum() / opened.targets.cpu()[chosen].sum().clamp_min(1)
+        mean = opened.counted(weighted, chosen).sum() / opened.counts_S.cpu()[chosen].sum().clamp_min(1)
     mean.backward()
     return mean.item(), row
 

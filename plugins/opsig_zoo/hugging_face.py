@@ -36,7 +36,7 @@ class HFCausal:
 
     def __init__(self, model: str, text: str, length: int = 256, samples: int = 0):
         try:
-            import transformers
+            import transformers  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise OpsigError("hf-causal needs transformers. Run: pip install 'opsig[hf]'") from error
         self._folder = Path(model)
