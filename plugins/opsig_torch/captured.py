@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -196,14 +197,24 @@ def pieces(opened: Opened, samples: np.ndarray, plan: Plan | None = None) -> Ite
 
 
 def grouped(opened: Opened, samples: np.ndarray) -> np.ndarray:
-    """An order of chosen samples in which those of one item are neighbours, (M,), and items with many come first.
+    """An order of chosen samples, (M,), in which a piece has few items, and these equally many samples.
 
-    A backward pass serves one sample of each item of a piece, so that items of a piece should have equally many.
+    A backward pass serves one sample of each item of a piece: first the first of every item, then the second.
     """
     if opened.positions == 1:
         return np.arange(len(samples))
     _, number, counts = np.unique(samples // opened.positions, return_inverse=True, return_counts=True)
-    return np.lexsort((samples, number, -counts[number]))
+    rank = np.empty(len(counts), int)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+    return np.lexsort((rank[number], _turns(number), rank[number] // opened.inference_batch()))
+
+
+def _turns(number: np.ndarray) -> np.ndarray:
+    """How many samples of the same item come before each, (M,)."""
+    order = np.argsort(number, kind="stable")
+    turns = np.empty(len(number), int)
+    turns[order] = np.arange(len(number)) - np.searchsorted(number[order], number[order])
+    return turns
 
 
 def _captured_uses(
@@ -254,33 +265,36 @@ def _uses_by_position(
 
     A backward pass has one sample of every item at a time; items are kept apart, so that each has its own row of it.
     """
-    order = np.argsort(items, kind="stable")
-    starts = np.searchsorted(items[order], items[order])
-    turn = np.empty(len(items), int)
-    turn[order] = np.arange(len(items)) - starts  # how many samples of the same item come before
-    found: list[Use | None] = [None] * len(entries)
-    for now in range(int(turn.max()) + 1 if len(edges) else 0):
-        here = np.flatnonzero(turn == now)
+    turns = _turns(items)
+    order = np.argsort(turns, kind="stable")
+    ends = np.searchsorted(turns[order], np.arange(turns.max() + 2))
+    found: list[Use] = []
+    for first, last in pairwise(ends) if edges else ():
+        here = order[first:last]
         chosen = torch.zeros_like(losses)
         chosen[torch.from_numpy(places[here]).to(losses.device)] = 1
         rows = torch.from_numpy(items[here]).to(losses.device)
-        known = losses.requires_grad
-        gradients = (
-            torch.autograd.grad(losses, edges, chosen, retain_graph=True, allow_unused=True)
-            if known
-            else [None] * len(edges)
-        )
+        everybody = len(here) == count and bool((items[here] == np.arange(count)).all())
+        gradients = [None] * len(edges)
+        if losses.requires_grad:
+            gradients = torch.autograd.grad(losses, edges, chosen, retain_graph=True, allow_unused=True)
         for number, ((module, a, o, _), d) in enumerate(zip(entries, gradients, strict=True)):
-            apart = len(a) == len(o) == count
-            d = torch.zeros_like(o) if d is None else d
-            part = Use(module, a[rows], d[rows]) if apart else Use(module, a, d)
+            part = Use(module, a, torch.zeros_like(o) if d is None else d)
+            if not len(a) == len(o) == count:  # not by item: `_separate` will tell
+                found += [part] if not first else []
+                continue
             if module in single:
                 part = _at_its_position(part)
-            if found[number] is None:
-                found[number] = part.room(len(items)) if apart else part
-            if apart:
-                found[number].put(torch.from_numpy(here).to(losses.device), part)  # pyright: ignore
-    return [use for use in found if use is not None]
+            if not everybody:
+                part = Use(module, part.inputs[rows], part.gradients[rows])
+            if not first:
+                found.append(part if last == len(items) else part.room(len(items)))
+            if last - first < len(items):
+                found[number].put(slice(first, last), part)
+    if (order != np.arange(len(order))).any():
+        back = torch.from_numpy(np.argsort(order, kind="stable")).to(losses.device)
+        found = [Use(u.module, u.inputs[back], u.gradients[back]) if len(u.inputs) == len(back) else u for u in found]
+    return found
 
 
 def _sees_one(use: Use) -> bool:

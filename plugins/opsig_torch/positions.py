@@ -16,7 +16,7 @@ from opsig_cli.tasks import Task, positions_of
 
 def by_sample(task: Task) -> Any:
     """The task with losses (B T,), predictions (B T,) and features (B T, D); itself where an item is a sample."""
-    return _Flattened(task) if positions_of(task) > 1 else task
+    return _Flattened(task) if positions_of(task) > 1 and not isinstance(task, _Flattened) else task
 
 
 class _Flattened:
