@@ -185,10 +185,10 @@ def test_losses_do_not_depend_on_the_batch_and_fall(folder):
     assert snapshots[-1].train_loss < 0.6 * snapshots[0].train_loss
 
 
-@pytest.mark.parametrize(("vocabulary", "context", "steps"), [(256, 40, 120), (300, 20, 250)])
+@pytest.mark.parametrize(("vocabulary", "context", "steps"), [(256, 32, 120), (300, 16, 250)])
 def test_a_planted_pair_of_contexts_is_found_and_said(opsig, tmp_path, vocabulary, context, steps):
     path, run, picture = planted(tmp_path / "planted.txt"), tmp_path / "run.h5", tmp_path / "pairs.svg"
-    task = f"text:path={path},vocabulary={vocabulary},context={context},samples=2000"
+    task = f"text:path={path},vocabulary={vocabulary},context={context},samples=1200"
     trained = opsig(
         "train", "--task", task, "--model", "gpt:depth=1,width=16", "--optimizer", "adam", "--learning-rate", 0.01,
         "--steps", steps, "--track", "-o", run,

@@ -19,7 +19,7 @@ from opsig_cli.studies.clustering.window import Window, checkpoints_in
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
-DEAR = 2_000_000
+DEAR = 250_000
 """Positions that backward passes for all samples may go through, all in all."""
 POOL = 2
 """Samples with large losses whose gradients are looked at, for each that was mined."""
