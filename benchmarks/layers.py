@@ -96,8 +96,9 @@ class Truth:
                 self.parameters, np.split(at, np.cumsum([p.numel() for p in self.parameters])[:-1]), strict=True
             ):
                 p.copy_(torch.from_numpy(part.copy()).view(p.shape))
-        loss = self.task.losses(self.model, self.items[sample]).sum()
-        found = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no gradient in evaluation mode
+            loss = self.task.losses(self.model, self.items[sample]).sum()
+            found = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
         parts = [g.to_dense() if g.is_sparse else g for g in found]
         return loss.item(), torch.cat([g.reshape(-1) for g in parts]).detach().cpu().numpy()
 
@@ -127,6 +128,7 @@ class Truth:
         size = len(self.at)
         operator = LinearOperator((size, size), lambda v: self.product(sample, v.ravel()), dtype=np.float64)
         start = self.gradient(sample)[1] + 1e-3
+        start[self.padding()] = 0
         return float(eigsh(operator, 1, which="LA", v0=start, tol=1e-5, return_eigenvectors=False)[0])
 
 
