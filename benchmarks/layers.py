@@ -113,7 +113,8 @@ class Truth:
         return np.array(places, int)
 
     def product(self, sample: int, direction):
-        if getattr(self.task, "which", None) in parts.STOPPED:  # where it is autograd's by definition
+        named = {getattr(self.task, "which", None), *getattr(self.task, "names", ())}
+        if named & parts.STOPPED.keys():  # where it is autograd's by definition
             loss = self.task.losses(self.model, self.items[sample])[0]
             slopes = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
             flat = torch.cat([slope.reshape(-1) for slope in slopes])
@@ -133,8 +134,13 @@ class Truth:
 
 
 def relative(found, exact) -> float:
-    scale = np.abs(exact).max()
-    return float(np.abs(np.asarray(found) - exact).max() / scale) if scale > 1e-12 else float(np.abs(found).max())
+    """The largest error over the largest value; what is missing must be missing in both."""
+    found, missing = np.asarray(found), np.isnan(exact)
+    if (np.isnan(found) != missing).any():
+        return float("nan")
+    found, exact = found[~missing], exact[~missing]
+    scale = np.abs(exact).max(initial=0)
+    return float(np.abs(found - exact).max(initial=0) / (scale if scale > 1e-12 else 1))
 
 
 def row(task, samples: int, device: str) -> tuple[dict[str, float | str], list[str]]:
@@ -155,7 +161,8 @@ def row(task, samples: int, device: str) -> tuple[dict[str, float | str], list[s
     pairs = [truth.gradient(i) for i in range(samples)]
     losses, gradients = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
     norms = np.linalg.norm(gradients, axis=1)
-    unit = gradients / np.maximum(norms, 1e-300)[:, None]
+    with np.errstate(invalid="ignore"):
+        unit = gradients / norms[:, None]  # a gradient that vanishes has no direction
     products = np.array([truth.product(i, direction) for i in range(samples)])
     everybody = np.arange(samples)
     measured = {
