@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 ENTRY_POINT_GROUP = "opsig.tasks"
-FILES = {"path", "root"}
+FILES = {"path", "root", "text"}
 """Options of tasks that name files or folders."""
 LARGE, LARGEST = 1_000_000, {"depth": 1000, "seed": 1 << 62}
 """The largest numbers that are taken from a file in a task's or a model's options."""

@@ -113,11 +113,19 @@ class HFCausal:
 
     def _called(self, load: Callable[..., Any], *what: Any, **options: Any) -> Any:
         """What transformers makes of the folder. Raises OpsigError with its first sentence where it makes nothing."""
+        logging: Any = self._transformers.utils.logging
+        before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()  # what it says of weights and special tokens is none of a run's
+        logging.disable_progress_bar()
         try:
             return load(*what, **options)
         except Exception as error:  # a folder may hold anything
             reason = " ".join(str(error).split()).split(". ")[0][:200]
             raise OpsigError(f"{self._folder} is not a causal model that transformers builds: {reason}") from error
+        finally:
+            logging.set_verbosity(before)
+            if bar:
+                logging.enable_progress_bar()
 
 
 def _causal_mask(tokens: Tensor) -> Tensor:
