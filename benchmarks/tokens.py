@@ -2,8 +2,8 @@
 
     python benchmarks/tokens.py [--sequences 1000] [--length 256] [--width 128] [--depth 4] [--vocabulary 2000]
 
-A GPT with tied embeddings on random tokens. Ratios are of seconds of processor time, in turns in one process; the cosines of tokens that share
-sequences, and those of as many in sequences of their own, are held against autograd one token at a time.
+A GPT with tied embeddings on random tokens. Ratios are of seconds of processor time, in turns in one process. Tokens
+that share sequences, and as many in sequences of their own, are held against autograd one token at a time.
 """
 
 import argparse
