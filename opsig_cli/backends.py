@@ -223,8 +223,8 @@ class Curvature(Protocol):
         """Products of the Hessian with vectors, (K, P)."""
         ...
 
-    def gradient_norms(self, state: State) -> np.ndarray:
-        """Norm of every sample's gradient, (S,) float64."""
+    def gradient_norms(self, state: State, samples: np.ndarray | None = None) -> np.ndarray:
+        """Norm of every sample's gradient, (S,) float64; of chosen ones, (M,), where a session has `positions`."""
         ...
 
     def gradient(self, state: State) -> np.ndarray:

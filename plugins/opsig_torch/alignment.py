@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from opsig_torch import captured, layer_gradients, plain, ways
 from opsig_torch.flat import replaced
 from opsig_torch.held_statistics import Frozen, frozen_statistics
+from opsig_torch.item_passes import grouped
 from opsig_torch.naming import is_vmapped
 from opsig_torch.opened import Opened
 from opsig_torch.positions import one_of
@@ -36,7 +37,7 @@ def gradient_gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
     Memory: M x M in float64, layer_gradients.MEMORY_BYTES for a group of layers, and layer_gradients.BLOCK_BYTES;
     where parameters are loose, a quarter of the former for their gradients.
     """
-    order = captured.grouped(opened, samples)
+    order = grouped(opened, samples)
     gram = in_some_way(opened, len(samples), lambda plan: _checked_gram(opened, samples[order], plan))
     return gram if opened.positions == 1 else gram[np.ix_(inverse_order(order), inverse_order(order))]
 
@@ -72,7 +73,7 @@ def gradient_norms(opened: Opened, samples: np.ndarray | None = None) -> np.ndar
     With batch norm by chunks a proxy: the chunks' statistics are held fixed, and all samples must be asked for.
     """
     everybody = np.arange(opened.samples) if samples is None else samples
-    order = captured.grouped(opened, everybody)
+    order = grouped(opened, everybody)
     norms = in_some_way(opened, len(everybody), lambda plan: _norms(opened, everybody[order], plan))
     return norms[inverse_order(order)]
 
@@ -131,7 +132,7 @@ def _products(opened: Opened, samples: np.ndarray, sets: list[np.ndarray], norms
         for number, parameter in enumerate(opened.flat.parameters)
     }
     del directions
-    order = captured.grouped(opened, samples)
+    order = grouped(opened, samples)
     found = in_some_way(opened, len(samples), lambda plan: _products_with(opened, samples[order], by_parameter, plan))
     return found[inverse_order(order)]
 
@@ -170,7 +171,7 @@ def _mean_unit_gradient(opened: Opened, samples: np.ndarray, norms: np.ndarray) 
     """Mean over the samples of their gradients of length one, for each parameter."""
     parameters = opened.flat.parameters
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    for chosen in sample_batches(opened, samples[captured.grouped(opened, samples)]):
+    for chosen in sample_batches(opened, samples[grouped(opened, samples)]):
         losses = opened.losses_of(chosen)
         weights = torch.from_numpy(inverse(norms[chosen]) / len(samples)).to(losses)
         gradients = plain.gradients(opened, (losses * weights).sum())

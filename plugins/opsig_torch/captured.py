@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,9 +18,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from opsig_torch import layer_gradients, plain
 from opsig_torch.eigen import random_start
 from opsig_torch.held_statistics import frozen_statistics
+from opsig_torch.item_passes import at_its_position, sees_one, uses_by_position
 from opsig_torch.layer_gradients import NORMS, Captured, Use, is_transposed
 from opsig_torch.opened import Opened
-from opsig_torch.ways import Disagrees
 
 AGREES = 1e-3
 """Relative error up to which a captured gradient is the one of autograd."""
@@ -98,8 +97,8 @@ def _plan(opened: Opened) -> Plan:
     two = _two(opened)
     modules = list(dict.fromkeys(module for places in known.values() for module, _ in places))
     uses = _captured_uses(opened, two, modules)
-    single = frozenset(m for m in modules if opened.positions > 1 and uses[m] and all(map(_sees_one, uses[m])))
-    uses |= {module: [_at_its_position(use) for use in uses[module]] for module in single}
+    single = frozenset(m for m in modules if opened.positions > 1 and uses[m] and all(map(sees_one, uses[m])))
+    uses |= {module: [at_its_position(use) for use in uses[module]] for module in single}
     known = {p: places for p, places in known.items() if all(_separate(uses[m], len(two)) for m, _ in places)}
     losses = opened.losses_of(two)
     parameters = opened.flat.parameters
@@ -196,27 +195,6 @@ def pieces(opened: Opened, samples: np.ndarray, plan: Plan | None = None) -> Ite
         start = stop
 
 
-def grouped(opened: Opened, samples: np.ndarray) -> np.ndarray:
-    """An order of chosen samples, (M,), in which a piece has few items, and these equally many samples.
-
-    A backward pass serves one sample of each item of a piece: first the first of every item, then the second.
-    """
-    if opened.positions == 1:
-        return np.arange(len(samples))
-    _, number, counts = np.unique(samples // opened.positions, return_inverse=True, return_counts=True)
-    rank = np.empty(len(counts), int)
-    rank[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
-    return np.lexsort((rank[number], _turns(number), rank[number] // opened.inference_batch()))
-
-
-def _turns(number: np.ndarray) -> np.ndarray:
-    """How many samples of the same item come before each, (M,)."""
-    order = np.argsort(number, kind="stable")
-    turns = np.empty(len(number), int)
-    turns[order] = np.arange(len(number)) - np.searchsorted(number[order], number[order])
-    return turns
-
-
 def _captured_uses(
     opened: Opened, samples: np.ndarray, modules: list[nn.Module], single: frozenset[nn.Module] = frozenset()
 ) -> dict[nn.Module, list[Use]]:  # fmt: skip
@@ -249,72 +227,12 @@ def _captured_uses(
             for (module, a, o, _), d in zip(entries, gradients, strict=True)
         ]
     else:
-        made = _uses_by_position(losses, edges, entries, places, places // opened.positions, len(items), single)
+        made = uses_by_position(losses, edges, entries, places, places // opened.positions, len(items), single)
     uses: dict[nn.Module, list[Use]] = {module: [] for module in modules}
     for use in made:
         if use.module not in others:
             uses[use.module].append(use)
     return uses
-
-
-def _uses_by_position(
-    losses: torch.Tensor, edges: list[GradientEdge], entries: list[tuple], places: np.ndarray, items: np.ndarray,
-    count: int, single: frozenset[nn.Module],
-) -> list[Use]:  # fmt: skip
-    """The entries with a row for each sample, at these places of the losses and of these items, (M,), of `count`.
-
-    A backward pass has one sample of every item at a time; items are kept apart, so that each has its own row of it.
-    """
-    turns = _turns(items)
-    order = np.argsort(turns, kind="stable")
-    ends = np.searchsorted(turns[order], np.arange(turns.max() + 2))
-    found: list[Use] = []
-    for first, last in pairwise(ends) if edges else ():
-        here = order[first:last]
-        chosen = torch.zeros_like(losses)
-        chosen[torch.from_numpy(places[here]).to(losses.device)] = 1
-        rows = torch.from_numpy(items[here]).to(losses.device)
-        everybody = len(here) == count and bool((items[here] == np.arange(count)).all())
-        gradients = [None] * len(edges)
-        if losses.requires_grad:
-            gradients = torch.autograd.grad(losses, edges, chosen, retain_graph=True, allow_unused=True)
-        for number, ((module, a, o, _), d) in enumerate(zip(entries, gradients, strict=True)):
-            part = Use(module, a, torch.zeros_like(o) if d is None else d)
-            if not len(a) == len(o) == count:  # not by item: `_separate` will tell
-                found += [part] if not first else []
-                continue
-            if module in single:
-                part = _at_its_position(part)
-            if not everybody:
-                part = Use(module, part.inputs[rows], part.gradients[rows])
-            if not first:
-                found.append(part if last == len(items) else part.room(len(items)))
-            if last - first < len(items):
-                found[number].put(slice(first, last), part)
-    if (order != np.arange(len(order))).any():
-        back = torch.from_numpy(np.argsort(order, kind="stable")).to(losses.device)
-        found = [Use(u.module, u.inputs[back], u.gradients[back]) if len(u.inputs) == len(back) else u for u in found]
-    return found
-
-
-def _sees_one(use: Use) -> bool:
-    """Whether every sample's gradient is that of one position of a layer that was entered by position."""
-    shaped = use.gradients.ndim == 3 and use.inputs.shape[:2] == use.gradients.shape[:2]
-    return shaped and use.gradients.shape[1] > 1 and bool((_live(use).sum(1) <= 1).all())
-
-
-def _live(use: Use) -> torch.Tensor:
-    """Positions at which a sample has a gradient, (M, T)."""
-    return (use.gradients != 0).any(2)
-
-
-def _at_its_position(use: Use) -> Use:
-    """The use with the one position that has a gradient, (M, 1, ...). Raises Disagrees where there are several."""
-    live = _live(use)
-    if bool((live.sum(1) > 1).any()):
-        raise Disagrees("a sample's loss sees several positions of a layer of which it saw one")
-    rows, place = torch.arange(len(live), device=live.device), live.int().argmax(1)
-    return Use(use.module, use.inputs[rows, place, None], use.gradients[rows, place, None])
 
 
 def _kind(module: nn.Module, name: str) -> str | None:

@@ -14,6 +14,7 @@ import torch
 
 from opsig_torch import captured
 from opsig_torch.alignment import directed, in_some_way, inverse_order, loose_blocks, require_norm, sample_batches
+from opsig_torch.item_passes import grouped
 from opsig_torch.layer_gradients import Captured
 from opsig_torch.opened import Opened
 
@@ -24,7 +25,7 @@ def gradient_sketch(opened: Opened, samples: np.ndarray, size: int, seed: int) -
     (M, size) float32, NaN where a gradient is 0. Memory: the sketches, a batch's activations, and a block of its
     gradients; never M x P.
     """
-    order = captured.grouped(opened, samples)
+    order = grouped(opened, samples)
     found = in_some_way(opened, len(samples), lambda plan: _sketch(opened, samples[order], size, seed, plan))
     return found[inverse_order(order)]
 

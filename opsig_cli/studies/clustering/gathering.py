@@ -60,7 +60,7 @@ def with_largest_gradients(
             losses = known(session.losses([state])[0][0][run.samples])
             pool = np.argsort(-losses, kind="stable")[: POOL * len(position)]
             norms = np.zeros(len(score))
-            norms[pool] = known(session.gradient_norms(state, run.samples[pool]))  # pyright: ignore[reportCallIssue]
+            norms[pool] = known(session.gradient_norms(state, run.samples[pool]))
         else:
             norms = known(session.gradient_norms(state)[run.samples])
         score += norms / (np.sqrt(np.mean(norms**2)) or 1.0)
