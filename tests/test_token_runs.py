@@ -55,6 +55,15 @@ def test_a_position_without_a_target_is_no_gap_and_no_divergence(run, opsig):
     assert all(counts[record["sample"]] for record in mined.records)
 
 
+def test_accuracy_is_over_the_positions_that_have_a_target(run, opsig):
+    task = Digits(ITEMS)
+    counts, targets = task.counts.numpy(), task.tokens[:, 1:].flatten().numpy()
+    with open_trajectory(run) as kept:
+        predicted = kept.row("losses/prediction", 30)
+    compared = opsig("compare", run).records[0]
+    assert compared["accuracy"] == pytest.approx(np.mean((predicted == targets)[counts]))
+
+
 def test_movers_are_shown_as_context_and_target(run, opsig):
     task = Digits(ITEMS)
     record = opsig("mine", run, "--top", 1).records[0]

@@ -33,7 +33,7 @@ class Digits:
     """`items` sequences; `gaps`: places 4, 9, ... counted through all samples have no target."""
 
     positions = LENGTH
-    classes = tuple("0123456789"[:7])
+    classes = tuple(map(repr, "0123456"))
 
     def __init__(self, items: int = 40, width: int = 8, tied: bool = True, gaps: bool = True, shared: bool = False):
         generator = torch.Generator().manual_seed(1)
@@ -62,8 +62,8 @@ class Digits:
         return model(batch[0]).argmax(2)
 
     def label(self, i):
-        return repr(self.classes[int(self.tokens[i // LENGTH, i % LENGTH + 1])])
+        return self.classes[int(self.tokens[i // LENGTH, i % LENGTH + 1])]
 
     def render(self, i):
-        before = "".join(self.classes[int(t)] for t in self.tokens[i // LENGTH, : i % LENGTH + 1])
+        before = "".join(str(int(t)) for t in self.tokens[i // LENGTH, : i % LENGTH + 1])
         return f"{before}[{self.label(i)[1:-1]}]"

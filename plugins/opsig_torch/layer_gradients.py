@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
-MEMORY_BYTES = 5 << 28
+MEMORY_BYTES = 6 << 28
 """Bound on what is held of all samples at a time: activations, or gradients where these are smaller."""
 BLOCK_BYTES = 64 << 20
 """Bound on the gradients that are made from held activations at a time."""
