@@ -111,6 +111,9 @@ FIELDS = _fields(
         "scalars/update_norm", ("step",), "f8", "1", "Euclidean norm of the parameter change of the step that follows"
     ),
     Field("scalars/signed_fraction", ("step",), "f8", "1", "share of the parameters that SplitSGD moves by the sign"),
+    Field("scalars/momentum", ("step",), "f8", "1", "heavy-ball momentum of the step that follows"),
+    Field("scalars/beta1", ("step",), "f8", "1", "Adam's beta1 of the step that follows"),
+    Field("scalars/beta2", ("step",), "f8", "1", "Adam's beta2 of the step that follows"),
     Field("logged/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
     Field("logged/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("logged/*", ("step",), "f8", "1", "any other number of a training loop's own, under the name it gave"),

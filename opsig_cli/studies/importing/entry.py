@@ -18,8 +18,8 @@ from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import tracking, training
-from opsig_cli.studies.importing import checkpoints, flow, series
-from opsig_cli.studies.importing.steps import given_steps, steps_of
+from opsig_cli.studies.importing import checkpoints, doubles, flow, logs, series
+from opsig_cli.studies.importing.steps import PLACES, REMEDY, given_steps, steps_of
 from opsig_cli.trajectory.file import open_trajectory
 from opsig_cli.trajectory.recorder import Recorder
 from opsig_cli.trajectory.states import check_samples
@@ -75,9 +75,12 @@ def run(request: Request, warn: flow.Warn, bar: Bar) -> list[dict[str, Any]]:
     losses = series.read_losses(request.losses) if request.losses else None
     scalars: dict[int, dict[str, float]] = {}
     if request.scalars:
-        scalars, unknown = series.read_scalars(request.scalars)
-        if unknown:
-            warn(f"{request.scalars}: columns without a place in a trajectory: {', '.join(unknown)}")
+        if (logged := logs.read(request.scalars)) is not None:
+            scalars = logged
+        else:
+            scalars, unknown = series.read_scalars(request.scalars)
+            if unknown:
+                warn(f"{request.scalars}: columns without a place in a trajectory: {', '.join(unknown)}")
     try:
         if request.paths:
             return _import_checkpoints(request, losses, scalars, flow.once(warn), bar)
@@ -139,22 +142,30 @@ def _import_checkpoints(
         for path in paths:
             glances.append(flow.glance(path, target, warn))
             advance()
+    if request.steps is None:
+        paths, glances = doubles.without(paths, glances, target, warn)
     if request.steps is not None:
         steps = given_steps(request.steps, len(paths))
         if len(set(steps)) < len(steps):
             raise UsageError(f"--steps {request.steps} names a step twice")
     else:
-        steps, source = steps_of(paths, [g.numbers for g in glances], [g.count for g in glances], request.steps_from)
+        steps, source = steps_of(paths, [g.numbers for g in glances], flow.counts_of(glances), request.steps_from)
         several = f"steps {min(steps)} to {max(steps)} are" if len(steps) > 1 else f"step {steps[0]} is"
         warn(f"{several} taken from {source}")
+        if source == PLACES:
+            warn(f"these are no optimizer steps. {REMEDY[0].lower()}{REMEDY[1:]}")
         if "epoch" in source:
             warn(
                 "these are epochs, not optimizer steps, by which --scalars and Adam go. --steps 0,10,20 says the steps"
             )
     flow.say_counts(glances, steps, warn)
-    settings, rates = flow.settle(glances, steps, given, request.task or used.task, spec.model, warn)
-    for step, rate in rates.items():
-        scalars[step] = {"learning_rate": rate} | scalars.get(step, {})
+    settings, told = flow.settle(glances, steps, given, request.task or used.task, spec.model, warn)
+    longest = max((each.log for each in glances), key=len)
+    logged = logs.of_trainer(longest, {step: at["learning_rate"] for step, at in told.items() if "learning_rate" in at})
+    if logged:
+        warn(f"what the trainer logged is taken at {len(logged):,} steps")
+    for step in {*logged, *told}:
+        scalars[step] = logged.get(step, {}) | told.get(step, {}) | scalars.get(step, {})
     if stored is not None:
         settings = replace(stored, steps=max(stored.steps, settings.steps))
     recorder = _recorder(request, settings, session, task, spec)

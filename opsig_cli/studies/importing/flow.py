@@ -18,17 +18,19 @@ import numpy as np
 from opsig_cli.backends import Session, State, Tensor
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
-from opsig_cli.studies.importing import checkpoints, names, optimizers
+from opsig_cli.studies.importing import checkpoints, conversion, names, optimizers
 from opsig_cli.studies.importing.series import Losses
 from opsig_cli.studies.importing.torch_files import first_words
 from opsig_cli.studies.importing.weights import FrozenRow, put
 from opsig_cli.tasks import Task
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
-from opsig_cli.trajectory.recorder import Recorder
+from opsig_cli.trajectory.recorder import SCALARS, Recorder
 from opsig_cli.trajectory.schema import FIELDS
 from opsig_cli.trajectory.states import check_trained
 
 Warn = Callable[[str], None]
+PER_STEP = ("learning_rate", "momentum", "beta1", "beta2")
+"""Settings that schedules change: each checkpoint has its own."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Target:
     """The model that checkpoints must fit: its layout, all names of each tensor, its buffers (B,) as it is made, and
     what it does not train.
 
-    `prefix` is where in a checkpoint to look for it, None for anywhere.
+    `prefix` is where in a checkpoint to look for it, None for anywhere; `converted`: tensors that files hold in parts.
     """
 
     layout: list[Tensor]
@@ -44,27 +46,32 @@ class Target:
     buffers: np.ndarray
     frozen: FrozenRow
     prefix: str | None = None
+    converted: dict[str, conversion.Converted] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Glance:
-    """What the first pass learns of a checkpoint: whole numbers by key, and what its optimizer says of itself."""
+    """What the first pass learns of a checkpoint: whole numbers by key, what its optimizer says of itself, whether that
+    has no state yet, and what a trainer logged until then."""
 
     path: str
     numbers: dict[str, int]
     count: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
+    log: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 def target_of(task: Task, session: Session, prefix: str | None, added_to: str | None = None) -> Target:
     """The task's model as what checkpoints must fit, and the run that they are added to."""
-    aliases = names.aliases_of(task.model())
+    model = task.model()
+    aliases, converted = names.aliases_of(model), conversion.written_by_transformers(model)[1]
     made = session.initial(0)
     frozen = FrozenRow(session.layout, made.frozen)
     if added_to is not None:
         with open_trajectory(added_to) as kept:
             frozen = FrozenRow(session.layout, kept.frozen, added_to)
-    return Target(session.layout, aliases, made.buffers, frozen, prefix)
+    return Target(session.layout, aliases, made.buffers, frozen, prefix, converted)
 
 
 def once(warn: Warn) -> Warn:
@@ -86,22 +93,34 @@ def glance(path: str, target: Target, warn: Warn) -> Glance:
     """
     with checkpoints.opened(path) as content:
         fit = _fit(content, target, path)
+        names.check_tied(content.tensors, fit, path)
         target.frozen.take(content, fit, path, warn)
         _say(fit, target, warn)
-        saved = content.optimizers[0] if content.optimizers else None
+        saved, log = content.optimizers[0] if content.optimizers else None, list(content.log)
         if saved is None:
-            return Glance(path, content.numbers)
+            return Glance(path, content.numbers, log=log)
         if len(content.optimizers) > 1:
             warn("there are several optimizers: the first is taken")
         settings, notes = optimizers.settings_of(saved)
         for note in notes:
             warn(f"optimizer: {note}")
-        return Glance(path, content.numbers, optimizers.count_of(saved), settings)
+        fresh = settings.get("optimizer") == "adam" and not saved["state"]
+        return Glance(path, content.numbers, optimizers.count_of(saved), settings, fresh, log)
+
+
+def counts_of(glances: Sequence[Glance]) -> list[int | None]:
+    """How many steps each one's optimizer has counted; 0 for one that has no state yet, where others have counted."""
+    counted = any(each.count for each in glances)
+    return [0 if each.fresh and counted and each.count is None else each.count for each in glances]
 
 
 def _fit(content: checkpoints.Content, target: Target, path: str) -> names.Fit:
+    conversion.put_together(content.tensors, target.converted)
     shapes = {name: entry.shape for name, entry in content.tensors.items()}
-    return names.fit(shapes, target.layout, target.aliases, target.prefix, path)
+    try:
+        return names.fit(shapes, target.layout, target.aliases, target.prefix, path)
+    except OpsigError as error:
+        raise OpsigError(f"{error}{conversion.hint(path)}") from error
 
 
 def _say(fit: names.Fit, target: Target, warn: Warn) -> None:
@@ -117,8 +136,8 @@ def _say(fit: names.Fit, target: Target, warn: Warn) -> None:
 
 def settle(
     glances: Sequence[Glance], steps: Sequence[int], given: Mapping[str, Any], task: str, model: str | None, warn: Warn
-) -> tuple[Settings, dict[int, float]]:
-    """The run's settings, and its learning rate at each step where the checkpoints tell.
+) -> tuple[Settings, dict[int, dict[str, float]]]:
+    """The run's settings, and those of PER_STEP at each step of which the checkpoints tell them.
 
     What is `given` comes before what the checkpoints' optimizers say. What neither tells is not made up: a learning
     rate is NaN, and so are thresholds; a batch size is UNKNOWN_BATCH.
@@ -133,32 +152,37 @@ def settle(
         found = {key: value for key, value in found.items() if key in ("learning_rate", "optimizer")}
     if found.get("nesterov") and "optimizer" in given:
         del found["nesterov"]
-    told = [(step, each.settings["learning_rate"])
-            for step, each in zip(steps, glances, strict=True) if "learning_rate" in each.settings]  # fmt: skip
-    rates: dict[int, Any] = dict(told)
-    if "learning_rate" in given:
-        rates = dict.fromkeys(rates, given["learning_rate"])
-    elif rates:
-        found["learning_rate"] = max(rates.values())
+    told: dict[int, dict[str, float]] = {}
+    for step, each in zip(steps, glances, strict=True):
+        values = {name: each.settings[name] for name in PER_STEP if name in found and name in each.settings}
+        if values:
+            told[step] = {name: given.get(name, value) for name, value in values.items()}
+    rates = [values["learning_rate"] for values in told.values() if "learning_rate" in values]
+    if rates and "learning_rate" not in given:
+        found["learning_rate"] = max(rates)
     merged: dict[str, Any] = {"learning_rate": math.nan, "optimizer": "gd", "batch_size": UNKNOWN_BATCH} | found
     merged |= given
     if merged["optimizer"] == "gd" and merged["batch_size"] is not None:
         merged["optimizer"] = "sgd"
     between = int(min(np.diff(sorted(steps)), default=1))
     settings = Settings(task=task, model=model, steps=max(steps), checkpoint_every=between, **merged)
-    _say_settings(settings, found, given, rates, warn)
-    return settings, rates
+    _say_settings(settings, found, given, told, warn)
+    return settings, told
 
 
 def _say_settings(
-    settings: Settings, found: Mapping[str, Any], given: Mapping[str, Any], rates: Mapping[int, float], warn: Warn
-) -> None:
+    settings: Settings, found: Mapping[str, Any], given: Mapping[str, Any], told: Mapping[int, Mapping[str, float]],
+    warn: Warn,
+) -> None:  # fmt: skip
     taken = [f"{key.replace('_', ' ')} {found[key]:g}" if isinstance(found[key], float) else f"{key} {found[key]}"
              for key in found if key not in given]  # fmt: skip
     if taken:
         warn(f"from the checkpoints: {', '.join(taken)}")
-    if len(set(rates.values())) > 1:
-        warn(f"learning rates go from {min(rates.values()):g} to {max(rates.values()):g}; each step has its own")
+    for name in PER_STEP:
+        values = {at[name] for at in told.values() if name in at}
+        if len(values) > 1:
+            what = "learning rates go" if name == "learning_rate" else f"{name} goes"
+            warn(f"{what} from {min(values):g} to {max(values):g}; each step has its own")
     if "optimizer" not in found and "optimizer" not in given:
         warn(f"the checkpoints do not say the optimizer: taken as {settings.optimizer}. --optimizer says otherwise")
     if settings.optimizer == OTHER:
@@ -259,10 +283,17 @@ def lacking(recorder: Recorder, group: str, steps: Iterable[int], warn: Warn) ->
 
 
 def import_scalars(recorder: Recorder, scalars: Mapping[int, Mapping[str, float]], warn: Warn) -> None:
-    """Append scalars at the steps that have none."""
-    known = [step for step, values in scalars.items() if values]
-    for step in sorted(lacking(recorder, "scalars", known, warn)):
-        recorder.record(step, scalars=scalars[step])
+    """Append scalars at the steps that have none: those that the schema knows, and any others as `logged`."""
+    known = {
+        step: {name: value for name, value in values.items() if name in SCALARS} for step, values in scalars.items()
+    }
+    other = {step: {name: value for name, value in values.items() if name not in SCALARS}
+             for step, values in scalars.items()}  # fmt: skip
+    new = lacking(recorder, "scalars", [step for step, values in known.items() if values], warn)
+    new_other = lacking(recorder, "logged", [step for step, values in other.items() if values], warn)
+    for step in sorted(new | new_other):
+        values = (known[step] if step in new else {}) | (other[step] if step in new_other else {})
+        recorder.record(step, scalars=values)
 
 
 def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:
