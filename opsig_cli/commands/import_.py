@@ -61,6 +61,9 @@ def import_(
     track: Annotated[
         bool, typer.Option("--track", help="Measure every sample's loss at the checkpoints, too.")
     ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Leave parameters in their files, and read them when they are measured.")
+    ] = False,
     append: Annotated[bool, typer.Option("--append", help="Add the steps that RUN lacks.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")] = False,
     chunk_size: options.BatchSizeOption = None,
@@ -86,7 +89,7 @@ def import_(
     )  # fmt: skip
     request = entry.Request(
         output, paths or [], task, model, steps, steps_from, prefix, entry.chosen(given), losses, scalars, track,
-        append, replace, device, backend, allow_changed_data,
+        append, replace, device, backend, allow_changed_data, reference,
     )  # fmt: skip
     bar = partial(options.progress, quiet=quiet)
     written = entry.run(request, partial(options.note, quiet=quiet), bar)

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ import numpy as np
 from opsig_cli.backends import Session, State, Tensor
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
-from opsig_cli.studies.importing import checkpoints, conversion, names, optimizers
+from opsig_cli.studies.importing import checkpoints, conversion, names, optimizers, referring
 from opsig_cli.studies.importing.series import Losses
 from opsig_cli.studies.importing.torch_files import first_words
 from opsig_cli.studies.importing.weights import FrozenRow, put
 from opsig_cli.tasks import Task
+from opsig_cli.trajectory.external import Extent
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
 from opsig_cli.trajectory.recorder import SCALARS, Recorder
 from opsig_cli.trajectory.schema import FIELDS
@@ -52,13 +53,14 @@ class Target:
 @dataclass(frozen=True)
 class Glance:
     """What the first pass learns of a checkpoint: whole numbers by key, what its optimizer says of itself, whether that
-    has no state yet, and what a trainer logged until then."""
+    has no state yet, and what a trainer logged until then. `size`: files and stretches, where it is referred to."""
 
     path: str
     numbers: dict[str, int]
     count: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     fresh: bool = False
+    size: tuple[int, int] = (0, 0)
     log: list[Mapping[str, Any]] = field(default_factory=list)
 
 
@@ -86,26 +88,29 @@ def once(warn: Warn) -> Warn:
     return say
 
 
-def glance(path: str, target: Target, warn: Warn) -> Glance:
+def glance(path: str, target: Target, warn: Warn, reference: bool = False) -> Glance:
     """Look at a checkpoint, reading of its weights no more than the frozen ones.
 
-    Raises OpsigError where it cannot be read or does not fit.
+    Raises OpsigError where it cannot be read, does not fit, or cannot be referred to.
     """
     with checkpoints.opened(path) as content:
         fit = _fit(content, target, path)
         names.check_tied(content.tensors, fit, path)
         target.frozen.take(content, fit, path, warn)
         _say(fit, target, warn)
-        saved, log = content.optimizers[0] if content.optimizers else None, list(content.log)
+        extents = referring.extents_of(content, target.layout, fit, path) if reference else []
+        found = Glance(path, content.numbers, size=(len(referring.files_of(extents)), len(extents)),
+                       log=list(content.log))  # fmt: skip
+        saved = content.optimizers[0] if content.optimizers else None
         if saved is None:
-            return Glance(path, content.numbers, log=log)
+            return found
         if len(content.optimizers) > 1:
             warn("there are several optimizers: the first is taken")
         settings, notes = optimizers.settings_of(saved)
         for note in notes:
             warn(f"optimizer: {note}")
         fresh = settings.get("optimizer") == "adam" and not saved["state"]
-        return Glance(path, content.numbers, optimizers.count_of(saved), settings, fresh, log)
+        return replace(found, count=optimizers.count_of(saved), settings=settings, fresh=fresh)
 
 
 def counts_of(glances: Sequence[Glance]) -> list[int | None]:
@@ -218,22 +223,48 @@ def check_layout(run: Trajectory, layout: Sequence[Tensor]) -> None:
     check_trained(run, layout)
 
 
-def import_all(recorder: Recorder, paths: Mapping[int, str], target: Target, warn: Warn) -> Iterator[dict[str, Any]]:
-    """Read and append one checkpoint after the other, by step, each committed; yields a record of each."""
+def import_all(
+    recorder: Recorder, paths: Mapping[int, str], target: Target, warn: Warn, size: tuple[int, int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Read and append one checkpoint after the other, by step, each committed; yields a record of each. With `size`,
+    the most files and stretches that one has, they are referred to."""
     run = recorder.run
     with ThreadPoolExecutor(1) as beside:  # SHA-256 takes longer than the reading
         for step, path in sorted(paths.items()):
             summed = beside.submit(checkpoints.source_of, path)
             with checkpoints.opened(path) as content:
-                state = read(content, target, path, step, warn)
+                if size is None:
+                    state, extents = read(content, target, path, step, warn), []
+                else:
+                    state, extents = _outlined(content, target, path, step, warn)
             source = _result(summed, path)
             if source.damaged:
                 warn(f"note: {path} is damaged or was written without checksums: {source.damaged} differs from its own")
             about = {"bytes": source.bytes, "sha256": source.sha256}
-            recorder.record(step, state=state, source={"path": _kept(path)} | about)
-            about["optimizer_state"] = sorted(state.optimizer)
+            if size is None:
+                recorder.record(step, state=state, source={"path": _kept(path)} | about)
+                about["optimizer_state"] = sorted(state.optimizer)
+            else:
+                hashes = dict(referring.hashes_of(extents, source, checkpoints.weight_files(path)))
+                recorder.refer(step, state, extents, hashes, size, {"path": _kept(path)} | about)
+                kinds = {each.kind.rpartition("/")[2] for each in extents}
+                about["optimizer_state"] = sorted(kinds - {"params"})
             del state
             yield {"trajectory": run.path, "step": step, "source": path} | about
+
+
+def _outlined(
+    content: checkpoints.Content, target: Target, path: str, step: int, warn: Warn
+) -> tuple[State, list[Extent]]:
+    """A state of buffers and frozen parameters alone, and where the rest lies."""
+    fit = _fit(content, target, path)
+    buffers = target.buffers.copy()
+    for tensor in target.layout:
+        if tensor.kind == "buffer" and tensor.name in fit.keys:
+            put(buffers[tensor.offset : tensor.offset + tensor.size], tensor,
+                content.tensors[fit.keys[tensor.name]].read(), path, warn)  # fmt: skip
+    extents = referring.extents_of(content, target.layout, fit, path)
+    return State(step, np.empty(0, np.float32), buffers, {}, target.frozen.row), extents
 
 
 def _result(summed: Future[checkpoints.Source], path: str) -> checkpoints.Source:

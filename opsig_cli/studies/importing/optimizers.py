@@ -9,6 +9,7 @@ import numpy as np
 
 from opsig_cli.backends import Tensor
 from opsig_cli.settings import OTHER
+from opsig_cli.studies.importing.entries import Entry
 from opsig_cli.studies.importing.torch_files import WRAPPERS, is_plain, number_of
 
 SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
@@ -131,6 +132,31 @@ def count_of(saved: Mapping[str, Any]) -> int | None:
     return int(max(known)) if known else None
 
 
+def matched(
+    saved: Mapping[str, Any], layout: Sequence[Tensor], prefix: str
+) -> tuple[list[tuple[Tensor, dict[str, Entry]]], str | None]:
+    """Momenta and moments of each trained parameter that has some, by their names; and why there are none, if so."""
+    states = saved["state"]
+    parameters = [tensor for tensor in layout if tensor.kind == "parameter"]  # what is frozen is never stepped
+    every = [tensor for tensor in layout if tensor.kind != "buffer"]
+    names = [name for name in SLOTS if any(_tensor(state, name) is not None for state in states.values())]
+    if not names:
+        return [], None
+    placed = _by_name(_named(saved) or states, parameters, prefix) or _by_order(saved, parameters)
+    if placed is None and (whole := _by_order(saved, every)) is not None:  # an optimizer of all parameters
+        placed = [state for tensor, state in zip(every, whole, strict=True) if tensor.kind == "parameter"]
+    if placed is None:
+        return [], "its parameters are not the model's, or could be in several orders"
+    found = []
+    for tensor, state in zip(parameters, placed, strict=True):
+        slots = {name: value for name in names if (value := _tensor(state, name)) is not None}
+        for name, value in slots.items():
+            if value.shape != tensor.shape:
+                return [], f"{name} of {tensor.name} has another shape than the parameter"
+        found.append((tensor, slots))
+    return found, None
+
+
 def slots_of(
     saved: Mapping[str, Any], layout: Sequence[Tensor], prefix: str
 ) -> tuple[dict[str, np.ndarray], str | None]:
@@ -140,28 +166,14 @@ def slots_of(
     """
     import torch
 
-    states = saved["state"]
-    parameters = [tensor for tensor in layout if tensor.kind == "parameter"]  # what is frozen is never stepped
-    every = [tensor for tensor in layout if tensor.kind != "buffer"]
-    names = [name for name in SLOTS if any(_tensor(state, name) is not None for state in states.values())]
-    if not names:
-        return {}, None
-    placed = _by_name(_named(saved) or states, parameters, prefix) or _by_order(saved, parameters)
-    if placed is None and (whole := _by_order(saved, every)) is not None:  # an optimizer of all parameters
-        placed = [state for tensor, state in zip(every, whole, strict=True) if tensor.kind == "parameter"]
-    if placed is None:
-        return {}, "its parameters are not the model's, or could be in several orders"
-    rows = {name: np.zeros(sum(tensor.size for tensor in parameters), np.float32) for name in names}
-    for tensor, state in zip(parameters, placed, strict=True):
-        for name in names:
-            value = _tensor(state, name)
-            if value is None:
-                continue
-            if value.shape != tensor.shape:
-                return {}, f"{name} of {tensor.name} has another shape than the parameter"
+    found, why = matched(saved, layout, prefix)
+    size = sum(tensor.size for tensor in layout if tensor.kind == "parameter")
+    rows = {name: np.zeros(size, np.float32) for name in SLOTS if any(name in slots for _, slots in found)}
+    for tensor, slots in found:
+        for name, value in slots.items():
             row = rows[name][tensor.offset : tensor.offset + tensor.size]
             torch.from_numpy(row).view(tensor.shape).copy_(value.read())
-    return rows, None
+    return rows, why
 
 
 def _tensor(state: Any, name: str) -> Any:
