@@ -59,7 +59,9 @@ def collect(loaded: Any, content: Content, path: str) -> None:
                 walk(state, name, depth)
             if isinstance(value, Mapping) and depth < 2 and name not in OPTIONS:
                 collect_numbers(value, content)
-            inner = value.listed if isinstance(value, StandIn) and value.listed else value
+            inner: Any = value
+            if isinstance(value, StandIn) and not value:
+                inner = value.listed or (value if value.kind.startswith("collections.") else value.args)
             pairs = pairs_of(inner).items() if isinstance(inner, Mapping) else enumerate(inner)
             for key, each in list(pairs):
                 if not isinstance(key, StandIn | Entry):

@@ -264,10 +264,19 @@ class Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue] 
         """A tensor of a class of its own; of one that is spread over processes, the part that is here if it is all."""
         if isinstance(make, Maker) and isinstance(args, tuple):
             return make(*args)
-        local = state.get("_local_tensor") if isinstance(state, dict) else None
+        parts = [part for part in (state if isinstance(state, tuple) else (state,)) if isinstance(part, dict)]
+        local = next((part["_local_tensor"] for part in parts if "_local_tensor" in part), None)
         if isinstance(local, StoredTensor) and isinstance(args, tuple) and len(args) > 2 and isinstance(args[2], tuple):
             return local if local.shape == args[2] else Split(args[2], self._path)
         return StandIn()
+
+    def load_newobj(self) -> None:
+        args, kind = self.stack.pop(), self.stack.pop()
+        self.append(_new(kind, *args))
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()
+        self.load_newobj()
 
     # Keys are plain: one of a tower of tuples takes forever to hash.
 
@@ -298,6 +307,8 @@ class Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue] 
     def load_frozenset(self) -> None:
         self.append(frozenset(map(plain_key, self.pop_mark())))
 
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
     dispatch[pickle.DICT[0]] = load_dict

@@ -56,8 +56,17 @@ def steps_of(
             found = [*of_steps, *counted, _of_names_if_clear(paths), *of_epochs]
     for source, steps in found:
         if all(step is not None and step >= 0 for step in steps) and len(set(steps)) == len(steps):
+            if source == "the names" and len(steps) > 1 and any(_apart(steps, told) for _, told in of_epochs):
+                source = "the names, in which they are epochs"
             return [step for step in steps if step is not None], source
     raise OpsigError(_why(paths, found))
+
+
+def _apart(steps: list[int | None], epochs: list[int | None]) -> bool:
+    """Whether numbers are those of epochs, counted from 0 or from 1."""
+    gaps = {step - epoch if step is not None and epoch is not None else None
+            for step, epoch in zip(steps, epochs, strict=True)}  # fmt: skip
+    return gaps in ({0}, {1}, {-1})
 
 
 def _why(paths: Sequence[str], found: list[tuple[str, list[int | None]]]) -> str:
