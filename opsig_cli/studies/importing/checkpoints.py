@@ -120,7 +120,7 @@ def _kind(folder: str, own: bool = False) -> str | None:
 
 def _inner(folder: str) -> str | None:
     """The folder in which a folder's weights lie: one of INSIDE, or what DeepSpeed's `latest` names."""
-    names = list(INSIDE)
+    names: list[str] = [*INSIDE]
     latest = os.path.join(folder, "latest")
     if os.path.isfile(latest) and os.path.getsize(latest) < 1000:
         with open(latest, encoding="utf-8", errors="replace") as file:

@@ -10,7 +10,7 @@ from typing import Any
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.importing.entries import Entry
-from opsig_cli.studies.importing.pickles import StandIn, StoredArray, pairs_of, state_of
+from opsig_cli.studies.importing.stand_ins import StandIn, StoredArray, pairs_of, state_of
 from opsig_cli.studies.importing.torch_files import WRAPPERS, is_plain, number_of
 
 MAX_DEPTH, MAX_MODULES = 6, 64

@@ -12,7 +12,7 @@ from typing import Any
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.importing.content import Content, collect
 from opsig_cli.studies.importing.entries import Entry, assembled
-from opsig_cli.studies.importing.pickles import state_of
+from opsig_cli.studies.importing.stand_ins import state_of
 from opsig_cli.studies.importing.torch_files import load
 
 METADATA = ".metadata"

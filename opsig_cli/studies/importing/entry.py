@@ -18,7 +18,7 @@ from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import tracking, training
-from opsig_cli.studies.importing import checkpoints, doubles, flow, logs, series
+from opsig_cli.studies.importing import checkpoints, doubles, flow, logs, rows, series
 from opsig_cli.studies.importing.steps import PLACES, REMEDY, given_steps, steps_of
 from opsig_cli.trajectory import external
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
@@ -185,7 +185,7 @@ def _check_session(request: Request, session: Session, losses: series.Losses | N
     if "optimizer" in request.given:
         training.check_optimizer(request.given["optimizer"], session)
     if losses is not None:
-        flow.places_of(losses, np.arange(session.samples))
+        rows.places_of(losses, np.arange(session.samples))
     if request.append:
         with open_trajectory(request.output) as kept:
             check_samples(kept, session.samples)
@@ -233,14 +233,14 @@ def _write(
     new = {step: path for step, path in paths.items() if step not in held}
     if len(new) < len(paths):
         warn(f"{len(paths) - len(new)} of {len(paths)} steps are in {request.output} already")
-    flow.import_scalars(recorder, scalars, warn)
+    rows.import_scalars(recorder, scalars, warn)
     records = []
     with bar("importing", len(new)) as advance:
         for record in flow.import_all(recorder, new, target, warn, _room(kept, size) if request.reference else None):
             records.append(record)
             advance(note=f"step {record['step']}")
     if losses is not None:
-        flow.import_losses(recorder, losses, None, warn)
+        rows.import_losses(recorder, losses, None, warn)
     if request.track:
         session.adopt(kept.frozen)
         missing = tracking.missing_losses(kept)
@@ -275,7 +275,7 @@ def _import_series(
             attributes={"opsig_version": version("opsig"), "command": shlex.join(["opsig", *sys.argv[1:]])},
         )  # fmt: skip
     with _kept_when_interrupted(request), recorder:
-        flow.import_scalars(recorder, scalars, warn)
-        times = flow.import_losses(recorder, losses, steps, warn)
+        rows.import_scalars(recorder, scalars, warn)
+        times = rows.import_losses(recorder, losses, steps, warn)
         recorder.run.set_attributes(state="imported")
     return [{"trajectory": request.output, "step": step, "source": request.losses} for step in times]

@@ -58,7 +58,7 @@ def of_trainer(history: Sequence[Mapping[str, Any]], rates: Mapping[int, float] 
     )
     previous = 0
     for each in history:
-        step = each.get("step")
+        step: Any = each.get("step")
         if not _is_step(step) or "train_runtime" in each:  # the summary at the end
             continue
         for name, value in each.items():

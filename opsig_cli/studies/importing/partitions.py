@@ -156,7 +156,7 @@ def _optimizer(
     bases = [state.get(key) for state in states]
     if not all(isinstance(base, Mapping) and isinstance(base.get("state"), Mapping) for base in bases):
         return {"state": {}, "param_groups": []}
-    groups = [dict(group) for group in bases[0].get("param_groups") or [] if isinstance(group, Mapping)]
+    groups = [dict(group) for group in (bases[0] or {}).get("param_groups") or [] if isinstance(group, Mapping)]
     flat = [{number: state for number, state in enumerate(base["state"].values())} for base in bases if base]
     found: dict[str, dict[str, Any]] = {name: {} for group in shapes for name in group}
     for slot in SLOTS:

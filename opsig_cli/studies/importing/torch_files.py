@@ -18,7 +18,8 @@ from typing import Any
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.importing.entries import SIZES, Entry, Piece
-from opsig_cli.studies.importing.pickles import STORAGES, Reader, Storage, StoredTensor
+from opsig_cli.studies.importing.pickles import STORAGES, Reader
+from opsig_cli.studies.importing.stand_ins import Storage, StoredTensor
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Segments that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
@@ -46,7 +47,7 @@ class TorchFile:
             raise ValueError("a tensor lies outside the file")
         if self._mapped is None:
             self._mapped = torch.UntypedStorage.from_file(self.path, False, self._size)
-        part = self._mapped[storage.offset : storage.offset + storage.size * SIZES[storage.dtype]]
+        part: Any = self._mapped[storage.offset : storage.offset + storage.size * SIZES[storage.dtype]]
         if storage.offset % SIZES[described.dtype]:
             part = part.clone()
         empty = torch.empty(0, dtype=getattr(torch, described.dtype))
@@ -61,7 +62,7 @@ class TorchFile:
         inside = zip(described.shape, described.strides, reversed(expected), strict=True)
         if any(length > 1 and stride != wanted for length, stride, wanted in inside):
             return None
-        offset = described.storage.offset + described.first * SIZES[described.dtype]
+        offset = (described.storage.offset or 0) + described.first * SIZES[described.dtype]
         return [Piece(self.path, offset, described.dtype, 0, described.numel())]
 
 
