@@ -133,6 +133,13 @@ def test_a_log_that_is_none_is_refused(opsig, tmp_path, text, words):
     ).fails(1, words)
 
 
+def test_two_models_in_a_list_are_one_checkpoint(opsig, tmp_path):
+    state = Tiny().model().state_dict()
+    torch.save([state, {"critic.weight": torch.zeros(3)}], tmp_path / "c7.pt")
+    outcome = opsig("import", tmp_path / "c7.pt", *OWN, "-o", tmp_path / "x.h5")
+    assert [r["step"] for r in outcome.records] == [7], outcome.err
+
+
 def test_a_last_checkpoint_that_differs_is_not_dropped(opsig, tmp_path):
     state = Tiny().model().state_dict()
     torch.save({"model": state, "step": 3}, tmp_path / "c3.pt")

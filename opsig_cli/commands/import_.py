@@ -18,7 +18,9 @@ def import_(
     paths: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="CHECKPOINT...", help="Files, Hugging Face folders, or folders of them.", show_default=False
+            metavar="CHECKPOINT...",
+            help="Files, folders that are a checkpoint, or folders of them.",
+            show_default=False,
         ),
     ] = None,
     task: options.TaskOption = None,
@@ -56,7 +58,8 @@ def import_(
         ),
     ] = None,
     scalars: Annotated[
-        str | None, typer.Option(metavar="FILE", help="CSV with step and train_loss, learning_rate, grad_norm, ...")
+        str | None,
+        typer.Option(metavar="FILE", help="CSV with step and train_loss, learning_rate, ...; or a trainer's own log."),
     ] = None,
     track: Annotated[
         bool, typer.Option("--track", help="Measure every sample's loss at the checkpoints, too.")

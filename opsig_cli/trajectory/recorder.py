@@ -156,7 +156,7 @@ class Recorder:
         if state is not None or self._uncommitted >= self._commit_every:
             self.commit()
 
-    def refer(
+    def _refer(
         self, step: int, state: State, extents: Sequence[external.Extent], hashes: dict[str, str],
         size: tuple[int, int], source: Mapping[str, Any],
     ) -> None:  # fmt: skip

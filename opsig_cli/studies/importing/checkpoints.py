@@ -84,19 +84,24 @@ def _members(path: str) -> list[str]:
 
 
 def _listed(loaded: Any) -> Mapping[int, Any]:
-    """Checkpoints by their place in a list, or by the number under which they lie; empty for a single one."""
-    if isinstance(loaded, list) and len(loaded) > 1 and all(_is_one(each) for each in loaded):
-        return dict(enumerate(loaded))
-    if isinstance(loaded, Mapping) and loaded and all(type(key) is int and key >= 0 for key in loaded):
-        return {key: each for key, each in loaded.items()} if all(map(_is_one, loaded.values())) else {}
-    return {}
+    """Checkpoints by their place in a list, or by the number under which they lie: several of one model; empty for a
+    single one."""
+    found: dict[int, Any] = {}
+    if isinstance(loaded, list) and len(loaded) > 1:
+        found = dict(enumerate(loaded))
+    elif isinstance(loaded, Mapping) and all(type(key) is int and key >= 0 for key in loaded):
+        found = dict(loaded)
+    models = {_names(each) for each in found.values()}
+    return found if len(models) == 1 and frozenset() not in models else {}
 
 
-def _is_one(value: Any) -> bool:
+def _names(value: Any) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a checkpoint's tensors; empty for what is none."""
     inside = Content()
-    with contextlib.suppress(OpsigError):
-        collect(value, inside, "")
-    return isinstance(value, Mapping) and bool(inside.tensors)
+    if isinstance(value, Mapping):
+        with contextlib.suppress(OpsigError):
+            collect(value, inside, "")
+    return frozenset((name, entry.shape) for name, entry in inside.tensors.items())
 
 
 def _weights(folder: str) -> str | None:

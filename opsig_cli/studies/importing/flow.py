@@ -245,7 +245,7 @@ def import_all(
                 about["optimizer_state"] = sorted(state.optimizer)
             else:
                 hashes = dict(referring.hashes_of(extents, source, checkpoints.weight_files(path)))
-                recorder.refer(step, state, extents, hashes, size, {"path": _kept(path)} | about)
+                recorder._refer(step, state, extents, hashes, size, {"path": _kept(path)} | about)
                 kinds = {each.kind.rpartition("/")[2] for each in extents}
                 about["optimizer_state"] = sorted(kinds - {"params"})
             del state
