@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TASKS
 
-from opsig_cli.studies.importing import logs
+from opsig_cli.studies.importing import trainer_logs
 from opsig_cli.studies.importing.optimizers import settings_of
 from opsig_cli.trajectory.file import open_trajectory
 
@@ -99,9 +99,11 @@ def test_a_trainer_s_log_lies_at_the_steps_that_its_values_are_of(opsig, tmp_pat
 def test_older_trainers_logged_the_rate_of_the_step_that_follows():
     history = [{"step": step, "learning_rate": 0.5 - step / 10} for step in (1, 2, 3)]
     rates = {1: 0.4, 2: 0.3}  # of the optimizers in the checkpoints
-    assert logs.of_trainer(history, rates) == {s: {"learning_rate": pytest.approx(0.5 - s / 10)} for s in (1, 2, 3)}
+    assert trainer_logs.of_trainer(history, rates) == {
+        s: {"learning_rate": pytest.approx(0.5 - s / 10)} for s in (1, 2, 3)
+    }
     newer = {1: 0.3, 2: 0.2}
-    assert sorted(logs.of_trainer(history, newer)) == [0, 1, 2]
+    assert sorted(trainer_logs.of_trainer(history, newer)) == [0, 1, 2]
 
 
 def test_lightning_s_metrics_lie_at_the_steps_that_they_are_of(opsig, tmp_path):

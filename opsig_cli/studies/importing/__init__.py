@@ -4,6 +4,7 @@
 run nothing, `array_files` safetensors and npz, `distributed` and `partitions` what several processes wrote. What is
 inside is `content`: `entries` that are read when they are asked for. `steps` says at which step each was taken, `names`
 fits its tensors to the task's model, with the `conversion` of the library that it is from; `optimizers` reads optimizer
-state, `doubles` finds the same one twice, `referring` where its numbers lie. `series` and `logs` read losses and
-scalars, `rows` writes them; `flow` puts them together; `entry` is what the command calls.
+state, `doubles` finds one twice, `referring` where its numbers lie. `series` and `trainer_logs` read losses and
+scalars; `flow` puts all of them into the file, `settling` finds how the run was trained; `entry` is what the command
+calls.
 """

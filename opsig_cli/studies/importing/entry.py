@@ -18,7 +18,7 @@ from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import tracking, training
-from opsig_cli.studies.importing import checkpoints, doubles, flow, logs, rows, series
+from opsig_cli.studies.importing import checkpoints, doubles, flow, series, settling, trainer_logs
 from opsig_cli.studies.importing.steps import PLACES, REMEDY, given_steps, steps_of
 from opsig_cli.trajectory import external
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
@@ -77,7 +77,7 @@ def run(request: Request, warn: flow.Warn, bar: Bar) -> list[dict[str, Any]]:
     losses = series.read_losses(request.losses) if request.losses else None
     scalars: dict[int, dict[str, float]] = {}
     if request.scalars:
-        if (logged := logs.read(request.scalars)) is not None:
+        if (logged := trainer_logs.read(request.scalars)) is not None:
             scalars = logged
         else:
             scalars, unknown = series.read_scalars(request.scalars)
@@ -153,7 +153,7 @@ def _import_checkpoints(
         if len(set(steps)) < len(steps):
             raise UsageError(f"--steps {request.steps} names a step twice")
     else:
-        steps, source = steps_of(paths, [g.numbers for g in glances], flow.counts_of(glances), request.steps_from)
+        steps, source = steps_of(paths, [g.numbers for g in glances], settling.counts_of(glances), request.steps_from)
         several = f"steps {min(steps)} to {max(steps)} are" if len(steps) > 1 else f"step {steps[0]} is"
         warn(f"{several} taken from {source}")
         if source == PLACES:
@@ -162,10 +162,12 @@ def _import_checkpoints(
             warn(
                 "these are epochs, not optimizer steps, by which --scalars and Adam go. --steps 0,10,20 says the steps"
             )
-    flow.say_counts(glances, steps, warn)
-    settings, told = flow.settle(glances, steps, given, request.task or used.task, spec.model, warn)
+    settling.say_counts(glances, steps, warn)
+    settings, told = settling.settle(glances, steps, given, request.task or used.task, spec.model, warn)
     longest = max((each.log for each in glances), key=len)
-    logged = logs.of_trainer(longest, {step: at["learning_rate"] for step, at in told.items() if "learning_rate" in at})
+    logged = trainer_logs.of_trainer(
+        longest, {step: at["learning_rate"] for step, at in told.items() if "learning_rate" in at}
+    )
     if logged:
         warn(f"what the trainer logged is taken at {len(logged):,} steps")
     for step in {*logged, *told}:
@@ -185,7 +187,7 @@ def _check_session(request: Request, session: Session, losses: series.Losses | N
     if "optimizer" in request.given:
         training.check_optimizer(request.given["optimizer"], session)
     if losses is not None:
-        rows.places_of(losses, np.arange(session.samples))
+        flow.places_of(losses, np.arange(session.samples))
     if request.append:
         with open_trajectory(request.output) as kept:
             check_samples(kept, session.samples)
@@ -233,14 +235,14 @@ def _write(
     new = {step: path for step, path in paths.items() if step not in held}
     if len(new) < len(paths):
         warn(f"{len(paths) - len(new)} of {len(paths)} steps are in {request.output} already")
-    rows.import_scalars(recorder, scalars, warn)
+    flow.import_scalars(recorder, scalars, warn)
     records = []
     with bar("importing", len(new)) as advance:
         for record in flow.import_all(recorder, new, target, warn, _room(kept, size) if request.reference else None):
             records.append(record)
             advance(note=f"step {record['step']}")
     if losses is not None:
-        rows.import_losses(recorder, losses, None, warn)
+        flow.import_losses(recorder, losses, None, warn)
     if request.track:
         session.adopt(kept.frozen)
         missing = tracking.missing_losses(kept)
@@ -275,7 +277,7 @@ def _import_series(
             attributes={"opsig_version": version("opsig"), "command": shlex.join(["opsig", *sys.argv[1:]])},
         )  # fmt: skip
     with _kept_when_interrupted(request), recorder:
-        rows.import_scalars(recorder, scalars, warn)
-        times = rows.import_losses(recorder, losses, steps, warn)
+        flow.import_scalars(recorder, scalars, warn)
+        times = flow.import_losses(recorder, losses, steps, warn)
         recorder.run.set_attributes(state="imported")
     return [{"trajectory": request.output, "step": step, "source": request.losses} for step in times]

@@ -6,9 +6,8 @@ nothing is written where something is wrong; the second reads one checkpoint aft
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,20 +16,18 @@ import numpy as np
 
 from opsig_cli.backends import Session, State, Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
 from opsig_cli.studies.importing import checkpoints, conversion, names, optimizers, referring
+from opsig_cli.studies.importing.series import Losses
 from opsig_cli.studies.importing.torch_files import first_words
 from opsig_cli.studies.importing.weights import FrozenRow, put
 from opsig_cli.tasks import Task
 from opsig_cli.trajectory.external import Extent
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
-from opsig_cli.trajectory.recorder import Recorder
+from opsig_cli.trajectory.recorder import SCALARS, Recorder
 from opsig_cli.trajectory.schema import FIELDS
 from opsig_cli.trajectory.states import check_trained
 
 Warn = Callable[[str], None]
-PER_STEP = ("learning_rate", "momentum", "beta1", "beta2")
-"""Settings that schedules change: each checkpoint has its own."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +109,6 @@ def glance(path: str, target: Target, warn: Warn, reference: bool = False) -> Gl
         return replace(found, count=optimizers.count_of(saved), settings=settings, fresh=fresh)
 
 
-def counts_of(glances: Sequence[Glance]) -> list[int | None]:
-    """How many steps each one's optimizer has counted; 0 for one that has no state yet, where others have counted."""
-    counted = any(each.count for each in glances)
-    return [0 if each.fresh and counted and each.count is None else each.count for each in glances]
-
-
 def _fit(content: checkpoints.Content, target: Target, path: str) -> names.Fit:
     conversion.put_together(content.tensors, target.converted)
     shapes = {name: entry.shape for name, entry in content.tensors.items()}
@@ -136,79 +127,6 @@ def _say(fit: names.Fit, target: Target, warn: Warn) -> None:
         warn(f"not used, as the model has no such tensors: {names.listed(fit.unused)}")
     if fit.kept:
         warn(f"not in the checkpoints, and left as the model makes them: {names.listed(fit.kept)}")
-
-
-def settle(
-    glances: Sequence[Glance], steps: Sequence[int], given: Mapping[str, Any], task: str, model: str | None, warn: Warn
-) -> tuple[Settings, dict[int, dict[str, float]]]:
-    """The run's settings, and those of PER_STEP at each step of which the checkpoints tell them.
-
-    What is `given` comes before what the checkpoints' optimizers say. What neither tells is not made up: a learning
-    rate is NaN, and so are thresholds; a batch size is UNKNOWN_BATCH.
-    """
-    found: dict[str, Any] = {}
-    for each in glances:
-        found |= each.settings
-    kinds = {each.settings["optimizer"] for each in glances if each.settings}
-    if OTHER in kinds:  # a first checkpoint without state may look like Adam's
-        found["optimizer"] = OTHER
-    if given.get("optimizer", found.get("optimizer")) != found.get("optimizer") or OTHER in kinds:
-        found = {key: value for key, value in found.items() if key in ("learning_rate", "optimizer")}
-    if found.get("nesterov") and "optimizer" in given:
-        del found["nesterov"]
-    told: dict[int, dict[str, float]] = {}
-    for step, each in zip(steps, glances, strict=True):
-        values = {name: each.settings[name] for name in PER_STEP if name in found and name in each.settings}
-        if values:
-            told[step] = {name: given.get(name, value) for name, value in values.items()}
-    rates = [values["learning_rate"] for values in told.values() if "learning_rate" in values]
-    if rates and "learning_rate" not in given:
-        found["learning_rate"] = max(rates)
-    merged: dict[str, Any] = {"learning_rate": math.nan, "optimizer": "gd", "batch_size": UNKNOWN_BATCH} | found
-    merged |= given
-    if merged["optimizer"] == "gd" and merged["batch_size"] is not None:
-        merged["optimizer"] = "sgd"
-    between = int(min(np.diff(sorted(steps)), default=1))
-    settings = Settings(task=task, model=model, steps=max(steps), checkpoint_every=between, **merged)
-    _say_settings(settings, found, given, told, warn)
-    return settings, told
-
-
-def _say_settings(
-    settings: Settings, found: Mapping[str, Any], given: Mapping[str, Any], told: Mapping[int, Mapping[str, float]],
-    warn: Warn,
-) -> None:  # fmt: skip
-    taken = [f"{key.replace('_', ' ')} {found[key]:g}" if isinstance(found[key], float) else f"{key} {found[key]}"
-             for key in found if key not in given]  # fmt: skip
-    if taken:
-        warn(f"from the checkpoints: {', '.join(taken)}")
-    for name in PER_STEP:
-        values = {at[name] for at in told.values() if name in at}
-        if len(values) > 1:
-            what = "learning rates go" if name == "learning_rate" else f"{name} goes"
-            warn(f"{what} from {min(values):g} to {max(values):g}; each step has its own")
-    if "optimizer" not in found and "optimizer" not in given:
-        warn(f"the checkpoints do not say the optimizer: taken as {settings.optimizer}. --optimizer says otherwise")
-    if settings.optimizer == OTHER:
-        warn("the optimizer is not one of opsig's: thresholds are left out. --optimizer says what comes nearest")
-    if settings.batch_size == UNKNOWN_BATCH:
-        warn(
-            "the checkpoints do not say the batch size: thresholds are those of full-batch training, and losses are "
-            "not held against a log. --batch-size N or full says it"
-        )
-    if math.isnan(settings.learning_rate):
-        warn("the checkpoints do not say the learning rate: thresholds are left out. --learning-rate says it")
-
-
-def say_counts(glances: Sequence[Glance], steps: Sequence[int], warn: Warn) -> None:
-    """Say where the optimizer's own count of steps is another than the step that was taken."""
-    for each, step in zip(glances, steps, strict=True):
-        if each.count is not None and each.count != step:
-            warn(
-                f"at step {step} the optimizer's own count is {each.count}, which its preconditioner goes by. "
-                "--steps-from optimizer takes its count"
-            )
-            return
 
 
 def check_layout(run: Trajectory, layout: Sequence[Tensor]) -> None:
@@ -301,3 +219,61 @@ def read(content: checkpoints.Content, target: Target, path: str, step: int, war
     if not np.isfinite(rows["parameter"]).all():
         warn(f"{os.path.basename(path)} (step {step}) has parameters that are not finite")
     return State(step, rows["parameter"], rows["buffer"], slots, target.frozen.row)
+
+
+def lacking(recorder: Recorder, group: str, steps: Iterable[int], warn: Warn) -> set[int]:
+    """Those of these steps at which a run has no row yet; how many it has is said."""
+    wanted = set(steps)
+    new = wanted - set(recorder.run.steps(group).tolist())
+    if len(new) < len(wanted):
+        warn(f"{len(wanted) - len(new)} of {len(wanted)} steps of {group} are in {recorder.run.path} already")
+    return new
+
+
+def import_scalars(recorder: Recorder, scalars: Mapping[int, Mapping[str, float]], warn: Warn) -> None:
+    """Append scalars at the steps that have none: those that the schema knows, and any others as `logged`."""
+    known = {
+        step: {name: value for name, value in values.items() if name in SCALARS} for step, values in scalars.items()
+    }
+    other = {step: {name: value for name, value in values.items() if name not in SCALARS}
+             for step, values in scalars.items()}  # fmt: skip
+    new = lacking(recorder, "scalars", [step for step, values in known.items() if values], warn)
+    new_other = lacking(recorder, "logged", [step for step, values in other.items() if values], warn)
+    for step in sorted(new | new_other):
+        values = (known[step] if step in new else {}) | (other[step] if step in new_other else {})
+        recorder.record(step, scalars=values)
+
+
+def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:
+    """Where the samples of a series lie among a run's, (S,). Raises OpsigError where it has one that the run lacks."""
+    places = np.searchsorted(samples, losses.samples)
+    known = (places < len(samples)) & (samples[np.minimum(places, len(samples) - 1)] == losses.samples)
+    if not known.all():
+        raise OpsigError(
+            f"the losses have a sample {losses.samples[~known][0]}, and the run's samples are {samples[0]} to "
+            f"{samples[-1]}"
+        )
+    return places
+
+
+def import_losses(recorder: Recorder, losses: Losses, steps: Sequence[int] | None, warn: Warn) -> list[int]:
+    """Append a series of losses at the steps that have none; returns its steps. Raises OpsigError where it has samples
+    that the run lacks."""
+    samples = recorder.run.samples
+    places = places_of(losses, samples)
+    if len(places) < len(samples):
+        warn(f"losses of {len(places)} of the {len(samples)} samples are given")
+    times = losses.steps.tolist() if steps is None else list(steps)
+    new = lacking(recorder, "losses", times, warn)
+    for t, step in enumerate(times):
+        if step not in new:
+            continue
+        values, predictions = losses.row(t)
+        row = np.full(len(samples), np.nan, np.float32)
+        row[places] = values
+        spread = None
+        if predictions is not None:
+            spread = np.full(len(samples), -1)
+            spread[places] = predictions
+        recorder.record(step, losses=row, predictions=spread)
+    return times
