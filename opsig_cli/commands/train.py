@@ -71,6 +71,7 @@ def train(
     statistics: Annotated[str | None, typer.Option(metavar="chunk|running", help="Batch norm's statistics.")] = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,

@@ -167,8 +167,13 @@ def sharpness(
             chosen_steps = curvature.select_steps(trajectory, steps if slice is None else str(slice))
             if name and steps is None:
                 chosen_steps = chosen_steps[-1:]
-            session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
-            backends.require(session, backends.Curvature, backend, "curvature")
+
+            def open_session() -> backends.Session:
+                session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
+                backends.require(session, backends.Curvature, backend, "curvature")
+                return session
+
+            session = tracking.opened_later(open_session) if keeps else open_session()
             if not wanted and (other := other_loss(trajectory, settings_of(trajectory))):
                 note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
@@ -186,8 +191,9 @@ def sharpness(
                 with progress("curvature", len(chosen_steps)) as advance:
                     return curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
             if name:
-                backends.require(session, backends.Slopes, backend, "slopes")
-                return _ends(trajectory, session, chosen_steps, k or ends.NAMED, tolerance, at, replace, note, progress)
+                return _ends(
+                    trajectory, session, backend, chosen_steps, k or ends.NAMED, tolerance, at, replace, note, progress
+                )
             return _eigenvalues(
                 trajectory, session, chosen_steps, k or 1, tolerance, at, plain, replace, note, progress
             )
@@ -210,8 +216,8 @@ def sharpness(
 
 
 def _ends(
-    run: Trajectory, session: backends.Session, steps: list[int], count: int, tolerance: float, at: str | None,
-    replace: bool, note: Note, progress: Progress,
+    run: Trajectory, session: backends.Session, backend: str, steps: list[int], count: int, tolerance: float,
+    at: str | None, replace: bool, note: Note, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Who stands at the ends of `count` eigenvectors, measured where they are missing."""
     if replace:
@@ -220,6 +226,8 @@ def _ends(
     run.check("slopes", have)
     place, words = _place_of_name(run, session, steps, at)
     missing, held = slopes.check_kept(run, steps, count, place)
+    if missing:
+        backends.require(session, backends.Slopes, backend, "slopes")
     if words:
         note(words)
     with progress("eigenvectors", len(missing)) as advance:

@@ -17,8 +17,10 @@ from opsig_cli.errors import UsageError
 from opsig_torch.forward import LossRow, smoothed
 from opsig_torch.opened import Opened
 from opsig_torch.splitsgd import SignSGD, SplitSGD
+from opsig_torch.updates import Adam, Descent
 
 OPTIMIZERS = ("gd", "sgd", "momentum", "adam", "splitsgd", "signsgd")
+Optimizer = Descent | Adam | SplitSGD
 
 
 def train(opened: Opened, training: Training, start: State) -> Iterator[Snapshot]:
@@ -122,41 +124,36 @@ def minibatch(samples: int, batch_size: int, seed: int, step: int) -> np.ndarray
     return order[position * batch_size : (position + 1) * batch_size]
 
 
-def _optimizer(opened: Opened, training: Training) -> torch.optim.Optimizer:
-    vector = [opened.flat.vector]
-    rate, decay = training.learning_rate, training.weight_decay
+def _optimizer(opened: Opened, training: Training) -> Optimizer:
+    vector, rate, decay = opened.flat.vector, training.learning_rate, training.weight_decay
     match training.optimizer:
         case "gd" | "sgd":
-            return torch.optim.SGD(vector, lr=rate, weight_decay=decay)
+            return Descent(vector, rate, weight_decay=decay)
         case "momentum":
-            return torch.optim.SGD(vector, lr=rate, momentum=training.momentum, weight_decay=decay)
+            return Descent(vector, rate, training.momentum, decay)
         case "adam":
-            return torch.optim.Adam(vector, lr=rate, betas=training.betas, eps=training.epsilon, weight_decay=decay)
+            return Adam(vector, rate, training.betas, training.epsilon, decay)
         case "splitsgd" | "signsgd" if decay:
             raise UsageError(f"{training.optimizer} has no weight decay. Leave --weight-decay out")
         case "signsgd":
-            return SignSGD(vector, rate)
+            return SignSGD([vector], rate)
         case "splitsgd":
             return SplitSGD(
-                vector, rate, training.sign_learning_rate, training.momentum, training.dampening, training.radius
+                [vector], rate, training.sign_learning_rate, training.momentum, training.dampening, training.radius
             )
     raise UsageError(f"no optimizer is called '{training.optimizer}'. Known: {', '.join(OPTIMIZERS)}")
 
 
-def _state(opened: Opened, optimizer: torch.optim.Optimizer, step: int) -> State:
+def _state(opened: Opened, optimizer: Optimizer, step: int) -> State:
     slots = optimizer.state.get(opened.flat.vector, {})
-    kept = {
-        name: value.detach().cpu().numpy().copy()
-        for name, value in slots.items()
-        if isinstance(value, torch.Tensor) and value.shape == opened.flat.vector.shape
-    }
-    radius = optimizer.param_groups[0].get("radius")
+    kept = {name: value.detach().cpu().numpy().copy() for name, value in slots.items()}
+    radius = optimizer.param_groups[0]["radius"] if isinstance(optimizer, SplitSGD) else None
     if radius is not None:
         kept["radius"] = np.asarray(radius, np.float64)
     return replace(opened.state(step), optimizer=kept)
 
 
-def _restore(optimizer: torch.optim.Optimizer, opened: Opened, start: State, began: int) -> None:
+def _restore(optimizer: Optimizer, opened: Opened, start: State, began: int) -> None:
     if isinstance(optimizer, SplitSGD):
         optimizer.param_groups[0]["steps"] = start.step - began
         if "radius" in start.optimizer:
@@ -168,5 +165,5 @@ def _restore(optimizer: torch.optim.Optimizer, opened: Opened, start: State, beg
         if row.ndim == 0:
             continue  # a number of the whole group
         slots[name] = torch.from_numpy(row.copy()).to(opened.flat.vector.device)
-    if isinstance(optimizer, torch.optim.Adam):
-        slots["step"] = torch.tensor(float(start.step - began))
+    if isinstance(optimizer, Adam):
+        optimizer.count = start.step - began
