@@ -77,8 +77,10 @@ def _main(
 
 def run() -> None:
     """Run the command line; the entry point `opsig`."""
-    if not any(name in os.environ for name in WAITING):  # before torch loads OpenMP, whose threads spin while they wait
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # and, beside other work, take the cores from those that they wait for
+    if not any(name in os.environ for name in WAITING):
+        # Before torch loads OpenMP, whose threads spin while they wait and, beside other work, take the cores from
+        # those that they wait for.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe ends us silently
     if sys.stderr is None:  # closed by the caller; print(file=None) would take stdout in its place

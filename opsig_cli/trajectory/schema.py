@@ -159,6 +159,8 @@ FIELDS = _fields(
     Field("preconditioned/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
     Field("preconditioned/threshold", ("step",), "f8", "nat", "preconditioned sharpness at which Adam loses stability"),
     *_FLOOR,
+    Field("mined/kept", ("byte",), "u1", "1", "the last results of mine: a line of JSON on their origin, then each"),
+    Field("clusters/kept", ("byte",), "u1", "1", "the last results of cluster, likewise"),
 )
 
 ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswith("/step"))
@@ -172,6 +174,8 @@ DIMENSIONS = (
     ("", "frozen_parameter"),
     ("logged", "step"),
     *((group, name) for group in ("floor", "preconditioned_floor", "slopes") for name in ("step", "rank")),
+    ("mined", "byte"),
+    ("clusters", "byte"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
 
