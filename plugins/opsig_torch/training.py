@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,11 @@ def train(opened: Opened, training: Training, start: State) -> Iterator[Snapshot
     """
     if training.weights is not None and training.weights.shape != (opened.samples,):
         raise UsageError(f"{training.weights.size} weights are not one for each of the {opened.samples} samples")
+    if training.tracked is not None and training.batch_size is not None and opened.couples_samples:
+        raise UsageError(
+            "with batch norm by chunks a sample's loss depends on its whole chunk. Use --statistics running, or leave "
+            "--track-samples out"
+        )
     optimizer = _optimizer(opened, training)
     opened.load(start)
     _restore(optimizer, opened, start, training.began)
@@ -50,6 +56,11 @@ def train(opened: Opened, training: Training, start: State) -> Iterator[Snapshot
             optimizer.step()
             update_norm = torch.dist(opened.flat.vector.detach(), before).item()
         losses, predictions = row.arrays() if row is not None and wants_losses else (None, None)
+        if losses is not None and training.tracked is not None:
+            others = np.setdiff1d(np.arange(opened.samples), training.tracked)
+            losses[others] = np.nan
+            if predictions is not None:
+                predictions[others] = -1
         signed = optimizer.signed_fraction if isinstance(optimizer, SplitSGD) else float("nan")
         yield Snapshot(
             step, train_loss, training.learning_rate, grad_norm, update_norm, losses, predictions, state, signed
@@ -94,7 +105,7 @@ def _minibatch_gradient(
         opened.measuring_mode()
         buffers = [buffer.clone() for _, buffer in opened.flat.buffers]  # measuring must not move running statistics
         with torch.no_grad():
-            for indices, batch in opened.batches:
+            for indices, batch in _measured(opened, training.tracked):
                 row.put(indices, *opened.forward(batch))
             for (_, buffer), saved in zip(opened.flat.buffers, buffers, strict=True):
                 buffer.copy_(saved)
@@ -111,6 +122,16 @@ def _minibatch_gradient(
     mean = _weighted(losses, training, chosen).mean()
     mean.backward()
     return mean.item(), row
+
+
+def _measured(opened: Opened, tracked: np.ndarray | None) -> Iterator[tuple[slice | np.ndarray, Any]]:
+    """The samples whose losses are measured beside a minibatch, in batches."""
+    if tracked is None:
+        yield from opened.batches
+        return
+    for start in range(0, len(tracked), opened.batch_size):
+        chosen = tracked[start : start + opened.batch_size]
+        yield chosen, opened.batches.take(chosen)
 
 
 def minibatch(samples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
