@@ -1,7 +1,9 @@
 """Training beside busy neighbours: what threads that wait cost, by how they wait.
 
-Run: python benchmarks/threads.py [STEPS]. One line for each way of waiting: wall seconds of `opsig train` alone, and
-beside one spinning process for each core, the best of three, in turns.
+    python benchmarks/threads.py [STEPS] [NAME=VALUE ...]
+
+Prints for each way of waiting, and for each further setting of the environment, the wall seconds of `opsig train` alone
+and beside one spinning process for each core, the best of three, in turns. Takes minutes where threads spin.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import time
 
 CORES = len(os.sched_getaffinity(0))
 WAYS = {
-    "torch's own": {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""},
+    "torch's own": {"KMP_BLOCKTIME": "200"},  # means nothing to GNU's OpenMP, but that somebody has chosen
     "opsig's": {},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
@@ -22,7 +24,7 @@ SPIN = "while True: pass"
 
 
 def main() -> None:
-    steps = sys.argv[1] if len(sys.argv) > 1 else "200"
+    steps = sys.argv[1] if len(sys.argv) > 1 else "50"
     ways = WAYS | {f"{name}={value}": {name: value} for name, value in (one.split("=") for one in sys.argv[2:])}
     found: dict[str, dict[bool, float]] = {name: {} for name in ways}
     with tempfile.TemporaryDirectory() as folder:
