@@ -92,6 +92,18 @@ def test_damage_to_what_groups_were_found_from_is_noticed(opsig, run_of):
     assert "left out: step 30" in again.err
 
 
+def test_damage_to_what_no_group_is_found_from_is_not_looked_at(opsig, run_of):
+    run, options, out = run_of
+    with open_trajectory(run, "r+") as trajectory:
+        for step in (1, 2):
+            trajectory.append("logged", step, accuracy=0.5)
+    with h5py.File(run, "r+") as file:
+        file["logged/step"][0] = 2
+    found = opsig("cluster", run, *options)
+    assert (found.code, found.out) == (0, out)
+    assert "damaged" not in found.err
+
+
 @pytest.mark.parametrize("harm", ["bytes", "origin", "fields", "places"])
 def test_a_result_that_is_damaged_or_forged_is_found_anew(opsig, run_of, harm):
     run, options, out = run_of

@@ -45,8 +45,11 @@ def origin_of(
 ) -> Origin | None:
     """What a result of these options would be made from, of the file alone without a `backend`; None where that cannot
     be told, so that none is kept."""
-    content = content_of(run, WITHOUT)
-    told = {"packages": []} if backend is None else _task(run, task)
+    try:
+        content = content_of(run, WITHOUT)
+        told = {"packages": []} if backend is None else _task(run, task)
+    except (OpsigError, OSError):  # what is wrong is for the study to meet, if it is concerned
+        return None
     if content is None or told is None:
         return None
     plugins = set() if backend is None else _packages(ENTRY_POINT_GROUP, backend)
