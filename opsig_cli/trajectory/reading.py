@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.trajectory import external
 from opsig_cli.trajectory.checking import DamagedRows, named_steps, row_checksums
 from opsig_cli.trajectory.chunks import Chunks
 from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16, known_names
@@ -84,7 +85,7 @@ class Reading:
 
     def has(self, name: str) -> bool:
         """Whether the dataset or group is in the file."""
-        return name in self._file
+        return name in self._file or external.holds(self, name)
 
     def require(self, name: str) -> None:
         """Raise OpsigError, naming the command that makes it, where the dataset is not in the file."""
@@ -105,6 +106,8 @@ class Reading:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a dataset."""
+        if name not in self._file and external.holds(self, name):
+            return len(self.steps("checkpoints")), external.parameters(self)
         return self._file[name].shape
 
     # -- reading
@@ -139,13 +142,16 @@ class Reading:
 
         Raises OpsigError, naming the nearest steps, where it was not recorded, or where it is damaged.
         """
-        self._require_rows(name)
+        inside = self._require_rows(name)
         position = self._position(group_of(name), step)
+        if not inside:
+            return external.row(self, name, position)
         return self.rows(name, position, position + 1)[0]
 
     def whole_row(self, group: str, step: int) -> dict[str, np.ndarray]:
         """All columns of a group at one step by their names in it, each read once; as `row`."""
-        places = self._rows(group).order()[[self._position(group, step)]]
+        position = self._position(group, step)
+        places = self._rows(group).order()[[position]]
         columns = self._rows(group).columns(self._file, group)
         names = [name for name in columns if not name.endswith(("/step", "checksum"))]
         try:
@@ -154,11 +160,16 @@ class Reading:
             self._hold(group, places)  # names the step
             raise
         self._hold(group, places, raw)
-        return {name.removeprefix(f"{group}/"): self._missing(name, values)[0] for name, values in raw.items()}
+        found = {name: self._missing(name, values)[0] for name, values in raw.items()}
+        outside = [name for name in external.KINDS if name.startswith(f"{group}/") and external.holds(self, name)]
+        found |= {name: external.row(self, name, position) for name in outside}
+        return {name.removeprefix(f"{group}/"): values for name, values in found.items()}
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` in order of step, (stop - start, ...)."""
-        self._require_rows(name)
+        if not self._require_rows(name):
+            found = [external.row(self, name, at) for at in range(*slice(start, stop).indices(self.shape(name)[0]))]
+            return np.array(found, np.float32).reshape(len(found), -1)
         return self._missing(name, self._held(name, self._rows(group_of(name)).order()[start:stop]))
 
     def series(self, name: str, positions: np.ndarray, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -309,10 +320,13 @@ class Reading:
 
     # -- inside
 
-    def _require_rows(self, name: str) -> None:
-        """As `require`, of a dataset with a row for every step, which costs next to nothing where it is there."""
-        if name not in self._rows(group_of(name)).columns(self._file, group_of(name)):
-            self.require(name)
+    def _require_rows(self, name: str) -> bool:
+        """As `require`, of a dataset with a row for every step, which costs next to nothing where the file holds it;
+        whether it does, or other files do."""
+        if name in self._rows(group_of(name)).columns(self._file, group_of(name)):
+            return True
+        self.require(name)
+        return name in self._file
 
     def _rows(self, group: str) -> Rows:
         if group not in self._groups:
