@@ -15,12 +15,13 @@ from opsig_cli.studies.missing import named
 from opsig_cli.trajectory.recorder import Recorder
 
 
-def not_finite(snapshot: Snapshot, session: Session) -> str | None:
-    """What of a step is not finite, "loss" or "gradient"; None where both are. Samples that never have a loss do not
-    count."""
+def not_finite(snapshot: Snapshot, session: Session, tracked: np.ndarray | None = None) -> str | None:
+    """What of a step is not finite, "loss" (of the `tracked` samples, all by default) or "gradient"; None where both
+    are. Samples that never have a loss do not count."""
     if not math.isfinite(snapshot.train_loss):
         return "loss"
-    if snapshot.losses is not None and len(_broken(snapshot.losses, session)):
+    broken = np.empty(0) if snapshot.losses is None else _broken(snapshot.losses, session)
+    if len(broken) and (tracked is None or np.isin(broken, tracked).any()):
         return "loss"
     return None if math.isfinite(snapshot.grad_norm) else "gradient"
 
