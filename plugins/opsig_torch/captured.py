@@ -146,7 +146,7 @@ def gather(
     small = [p for p in parameters if chosen.is_small(p)]
     rows = opened.flat.vector.new_empty(len(samples), sum(p.numel() for p in small))
     weights: list[Captured] = []
-    for start, part in pieces(opened, samples):
+    for start, part in pieces(opened, samples, chosen):
         batch = slice(start, start + len(part))
         left = number = 0
         for parameter in capture(opened, part, chosen, parameters):
