@@ -205,8 +205,7 @@ class Trajectory(Reading):
                             write_row(dataset, place, np.asarray(dataset[source], dataset.dtype, order="C"), False)
                 for name in sorted(columns, key=f"{group}/step".__ne__):  # step first: it says which rows there are
                     columns[name].resize(len(kept), axis=0)
-            del self._groups[group]
-            self._checked.pop(group, None)
+            self.forget(group)
 
     def _write_row(self, group: str, step: int, columns: Mapping[str, Any]) -> None:
         """Write a whole row, at the end or in the place of the one that the step has."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
+from opsig_cli.trajectory import sightings
 from opsig_cli.trajectory.disk import sync_folder
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, file_errors, open_trajectory
 from opsig_cli.trajectory.packing import copy_packed
@@ -17,8 +18,8 @@ from opsig_cli.trajectory.states import read_layout
 
 
 def verify(run: Trajectory) -> list[dict[str, Any]]:
-    """One record for the attributes, each row group and each whole dataset: its rows, those that are intact, and what
-    is damaged."""
+    """One record for the attributes, each row group, the sightings and each whole dataset: its rows, those that are
+    intact, and the steps (of sightings and datasets the places) that are damaged."""
     records = [_attributes(run)]
     for group in ROW_GROUPS:
         if not run.has(f"{group}/step"):
@@ -33,8 +34,20 @@ def verify(run: Trajectory) -> list[dict[str, Any]]:
             except OpsigError as error:
                 damaged, reason = recorded, str(error)
         records.append(_record(run, group, len(recorded), damaged, reason or ("checksum" if damaged else None)))
+    if sightings.count(run):
+        damaged = sightings.damaged_places(run).tolist()
+        reason = "checksum" if damaged else None
+        if not run.has(f"{sightings.GROUP}/checksum"):
+            reason = "there are no checksums, so that damage does not show"
+        elif not damaged:
+            try:
+                for _ in sightings.blocks(run):
+                    pass
+            except OpsigError as error:
+                reason = str(error)
+        records.append(_record(run, sightings.GROUP, sightings.count(run), damaged, reason))
     for name in run.names():
-        if field_of(name).dims[0] == "step":
+        if field_of(name).dims[0] in ("step", "sighting"):
             continue
         rows = run.shape(name)[0]
         try:

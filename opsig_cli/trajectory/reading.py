@@ -45,6 +45,7 @@ class Reading:
         self._checked: dict[str, np.ndarray] = {}
         self._chunks: dict[str, Chunks | None] = {}
         self._frozen: np.ndarray | None = None
+        self._unsighted = np.empty(0, np.int64)  # places of sightings that are not presented
 
     # -- what the file says of itself
 
@@ -226,12 +227,21 @@ class Reading:
     @property
     def left_out(self) -> dict[str, np.ndarray]:
         """Places in the file of rows that are not presented, by their group."""
-        return {group: rows.left_out for group, rows in self._groups.items() if len(rows.left_out)}
+        found = {group: rows.left_out for group, rows in self._groups.items() if len(rows.left_out)}
+        return found | ({"sightings": self._unsighted} if len(self._unsighted) else {})
 
     def leave_out(self, places: Mapping[str, np.ndarray]) -> None:
         """Present these rows no more, given as `left_out` gives them."""
         for group, there in places.items():
-            self._rows(group).leave_out(there)
+            if group == "sightings":
+                self._unsighted = np.union1d(self._unsighted, there)
+            else:
+                self._rows(group).leave_out(there)
+
+    def forget(self, group: str) -> None:
+        """Drop what is known of a group's rows, as after they were moved."""
+        self._groups.pop(group, None)
+        self._checked.pop(group, None)
 
     def _leave_out_damaged(self, group: str) -> str:
         """Present no damaged row of the group any more, and say which they were."""

@@ -6,6 +6,7 @@ S samples, P parameters, N of the samples given at once.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import unquote
@@ -14,13 +15,20 @@ import numpy as np
 
 from opsig_cli.backends import State, Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory import given
+from opsig_cli.trajectory import given, sightings
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajectory
 from opsig_cli.trajectory.modules import layout_of, state_of
 from opsig_cli.trajectory.rows import to_bfloat16
 from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, logged_name
+from opsig_cli.trajectory.sightings import Sightings
 from opsig_cli.trajectory.states import read_layout, write_layout
 
+COSTS, PATIENCE = 0.01, 10.0
+"""Part of the time that commits take at most, and seconds that they are put off at most."""
+HELD = 1 << 16
+"""Sightings that are held before they are written, where no commit comes first."""
+RECENT = 8
+"""Steps whose samples are remembered, so that one that is observed twice shows at once."""
 SLOTS = [name.rpartition("/")[2] for name in FIELDS if name.startswith("checkpoints/optimizer/")]
 SCALARS = {name.removeprefix("scalars/") for name in FIELDS if name.startswith("scalars/")} - {"step", "checksum"}
 """Scalars that the schema knows and commands look at."""
@@ -32,9 +40,11 @@ class Recorder:
     `samples`: their number, or their indices in the dataset. `labels`: text a sample; `classes`: names behind
     predictions; `layout`: names and shapes of the parameters, where checkpoints are given as `State`. `resume` goes on
     with a file that exists: `last_step` says what it holds, and `rewind` goes back to a checkpoint. Steps become
-    durable together, every `commit_every` calls of `record`, with each checkpoint, and at the end, also where an
-    exception ends the loop. `bfloat16` keeps checkpoints at half the size: parameters alone, rounded, from which a run
-    cannot be continued. Raises OpsigError where an argument is not what it must be, or the file cannot be written.
+    durable together: with each checkpoint, at the end, also where an exception ends the loop, and between them every
+    `commit_every` calls of `record` or `observe`, by default as often as commits take COSTS of the time (a second or so
+    apart, PATIENCE seconds at most). `bfloat16` keeps checkpoints at half the size: parameters alone, rounded, from
+    which a run cannot be continued. Raises OpsigError where an argument is not what it must be, or the file cannot be
+    written.
     """
 
     def __init__(
@@ -48,7 +58,7 @@ class Recorder:
         attributes: Mapping[str, Any] | None = None,
         resume: bool = False,
         replace: bool = False,
-        commit_every: int = 10,
+        commit_every: int | None = None,
         bfloat16: bool = False,
     ):
         if resume and replace:
@@ -75,8 +85,14 @@ class Recorder:
             self.run.abort()
             raise
         self._ids = self.run.samples
+        self._order = None if np.array_equal(self._ids, np.arange(len(self._ids))) else np.argsort(self._ids)
+        self._unwritten: list[Sightings] = []
+        self._recent: dict[int, np.ndarray] = {}
+        self._last_observed = sightings.last_step(self.run)
+        self._resighted = -1  # a step gone back to, whose sightings stay until it is observed again
         self._classes = self.run.shape("class_name")[0] if self.run.has("class_name") else None
-        self._commit_every = max(1, commit_every)
+        self._commit_every = commit_every
+        self._committed, self._cost = time.monotonic(), 0.0  # when it was, and the seconds that it took
         self._bfloat16 = bfloat16
         if self.run.has("checkpoints/params"):
             self._bfloat16 = self.run._file["checkpoints/params"].dtype.kind == "u"
@@ -94,12 +110,15 @@ class Recorder:
     def __repr__(self) -> str:
         held = {group: self.run.steps(group) for group in ROW_GROUPS}
         said = [f"{group} at {len(s):,} steps, {s[0]} to {s[-1]}" for group, s in held.items() if len(s)]
+        if seen := sightings.count(self.run) + sum(map(len, self._unwritten)):
+            said.append(f"{seen:,} sightings up to step {self._last_observed}")
         return f"Recorder({self.run.path}: {'; '.join(said) or 'nothing recorded'})"
 
     @property
     def last_step(self) -> int | None:
         """The last step of which anything is recorded; None for a new file."""
-        return max((int(self.run.steps(group)[-1]) for group in ROW_GROUPS if len(self.run.steps(group))), default=None)
+        last = [int(self.run.steps(group)[-1]) for group in ROW_GROUPS if len(self.run.steps(group))]
+        return max([*last, *([] if self._last_observed is None else [self._last_observed])], default=None)
 
     def record(
         self,
@@ -152,28 +171,91 @@ class Recorder:
             self._keep_frozen(state.frozen)
         for (group, _), row in zip(plan, rows, strict=True):
             self._put(group, step, row)
-        self._uncommitted += 1
-        if state is not None or self._uncommitted >= self._commit_every:
-            self.commit()
+        self._count(state is not None)
+
+    def observe(self, step: int, samples: Sequence[int], losses: Any, predictions: Any = None) -> None:
+        """Write what a step saw of the samples in its batch: `losses`, and `predictions` where known, (N,) each, of the
+        `samples` with these dataset indices.
+
+        A step may be observed in several calls (batches that are accumulated, the shares of processes), each with
+        other samples; one that the batch drew twice counts twice. NaN is a loss that is not known. Nothing is written
+        where OpsigError is raised.
+        """
+        step = given.as_step(step)
+        wanted = self._ids[self._places(samples, once=False)]
+        values = given.as_losses(losses, len(wanted))
+        predicted = np.full(len(wanted), -1)
+        if predictions is not None:
+            predicted = given.as_predictions(predictions, len(wanted), self._classes)
+        again = step == self._resighted
+        seen = np.empty(0, np.int64) if again else self._seen_at(step)
+        if len(seen) and len(twice := np.intersect1d(seen, wanted)):
+            raise OpsigError(self._twice(step, f"sample {twice[0]}"))
+        if again:
+            self._resighted = -1
+            sightings.drop_after(self.run, step - 1)
+        self._unwritten.append(Sightings(np.full(len(wanted), step), wanted, values, predicted))
+        self._recent[step] = np.concatenate([seen, wanted])
+        if len(self._recent) > RECENT:
+            del self._recent[min(self._recent)]
+        self._last_observed = max(step, -1 if self._last_observed is None else self._last_observed)
+        if sum(map(len, self._unwritten)) >= HELD:
+            self._write_sightings()
+        self._count()
 
     def rewind(self, step: int) -> None:
         """Go back to a step, as to the checkpoint that a loop continues from after a crash: what was recorded of later
         steps is dropped, at once and for good. What is recorded of `step` itself stays until it is recorded again."""
         step = given.as_step(step)
+        self._write_sightings()
         self.run.rewind(step)
+        sightings.drop_after(self.run, step)
+        self._recent, self._last_observed = {}, sightings.last_step(self.run)
+        self._resighted = step
         self._rewound = step, {group for group in ROW_GROUPS if step in self.run.steps(group)}
         self.commit()
 
     def commit(self) -> None:
         """Make what was recorded so far durable, and visible to others."""
+        began = time.monotonic()
+        self._write_sightings()
         self.run.commit()
         self._uncommitted = 0
+        self._committed = time.monotonic()
+        self._cost = self._committed - began
+
+    def _count(self, at_once: bool = False) -> None:
+        """Commit where enough was recorded since the last commit, or `at_once`."""
+        self._uncommitted += 1
+        if self._commit_every is None:
+            due = time.monotonic() - self._committed >= min(PATIENCE, self._cost / COSTS)
+        else:
+            due = self._uncommitted >= self._commit_every
+        if at_once or due:
+            self.commit()
+
+    def _write_sightings(self) -> None:
+        if self._unwritten:
+            sightings.append(self.run, sightings.joined(self._unwritten))
+            self._unwritten = []
+
+    def _seen_at(self, step: int) -> np.ndarray:
+        """The samples that were observed at a step so far."""
+        if step in self._recent:
+            return self._recent[step]
+        if self._last_observed is None or step > self._last_observed:
+            return np.empty(0, np.int64)
+        self._write_sightings()
+        return sightings.at(self.run, step)
 
     def close(self) -> None:
         """Commit and close: the file is complete then."""
         if not self._closed:
             self._closed = True
-            self.run.close()
+            try:
+                self._write_sightings()
+            finally:
+                self.run.close()
 
     def _samples(self, losses: Any, predictions: Any, samples: Any) -> dict[str, np.ndarray]:
         """Columns of the row group `losses`, (S,) each."""
@@ -187,10 +269,12 @@ class Recorder:
             columns["prediction"][places] = given.as_predictions(predictions, len(places), self._classes)
         return columns
 
-    def _places(self, samples: Any) -> np.ndarray:
-        wanted = given.as_indices(samples)
-        order = np.argsort(self._ids)
-        places = order[np.minimum(np.searchsorted(self._ids, wanted, sorter=order), len(order) - 1)]
+    def _places(self, samples: Any, once: bool = True) -> np.ndarray:
+        wanted = given.as_indices(samples, once)
+        places = np.minimum(wanted, len(self._ids) - 1)
+        if self._order is not None:
+            places = np.searchsorted(self._ids, wanted, sorter=self._order)
+            places = self._order[np.minimum(places, len(self._order) - 1)]
         if len(unknown := wanted[self._ids[places] != wanted]):
             raise OpsigError(f"samples names {unknown[0]}, which is none of the run's {len(self._ids):,} samples")
         return places
