@@ -48,10 +48,10 @@ def report(
     """
     from opsig_cli import records
     from opsig_cli.report import content, page
+    from opsig_cli.studies import sighted
     from opsig_cli.studies.branching import lineage
-    from opsig_cli.studies.clustering import finding
+    from opsig_cli.studies.clustering import around, finding
     from opsig_cli.studies.clustering import records as clustered
-    from opsig_cli.studies.filled import filled
     from opsig_cli.trajectory.checking import without_damage
     from opsig_cli.trajectory.file import open_trajectory
 
@@ -76,12 +76,16 @@ def report(
 
         def work():
             said.clear()
-            found = finding.find(
+            find = around.find if sighted.chosen(trajectory) else finding.find
+            found = find(
                 trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
             )
             written = clustered.records(trajectory, found.clusters)
-            whole = filled(trajectory, found.movers.known)
-            return found, written, content.gather(whole, found, written, task, [*damage, *said], branches)
+            return (
+                found,
+                written,
+                content.gather(found.whole(trajectory), found, written, task, [*damage, *said], branches),
+            )
 
         found, written, shown = without_damage(work, damage.append)
     options.say(damage, False)

@@ -16,9 +16,9 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, ends, floor, mining, missing, slopes, tracking
+from opsig_cli.studies import curvature, ends, floor, measured, mining, missing, sighted, slopes, tracking
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
-from opsig_cli.studies.clustering import agreement, explaining, finding
+from opsig_cli.studies.clustering import agreement, around, explaining, finding
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.ranges import parse_range
@@ -38,6 +38,9 @@ def mine(
 
     Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
 
+    Of a run that saw its samples batch by batch (sightings), `change` is what a loss exceeds the trend of all and the
+    sample's own level by, and with `step` the rows of that step's batch are ranked by their shares of its excess.
+
     `step`: rank by the change of this one step; `window`: steps "A:B" to look at, both ends included; `score`: one of
     `mining.SCORES`, or as the run allows; `direction`: "up", "down" or "both"; `share`: add each sample's part of the
     whole loss's change at this step.
@@ -51,6 +54,9 @@ def mine(
     with opened(run) as trajectory:
 
         def work():
+            if sighted.chosen(trajectory, step):
+                found = sighted.find(trajectory, top, score, step, span, direction)
+                return found, sighted.records(trajectory, found, share), found.broken
             found = mining.find(trajectory, top, score, step, span, direction)
             records = mining.records(filled(trajectory, found.known), found, share)
             return found, records, missing.not_finite(trajectory, found.known)
@@ -63,6 +69,8 @@ def mine(
 
     def draw():
         with opened(run, like=trajectory) as again:
+            if isinstance(found, sighted.Sighted):
+                return drawing.draw_sighted(again, found, records)
             return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
@@ -101,11 +109,12 @@ def cluster(
     with opened(run) as trajectory:
 
         def work():
-            found = finding.find(
+            find = around.find if sighted.chosen(trajectory) else finding.find
+            found = find(
                 trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
                 sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
             )  # fmt: skip
-            whole, broken = filled(trajectory, found.movers.known), missing.not_finite(trajectory, found.movers.known)
+            whole, broken = found.whole(trajectory), missing.not_finite(trajectory, found.movers.known)
             written = broken + clustered.records(trajectory, found.clusters)
             if explain is not None:
                 written += explaining.explain(whole, found.clusters, explain)
@@ -121,7 +130,8 @@ def cluster(
 
     def draw():
         with opened(run, like=trajectory) as again:
-            return drawing.draw_pairs(filled(again, found.movers.known), clusters, written)
+            whole = found.whole(again) if found.view is None else measured.again(found.view, again)
+            return drawing.draw_pairs(whole, clusters, written)
 
     return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw)
 

@@ -88,26 +88,28 @@ def find(
         where = f"at step {step}" if step is not None else f"between steps {low} and {high}"
         near = ", ".join(str(s) for s in steps[max(0, first - 1) : first + 1])
         raise OpsigError(f"{run.path} has no sightings {where}. Nearest: {near}")
-    known = counts > 0
-    if not known.any():
+    known = bool((counts > 0).any())
+    if not known:
         means, counts = _of_batches(run, steps)
     usual = trend(means, counts)
     inside = (int(steps[first]), int(steps[stop - 1]))
     scan = _Scan(run, usual, score or "change", direction)
     if step is not None:
-        rows = scan.batch(first, known.any())
-        note = _said_of_batch(step, rows, means[first], usual.before[first], known.any())
+        rows = scan.batch(first, known)
+        note = _said_of_batch(step, rows, means[first], usual.before[first], known)
     else:
-        rows = scan.window(first, stop, known.any())
+        rows = scan.window(first, stop, known)
         note = _said_of_window(inside, steps, means, usual, first, stop)
     if direction != "both":
         rows = rows[rows["excess"] > 0] if direction == "up" else rows[rows["excess"] < 0]
     name = score or ("share" if step is not None else "change")
+    if not known:
+        name = "batches"
     return Sighted(rows[:count], steps, means, usual, inside, name, note, scan.broken)
 
 
 def _course(run: Trajectory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that have sightings (T,), the mean loss of each batch, NaN for none, and how many losses are known of it."""
+    """Steps that have sightings (T,), the mean loss of each batch, NaN for none, and how many losses it is of."""
     steps, means, counts = [], [], []
     for step, batch in sightings.batches(run):
         good = batch.loss[np.isfinite(batch.loss)]
@@ -150,12 +152,13 @@ class _Scan:
         return rows[np.argsort(-np.nan_to_num(rows["share"], nan=-np.inf), kind="stable")]
 
     def window(self, first: int, stop: int, losses_known: bool) -> np.ndarray:
-        """Every sample's row with the largest score in a window of time, the largest first (M,)."""
+        """Every sample's row with the largest score in a window of time, the largest first (M,): of samples that were
+        seen before, as of others nothing of their own is known, unless the window has no other."""
         if not losses_known:
             best = self._by_order(first, stop)
         else:
             best = np.zeros(len(self._ids), ROW)
-            best["score"] = -1
+            best["score"] = best["previous_step"] = -1
             total = np.zeros(len(self._ids))
             for t, rows, usual in self._rows(stop):
                 if t < first:
@@ -164,11 +167,15 @@ class _Scan:
                 rows["score"] = np.nan_to_num(sizes / usual, posinf=0) if self._score == "surprise" else sizes
                 np.add.at(total, rows["place"], sizes)
                 rows = rows[np.argsort(rows["score"], kind="stable")]  # of one drawn twice the larger comes last
-                better = rows["score"] > best["score"][rows["place"]]
+                held = best[rows["place"]]
+                again, held_again = rows["previous_step"] >= 0, held["previous_step"] >= 0
+                better = (again > held_again) | ((again == held_again) & (rows["score"] > held["score"]))
                 best[rows["place"][better]] = rows[better]
             if self._score == "variation":
                 best["score"] = np.where(best["score"] < 0, -1, total)
             best = best[np.isfinite(best["excess"]) & (best["score"] >= 0)]
+            if (again := best["previous_step"] >= 0).any():
+                best = best[again]
         return best[np.argsort(-best["score"], kind="stable")]
 
     def _rows(self, stop: int) -> Any:
@@ -242,8 +249,8 @@ def _said_of_batch(step: int, rows: np.ndarray, mean: float, before: float, loss
         logged = "" if np.isnan(mean) else f", whose logged loss is {mean:.4g}"
         trend = f" where the steps before have {before:.4g}" if np.isfinite(before) else ""
         return (
-            f"step {step} had {len(rows)} rows in its batch{logged}{trend}. Only the order of the data is known, so its "
-            "rows cannot be told apart: they are ranked by how far the batches of each lie above the trend in the mean"
+            f"step {step} had {len(rows)} rows in its batch{logged}{trend}. Only the order of the data is known, so "
+            "its rows are ranked by how far the batches of each lie above the trend in the mean"
         )
     if np.isnan(mean):
         return f"no loss of the {len(rows)} rows of step {step} is finite"
@@ -251,13 +258,15 @@ def _said_of_batch(step: int, rows: np.ndarray, mean: float, before: float, loss
         return f"step {step} is the first that has sightings, so nothing was to be expected of its {len(rows)} rows"
     shares = np.nan_to_num(rows["share"])
     excess = float(np.nanmean(rows["excess"]))
+    new = int((rows["previous_step"] < 0).sum())
+    first_time = f"; {new} of them were not seen before, and the trend is all that is expected of them" if new else ""
     carriers = int(np.searchsorted(np.cumsum(shares), MOST)) + 1
     side = "above" if excess > 0 else "below"
     return (
-        f"the {len(rows)} rows of step {step} have a mean loss of {mean:.4g}; the steps before have {before:.4g}, and of "
-        f"these rows {float(np.nanmean(rows['expected'])):.4g} was to be expected: it is {abs(excess):.4g} {side}. "
+        f"the {len(rows)} rows of step {step} have a mean loss of {mean:.4g}; the steps before have {before:.4g}, and "
+        f"of these rows {float(np.nanmean(rows['expected'])):.4g} was to be expected: it is {abs(excess):.4g} {side}. "
         f"{min(carriers, len(rows))} of them carry {MOST:.0%} of that. Shares are of the summed excess of all "
-        f"{len(rows)} rows and add up to 1"
+        f"{len(rows)} rows and add up to 1{first_time}"
     )
 
 

@@ -191,8 +191,7 @@ def batches(run: Reading) -> Iterator[tuple[int, Sightings]]:
 
 def of_samples(run: Reading, samples: np.ndarray) -> Sightings:
     """The sightings of samples, given by index, in order of step."""
-    found = joined([block[np.isin(block.sample, samples)] for block in by_step(run)])
-    return found
+    return joined([block[np.isin(block.sample, samples)] for block in by_step(run)])
 
 
 def at(run: Reading, step: int) -> np.ndarray:
@@ -206,6 +205,12 @@ def at(run: Reading, step: int) -> np.ndarray:
         ]
         there = np.concatenate(places)
         return run._file[f"{GROUP}/sample"][there[0] : there[-1] + 1][there - there[0]] if len(there) else there
+
+
+def extent(run: Reading) -> tuple[int, int] | None:
+    """The first and the last step that have sightings, None without any."""
+    ends = [(int(block.step.min()), int(block.step.max())) for block in blocks(run) if len(block)]
+    return (min(first for first, _ in ends), max(last for _, last in ends)) if ends else None
 
 
 def last_step(run: Reading) -> int | None:
