@@ -56,7 +56,6 @@ def find(
     if window == (None, None):
         spike = _spike(run)
         window = (spike - AROUND, spike + AROUND)
-    low, high = window
     mined = sighted.find(run, top or default_count(len(run.samples)), None, None, window, "both")
     position = mined.rows["place"] if samples is None else positions_of(run, samples)
     if len(position) < 2:
