@@ -38,6 +38,8 @@ COLUMNS = {
 }  # fmt: skip
 """What a column may be called, in any case of letters, the likeliest first."""
 NEEDED = ("step", "sample", "loss")
+LONGEST = 16 << 20
+"""Bytes of a line, as of the lists of a batch."""
 LOOKED_AT = 100
 """Lines of a file of JSON from which its columns are known."""
 
@@ -143,15 +145,29 @@ def opened(path: str) -> Iterator[str]:
     most = MAX_EXPANSION * os.path.getsize(path) + SPARE_BYTES
     zipped = path.lower().endswith(".gz")
     with open(path, "rb") as raw, gzip.open(raw) if zipped else raw as data:
+        whole = _said_size(path) if zipped else 0
+        if whole > most:
+            raise OpsigError(f"{path} would unpack to {whole:,} bytes, more than {MAX_EXPANSION} times its size")
         whole = 0
         try:
-            while line := data.readline(SPARE_BYTES):
+            while line := data.readline(LONGEST):
                 whole += len(line)
+                if len(line) == LONGEST:
+                    raise OpsigError(f"{path} would be read as a line of more than {LONGEST >> 20} MiB. Is it a table?")
                 if whole > most:
                     raise OpsigError(f"{path} would unpack to more than {MAX_EXPANSION} times its size")
                 yield line.decode("utf-8-sig" if whole == len(line) else "utf-8")
         except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, ValueError) as error:
             raise OpsigError(f"{path} is not readable as text ({first_words(error)})") from error
+
+
+def _said_size(path: str) -> int:
+    """How many bytes a gzipped file says that its last part unpacks to; it need not be true."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) < 4:
+            return 0
+        file.seek(-4, os.SEEK_END)
+        return int.from_bytes(file.read(4), "little")
 
 
 def _lines_of_csv(

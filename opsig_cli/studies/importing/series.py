@@ -62,7 +62,8 @@ def read_losses(
         if path.endswith((".npy", ".npz")):
             return _losses_of_arrays(path)
     except OSError as error:
-        raise OpsigError(f"{path}: {error.strerror or first_words(error)}") from error
+        reason = error.strerror or f"it is not readable ({first_words(error)})"
+        raise OpsigError(f"{path}: {reason}") from error
     except (OpsigError, MemoryError):
         raise
     except Exception as error:  # a malformed array file can raise anything
