@@ -17,6 +17,9 @@ OUTLYING = 4.0
 """Median absolute deviations beyond which a batch is no part of the trend."""
 MEMORY = 16
 """Batches after which what was learned of how a deviation lasts has faded to 1/e."""
+LAST = 0.75
+"""Weight of a sample's last deviation against those before, by which the next was predicted best in the runs of
+benchmarks/spike_log.py: root mean square of what is left .47 and .49, with a half or with all of it .49 to .51."""
 PRIOR = 64
 """Sightings that the first guess of it, a half, counts for."""
 _STEPS = 4096  # steps whose windows are looked at together
@@ -79,7 +82,7 @@ class Expected:
 class Expectation:
     """Goes over batches in order of step and says of each what was to be expected before it was seen.
 
-    A sample's deviation from the trend, averaged over its sightings so far, the last counting a half, is taken to last
+    A sample's deviation from the trend, averaged over its sightings so far, the last counting LAST, is taken to last
     in part; which part is learned from all samples that are seen again. Never looks ahead of a batch, but for the trend
     that a deviation is taken from. Memory is 16 bytes a sample.
     """
@@ -116,7 +119,7 @@ class Expectation:
         x, y = deviation_B[good][again], new[again]
         self._moments *= np.exp(-1 / MEMORY)
         self._moments += [float(x @ x), float(x @ y), len(x)]
-        self._deviation_S[place] = np.where(again, (self._deviation_S[place] + new) / 2, new)
+        self._deviation_S[place] = np.where(again, (1 - LAST) * self._deviation_S[place] + LAST * new, new)
         self._before_S[place] = t
         return found
 

@@ -130,6 +130,11 @@ class Reading:
             raise OpsigError(f"{self.path}: {group} has {named_steps(steps)} twice or below 0, as opsig writes none")
         return rows.sorted_steps()
 
+    def holds(self, group: str, step: int) -> bool:
+        """Whether a row group presents a row of this step."""
+        rows = self._rows(group)
+        return step in rows and not rows.is_left_out(step)
+
     def losses(self) -> np.ndarray:
         """Every sample's loss at every recorded step, in order of step, (T, S) float32; NaN where not measured."""
         return self.rows("losses/loss", 0, len(self.steps("losses")))

@@ -23,7 +23,7 @@ from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, logged_name
 from opsig_cli.trajectory.sightings import Sightings
 from opsig_cli.trajectory.states import read_layout, write_layout
 
-COSTS, PATIENCE = 0.01, 10.0
+COSTS, PATIENCE = 0.005, 10.0
 """Part of the time that commits take at most, and seconds that they are put off at most."""
 HELD = 1 << 16
 """Sightings that are held before they are written, where no commit comes first."""
@@ -97,6 +97,7 @@ class Recorder:
         if self.run.has("checkpoints/params"):
             self._bfloat16 = self.run._file["checkpoints/params"].dtype.kind == "u"
         self._closed = False
+        self._looked_at: set[str] = set()
         self._uncommitted = 0
         self._frozen: np.ndarray | None = None
         self._rewound: tuple[int, set[str]] = (-1, set())
@@ -336,7 +337,7 @@ class Recorder:
 
     def _merged(self, step: int, group: str, columns: Mapping[str, Any]) -> Mapping[str, Any]:
         """The whole row: these columns and what earlier calls gave. Raises OpsigError where both gave a number."""
-        if step not in self.run.steps(group) or (step == self._rewound[0] and group in self._rewound[1]):
+        if not self._holds(group, step) or (step == self._rewound[0] and group in self._rewound[1]):
             return columns
         if group == "checkpoints":
             raise OpsigError(self._twice(step, "a checkpoint"))
@@ -359,8 +360,15 @@ class Recorder:
     def _twice(self, step: int, what: str) -> str:
         return f"{self.run.path} has {what} at step {step} already. To go back there after a crash: rewind({step})"
 
+    def _holds(self, group: str, step: int) -> bool:
+        """Whether a row group has a row of this step, without a look at all of them each time."""
+        if group not in self._looked_at:
+            self.run.steps(group)  # raises where they are not what was written
+            self._looked_at.add(group)
+        return self.run.holds(group, step)
+
     def _put(self, group: str, step: int, row: Mapping[str, Any]) -> None:
-        if step not in self.run.steps(group):
+        if not self._holds(group, step):
             self.run.append(group, step, **row)
             return
         self.run.rewrite(group, step, **row)
