@@ -135,6 +135,10 @@ class Reading:
         rows = self._rows(group)
         return step in rows and not rows.is_left_out(step)
 
+    def has_place(self, group: str, step: int) -> bool:
+        """Whether the file has a place for this step's row, that of one that was left out among them."""
+        return step in self._rows(group)
+
     def losses(self) -> np.ndarray:
         """Every sample's loss at every recorded step, in order of step, (T, S) float32; NaN where not measured."""
         return self.rows("losses/loss", 0, len(self.steps("losses")))

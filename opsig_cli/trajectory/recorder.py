@@ -27,6 +27,8 @@ COSTS, PATIENCE = 0.005, 10.0
 """Part of the time that commits take at most, and seconds that they are put off at most."""
 HELD = 1 << 16
 """Sightings that are held before they are written, where no commit comes first."""
+HELD_CELLS = 1 << 22
+"""Losses of all samples, NaN among them, that are held likewise."""
 RECENT = 8
 """Steps whose samples are remembered, so that one that is observed twice shows at once."""
 SLOTS = [name.rpartition("/")[2] for name in FIELDS if name.startswith("checkpoints/optimizer/")]
@@ -71,31 +73,34 @@ class Recorder:
             raise OpsigError(f"{os.fspath(path)} does not exist. Leave resume=True out to begin it")
         if not resume and not replace and os.path.exists(path):
             raise OpsigError(f"{os.fspath(path)} exists. Go on with it by resume=True, or overwrite it by replace=True")
-        self.run = open_trajectory(path, "r+") if resume else create_trajectory(path, ids, attributes, replace=replace)
+        self._run = open_trajectory(path, "r+") if resume else create_trajectory(path, ids, attributes, replace=replace)
         try:
             if resume:
-                _check_ids(self.run, ids)
-                self.run.set_attributes(**(attributes or {}))
+                _check_ids(self._run, ids)
+                self._run.set_attributes(**(attributes or {}))
             for name, values in texts.items():
-                _write_once(self.run, name, values)
+                _write_once(self._run, name, values)
             if layout is not None:
                 self._keep_layout("layout", list(layout))
-            self.run.commit()
+            began = time.monotonic()
+            self._run.commit()
+            self._committed = time.monotonic()
+            self._cost = self._committed - began  # the seconds that the last commit took
         except BaseException:
-            self.run.abort()
+            self._run.abort()
             raise
-        self._ids = self.run.samples
+        self._ids = self._run.samples
         self._order = None if np.array_equal(self._ids, np.arange(len(self._ids))) else np.argsort(self._ids)
         self._unwritten: list[Sightings] = []
+        self._held: dict[str, dict[int, Mapping[str, Any]]] = {}  # rows that are not written yet, by group and step
         self._recent: dict[int, np.ndarray] = {}
-        self._last_observed = sightings.last_step(self.run)
+        self._last_observed = sightings.last_step(self._run)
         self._resighted = -1  # a step gone back to, whose sightings stay until it is observed again
-        self._classes = self.run.shape("class_name")[0] if self.run.has("class_name") else None
+        self._classes = self._run.shape("class_name")[0] if self._run.has("class_name") else None
         self._commit_every = commit_every
-        self._committed, self._cost = time.monotonic(), 0.0  # when it was, and the seconds that it took
         self._bfloat16 = bfloat16
-        if self.run.has("checkpoints/params"):
-            self._bfloat16 = self.run._file["checkpoints/params"].dtype.kind == "u"
+        if self._run.has("checkpoints/params"):
+            self._bfloat16 = self._run._file["checkpoints/params"].dtype.kind == "u"
         self._closed = False
         self._looked_at: set[str] = set()
         self._uncommitted = 0
@@ -111,14 +116,21 @@ class Recorder:
     def __repr__(self) -> str:
         held = {group: self.run.steps(group) for group in ROW_GROUPS}
         said = [f"{group} at {len(s):,} steps, {s[0]} to {s[-1]}" for group, s in held.items() if len(s)]
-        if seen := sightings.count(self.run) + sum(map(len, self._unwritten)):
+        if seen := sightings.count(self._run) + sum(map(len, self._unwritten)):
             said.append(f"{seen:,} sightings up to step {self._last_observed}")
-        return f"Recorder({self.run.path}: {'; '.join(said) or 'nothing recorded'})"
+        return f"Recorder({self._run.path}: {'; '.join(said) or 'nothing recorded'})"
+
+    @property
+    def run(self) -> Trajectory:
+        """The file, with everything that was recorded so far."""
+        self._write()
+        return self._run
 
     @property
     def last_step(self) -> int | None:
         """The last step of which anything is recorded; None for a new file."""
-        last = [int(self.run.steps(group)[-1]) for group in ROW_GROUPS if len(self.run.steps(group))]
+        run = self.run
+        last = [int(run.steps(group)[-1]) for group in ROW_GROUPS if len(run.steps(group))]
         return max([*last, *([] if self._last_observed is None else [self._last_observed])], default=None)
 
     def record(
@@ -194,7 +206,7 @@ class Recorder:
             raise OpsigError(self._twice(step, f"sample {twice[0]}"))
         if again:
             self._resighted = -1
-            sightings.drop_after(self.run, step - 1)
+            sightings.drop_after(self._run, step - 1)
         self._unwritten.append(Sightings(np.full(len(wanted), step), wanted, values, predicted))
         self._recent[step] = np.concatenate([seen, wanted])
         if len(self._recent) > RECENT:
@@ -208,19 +220,19 @@ class Recorder:
         """Go back to a step, as to the checkpoint that a loop continues from after a crash: what was recorded of later
         steps is dropped, at once and for good. What is recorded of `step` itself stays until it is recorded again."""
         step = given.as_step(step)
-        self._write_sightings()
-        self.run.rewind(step)
-        sightings.drop_after(self.run, step)
-        self._recent, self._last_observed = {}, sightings.last_step(self.run)
+        self._write()
+        self._run.rewind(step)
+        sightings.drop_after(self._run, step)
+        self._recent, self._last_observed = {}, sightings.last_step(self._run)
         self._resighted = step
-        self._rewound = step, {group for group in ROW_GROUPS if step in self.run.steps(group)}
+        self._rewound = step, {group for group in ROW_GROUPS if step in self._run.steps(group)}
         self.commit()
 
     def commit(self) -> None:
         """Make what was recorded so far durable, and visible to others."""
         began = time.monotonic()
-        self._write_sightings()
-        self.run.commit()
+        self._write()
+        self._run.commit()
         self._uncommitted = 0
         self._committed = time.monotonic()
         self._cost = self._committed - began
@@ -235,9 +247,16 @@ class Recorder:
         if at_once or due:
             self.commit()
 
+    def _write(self) -> None:
+        """Hand what is held to the file, where it waits for the commit: HDF5 takes as long for a row as for many."""
+        for group in list(self._held):
+            self._run.append_rows(group, self._held[group])
+            del self._held[group]
+        self._write_sightings()
+
     def _write_sightings(self) -> None:
         if self._unwritten:
-            sightings.append(self.run, sightings.joined(self._unwritten))
+            sightings.append(self._run, sightings.joined(self._unwritten))
             self._unwritten = []
 
     def _seen_at(self, step: int) -> np.ndarray:
@@ -247,16 +266,16 @@ class Recorder:
         if self._last_observed is None or step > self._last_observed:
             return np.empty(0, np.int64)
         self._write_sightings()
-        return sightings.at(self.run, step)
+        return sightings.at(self._run, step)
 
     def close(self) -> None:
         """Commit and close: the file is complete then."""
         if not self._closed:
             self._closed = True
             try:
-                self._write_sightings()
+                self._write()
             finally:
-                self.run.close()
+                self._run.close()
 
     def _samples(self, losses: Any, predictions: Any, samples: Any) -> dict[str, np.ndarray]:
         """Columns of the row group `losses`, (S,) each."""
@@ -295,15 +314,15 @@ class Recorder:
                 columns[f"optimizer__{name}"] = np.asarray(row)
         for name, row in columns.items():
             path = f"checkpoints/{name.replace('__', '/')}"
-            expected = self.run.shape(path)[1:] if self.run.has(path) else row.shape
+            expected = self._run.shape(path)[1:] if self._run.has(path) else row.shape
             if name != "params" and FIELDS[path].dims[-1] != "buffer":
                 expected = params.shape if FIELDS[path].dims[-1] == "parameter" else ()
             if row.shape != expected:
                 raise OpsigError(f"state has {name.rpartition('__')[2]} of shape {row.shape}, and not {expected}")
         self._check_frozen(state.frozen)
         parts = {"parameter": params, "buffer": buffers, "frozen": state.frozen}
-        for kind, row in parts.items() if self.run.has("layout/name") else ():
-            size = sum(tensor.size for tensor in read_layout(self.run) if tensor.kind == kind)
+        for kind, row in parts.items() if self._run.has("layout/name") else ():
+            size = sum(tensor.size for tensor in read_layout(self._run) if tensor.kind == kind)
             if row.size != size:
                 raise OpsigError(f"state has {row.size:,} {kind} entries, and the layout {size:,}")
         if unknown := set(source or {}) - {"path", "bytes", "sha256"}:
@@ -312,37 +331,39 @@ class Recorder:
 
     def _keep_frozen(self, frozen: np.ndarray) -> None:
         """Write the parameters that are not trained, once."""
-        if frozen.size and not self.run.has("frozen/params"):
-            self.run.write("frozen/params", frozen)
+        if frozen.size and not self._run.has("frozen/params"):
+            self._run.write("frozen/params", frozen)
         self._frozen = frozen
 
     def _check_frozen(self, frozen: np.ndarray) -> None:
         """Raise OpsigError where a later state has other parameters that are not trained."""
-        if not frozen.size or frozen is self._frozen or not self.run.has("frozen/params"):
+        if not frozen.size or frozen is self._frozen or not self._run.has("frozen/params"):
             return
-        if not np.array_equal(self.run.frozen, frozen.astype(np.float32), equal_nan=True):
+        if not np.array_equal(self._run.frozen, frozen.astype(np.float32), equal_nan=True):
             raise OpsigError(
-                f"{self.run.path} holds frozen parameters that are not those of this state. What changes is trained: "
+                f"{self._run.path} holds frozen parameters that are not those of this state. What changes is trained: "
                 "its requires_grad must be True"
             )
 
     def _keep_layout(self, argument: str, layout: list[Tensor]) -> None:
         self._check_layout(argument, layout)
-        if not self.run.has("layout/name"):
-            write_layout(self.run, layout)
+        if not self._run.has("layout/name"):
+            write_layout(self._run, layout)
 
     def _check_layout(self, argument: str, layout: list[Tensor]) -> None:
-        if self.run.has("layout/name") and read_layout(self.run) != layout:
-            raise OpsigError(f"{argument} has other parameters or buffers than {self.run.path} holds checkpoints of")
+        if self._run.has("layout/name") and read_layout(self._run) != layout:
+            raise OpsigError(f"{argument} has other parameters or buffers than {self._run.path} holds checkpoints of")
 
     def _merged(self, step: int, group: str, columns: Mapping[str, Any]) -> Mapping[str, Any]:
         """The whole row: these columns and what earlier calls gave. Raises OpsigError where both gave a number."""
+        if step in self._held.get(group, ()):
+            self._write()
         if not self._holds(group, step) or (step == self._rewound[0] and group in self._rewound[1]):
             return columns
         if group == "checkpoints":
             raise OpsigError(self._twice(step, "a checkpoint"))
-        paths = [n for n in self.run.names() if n.startswith(f"{group}/") and not n.endswith(("/step", "/checksum"))]
-        row = {path.removeprefix(f"{group}/"): np.asarray(self.run.row(path, step)) for path in paths}
+        paths = [n for n in self._run.names() if n.startswith(f"{group}/") and not n.endswith(("/step", "/checksum"))]
+        row = {path.removeprefix(f"{group}/"): np.asarray(self._run.row(path, step)) for path in paths}
         adds = False
         for name, value in columns.items():
             new = np.asarray(value)
@@ -358,20 +379,25 @@ class Recorder:
         return row
 
     def _twice(self, step: int, what: str) -> str:
-        return f"{self.run.path} has {what} at step {step} already. To go back there after a crash: rewind({step})"
+        return f"{self._run.path} has {what} at step {step} already. To go back there after a crash: rewind({step})"
 
     def _holds(self, group: str, step: int) -> bool:
         """Whether a row group has a row of this step, without a look at all of them each time."""
         if group not in self._looked_at:
-            self.run.steps(group)  # raises where they are not what was written
+            self._run.steps(group)  # raises where they are not what was written
             self._looked_at.add(group)
-        return self.run.holds(group, step)
+        return self._run.holds(group, step)
 
     def _put(self, group: str, step: int, row: Mapping[str, Any]) -> None:
         if not self._holds(group, step):
-            self.run.append(group, step, **row)
+            if group == "checkpoints" or self._commit_every is not None or self._run.has_place(group, step):
+                self._run.append(group, step, **row)
+            else:
+                self._held.setdefault(group, {})[step] = row
+                if len(self._held[group]) * len(self._ids) > HELD_CELLS:
+                    self._write()
             return
-        self.run.rewrite(group, step, **row)
+        self._run.rewrite(group, step, **row)
         if step == self._rewound[0]:
             self._rewound[1].discard(group)
 
