@@ -162,6 +162,20 @@ def test_the_rows_that_made_a_batch_jump_are_named_and_their_shares_add_up(path,
     assert [row["share_at_step"] for row in shares] == pytest.approx([row["share"] for row in rows[:3]])
 
 
+def test_samples_that_are_not_finite_and_a_run_that_ends_so_are_told_apart(path, opsig):
+    with Recorder(path, samples=20) as recorder:
+        for step in range(12):
+            losses = np.full(20, 1.0 if step < 10 else np.nan)
+            losses[4] = np.inf if 3 < step < 10 else losses[4]
+            recorder.observe(step, range(20), losses)
+    done = opsig("mine", path, "--top", 3, "--figure", path.with_suffix(".png"))
+    assert [(r["sample"], r["step"]) for r in done.records if r.get("kind") == "not_finite"] == [(4, 4)]
+    assert "from step 10 on no loss is finite" in done.err
+    assert "see --step" not in done.err
+    assert "no loss of the 20 rows of step 11 is finite" in opsig("mine", path, "--step", 11).err
+    assert "is the first that has sightings" in opsig("mine", path, "--step", 0).err
+
+
 @pytest.mark.parametrize("score", ["change", "variation", "surprise"])
 def test_every_score_puts_those_that_jumped_first(path, opsig, score):
     batch = spiked(path)

@@ -275,13 +275,15 @@ def _said_of_window(
 ) -> str:
     above = (means - usual.before)[first:stop]
     words = "seen batch by batch (sightings): a sample is ranked by what exceeds the trend of all and its own level"
-    if not np.isfinite(above).any():
-        return words
-    at = int(np.nanargmax(above))
-    spike = (
-        f"at step {steps[first + at]} the batch's mean loss rose furthest above the steps before, by {above[at]:.4g}"
-    )
-    return f"{spike}: see --step {steps[first + at]}; {words}"
+    said = [words]
+    if np.isfinite(above).any() and above[at := int(np.nanargmax(above))] > 0:
+        step = steps[first + at]
+        spike = f"at step {step} the batch's mean loss was furthest above the steps before, by {above[at]:.4g}"
+        said.insert(0, f"{spike}: see --step {step}")
+    finite = np.flatnonzero(np.isfinite(means[:stop]))
+    if len(finite) and finite[-1] < stop - 1:
+        said.append(f"from step {steps[finite[-1] + 1]} on no loss is finite")
+    return "; ".join(said)
 
 
 def records(run: Trajectory, found: Sighted, share_step: int | None = None) -> list[dict[str, Any]]:
