@@ -132,7 +132,7 @@ def _of_batches(run: Trajectory, steps: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 class _Scan:
-    """One pass over the batches of a run in order of step: memory is about 150 bytes a sample."""
+    """One pass over the batches of a run in order of step: memory is about 350 bytes a sample, and a block."""
 
     def __init__(self, run: Trajectory, usual: Trend, score: str, direction: str):
         self._run, self._usual, self._score, self._direction = run, usual, score, direction

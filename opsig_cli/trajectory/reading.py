@@ -46,6 +46,7 @@ class Reading:
         self._chunks: dict[str, Chunks | None] = {}
         self._frozen: np.ndarray | None = None
         self._unsighted = np.empty(0, np.int64)  # places of sightings that are not presented
+        self._sighted_in_order: tuple[int, bool] = (0, True)  # of so many sightings: whether they are in order of step
 
     # -- what the file says of itself
 

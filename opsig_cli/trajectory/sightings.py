@@ -130,6 +130,7 @@ def drop_after(run: Trajectory, step: int) -> None:
             for dataset in [*columns[::-1], run._file[f"{GROUP}/sighting"]]:  # step first: it says which there are
                 dataset.resize((kept,))
     run.forget(GROUP)
+    run._sighted_in_order = (0, True)
 
 
 # -- reading
@@ -266,12 +267,14 @@ def _as_sightings(raw: dict[str, np.ndarray]) -> Sightings:
 
 def _in_order(run: Reading) -> bool:
     """Whether sightings were recorded in order of step."""
-    before = -1
-    for block in blocks(run):
-        if len(block) and (block.step[0] < before or np.any(np.diff(block.step) < 0)):
-            return False
-        before = int(block.step[-1]) if len(block) else before
-    return True
+    whole, found = run._sighted_in_order
+    if whole != count(run):
+        before, found = -1, True
+        for block in blocks(run):
+            found &= not len(block) or bool(block.step[0] >= before and np.all(np.diff(block.step) >= 0))
+            before = int(block.step[-1]) if len(block) else before
+        run._sighted_in_order = count(run), found
+    return found
 
 
 def _sorted(run: Reading) -> Iterator[Sightings]:
