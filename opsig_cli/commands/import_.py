@@ -18,7 +18,9 @@ def import_(
     paths: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="CHECKPOINT...", help="Files, Hugging Face folders, or folders of them.", show_default=False
+            metavar="CHECKPOINT...",
+            help="Files, folders that are a checkpoint, or folders of them.",
+            show_default=False,
         ),
     ] = None,
     task: options.TaskOption = None,
@@ -73,10 +75,14 @@ def import_(
     prediction_column: Annotated[str | None, typer.Option(metavar="NAME", help="The same.")] = None,
     label_column: Annotated[str | None, typer.Option(metavar="NAME", help="The same.")] = None,
     scalars: Annotated[
-        str | None, typer.Option(metavar="FILE", help="CSV with step and train_loss, learning_rate, grad_norm, ...")
+        str | None,
+        typer.Option(metavar="FILE", help="CSV with step and train_loss, learning_rate, ...; or a trainer's own log."),
     ] = None,
     track: Annotated[
         bool, typer.Option("--track", help="Measure every sample's loss at the checkpoints, too.")
+    ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Leave parameters in their files, and read them when they are measured.")
     ] = False,
     append: Annotated[bool, typer.Option("--append", help="Add the steps that RUN lacks.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")] = False,
@@ -106,7 +112,7 @@ def import_(
     )
     request = entry.Request(
         output, paths or [], task, model, steps, steps_from, prefix, entry.chosen(given), losses, scalars, track,
-        append, replace, device, backend, allow_changed_data,
+        append, replace, device, backend, allow_changed_data, reference,
         {what: name for what, name in columns.items() if name is not None}, sightings, order,
     )  # fmt: skip
     bar = partial(options.progress, quiet=quiet)

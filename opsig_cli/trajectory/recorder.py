@@ -15,7 +15,7 @@ import numpy as np
 
 from opsig_cli.backends import State, Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory import given, sightings
+from opsig_cli.trajectory import external, given, sightings
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajectory
 from opsig_cli.trajectory.modules import layout_of, state_of
 from opsig_cli.trajectory.rows import to_bfloat16
@@ -99,7 +99,7 @@ class Recorder:
         self._classes = self._run.shape("class_name")[0] if self._run.has("class_name") else None
         self._commit_every = commit_every
         self._bfloat16 = bfloat16
-        if self._run.has("checkpoints/params"):
+        if "checkpoints/params" in self._run._file:
             self._bfloat16 = self._run._file["checkpoints/params"].dtype.kind == "u"
         self._closed = False
         self._looked_at: set[str] = set()
@@ -216,6 +216,28 @@ class Recorder:
             self._write_sightings()
         self._count()
 
+    def _refer(
+        self, step: int, state: State, extents: Sequence[external.Extent], hashes: dict[str, str],
+        size: tuple[int, int], source: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Write a checkpoint whose parameters and moments stay in files, `state` having its buffers and frozen
+        parameters alone; commits. `hashes`, `size`: see `external.columns_of`."""
+        if "checkpoints/params" in self._run._file:
+            raise OpsigError(f"{self._run.path} holds its checkpoints itself, and refers to none in other files")
+        self._check_frozen(state.frozen)
+        columns = external.columns_of(extents, hashes, size, self._run.path)
+        columns |= {"buffers": state.buffers} if state.buffers.size else {}
+        for name, column in columns.items():
+            path = f"checkpoints/{name.replace('__', '/')}"
+            if self._run.has(path) and self._run.shape(path)[1:] != column.shape:
+                raise OpsigError(
+                    f"{self._run.path} has no room for a checkpoint of {size[0]} files and {size[1]} stretches. Import "
+                    "all of them at once, with --replace"
+                )
+        self._keep_frozen(state.frozen)
+        self._run.append("checkpoints", step, **columns, **{f"source__{name}": value for name, value in source.items()})
+        self.commit()
+
     def rewind(self, step: int) -> None:
         """Go back to a step, as to the checkpoint that a loop continues from after a crash: what was recorded of later
         steps is dropped, at once and for good. What is recorded of `step` itself stays until it is recorded again."""
@@ -301,6 +323,8 @@ class Recorder:
 
     def _checkpoint(self, step: int, state: State, source: Mapping[str, Any] | None) -> dict[str, Any]:
         """Columns of the row group `checkpoints`."""
+        if self._run.has(external.EXTENTS):
+            raise OpsigError(f"{self._run.path} keeps its checkpoints in other files, and takes none into itself")
         if state.step != step:
             raise OpsigError(f"state is of step {state.step}, and is recorded at step {step}")
         params = given.as_vector("state.params", state.params, np.float32)
