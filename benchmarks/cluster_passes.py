@@ -9,8 +9,9 @@ seconds of every call of the session. Replays, which are training and have a bud
 import argparse
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from opsig_torch import TorchBackend
@@ -29,7 +30,7 @@ def run(model: str, samples: int, steps: int, path: Path):
     settings = Settings.of({"task": task, "model": model, "learning_rate": 0.1, "steps": steps, "track_every": 1,
                             "checkpoint_every": 3})  # fmt: skip
     loaded, spec = tasks.load(tasks.parse_spec(f"{task},model={model}"))
-    session = TorchBackend().open(loaded)
+    session: Any = TorchBackend().open(loaded)
     recorder = training.new_recorder(str(path), settings, session, loaded, spec, True, 3)
     with recorder:
         for _ in training.run(
@@ -38,7 +39,7 @@ def run(model: str, samples: int, steps: int, path: Path):
             pass
 
 
-def counted(session, spent: Counter, calls: Counter) -> None:
+def counted(session, spent: defaultdict[str, float], calls: Counter[str]) -> None:
     """Add up the CPU seconds of every call of this session."""
 
     def timed(name: str):
@@ -70,7 +71,8 @@ def one_pass(session) -> float:
 
 
 def measure(model: str, samples: int, steps: int) -> None:
-    spent, calls = Counter(), Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
     opened = tracking.open_session
     held = []
 

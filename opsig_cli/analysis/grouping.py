@@ -197,7 +197,7 @@ def join(
 def may_belong(means_NG: np.ndarray, grouping: Grouping) -> np.ndarray:
     """Which of N samples align at one checkpoint with some group at least half as well as they must on the mean of
     several to belong to it, (N,) bool."""
-    return (_aligned(means_NG, grouping)[1] >= BELONGS / 2).any(1)
+    return np.any(_aligned(means_NG, grouping)[1] >= BELONGS / 2, axis=1)
 
 
 def _aligned(means_NG: np.ndarray, grouping: Grouping) -> tuple[np.ndarray, np.ndarray]:

@@ -174,7 +174,7 @@ def _null(draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: in
     groups, pairs = np.zeros(rounds), np.zeros(rounds)
     for number in range(rounds):
         cut, similarity, tested, looks = draw(generator)
-        typical = None if looks is None else typical_likeness(looks)
+        typical = 0.0 if looks is None else typical_likeness(looks)
         before = None
         for chosen in cut_tree(cut, smallest):
             if before is not None and np.array_equal(chosen, before):
@@ -186,7 +186,7 @@ def _null(draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: in
 
 
 def _strongest(
-    group_M: np.ndarray, similarity: np.ndarray, tested: np.ndarray, looks: np.ndarray | None, typical: float | None
+    group_M: np.ndarray, similarity: np.ndarray, tested: np.ndarray, looks: np.ndarray | None, typical: float
 ) -> tuple[float, float]:
     """Strength of the strongest of these groups, and of the strongest pair that looks alike; 0 for none."""
     inside = group_M >= 0

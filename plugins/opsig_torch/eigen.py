@@ -219,9 +219,7 @@ class _Search:
             self._put(vector, image)
 
     def _put(self, vector: torch.Tensor, image: torch.Tensor) -> None:
-        self._rows.put(vector)
-        self._rows.put(image)
-        products = self._rows.products(torch.stack([vector, image]))
+        products = self._rows.products(self._rows.put(vector, image))
         self._gram = np.block([[self._gram, products[:-2]], [products.T]])
 
 

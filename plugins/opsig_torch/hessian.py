@@ -14,6 +14,7 @@ import torch
 
 from opsig_cli.errors import OpsigError
 from opsig_torch import plain, ways
+from opsig_torch.channel_scales import ChannelScales
 from opsig_torch.eigen import Memory, Solution, random_start, top_eigenpairs
 from opsig_torch.opened import Opened
 from opsig_torch.second import tell_of_second_derivative
@@ -70,7 +71,8 @@ class Hessian:
         kept = []
         for _, batch in opened.batches:
             with _saved_bytes() as saved:
-                loss = opened.batch_losses(batch, 2).sum() / opened.samples
+                with ChannelScales():
+                    loss = opened.batch_losses(batch, 2).sum() / opened.samples
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
                 keep = saved.total * count <= GRAPH_BYTES

@@ -182,14 +182,15 @@ class OuterProducts:
             return grad(loss, has_aux=True)((added, at), length)
 
         one_more = vector.new_ones(())
-        _, ((d_moved, rest), a_moved) = jvp(slopes, (values, torch.zeros_like(one_more)), (directions, one_more))
+        moved: Any = jvp(slopes, (values, torch.zeros_like(one_more)), (directions, one_more))[1]
+        (d_moved, rest), a_moved = moved
         found = [part[0] for pair in zip(d_moved, a_moved, strict=True) for part in pair]
         return found + [part.reshape(-1) for part in rest]
 
     def lifted(self, coordinates: torch.Tensor, place: int) -> torch.Tensor:
         """The vector (P,) of one sample's coordinates (K,)."""
         parts = coordinates.split(self._shape.widths)
-        by_parameter: dict[nn.Parameter, torch.Tensor] = {}
+        by_parameter: dict[torch.Tensor, torch.Tensor] = {}
         for number, (layer, biased) in enumerate(zip(self._shape.layers, self._shape.biased, strict=True)):
             p, q = parts[2 * number : 2 * number + 2]
             whole = torch.outer(p, self._a[number][place]) + torch.outer(self._d[number][place], q)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -21,14 +23,17 @@ class Rows:
         self._last = 0  # rows that the last block, which is BLOCK long, holds
         self.count = len(first)
 
-    def put(self, row: torch.Tensor) -> None:
-        """Take in one more, (P,)."""
-        if self.count == 0 or self._last in (0, BLOCK):
+    def put(self, *rows: torch.Tensor) -> torch.Tensor:
+        """Take in more, (P,) each, a divisor of BLOCK at a time; they as they are held, (m, P)."""
+        if self._last in (0, BLOCK):
             self._blocks.append(self.like.new_empty(BLOCK, self.like.shape[1]))
             self._last = 0
-        self._blocks[-1][self._last] = row
-        self._last += 1
-        self.count += 1
+        held = self._blocks[-1][self._last : self._last + len(rows)]
+        for place, row in zip(held, rows, strict=True):
+            place.copy_(row)
+        self._last += len(rows)
+        self.count += len(rows)
+        return held
 
     def products(self, others: torch.Tensor, first: int = 0, every: int = 1) -> np.ndarray:
         """Inner products (n, c) with others (c, P), summed in float64; of every so many rows from the first on."""
@@ -43,13 +48,12 @@ class Rows:
 
     def combine(self, coefficients: np.ndarray, first: int = 0, every: int = 1) -> torch.Tensor:
         """Combinations (k, P) of rows by coefficients (n, k), of every so many rows from the first on."""
-        total = self.like.new_zeros(coefficients.shape[1], self.like.shape[1])
-        place = 0
+        total, place = None, 0
         for block in self._from(first, every):
             some = torch.from_numpy(coefficients[place : place + len(block)].T.copy()).to(block)
-            total.addmm_(some, block)
+            total = some @ block if total is None else total.addmm_(some, block)
             place += len(block)
-        return total
+        return self.like.new_zeros(coefficients.shape[1], self.like.shape[1]) if total is None else total
 
     def keep(self, count: int) -> None:
         """Forget all rows but the first so many, which are those it began with."""
@@ -57,7 +61,7 @@ class Rows:
         self._blocks = self._blocks[: 1 if count else 0]
         self._last, self.count = 0, count
 
-    def _from(self, first: int, every: int):
+    def _from(self, first: int, every: int) -> Iterator[torch.Tensor]:
         """Views of the rows first, first + every, ... in each block."""
         begin = 0
         for number, block in enumerate(self._blocks):

@@ -141,10 +141,8 @@ def _members(
             scaled = (use.gradients.double() * scale).to(use.gradients)
             rows[found.parameter].append((use.inputs, scaled))
         first += len(part)
-    return {
-        weight: Members(*(torch.cat(column) for column in zip(*found, strict=True)), inside.to(found[0][0]))
-        for weight, found in rows.items()
-    }
+    found = {weight: [torch.cat(column) for column in zip(*parts, strict=True)] for weight, parts in rows.items()}
+    return {weight: Members(inputs, outputs, inside) for weight, (inputs, outputs) in found.items()}
 
 
 def _mean_unit_gradients(
