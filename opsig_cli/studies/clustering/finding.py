@@ -29,6 +29,10 @@ from opsig_cli.trajectory.file import Trajectory
 
 BY = ("gradient", "slope", "loss", "both")
 TESTS = ("replay", "held-out", "none")
+MOST_GROUPED = 16_000
+"""M: samples that are compared two by two, which takes BYTES_A_PAIR M^2 of memory and time as M^2.1."""
+BYTES_A_PAIR = 20
+"""Similarity, likeness and their mean in float32, and the distances that a tree is made from."""
 MOST_CHANGES = 2048
 """Steps by whose loss changes samples are grouped with --by loss: the null takes a transform of them a round."""
 
@@ -64,6 +68,12 @@ def find(
         position = position[~np.isin(position, found.known.never)]
     if len(position) < 2:
         raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
+    whole = len(position) * (2 if samples is None and by != "loss" else 1)  # as many again by their gradients
+    if whole > MOST_GROUPED:
+        raise OpsigError(
+            f"{whole:,} samples cannot be compared two by two: {whole**2 * BYTES_A_PAIR >> 30:,} GB. Give at most "
+            f"{MOST_GROUPED * len(position) // whole:,}: those left out can still join the groups that are found"
+        )
     weighed = window_of(run, found)
     if by == "loss":
         clusters = _judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
