@@ -57,14 +57,14 @@ def sample_sharpness(opened: Opened, samples: np.ndarray, tolerance: float) -> L
     while first < len(samples):
         hessians = sample_hessians(opened, samples[first:], floats)
         block = largest_eigenvalues(hessians.products, hessians.start, tolerance, SAMPLE_LIMIT)
-        found.append(block if hessians.is_all else _or_zero(block))
+        found.append(block if hessians.is_all else _or_zero(block, tolerance))
         first += len(hessians.start)
     return Largest(*(np.concatenate(parts) for parts in zip(*map(astuple, found), strict=True)))
 
 
-def _or_zero(found: Largest) -> Largest:
+def _or_zero(found: Largest, tolerance: float) -> Largest:
     """What was found, or 0, with no residual, where that is larger: an operator that is 0 somewhere else."""
-    negative = found.values < 0
+    negative = (found.values < 0) & (found.residuals <= tolerance)
     return replace(
         found, values=np.where(negative, 0.0, found.values), residuals=np.where(negative, 0.0, found.residuals)
     )
