@@ -417,7 +417,7 @@ def test_who_cannot_join_is_not_asked_and_who_joins_is_the_same(opsig, tmp_path,
     opsig("train", "--task", "digits", "--learning-rate", 0.3, "--steps", 40, "--track", "-o", run)
 
     def members():
-        found = opsig("cluster", run, "--test", "none", "--top", 40)
+        found = opsig("cluster", run, "--test", "none", "--top", 40, "--replace")
         assert found.code == 0
         return sorted((r["sample"], r["group"]) for r in found.records if r["kind"] == "member")
 
