@@ -362,11 +362,16 @@ def apart(*ratios):
 @pytest.mark.parametrize(
     ("known", "verdict"),
     [
-        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.2)), "established"),
-        (Evidence(-0.4, -0.3, 1.0, 0.3, apart(0.1, 0.2)), "established"),  # what swings is decided by intervention
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.2, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 1.0, 0.3, apart(0.1, 0.2, 0.2)), "established"),  # what swings is decided by intervention
+        (Evidence(-0.4, -0.3, 1.0, 0.3, apart(0.1, 0.6, 0.2, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 1.0, 0.3, apart(0.1, 0.2)), "likely"),  # at two checkpoints it may be by chance
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.7, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 0.2, 0.9, apart(0.1, 0.7, 0.2)), "likely"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.7)), "unclear"),
-        (Evidence(-0.4, -0.3, 0.5, 0.9, apart(0.8, 0.7)), "refuted"),
-        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7)), "unclear"),  # they oppose, and others swing them
+        (Evidence(-0.4, -0.3, 0.5, 0.7, apart(0.8, 0.7)), "refuted"),
+        (Evidence(-0.4, -0.3, 0.5, 0.9, apart(0.8, 0.7)), "unclear"),  # they oppose, and others swing them
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7)), "likely"),
         (Evidence(-0.4, 0.01, 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
         (Evidence(-0.1, -0.05, 0.01, 0.9, apart(0.1, 0.2)), "refuted"),
         (Evidence(-0.4, float("nan"), 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
@@ -378,7 +383,7 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.01, 0.7), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, float("nan")), "likely"),
         (Evidence(-0.4, -0.3, float("nan"), 0.9), "unclear"),
-        (Evidence(-0.4, -0.3, 0.01, float("nan"), apart(0.1, 0.2)), "likely"),
+        (Evidence(-0.4, -0.3, 0.01, float("nan"), apart(0.1, 0.2, 0.3)), "likely"),
         (Evidence(-0.4, -0.3, 0.2, 0.9), "unclear"),
     ],
 )

@@ -50,13 +50,16 @@ class Stability:
 
 
 def group_strength(cohesion: float, size: int) -> float:
-    """Cohesion in units in which groups of any size compare: times the root of the number of its sample pairs."""
-    return cohesion * float(np.sqrt(size * (size - 1) / 2))
+    """Cohesion in units in which groups of any size compare: times the root of its size."""
+    return cohesion * float(np.sqrt(size))
 
 
 def pair_strength(opposition: float, size_a: int, size_b: int) -> float:
-    """Opposition of two groups in units in which groups of any size compare: times the root of sizes' product."""
-    return -opposition * float(np.sqrt(size_a * size_b))
+    """Opposition of two groups in units in which groups of any size compare: times the root of their mean size.
+
+    A mean over n x m cosines is as sure as n and m samples make it, not n x m, as each sample is in many of them.
+    """
+    return -opposition * float(np.sqrt(np.sqrt(size_a * size_b)))
 
 
 def p_value(value: float, null: np.ndarray) -> float:
@@ -111,7 +114,8 @@ def gaussian_null(
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
     found = _null(drawn, rounds, smallest, seed)
-    return Null(found.group * total / count, found.pair * total / count)
+    scale = np.sqrt(total / count)
+    return Null(found.group * scale, found.pair * scale)
 
 
 def _codes(similarity: np.ndarray, likeness: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
@@ -157,7 +161,7 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
         return first, first, second, None
 
     found = _null(surrogates, rounds, smallest, seed)
-    scale = losses_TM.shape[1] / count
+    scale = np.sqrt(losses_TM.shape[1] / count)
     return Null(found.group * scale, found.pair * scale)
 
 
