@@ -24,6 +24,8 @@ SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 BELONGS = 0.3
 """A sample belongs to a group where its mean similarity with it, and minus that with its partner, is above this."""
+LOOSE = 2 / 3
+"""Or, where it was mined and the group is loose, above this part of the group's mean."""
 RESEMBLES = 0.7
 """And, where it was not mined, its mean likeness with the group above this."""
 WEAKEST = 0.1
@@ -122,7 +124,9 @@ def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int) -> 
     while True:  # leaving members out changes the means that others are held against
         partner_G = oppose(similarity, groups)
         alignment = alignments(similarity, groups, partner_G)
-        kept = drop_small(np.where(alignment >= BELONGS, groups, -1), smallest)
+        means_G = [np.inf] + [float(alignment[groups == group].mean()) for group in range(len(partner_G))]
+        least_M = np.minimum(BELONGS, LOOSE * np.array(means_G)[groups + 1])
+        kept = drop_small(np.where(alignment >= least_M, groups, -1), smallest)
         if np.array_equal(kept >= 0, groups >= 0):
             return _by_size(groups, partner_G, alignment)
         groups = kept

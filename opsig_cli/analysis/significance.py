@@ -32,13 +32,13 @@ Draw = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Null:
-    """Strength of the strongest group and of the strongest pair of each round, (rounds,) each."""
+    """Strength of the strongest group of each round, (rounds,), and of its strongest pair by both counts, (rounds, 2)."""
 
     group: np.ndarray
     pair: np.ndarray
 
 
-NOTHING = Null(np.empty(0), np.empty(0))
+NOTHING = Null(np.empty(0), np.empty((0, 2)))
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,33 @@ class Stability:
 
 
 def group_strength(cohesion: float, size: int) -> float:
-    """Cohesion in units in which groups of any size compare: times the root of its size."""
-    return cohesion * float(np.sqrt(size))
+    """Cohesion in units in which groups of any size compare: times the root of the number of its sample pairs."""
+    return cohesion * float(np.sqrt(size * (size - 1) / 2))
 
 
-def pair_strength(opposition: float, size_a: int, size_b: int) -> float:
-    """Opposition of two groups in units in which groups of any size compare: times the root of their mean size.
+def pair_strength(opposition: float, size_a: int, size_b: int) -> np.ndarray:
+    """Opposition of two groups in units in which groups of any size compare, (2,): times the root of the number of
+    cosines across, and times the root of the number of samples of a side.
 
-    A mean over n x m cosines is as sure as n and m samples make it, not n x m, as each sample is in many of them.
+    A mean over n x m cosines is surer than one of n samples and less sure than n x m would make it, as each sample is
+    in many of them: large loose pairs are strong by the first count and small tight ones by the second.
     """
-    return -opposition * float(np.sqrt(np.sqrt(size_a * size_b)))
+    return -opposition * np.array([np.sqrt(size_a * size_b), np.sqrt(np.sqrt(size_a * size_b))])
 
 
-def p_value(value: float, null: np.ndarray) -> float:
-    """Share of the null, the value itself included, that is at least as large; 1 for a value that is not known.
+def p_value(value: float | np.ndarray, null: np.ndarray) -> float:
+    """Share of the null, itself included, that is at least as large; 1 for a value that is not known.
+
+    Of several counts of one strength, (k,) against a null (rounds, k), the one that speaks least for it.
 
     >>> p_value(3.0, np.array([1.0, 2.0, 4.0])), p_value(float("nan"), np.array([1.0]))
     (0.5, 1.0)
+    >>> p_value(np.array([3.0, 1.0]), np.array([[1.0, 1.0], [2.0, 0.0], [2.0, 2.0]]))
+    0.75
     """
-    if not np.isfinite(value):
+    if not np.isfinite(value).all():
         return 1.0
-    return float((1 + (null >= value).sum()) / (1 + len(null)))
+    return float(((1 + (null >= value).sum(0)) / (1 + len(null))).max())
 
 
 def gaussian_null(
@@ -114,8 +120,7 @@ def gaussian_null(
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
     found = _null(drawn, rounds, smallest, seed)
-    scale = np.sqrt(total / count)
-    return Null(found.group * scale, found.pair * scale)
+    return _of_all(found, total / count)
 
 
 def _codes(similarity: np.ndarray, likeness: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
@@ -161,14 +166,18 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
         return first, first, second, None
 
     found = _null(surrogates, rounds, smallest, seed)
-    scale = np.sqrt(losses_TM.shape[1] / count)
-    return Null(found.group * scale, found.pair * scale)
+    return _of_all(found, losses_TM.shape[1] / count)
+
+
+def _of_all(null: Null, scale: float) -> Null:
+    """The null of `scale` times as many samples, of which a group holds the same part."""
+    return Null(null.group * scale, null.pair * np.array([scale, np.sqrt(scale)]))
 
 
 def _null(draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: int, seed: int) -> Null:
     """Strongest groups, and strongest pairs that look alike, of `rounds` draws."""
     generator = np.random.default_rng(seed)
-    groups, pairs = np.zeros(rounds), np.zeros(rounds)
+    groups, pairs = np.zeros(rounds), np.zeros((rounds, 2))
     for number in range(rounds):
         cut, similarity, tested, looks = draw(generator)
         for chosen in cut_tree(cut, smallest):
@@ -181,7 +190,7 @@ def _null(draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: in
                 if b > a and (alike is None or alike[a, b] >= ALIKE):
                     other = np.flatnonzero(chosen == b)
                     across = float(tested[np.ix_(inside, other)].mean())
-                    pairs[number] = max(pairs[number], pair_strength(across, len(inside), len(other)))
+                    pairs[number] = np.maximum(pairs[number], pair_strength(across, len(inside), len(other)))
     return Null(groups, pairs)
 
 
