@@ -32,7 +32,7 @@ Draw = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Null:
-    """Strength of the strongest group of each round, (rounds,), and of its strongest pair by both counts, (rounds, 2)."""
+    """Strength of each round's strongest group, (rounds,), and of its strongest pair by both counts, (rounds, 2)."""
 
     group: np.ndarray
     pair: np.ndarray
