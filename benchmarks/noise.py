@@ -2,9 +2,9 @@
 
     python benchmarks/noise.py [--runs 100] [--first 0] [--only "gaussian 2 edge,series"] [--json FILE | --from FILES]
 
-A row for each kind of data: runs, those with an established pair at the level stated, 5% (and at 1%: p at most .01, and
-R below a half at both checkpoints), those with a likely one, and verdicts of all pairs. `below`: full-batch gradient
-descent that stops before the edge of stability; `edge`: beyond it.
+A row for each kind of data: runs, those with an established pair at the level stated, 5% (and at 1%: p at most .01, or
+R below a half at three checkpoints or more), those with a likely one, and verdicts of all pairs. `below`: full-batch
+gradient descent that stops before the edge of stability; `edge`: beyond it.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from planted import opsig
 from shards import Row, by_kind, cost, keep, kept, parser_of, wanted
 
 from opsig_cli import Recorder
+from opsig_cli.analysis.verdicts import REPLAYS, SILENCES
 
 TASKS = Path(__file__).with_name("null_tasks.py")
 BELOW = ("--learning-rate", "0.05", "--steps", "150", "--checkpoint-every", "10")
@@ -76,7 +77,7 @@ def told(path: Path, kind: str, seed: int) -> Row:
 
 def strict(pair: dict) -> bool:
     """Whether an established pair would be at the level of 1%."""
-    return pair["p_value"] <= 0.01 or len(pair["silenced"]) > 1
+    return pair["p_value"] <= 0.01 or sum(one["swing_ratio"] < SILENCES for one in pair["silenced"]) >= REPLAYS
 
 
 def line(kind: str, rows: list[Row]) -> str:
