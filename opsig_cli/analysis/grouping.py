@@ -119,13 +119,15 @@ def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.nd
     return Grouping(groups, partner_G, alignments(similarity_MM, groups, partner_G))
 
 
-def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int, loose: float = np.inf) -> Grouping:
+def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int, loose: float | None = None) -> Grouping:
     """The groups with partners, without the members that do not align with them."""
     while True:  # leaving members out changes the means that others are held against
         partner_G = oppose(similarity, groups)
         alignment = alignments(similarity, groups, partner_G)
-        means_G = [np.inf] + [float(alignment[groups == group].mean()) for group in range(len(partner_G))]
-        least_M = np.minimum(BELONGS, loose * np.array(means_G)[groups + 1])
+        least_M = np.full(len(groups), BELONGS)
+        for group in range(len(partner_G) if loose is not None else 0):
+            inside = groups == group
+            least_M[inside] = np.clip(loose * alignment[inside].mean(), 0, BELONGS)
         kept = drop_small(np.where(alignment >= least_M, groups, -1), smallest)
         if np.array_equal(kept >= 0, groups >= 0):
             return _by_size(groups, partner_G, alignment)
