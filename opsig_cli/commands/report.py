@@ -52,7 +52,6 @@ def report(
     from opsig_cli.studies.branching import lineage
     from opsig_cli.studies.clustering import finding, keeping
     from opsig_cli.studies.clustering import records as clustered
-    from opsig_cli.studies.filled import filled
     from opsig_cli.trajectory.checking import without_damage
     from opsig_cli.trajectory.file import open_trajectory
 
@@ -83,8 +82,11 @@ def report(
                 allow_changed_data=allow_changed_data,
             )  # fmt: skip
             written = clustered.records(trajectory, found.clusters)
-            whole = filled(trajectory, found.movers.known)
-            return found, written, content.gather(whole, found, written, task, [*damage, *said], branches)
+            return (
+                found,
+                written,
+                content.gather(found.whole(trajectory), found, written, task, [*damage, *said], branches),
+            )
 
         found, written, shown = without_damage(work, damage.append)
     keeper.keep(trajectory.path)

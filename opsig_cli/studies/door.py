@@ -16,7 +16,7 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, ends, floor, kept, mining, missing, slopes, tracking
+from opsig_cli.studies import curvature, ends, floor, kept, measured, mining, missing, sighted, slopes, tracking
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
 from opsig_cli.studies.clustering import agreement, explaining, finding, keeping
 from opsig_cli.studies.clustering import records as clustered
@@ -38,6 +38,9 @@ def mine(
 
     Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
 
+    Of a run that saw its samples batch by batch (sightings), `change` is what a loss exceeds the trend of all and the
+    sample's own level by, and with `step` the rows of that step's batch are ranked by their shares of its excess.
+
     `step`: rank by the change of this one step; `window`: steps "A:B" to look at, both ends included; `score`: one of
     `mining.SCORES`, or as the run allows; `direction`: "up", "down" or "both"; `share`: add each sample's part of the
     whole loss's change at this step.
@@ -53,6 +56,9 @@ def mine(
 
         def work():
             nonlocal origin, back
+            if sighted.chosen(trajectory, step):
+                found = sighted.find(trajectory, top, score, step, span, direction)
+                return found, sighted.records(trajectory, found, share), found.broken
             options = {"top": top, "score": score, "step": step, "window": span, "direction": direction}
             origin = kept.origin_of(trajectory, options) if mining.takes_long(trajectory) else None
             back = kept.read_back(trajectory, "mined", mining.Movers, origin)
@@ -72,6 +78,8 @@ def mine(
 
     def draw():
         with opened(run, like=trajectory) as again:
+            if isinstance(found, sighted.Sighted):
+                return drawing.draw_sighted(again, found, records)
             return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
@@ -128,7 +136,7 @@ def _cluster(
                 trajectory, by, top, task, device, backend, note, progress, note, samples=samples, window=span,
                 join=join, sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
             )  # fmt: skip
-            whole, broken = filled(trajectory, found.movers.known), missing.not_finite(trajectory, found.movers.known)
+            whole, broken = found.whole(trajectory), missing.not_finite(trajectory, found.movers.known)
             written = broken + clustered.records(trajectory, found.clusters)
             if explain is not None:
                 written += explaining.explain(whole, found.clusters, explain)
@@ -146,7 +154,8 @@ def _cluster(
 
     def draw():
         with opened(run, like=trajectory) as again:
-            return drawing.draw_pairs(filled(again, found.movers.known), clusters, written)
+            whole = found.whole(again) if found.view is None else measured.again(found.view, again)
+            return drawing.draw_pairs(whole, clusters, written)
 
     return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw)
 
