@@ -106,9 +106,11 @@ class Snapshot:
 class Session(Protocol):
     """A task opened on a device. Samples are named by their index in the task's dataset.
 
-    A session may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as with batch
-    norm by a chunk's statistics. Who opens one may set `tell`, which takes a line for a person: that a slower way is
-    taken, and why.
+    A session may say `targets`: (S,) bool, which samples have a loss, where some never have one (it is NaN then), as a
+    task's positions without a target; and `positions`: how many samples an item has, which share a forward pass but not
+    a backward pass. It may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as
+    with batch norm by a chunk's statistics. Who opens one may set `tell`, which takes a line for a person: that a
+    slower way is taken, and why.
     """
 
     samples: int
@@ -223,8 +225,8 @@ class Curvature(Protocol):
         """Products of the Hessian with vectors, (K, P)."""
         ...
 
-    def gradient_norms(self, state: State) -> np.ndarray:
-        """Norm of every sample's gradient, (S,) float64."""
+    def gradient_norms(self, state: State, samples: np.ndarray | None = None) -> np.ndarray:
+        """Norm of every sample's gradient, (S,) float64; of chosen ones, (M,), where a session has `positions`."""
         ...
 
     def gradient(self, state: State) -> np.ndarray:
@@ -267,6 +269,12 @@ class Backend(Protocol):
         `statistics` is the batch-norm convention, "chunk" or "running". Raises OpsigError where the device is absent.
         """
         ...
+
+
+def targets_of(session: Session) -> np.ndarray:
+    """Which samples have a loss, (S,) bool: what a mean is over."""
+    targets = getattr(session, "targets", None)
+    return np.ones(session.samples, bool) if targets is None else np.asarray(targets, bool)
 
 
 def load_backend(name: str) -> Backend:

@@ -1,4 +1,4 @@
-"""The dataset in fixed, unshuffled batches on the device."""
+"""The dataset in fixed, unshuffled batches of items on the device. An item has one sample, or T, one a position."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import TensorDataset, default_collate
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.tasks import Task
+from opsig_cli.tasks import Task, positions_of
 
 CACHE_BYTES = 1 << 30
 """Batches are kept on the device up to this total; the rest are made again on every pass."""
 
 
 class Batches:
-    """The task's samples as collated batches. Iterating yields (slice of sample indices, batch) in order.
+    """The task's items as collated batches. Iterating yields (slice of sample indices, batch) in order.
 
     Raises OpsigError where the dataset has no length, is empty, or returns another item when asked again.
     """
@@ -29,7 +29,8 @@ class Batches:
             raise OpsigError("the task's dataset must be map-style: it needs a length and items by index")
         if len(dataset) == 0:
             raise OpsigError("the task's dataset is empty")
-        self.count = len(dataset)
+        self.items, self.positions = len(dataset), positions_of(task)
+        self.count = self.items * self.positions
         self.batch_size = batch_size
         self._dataset = dataset
         self._collate = getattr(task, "collate", None) or default_collate
@@ -50,38 +51,43 @@ class Batches:
 
     def slices(self) -> list[slice]:
         """The samples of every batch; the last may be smaller."""
-        return [slice(i, min(i + self.batch_size, self.count)) for i in range(0, self.count, self.batch_size)]
+        return [self._samples(items) for items in self._cut(self.batch_size)]
 
     def in_pieces(self, size: int) -> Iterator[tuple[slice, Any]]:
-        """The same data in batches of `size` where it can be cut; in the usual batches elsewhere."""
+        """The same data in batches of `size` items where it can be cut; in the usual batches elsewhere."""
         if self._tensors is None:
             yield from self
             return
-        for start in range(0, self.count, size):
-            indices = slice(start, min(start + size, self.count))
-            yield indices, [self._place(t[indices]) for t in self._tensors]
+        for items in self._cut(size):
+            yield self._samples(items), [self._place(t[items]) for t in self._tensors]
+
+    def _cut(self, size: int) -> list[slice]:
+        return [slice(i, min(i + size, self.items)) for i in range(0, self.items, size)]
+
+    def _samples(self, items: slice) -> slice:
+        return slice(items.start * self.positions, items.stop * self.positions)
 
     def __iter__(self) -> Iterator[tuple[slice, Any]]:
         if self._tensors is not None:
             yield from self.in_pieces(self.batch_size)
             return
-        for number, indices in enumerate(self.slices()):
+        for number, items in enumerate(self._cut(self.batch_size)):
             batch = self._cache.get(number)
             if batch is None:
-                batch = self.take(range(indices.start, indices.stop))
+                batch = self.take(range(items.start, items.stop))
                 size = sum(leaf.nbytes for leaf in tree_flatten(batch)[0] if isinstance(leaf, torch.Tensor))
                 if self._cached_bytes + size <= CACHE_BYTES:
                     self._cache[number] = batch
                     self._cached_bytes += size
-            yield indices, batch
+            yield self._samples(items), batch
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> Any:
-        """A batch of the samples with these indices, in this order."""
+    def take(self, items: Sequence[int] | np.ndarray) -> Any:
+        """A batch of the items with these indices, in this order."""
         if self._tensors is not None:
-            chosen = torch.as_tensor(np.asarray(indices))
+            chosen = torch.as_tensor(np.asarray(items))
             return [self._place(t[chosen.to(t.device)]) for t in self._tensors]
         with torch.inference_mode(False):  # a cached batch must serve training as well
-            return tree_map(self._place, self._collate([self._dataset[int(i)] for i in indices]))
+            return tree_map(self._place, self._collate([self._dataset[int(i)] for i in items]))
 
     def _place(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -90,7 +96,7 @@ class Batches:
         return leaf.to(self._device, dtype)
 
     def _check_repeatable(self) -> None:
-        ends = [0, self.count - 1]
+        ends = [0, self.items - 1]
         first, second = (tree_flatten(self.take(ends))[0] for _ in range(2))
         same = all(
             torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second, strict=True)

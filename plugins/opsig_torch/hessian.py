@@ -69,10 +69,11 @@ class Hessian:
         count = len(opened.batches.slices())
         keep: bool | None = None
         kept = []
-        for _, batch in opened.batches:
+        for indices, batch in opened.batches:
             with _saved_bytes() as saved:
                 with ChannelScales():
-                    loss = opened.batch_losses(batch, 2).sum() / opened.samples
+                    losses = opened.batch_losses(batch, 2)
+                loss = opened.counted(losses, indices).sum() / opened.target_count
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
                 keep = saved.total * count <= GRAPH_BYTES
@@ -86,7 +87,7 @@ class Hessian:
         opened = self._opened
         with torch.no_grad():
             indices, batch = next(iter(opened.batches))
-            first, second = (opened.batch_losses(batch) for _ in range(2))
+            first, second = (opened.counted(opened.batch_losses(batch), indices) for _ in range(2))
         broken = torch.nonzero(~torch.isfinite(first)).flatten()
         if 0 < len(broken) <= len(first) / 2:
             raise OpsigError(
