@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, TextIO, cast
 import typer
 
 from opsig_cli.commands import (
+    analyse,
     branch,
     cluster,
     compare,
@@ -43,6 +44,7 @@ app.command(cls=Command)(train.train)
 app.command("import", cls=Command)(import_.import_)
 app.command(cls=Command)(track.track)
 app.command(cls=Command)(sharpness.sharpness)
+app.command(cls=Command)(analyse.analyse)
 app.command(cls=Command)(mine.mine)
 app.command(cls=Command)(probe.probe)
 app.command(cls=Command)(cluster.cluster)

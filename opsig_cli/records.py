@@ -17,6 +17,8 @@ from opsig_cli.errors import OpsigError, UsageError
 Record = Mapping[str, Any]
 FORMATS = ("table", "json", "csv")
 NUMBER = re.compile(r"-|[-+]?\d[\d.]*(e[-+]?\d+)?%?")
+ALIGNED = re.compile(rf"((<=|<|>) )?({NUMBER.pattern})")
+"""What stands at the right of a column and is never broken: a number, or a bound of one."""
 FORMULA = tuple("=+-@\t\n")
 """What a cell begins with that spreadsheets take for a formula, or skip before one."""
 GAP = 2
@@ -176,7 +178,7 @@ def _widths(columns: Mapping[str, tuple[str, Sequence[str]]], available: int) ->
 
 
 def _numeric(cells: Sequence[str]) -> bool:
-    return all(NUMBER.fullmatch(cell) for cell in cells)
+    return all(ALIGNED.fullmatch(cell) for cell in cells)
 
 
 def _human(value: Any) -> str:

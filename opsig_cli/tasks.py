@@ -50,8 +50,10 @@ class Task(Protocol):
     the input of the last linear layer; `render(i) -> PIL.Image | str`, what a person looks at;
     `label(i) -> str`; `smoothed_losses(model, batch, smoothing) -> (B,)`, for `branch`, the losses with labels smoothed
     by so much; `classes -> Sequence[str]`, the names behind the integers of `predictions`;
-    `truth() -> (S,) integers`, planted sides; and for `probe`: `picture_shape`, (H, W, C), `inputs(pixels) -> batch's
-    first part`, for pixels (B, H, W, C) with white at 1, and `logits(model, batch) -> (B, classes)`.
+    `truth() -> (S,) integers`, planted sides; `loss_unit`, the unit of the losses, such as "squared error": without it
+    they are said to be in nats where the task has `classes` or `predictions`, and in no unit elsewhere;
+    and for `probe`: `picture_shape`, (H, W, C), `inputs(pixels) -> batch's first part`, for pixels (B, H, W, C) with
+    white at 1, and `logits(model, batch) -> (B, classes)`.
     """
 
     def model(self) -> nn.Module: ...
@@ -59,7 +61,7 @@ class Task(Protocol):
     def dataset(self) -> Dataset: ...
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
-        """Unreduced loss of every sample in the batch, (B,), in nats."""
+        """Unreduced loss of every sample in the batch, (B,), in `loss_unit`."""
         ...
 
 
@@ -296,6 +298,16 @@ def _own_place(module: types.ModuleType, place: str) -> str:
         return os.path.dirname(os.path.abspath(place))
     top = sys.modules[module.__name__.split(".")[0]]
     return os.path.abspath(next(iter(getattr(top, "__path__", ())), module.__file__ or ""))
+
+
+def loss_unit(task: Task) -> str | None:
+    """The unit of the task's losses as it states it; nats of classes, whose losses are log-likelihoods; else None."""
+    stated = getattr(task, "loss_unit", None)
+    if stated is None:
+        return "nat" if hasattr(task, "classes") or hasattr(task, "predictions") else None
+    if not isinstance(stated, str) or not 0 < len(stated) <= 40 or not stated.isprintable():
+        raise OpsigError(f"the task's loss_unit is {stated!r:.60}. It is a short text, such as 'nat'")
+    return stated
 
 
 def labels(task: Task, count: int) -> Sequence[str] | None:

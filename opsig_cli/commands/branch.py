@@ -91,7 +91,7 @@ def branch(
         clip_norm=clip_norm, label_smoothing=label_smoothing, seed=seed, into_edge=into_edge, out_of_edge=out_of_edge,
         draws=draws, sharpness=sharpness, track_every=track_every, assume=assume or (), replace=replace, records=piped,
         task=task, device=device, backend=backend, allow_changed_data=allow_changed_data,
-        note=partial(options.note, quiet=quiet),
+        note=options.once(quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
@@ -101,3 +101,5 @@ def branch(
     if gains := effects.group_table(found):
         tables.append(records.Table("groups' losses against the unchanged future, in nats", gains))
     records.write(found, format, tables)
+    paths = dict.fromkeys(r["trajectory"] for r in found if r.get("control") != "unchanged")
+    options.conclude(found.answer, quiet, *paths, figure)

@@ -56,8 +56,9 @@ def cluster(
     the records of `opsig mine` on stdin.
 
     The table has of each pair: the verdict, the mean cosine across on checkpoints that had no part in finding it, how
-    alike its sides look against within, R (its swing when it is silent, over that when as many others are), its part
-    of all movement, the p-value, and how well it comes back when samples are left out.
+    alike its sides look against within, R (its swing when it is silent, over that when as many others are), the part of
+    all samples' movement that it makes up at the step where its sides move apart most, and the p-value. Pairs are
+    numbered by that part, the strongest first; after +- stands a standard error over held-out checkpoints.
 
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
@@ -89,3 +90,4 @@ def cluster(
         shown = [{"measure": key.replace("_", " "), "value": value} for key, value in list(agreed.items())[2:]]
         tables.append(records.Table("agreement with the planted truth", shown))
     records.write(found, format, tables)
+    options.conclude(found.answer, quiet, figure)

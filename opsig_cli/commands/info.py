@@ -23,6 +23,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
     import os
 
     from opsig_cli import records
+    from opsig_cli.studies import answers
     from opsig_cli.trajectory.file import open_trajectory
     from opsig_cli.trajectory.schema import ROW_GROUPS
 
@@ -59,3 +60,4 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
         ]
     about = [{"what": key, "value": value} for key, value in (record | settings).items() if value is not None]
     records.write([record], format, [records.Table("", about), records.Table("rows", rows_recorded)])
+    options.conclude(answers.described(record), False)

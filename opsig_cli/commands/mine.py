@@ -8,9 +8,6 @@ import typer
 
 from opsig_cli.commands import options
 
-TEXT = 40
-"""Characters of a text sample that fit into a table."""
-
 
 def mine(
     run: options.RunArgument,
@@ -45,19 +42,6 @@ def mine(
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)
-    shown = [
-        {
-            "rank": r["rank"],
-            "sample": r["sample"],
-            **({"text": r["text"][-TEXT:]} if "text" in r else {"label": r["label"]}),
-            "predicted": f"{r['prediction_before']} -> {r['prediction_after']}",
-            "step": r["step"],
-            "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
-            "score": r["score"],
-            "share": None if r["share"] is None else f"{r['share']:.1%}",
-        }
-        for r in found
-        if r.get("kind") != "not_finite"
-    ]
     broken = options.not_finite_tables(found)
-    records.write(found, format, [*broken, records.Table(found.title, shown)])
+    records.write(found, format, [*broken, records.Table(found.title, options.mover_rows(found))])
+    options.conclude(found.answer, quiet, figure)

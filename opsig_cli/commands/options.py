@@ -8,13 +8,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.figures.canvas import SUFFIXES
+
+if TYPE_CHECKING:
+    from opsig_cli.studies.answers import Answer
 
 
 def check_output(context: typer.Context, path: Any) -> Any:
@@ -47,6 +50,8 @@ def _check_writable(option: str, path: Path) -> None:
         raise OpsigError(f"{option} {path}: {error.strerror or error}") from error
 
 
+TEXT = 40
+"""Characters of a text sample that fit into a table."""
 Result = TypeVar("Result")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
@@ -120,6 +125,18 @@ def note(text: str, quiet: bool = False) -> None:
         print(printable(text), file=sys.stderr)
 
 
+def once(quiet: bool) -> Callable[[str], None]:
+    """A note that says nothing twice, for commands that open a run more than once."""
+    said: set[str] = set()
+
+    def say_once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            note(text, quiet)
+
+    return say_once
+
+
 def without_damage(work: Callable[[], Result]) -> Result:
     """What `work()` returns, done without the rows that prove damaged on the way; stderr says which, even if quiet."""
     from opsig_cli.trajectory.checking import without_damage
@@ -183,12 +200,41 @@ def records_of(run: str) -> tuple[str, list[dict[str, Any]] | None]:
     return trajectory_of(piped), piped
 
 
+def mover_rows(found: Any) -> list[dict[str, Any]]:
+    """Records of `mine`, shortened to what a person reads in a row."""
+    return [
+        {
+            "rank": r["rank"],
+            "sample": r["sample"],
+            **({"text": " ".join(r["text"].split())[-TEXT:]} if "text" in r else {"label": r["label"]}),
+            "predicted": f"{r['prediction_before']} -> {r['prediction_after']}",
+            "step": r["step"],
+            "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
+            "score": r["score"],
+            "of movement": "-" if r["movement"] is None else f"{r['movement']:.1%}",
+        }
+        for r in found
+        if r.get("kind") != "not_finite"
+    ]
+
+
 def not_finite_tables(found: Any) -> list[Any]:
     """The table that comes first where samples are not finite while the others are."""
     from opsig_cli.records import Table
 
     rows = [{name: r[name] for name in ("sample", "label", "step")} for r in found.of("not_finite")]
     return [Table("samples whose loss is not finite, from this step on", rows)] if rows else []
+
+
+def conclude(answer: Answer | None, quiet: bool, *wrote: Path | str | None) -> None:
+    """End a command on stderr: which files it wrote, what it found, and what to do next."""
+    sys.stdout.flush()  # what was found stands above
+    for path in filter(None, wrote):
+        note(f"wrote: {path}", quiet)
+    if answer is not None:
+        note(f"found: {answer.found}", quiet)
+        if answer.next is not None:
+            note(f"next:  {answer.next}", quiet)
 
 
 def say(notes: list[str], quiet: bool) -> None:

@@ -84,7 +84,7 @@ def train(
     from opsig_cli import records, tasks
     from opsig_cli.backends import State, load_backend
     from opsig_cli.settings import Settings
-    from opsig_cli.studies import tracking, training
+    from opsig_cli.studies import answers, tracking, training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import check_new, cut_off_at_birth, open_trajectory
     from opsig_cli.trajectory.states import check_trained, read_state
@@ -165,5 +165,7 @@ def train(
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():
             written.extend(training.run(recorder, session, settings, start, stop, advance))
     records.write(written, format)
+    tracked = settings.track_every is not None
+    options.conclude(answers.trained(written, output, task, session.samples, tracked), quiet, output)
     if stop.asked:
         raise OpsigError(f"interrupted. Continue with: opsig train -o {output} --resume", exit_code=130)

@@ -9,6 +9,7 @@ All raise OpsigError, whose text says what is wrong, where, and what to do.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,13 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, ends, floor, mining, missing, slopes, tracking
+from opsig_cli.studies import answers, curvature, ends, floor, mining, missing, slopes, tracking
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
 from opsig_cli.studies.clustering import agreement, explaining, finding
 from opsig_cli.studies.clustering import records as clustered
+from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.filled import filled
+from opsig_cli.studies.numbers import loss_unit, percent
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
 from opsig_cli.studies.trained import other_loss, settings_of
@@ -56,17 +59,22 @@ def mine(
             return found, records, missing.not_finite(trajectory, found.known)
 
         found, records, broken = without_damage(work, damage.append)
+        unit = loss_unit(trajectory)
     notes = [found.note] if found.note else []
     if share is not None:
-        carried = sum(record["share_at_step"] or 0 for record in records)
-        notes.append(f"these {len(records)} samples carry {carried:.0%} of the change at step {share}")
+        moved = sum(record["movement_at_step"] or 0 for record in records)
+        words = f"these {len(records)} samples carry {percent(moved)} of all movement at step {share}"
+        if records and records[0]["share_at_step"] is not None:
+            words += f", and {percent(sum(record['share_at_step'] for record in records))} of the change there"
+        notes.append(words)
 
     def draw():
         with opened(run, like=trajectory) as again:
             return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
-    return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw)
+    answer = answers.mined(broken + records, trajectory.path, unit)
+    return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw, answer=answer)
 
 
 def cluster(
@@ -114,6 +122,7 @@ def cluster(
             return found, written
 
         found, written = without_damage(work, damage.append)
+        answer = answers.of_clusters(trajectory, found, written, task)
     clusters, notes = found.clusters, list(found.notes)
     if not clusters.pairs:
         more = "Mine more: opsig mine --top" if records else "Look at more: --top, or other steps: --window"
@@ -123,7 +132,7 @@ def cluster(
         with opened(run, like=trajectory) as again:
             return drawing.draw_pairs(filled(again, found.movers.known), clusters, written)
 
-    return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw)
+    return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw, answer=answer)
 
 
 def sharpness(
@@ -193,20 +202,31 @@ def sharpness(
             )
 
         written = without_damage(work, damage.append)
+        rates = _rates(trajectory)
     measured = ("residual", "sample_sharpness_residual")
+    groups_named = _names_of(records or []) if slice is not None else {}
     unmet = sum(any((r.get(key) or 0) > tolerance for key in measured) for r in written)
     notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []
 
     def draw():
         with opened(run, like=trajectory) as again:
-            return (drawing.draw_ends if name else drawing.draw_curvature)(again, written)
+            return drawing.draw_ends(again, written) if name else drawing.draw_curvature(again, written, groups_named)
 
     title = trajectory.path
     if any(record.get("preconditioned") for record in written):
         title += ": preconditioned Hessian"
     if any(record.get("at") == "floor" for record in written):
         title += ", at the floor of the valley"
-    return Records(written, notes=notes, damage=damage, title=title, draw=draw)
+    answer = answers.sharp(written, trajectory.path, task, rates)
+    return Records(written, notes=notes, damage=damage, title=title, draw=draw, answer=answer)
+
+
+def _rates(run: Trajectory) -> dict[int, float]:
+    """The learning rate of every step that the file tells it of."""
+    if not run.has("scalars/learning_rate"):
+        return {}
+    steps = run.steps("scalars")
+    return dict(zip(steps.tolist(), run.rows("scalars/learning_rate", 0, len(steps)).tolist(), strict=True))
 
 
 def _ends(
@@ -309,10 +329,11 @@ def branch(
             flow.Asked(trajectory, asked, session, loaded, spec, names, note, progress)
         )  # fmt: skip
     title = f"{trajectory.path}: futures from step {', '.join(map(str, asked.from_steps))}"
-    sentences = [record["sentence"] for record in written if record.get("sentence")]
+    path, unit = trajectory.path, loss_unit(trajectory)
     return Records(
-        written, notes=sentences, damage=damage, title=title, draw=lambda: drawing.draw_branches(panels, title)
-    )
+        written, damage=damage, title=title, draw=lambda: drawing.draw_branches(panels, path, unit),
+        answer=answers.branched(written, path),
+    )  # fmt: skip
 
 
 def _place_of_name(
@@ -348,6 +369,19 @@ def _chosen(run: Trajectory, records: Sequence[dict[str, Any]], random: int, see
         rest = np.setdiff1d(np.arange(len(run.samples)), chosen.get("chosen", []))
         chosen["random"] = np.sort(np.random.default_rng(seed).choice(rest, min(random, len(rest)), replace=False))
     return chosen or {"all": np.arange(len(run.samples))}
+
+
+def _names_of(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What the groups that members in the records name are called everywhere: by those that they were found with."""
+    labels: dict[int, dict[int, str | None]] = {}
+    for record in records:
+        if isinstance(record.get("sample"), int) and isinstance(record.get("group"), int) and record.get("mined", True):
+            labels.setdefault(record["group"], {})[record["sample"]] = record.get("label")
+    named = {}
+    for group, found in labels.items():
+        mix = dict(Counter(str(label) for label in found.values() if label is not None).most_common())
+        named[f"G{group}"] = f"G{group}: {describe(mix, len(found))}"
+    return named
 
 
 def _groups_of(run: Trajectory, records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+    from opsig_cli.studies.answers import Answer
+
 Note = Callable[[str], None]
 """Takes what a person should know while a study runs: the device, what is skipped."""
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
@@ -23,7 +25,8 @@ class Records(list[dict[str, Any]]):
     """The records of a study, a list of dictionaries in the order in which its command prints them.
 
     `notes`: what a person should know of them, in sentences. `damage`: rows of the file that were left out since they
-    are damaged, in sentences. `title`: what they are of.
+    are damaged, in sentences. `title`: what they are of. `answer`: what they come to, with `.found`, a sentence, and
+    `.next`, the command to go on with.
 
     >>> found = Records([{"kind": "pair", "pair": 1}, {"kind": "member", "sample": 4, "pair": 1}])
     >>> [record["sample"] for record in found.of("member")]
@@ -32,12 +35,13 @@ class Records(list[dict[str, Any]]):
 
     def __init__(
         self, records: Iterable[dict[str, Any]] = (), *, notes: Sequence[str] = (), damage: Sequence[str] = (),
-        title: str = "", draw: Callable[[], Figure] | None = None,
+        title: str = "", draw: Callable[[], Figure] | None = None, answer: Answer | None = None,
     ):  # fmt: skip
         super().__init__(records)
         self.notes = list(notes)
         self.damage = list(damage)
         self.title = title
+        self.answer = answer
         self._draw = draw
 
     def of(self, kind: str) -> list[dict[str, Any]]:

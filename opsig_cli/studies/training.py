@@ -116,7 +116,8 @@ def new_recorder(
         path,
         count,
         attributes=provenance(settings, session)
-        | {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest},
+        | {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest}
+        | {"loss_unit": tasks.loss_unit(task)},
         replace=replace,
         commit_every=commit_every,
         bfloat16=settings.checkpoint_dtype == "bfloat16",

@@ -41,6 +41,8 @@ class Text:
     are spread evenly over the text; 0 means every token. A sample's loss is that of its target, in nats.
     """
 
+    loss_unit = "nat"
+
     def __init__(
         self, path: str, vocabulary: int = BYTES, context: int = 32, samples: int = 4000, model: str = "gpt"
     ):  # fmt: skip
