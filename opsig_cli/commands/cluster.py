@@ -31,6 +31,12 @@ def cluster(
     explain: Annotated[
         int | None, typer.Option("--explain", metavar="STEP", help="Take the change at this step apart into groups.")
     ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", metavar="N", min=0, help="Who opposes this sample: groups, nearest opponents and allies."
+        ),
+    ] = None,
     truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
     test: Annotated[
         str,
@@ -64,13 +70,13 @@ def cluster(
     """
     from opsig_cli import records
     from opsig_cli.studies import door
-    from opsig_cli.studies.clustering import explaining
+    from opsig_cli.studies.clustering import explaining, neighbours
     from opsig_cli.studies.clustering import tables as shortened
 
     path, piped = options.records_of(run)
     found = door.cluster(
         path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, test=test,
-        budget=budget, records=piped, task=task, device=device, backend=backend,
+        budget=budget, sample=sample, records=piped, task=task, device=device, backend=backend,
         allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
@@ -78,6 +84,13 @@ def cluster(
     options.say(found.damage, False)
     options.say(found.notes, quiet)
     tables = options.not_finite_tables(found)
+    if sample is not None:
+        tables.append(records.Table(f"{found.title}: sample {sample}", neighbours.sample_table(found)))
+        for relation, name in (("opponent", "nearest opponents"), ("ally", "nearest allies")):
+            tables.append(records.Table(name, neighbours.neighbour_table(found, relation)))
+        records.write(found, format, tables)
+        options.conclude(found.answer, quiet, figure)
+        return
     tables.append(records.Table(f"{found.title}: {shortened.headline(found)}", shortened.pair_table(found)))
     if said := shortened.sentence_table(found):
         tables.append(records.Table("in words", said))

@@ -70,6 +70,10 @@ def clustered(
     `fork`: a checkpoint and a number of steps with which the strongest pair can be left out, where the run can be
     trained on.
     """
+    for record in records:
+        if record["kind"] == "sample":  # that is what was asked
+            drawn = ("--sample", str(record["sample"]), "--figure", f"sample-{record['sample']}.png")
+            return Answer(record["sentence"], command("cluster", run, *drawn, task=task))
     pairs = by_strength(r for r in records if r["kind"] == "pair")
     held = established(pairs)
     started = f"; losses alternate from step {since} on" if since is not None else ""

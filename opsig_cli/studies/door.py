@@ -19,7 +19,7 @@ from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import answers, curvature, ends, floor, mining, missing, slopes, tracking
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
-from opsig_cli.studies.clustering import agreement, explaining, finding
+from opsig_cli.studies.clustering import agreement, explaining, finding, neighbours
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.filled import filled
@@ -80,7 +80,8 @@ def mine(
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
     sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
-    budget: int | None = None, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
+    budget: int | None = None, sample: int | None = None, records: Sequence[dict[str, Any]] | None = None,
+    task: str | None = None,
     device: str | None = None, backend: str = "torch", allow_changed_data: bool = False,
     note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
@@ -93,7 +94,9 @@ def cluster(
     were not mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind
     "explain" that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task
     planted; `test`: "replay" repeats training with a pair's samples silent, for at most `budget` steps in all,
-    "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict.
+    "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict; `sample`: add
+    one record of kind "sample" that says which groups are against this sample, and of kind "neighbour" those of its
+    nearest opponents and allies.
     """
     from opsig_cli.studies import drawing
 
@@ -111,10 +114,12 @@ def cluster(
         def work():
             found = finding.find(
                 trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-                sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
+                sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data, near=sample,
             )  # fmt: skip
             whole, broken = filled(trajectory, found.movers.known), missing.not_finite(trajectory, found.movers.known)
             written = broken + clustered.records(trajectory, found.clusters)
+            if found.near is not None:
+                written += neighbours.records(trajectory, found.clusters, found.near)
             if explain is not None:
                 written += explaining.explain(whole, found.clusters, explain)
             if truth:
@@ -130,7 +135,10 @@ def cluster(
 
     def draw():
         with opened(run, like=trajectory) as again:
-            return drawing.draw_pairs(filled(again, found.movers.known), clusters, written)
+            whole = filled(again, found.movers.known)
+            if found.near is not None:
+                return drawing.draw_neighbours(whole, clusters, found.near, written)
+            return drawing.draw_pairs(whole, clusters, written)
 
     return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw, answer=answer)
 

@@ -15,6 +15,7 @@ from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 from opsig_cli.studies import mining as finding
 from opsig_cli.studies.branching.effects import Line, Panel
 from opsig_cli.studies.clustering.clusters import Clusters
+from opsig_cli.studies.clustering.neighbours import Near
 from opsig_cli.studies.clustering.records import by_strength
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.comparing import QUANTITIES, Series
@@ -139,6 +140,47 @@ def _how(clusters: Clusters) -> str:
         return f"{said}. Correlation: of loss changes, in the window's second half"
     said += f". Cosine: between the sides' gradients, +- its standard error over {len(held_out)} held-out checkpoints"
     return f"{said}. Alike: across over within. R: swing left without the pair over that without as many others"
+
+
+def draw_neighbours(run: Trajectory, clusters: Clusters, near: Near, records: list[dict[str, Any]]) -> Figure:
+    """One sample, its nearest allies and opponents, and their losses."""
+    from opsig_cli.figures.neighbours import neighbours_page
+
+    pictures, place = Pictures(run), {int(sample): at for at, sample in enumerate(run.samples.tolist())}
+    steps, window = run.steps("losses"), clusters.window
+    rise = int(window.steps_T[window.rise_row])
+    (own,) = (record for record in records if record["kind"] == "sample")
+    positions = {"allies": [], "opponents": []}
+    captions: dict[int, str] = {}
+    for record in records:
+        if record["kind"] == "neighbour":
+            position = place[record["sample"]]
+            positions["allies" if record["relation"] == "ally" else "opponents"].append(position)
+            captions[position] = f"{record['similarity']:.2f}"
+    series = run.series("losses/loss", np.array([near.position]))[:, 0].astype(np.float64)
+    centre = int(steps[int(np.nanargmax(np.abs(np.diff(series)))) + 1]) if len(series) > 1 else rise
+    before, after = (predictions_at(run, step) for step in (centre - 1, centre))
+
+    def side(name: str, chosen: list[int]) -> tuple[str, list[Tile], np.ndarray]:
+        tiles = [
+            pictures.tile(p, pictures.name(before, p), pictures.name(after, p), captions.get(p, "")) for p in chosen
+        ]
+        mean = (
+            run.series("losses/loss", np.array(chosen)).mean(1, dtype=np.float64)
+            if chosen
+            else np.full(len(steps), np.nan)
+        )
+        return name, tiles, mean
+
+    measure = "correlation of loss changes" if clusters.by == "loss" else "cosine of gradients"
+    whole = np.concatenate([rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss")])
+    return neighbours_page(
+        side(f"sample {own['sample']}", [near.position]), side("nearest allies", positions["allies"]),
+        side("nearest opponents", positions["opponents"]), steps, whole, close_up(steps, centre),
+        titled(run, steps, f"sample {own['sample']}, its allies and its opponents"),
+        f"{own['sentence']}. Under each picture: its {measure} with the sample; predictions around step {centre}, at "
+        "which the sample's loss changes most", in_unit("loss", loss_unit(run)),
+    )  # fmt: skip
 
 
 def draw_ends(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
