@@ -37,8 +37,8 @@ def render(content: Mapping[str, Any], command: str) -> str:
     )  # fmt: skip
     style, script = (Markup(environment.get_template(f"report.{kind}").render()) for kind in ("css", "js"))
     return environment.get_template("report.html").render(
-        content, command=command, describe=describe, typeset=typeset, generator=f"{MAKER} {version('opsig')}", style=style,
-        script=script, policy=policy(style, script),
+        content, command=command, describe=describe, typeset=typeset, generator=f"{MAKER} {version('opsig')}",
+        style=style, script=script, policy=policy(style, script),
     )  # fmt: skip
 
 

@@ -26,8 +26,8 @@ COMMON = 5
 
 @dataclass(frozen=True)
 class Side:
-    """One group of a pair: its number, its members in words, the most aligned of them, its mix of labels, and how its mean
-    loss changed at a step."""
+    """One group of a pair: its number, its members in words, the most aligned of them, its mix of labels, and how its
+    mean loss changed at a step."""
 
     group: int
     name: str
