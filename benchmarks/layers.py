@@ -1,6 +1,6 @@
 """Every per-sample quantity of every architecture and of many single layers, against float64 differences of gradients.
 
-    python benchmarks/layers.py [--only NAME,...] [--samples 8] [--costs]
+    python benchmarks/layers.py [--only 'NAME;...'] [--samples 8] [--device cuda] [--costs]
 
 A column's number is the largest error over samples, relative to the largest value. What is measured is float32, as
 commands measure it; what it is held against is plain autograd's gradient, one sample at a time, in float64, and central
@@ -67,10 +67,10 @@ class Images:
 class Truth:
     """Plain autograd in float64 at given parameters, one sample after the other, and differences of it."""
 
-    def __init__(self, task, state, samples: int):
+    def __init__(self, task, state, samples: int, device: str):
         torch.manual_seed(0)
-        self.task, self.samples = task, samples
-        self.model = task.model().double().eval()
+        self.task, self.samples, self.device = task, samples, device
+        self.model = task.model().double().eval().to(device)
         for module in self.model.modules():
             if isinstance(module, parts.Casts):
                 module.half = torch.float64
@@ -84,9 +84,8 @@ class Truth:
         dataset = task.dataset()
         self.items = [[self._double(torch.as_tensor(part)) for part in dataset[i]] for i in range(samples)]
 
-    @staticmethod
-    def _double(tensor):
-        tensor = tensor[None]
+    def _double(self, tensor):
+        tensor = tensor[None].to(self.device)
         return tensor.double() if tensor.is_floating_point() else tensor
 
     def gradient(self, sample: int, at=None):
@@ -97,10 +96,11 @@ class Truth:
                 self.parameters, np.split(at, np.cumsum([p.numel() for p in self.parameters])[:-1]), strict=True
             ):
                 p.copy_(torch.from_numpy(part.copy()).view(p.shape))
-        loss = self.task.losses(self.model, self.items[sample]).sum()
-        found = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no gradient in evaluation mode
+            loss = self.task.losses(self.model, self.items[sample]).sum()
+            found = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
         parts = [g.to_dense() if g.is_sparse else g for g in found]
-        return loss.item(), torch.cat([g.reshape(-1) for g in parts]).detach().numpy()
+        return loss.item(), torch.cat([g.reshape(-1) for g in parts]).detach().cpu().numpy()
 
     def padding(self) -> np.ndarray:
         """Places of the rows of embeddings that stand for padding: they have no gradient, and are never moved."""
@@ -117,8 +117,9 @@ class Truth:
             loss = self.task.losses(self.model, self.items[sample])[0]
             slopes = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
             flat = torch.cat([slope.reshape(-1) for slope in slopes])
-            parts_ = torch.autograd.grad(flat @ torch.from_numpy(direction), self.parameters, materialize_grads=True)
-            return torch.cat([part.reshape(-1) for part in parts_]).numpy()
+            along = torch.from_numpy(direction).to(self.device)
+            parts_ = torch.autograd.grad(flat @ along, self.parameters, materialize_grads=True)
+            return torch.cat([part.reshape(-1) for part in parts_]).cpu().numpy()
         length = STEP / np.linalg.norm(direction)
         ahead, behind = (self.gradient(sample, self.at + sign * length * direction)[1] for sign in (1, -1))
         return (ahead - behind) / (2 * length)
@@ -127,6 +128,7 @@ class Truth:
         size = len(self.at)
         operator = LinearOperator((size, size), lambda v: self.product(sample, v.ravel()), dtype=np.float64)
         start = self.gradient(sample)[1] + 1e-3
+        start[self.padding()] = 0
         return float(eigsh(operator, 1, which="LA", v0=start, tol=1e-5, return_eigenvectors=False)[0])
 
 
@@ -135,16 +137,16 @@ def relative(found, exact) -> float:
     return float(np.abs(np.asarray(found) - exact).max() / scale) if scale > 1e-12 else float(np.abs(found).max())
 
 
-def row(task, samples: int) -> tuple[dict[str, float | str], list[str]]:
+def row(task, samples: int, device: str) -> tuple[dict[str, float | str], list[str]]:
     """Errors, or why it was refused, by column; and what was said."""
     said: list[str] = []
-    session = TorchBackend().open(task, "cpu", 5, "running")
+    session = TorchBackend().open(task, device, 5, "running")
     session.tell = said.append
     try:
         state = session.initial(0)
     except OpsigError as refused:
         return dict.fromkeys(COLUMNS, str(refused)), said
-    truth = Truth(task, state, samples)
+    truth = Truth(task, state, samples, device)
     direction = np.random.default_rng(0).standard_normal(len(state.params))
     direction[truth.padding()] = 0
     direction /= np.linalg.norm(direction)
@@ -221,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only")
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--costs", action="store_true", help="what the checks cost, and nothing else")
     options = parser.parse_args()
     if options.costs:
@@ -235,11 +238,11 @@ def main() -> None:
         tasks["chebyshev"] = Chebyshev(samples=options.samples)
         for name in parts.EVERY:
             tasks[name] = parts.Part(name, options.samples)
-        chosen = options.only.split(",") if options.only else list(tasks)
+        chosen = options.only.split(";") if options.only else list(tasks)
         outside = refused = 0
         print(f"{'':36}" + "".join(f"{column:>11}" for column in COLUMNS) + "  slower ways")
         for name in chosen:
-            errors, said = row(tasks[name], options.samples)
+            errors, said = row(tasks[name], options.samples, options.device)
             words = {c: f"{e:.0e}" if isinstance(e, float) else "refused" for c, e in errors.items()}
             slower = "; ".join(text.split(": ")[1].split(", about")[0] for text in said)
             print(f"{name:36}" + "".join(f"{words[c]:>11}" for c in COLUMNS) + f"  {slower}", flush=True)

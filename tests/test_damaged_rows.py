@@ -137,6 +137,15 @@ def test_a_damaged_step_is_a_damaged_row_wherever_it_moves(whole, tmp_path, opsi
         ).out.replace("w.h5", f"{number}.h5")
 
 
+def test_a_checkpoint_whose_step_moved_out_of_the_run_is_named(whole, tmp_path, opsig):
+    path = tmp_path / "run.h5"
+    shutil.copy(whole, path)
+    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
+        file["checkpoints/step"][-1] = 1 << 34
+    said = opsig("cluster", path, "--test", "none", *TASK)
+    assert "1 of 7 rows of checkpoints is damaged and left out: step 17179869184" in said.err
+
+
 def test_one_unreadable_chunk_costs_its_own_rows(tmp_path, opsig):
     values = np.random.default_rng(0).random((200, 30), np.float32)
     with create_trajectory(tmp_path / "run.h5", np.arange(30)) as run:

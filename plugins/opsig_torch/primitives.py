@@ -127,6 +127,15 @@ def _embedding_bag(
     return rows.sum(1) if mode == "sum" else rows.mean(1)
 
 
+def _embedding(
+    input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+):  # fmt: skip
+    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if padding_idx is None:
+        return rows
+    return torch.where((input == padding_idx % len(weight))[..., None], rows.detach(), rows)
+
+
 _NO_BACKWARD_TWICE = {
     F.hardsigmoid: _elementwise(lambda x: F.relu6(x + 3) / 6),
     F.embedding_bag: _embedding_bag,
@@ -135,6 +144,7 @@ _NO_BACKWARD_TWICE = {
 }
 
 _NO_FORWARD_TWICE = {
+    F.embedding: _embedding,  # forward, the row of padding has a derivative that it lacks backward
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
     F.batch_norm: _batch_norm,
