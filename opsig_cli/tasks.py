@@ -239,7 +239,7 @@ def _load_own(spec: TaskSpec) -> tuple[Any, TaskSpec]:
         if place.endswith(".py"):
             module, path = _import_file(place), place
         else:
-            module = importlib.import_module(place)
+            module = _import_module(place)
             path = module.__file__
     except OpsigError:
         raise
@@ -255,6 +255,19 @@ def _load_own(spec: TaskSpec) -> tuple[Any, TaskSpec]:
     return getattr(module, attribute), dataclasses.replace(
         spec, source=os.path.abspath(path) if path else None, digest=digest
     )
+
+
+def _import_module(place: str) -> types.ModuleType:
+    """A module by its name, first from the current folder, as `python -m` does; that stays last on the path, for what
+    the module imports later."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(place)
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)
 
 
 def _import_file(path: str) -> types.ModuleType:

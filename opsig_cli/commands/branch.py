@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
+from opsig_cli.commands import completions, options
 
 
 def branch(
@@ -15,7 +15,7 @@ def branch(
     from_step: Annotated[
         list[int], typer.Option("--from", metavar="STEP", min=0, help="Checkpoint to branch from. May be given again.")
     ],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each branch.")],
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps of each branch.")],
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="BRANCH", help="File to write; of several, names tell the change.")
     ],
@@ -25,14 +25,27 @@ def branch(
             metavar="NAME",
             help="Leave samples out: pair:N, group:N, label:TEXT, indices as 17,18, or - for the records on stdin.",
             show_default=False,
+            autocompletion=completions.names_of_samples,
         ),
     ] = None,
     weight: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=W", help="Weigh samples: group:3=0.5. Others count as before.", show_default=False),
+        typer.Option(
+            metavar="NAME=W",
+            help="Weigh samples: group:3=0.5. Others count as before.",
+            show_default=False,
+            autocompletion=completions.names_of_samples,
+        ),
     ] = None,
     each: Annotated[bool, typer.Option("--each", help="A branch for each change, instead of one for all.")] = False,
-    optimizer: Annotated[str | None, typer.Option(metavar="NAME", help="As of opsig train; it begins anew.")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="As of opsig train; it begins anew.",
+            autocompletion=completions.among(*completions.OPTIMIZERS),
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Instead of the run's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Instead of the run's.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Instead of the run's.")] = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
+from opsig_cli.commands import completions, options
 
 
 def cluster(
@@ -43,6 +43,7 @@ def cluster(
         typer.Option(
             metavar="replay|held-out|none",
             help="Try pairs by repeating training with their samples silent, or on held-out checkpoints alone.",
+            autocompletion=completions.among("replay", "held-out", "none"),
         ),
     ] = "replay",
     budget: Annotated[
@@ -77,7 +78,7 @@ def cluster(
     found = door.cluster(
         path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, test=test,
         budget=budget, sample=sample, records=piped, task=task, device=device, backend=backend,
-        allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
+        allow_changed_data=allow_changed_data, note=options.once(quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)

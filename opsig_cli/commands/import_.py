@@ -26,7 +26,7 @@ def import_(
         str | None, typer.Option(metavar="NAME[:key=value,...]", help="For an installed task: see opsig train.")
     ] = None,
     steps: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Step of each checkpoint, in the order given.")
+        str | None, typer.Option(metavar="N,N,...", help="The step that each checkpoint is of, in the order given.")
     ] = None,
     steps_from: Annotated[
         str | None,

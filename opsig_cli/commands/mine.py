@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
+from opsig_cli.commands import completions, options
 
 
 def mine(
@@ -16,7 +16,11 @@ def mine(
     window: options.WindowOption = None,
     score: Annotated[
         str | None,
-        typer.Option(metavar="change|oscillation|variation|surprise", help="Default: chosen by the run, and said."),
+        typer.Option(
+            metavar="change|oscillation|variation|surprise",
+            help="Default: chosen by the run, and said.",
+            autocompletion=completions.scores,
+        ),
     ] = None,
     direction: Annotated[
         str, typer.Option(metavar="up|down|both", help="Count only rises, only falls, or both by their size.")

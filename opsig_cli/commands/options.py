@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from opsig_cli.errors import OpsigError
+from opsig_cli.commands import completions
+from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.figures.canvas import SUFFIXES
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ TaskOption = Annotated[
         metavar="TASK",
         help="NAME[:key=value,...] of an installed task, or file.py:Name of your own. Default: the run's.",
         show_default=False,
+        autocompletion=completions.tasks,
     ),
 ]
 AllowOption = Annotated[
@@ -72,22 +74,59 @@ AllowOption = Annotated[
 ]
 FormatOption = Annotated[
     str | None,
-    typer.Option("--format", metavar="table|json|csv", help="Default: table on a terminal, JSON lines in a pipe."),
+    typer.Option(
+        "--format",
+        metavar="table|json|csv",
+        help="Default: table on a terminal, JSON lines in a pipe.",
+        autocompletion=completions.among("table", "json", "csv"),
+    ),
 ]
 FigureOption = Annotated[
     Path | None,
     typer.Option("--figure", metavar="PATH", callback=check_figure, help="Save the picture (.png, .pdf or .svg)."),
 ]
-DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: the best.")]
-BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="Installed backend.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="cpu|cuda",
+        help="Default: the best.",
+        autocompletion=completions.among("cpu", "cuda"),
+    ),
+]
+BackendOption = Annotated[
+    str, typer.Option("--backend", metavar="NAME", help="Installed backend.", autocompletion=completions.backends)
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
 BatchSizeOption = Annotated[
     int | None, typer.Option("--chunk-size", min=1, help="Samples per forward pass when all are measured.")
 ]
 
 
+CALLED = {
+    "--lr": "--learning-rate", "--batch": "--batch-size", "--bs": "--batch-size", "--wd": "--weight-decay",
+    "--epochs": "--steps", "--iterations": "--steps", "--num-steps": "--steps", "--max-steps": "--steps",
+    "--gpu": "--device", "--cuda": "--device", "--out": "--output", "--plot": "--figure", "--save": "--figure",
+    "--n": "--top", "--overwrite": "--replace", "--force": "--replace", "--opt": "--optimizer",
+}  # fmt: skip
+"""What options are called elsewhere, and here."""
+
+
 class Command(TyperCommand):
-    """A command whose help shows no type for a flag, and N or X for a number, as the rest of the help has names."""
+    """A command whose help shows no type for a flag, and N or X for a number, as the rest of the help has names; an
+    option by the name that it has elsewhere is answered with ours."""
+
+    def parse_args(self, ctx, args):
+        """Parse, but first look for options that are called something else here. Raises UsageError for one."""
+        known = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
+        for arg in args:
+            if arg == "--":
+                break
+            name = arg.partition("=")[0]
+            ours = CALLED.get(name)
+            if name not in known and ours in known and not ctx.resilient_parsing:
+                raise UsageError(f"{ctx.command_path} has no option {name}. It is called {ours}")
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
         """All parameters, with what stands for their values."""
@@ -109,11 +148,16 @@ ByOption = Annotated[
         metavar="gradient|slope|loss|both",
         help="What must align: gradients, slopes along the Hessian's leading eigenvectors, loss changes, or gradients "
         "and losses both. Default: both; without checkpoints, loss.",
+        autocompletion=completions.among("gradient", "slope", "loss", "both"),
     ),
 ]
 WindowOption = Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")]
 StepsOption = Annotated[
-    str | None, typer.Option(metavar="A:B:C", help="Checkpoints of steps A to B, every C-th of them. Default: all.")
+    str | None,
+    typer.Option(
+        metavar="A:B[:C]",
+        help="Checkpoints of steps A to B, both included, of these every C-th; or one step. Default: all.",
+    ),
 ]
 
 

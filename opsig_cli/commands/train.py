@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
+from opsig_cli.commands import completions, options
 from opsig_cli.errors import OpsigError, UsageError
 
 
@@ -23,13 +23,19 @@ def train(
         typer.Option(
             metavar="NAME[:key=value,...]",
             help="mlp, cnn, resnet18, resnet20|56|110, vgg11, vgg11-bn, vit; gpt for text. With options.",
+            autocompletion=completions.among(*completions.MODELS),
         ),
     ] = None,
     optimizer: Annotated[
-        str | None, typer.Option(metavar="gd|sgd|momentum|adam|splitsgd|signsgd", help="Default: gd, full batch.")
+        str | None,
+        typer.Option(
+            metavar="gd|sgd|momentum|adam|splitsgd|signsgd",
+            help="Default: gd, full batch.",
+            autocompletion=completions.among(*completions.OPTIMIZERS),
+        ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Default: 0.1.")] = None,
-    steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps in all. Default: 1000.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Number of optimizer steps in all. Default: 1000.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Minibatch; without it momentum and adam are full batch.")
     ] = None,

@@ -110,23 +110,29 @@ def cluster(
     span = parse_range(window, "--window") if window else mining.mined_window(records or [])
     damage: list[str] = []
     with opened(run) as trajectory:
+        if sample is not None:
+            mining.positions_of(trajectory, [sample])  # refused before anything is loaded
 
         def work():
             found = finding.find(
                 trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-                sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data, near=sample,
+                sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
             )  # fmt: skip
             whole, broken = filled(trajectory, found.movers.known), missing.not_finite(trajectory, found.movers.known)
             written = broken + clustered.records(trajectory, found.clusters)
-            if found.near is not None:
-                written += neighbours.records(trajectory, found.clusters, found.near)
+            near = None
+            if sample is not None:
+                near = neighbours.near_to(
+                    whole, found.clusters, sample, task, device, backend, note, progress, allow_changed_data
+                )
+                written += neighbours.records(trajectory, found.clusters, near)
             if explain is not None:
                 written += explaining.explain(whole, found.clusters, explain)
             if truth:
                 written.append(agreement.agreement(trajectory, found.clusters))
-            return found, written
+            return found, written, near
 
-        found, written = without_damage(work, damage.append)
+        found, written, near = without_damage(work, damage.append)
         answer = answers.of_clusters(trajectory, found, written, task)
     clusters, notes = found.clusters, list(found.notes)
     if not clusters.pairs:
@@ -136,8 +142,8 @@ def cluster(
     def draw():
         with opened(run, like=trajectory) as again:
             whole = filled(again, found.movers.known)
-            if found.near is not None:
-                return drawing.draw_neighbours(whole, clusters, found.near, written)
+            if near is not None:
+                return drawing.draw_neighbours(whole, clusters, near, written)
             return drawing.draw_pairs(whole, clusters, written)
 
     return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw, answer=answer)

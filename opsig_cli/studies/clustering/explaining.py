@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def explain_table(explained: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*rows, total | {"change": sum(r["change"] for r in explained), "of movement": "100%"}]
 
 
-def named(part: dict[str, Any]) -> str:
+def named(part: Mapping[str, Any]) -> str:
     """A group under the name that it has everywhere, by the members that it was found with."""
     if part["group"] is None:
         return "all others"

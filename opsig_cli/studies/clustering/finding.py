@@ -20,7 +20,6 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.studies import mining, tracking
 from opsig_cli.studies.clustering import gathering, silencing, slopes, weighing
 from opsig_cli.studies.clustering.clusters import Clusters, Joined, Tests
-from opsig_cli.studies.clustering.neighbours import Near, loss_similarity
 from opsig_cli.studies.clustering.sentences import caveat
 from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
 from opsig_cli.studies.filled import filled
@@ -33,13 +32,11 @@ TESTS = ("replay", "held-out", "none")
 
 @dataclass(frozen=True)
 class Found:
-    """Groups and pairs, the mined samples that they began with, and what a person should know of how; `near`: one
-    sample's similarity with all, where it was asked for."""
+    """Groups and pairs, the mined samples that they began with, and what a person should know of how."""
 
     clusters: Clusters
     movers: Movers
     notes: list[str]
-    near: Near | None = None
 
 
 def find(
@@ -47,17 +44,15 @@ def find(
     warn: Callable[[str], None], progress: Callable[[str, int], AbstractContextManager[Any]], *,
     samples: Sequence[int] | None = None, window: tuple[int | None, int | None] = (None, None),
     join: bool | None = None, sketch: int | None = None, test: str = "replay", budget: int | None = None,
-    allow_changed_data: bool = False, near: int | None = None,
+    allow_changed_data: bool = False,
 ) -> Found:  # fmt: skip
     """Group the samples of a run that move most, or the `samples` given by index, by what they do in a window of steps.
 
     `by`, `top`, `join` None: as the run allows. `test`: whether pairs are tried by repeating training with their
-    samples silent ("replay", for at most `budget` steps in all), on held-out checkpoints alone, or not. `near`: a
-    sample whose similarity with all others is wanted, too. Raises OpsigError where the run lacks what is asked for, or
-    its task.
+    samples silent ("replay", for at most `budget` steps in all), on held-out checkpoints alone, or not. Raises
+    OpsigError where the run lacks what is asked for, or its task.
     """
     run.require("losses/loss")
-    beside = None if near is None else int(mining.positions_of(run, [near])[0])
     by, fallback = choose_by(run, by)
     found = mining.find(run, top or mining.default_count(len(run.samples)), window=window)
     run = filled(run, found.known)
@@ -69,7 +64,6 @@ def find(
     weighed = window_of(run, found)
     if by == "loss":
         clusters = _judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
-        similarity_S = None if beside is None else loss_similarity(run, beside, weighed)
     else:
         steps = checkpoints_in(run, weighed)
         if sketch is not None:
@@ -86,12 +80,6 @@ def find(
                 run, session, backend, position, by, weighed, advance,
                 widen=samples is None, joining=join, sketch=sketch, coordinates=coordinates,
             )  # fmt: skip
-        similarity_S = None
-        if beside is not None:
-            with progress("neighbours", len(steps)) as advance:
-                everybody, alone = np.arange(len(run.samples)), [run.samples[[beside]]]
-                means_CS1 = gathering.group_cosines(run, session, steps, everybody, alone, advance)
-            similarity_S = means_CS1[:, :, 0].mean(0)
         outcome = silencing.Outcome({}, {}, [])
         if test == "replay" and clusters.pairs:
             steps = silencing.BUDGET if budget is None else budget
@@ -105,10 +93,7 @@ def find(
         clusters = slopes.with_vectors(clusters, slopes.kept_near(run, weighed))
     first, second = (fallback, found.note) if found.known is None else (found.note, fallback)
     notes = [words for words in (first, second, caveat(clusters)) if words]
-    if beside is None or similarity_S is None:
-        return Found(clusters, found, notes)
-    similarity_S[beside] = np.nan
-    return Found(clusters, found, notes, Near(beside, similarity_S))
+    return Found(clusters, found, notes)
 
 
 def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:

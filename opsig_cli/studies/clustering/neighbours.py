@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli.studies import mining, tracking
+from opsig_cli.studies.clustering import gathering
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.records import mix_of
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.clustering.window import Window
+from opsig_cli.studies.results import Note, Progress
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import Texts
 
@@ -24,6 +27,28 @@ class Near:
 
     position: int
     similarity_S: np.ndarray
+
+
+def near_to(
+    run: Trajectory, clusters: Clusters, sample: int, task: str | None, device: str | None, backend: str, note: Note,
+    progress: Progress, allow_changed_data: bool = False,
+) -> Near:  # fmt: skip
+    """How similar a sample of this index is to all others, by what the groups were found by: the mean cosine of their
+    gradients over the checkpoints that found the groups, or the correlation of loss changes.
+
+    Raises OpsigError where the run has no such sample, or its task cannot be opened.
+    """
+    (position,) = mining.positions_of(run, [sample]).tolist()
+    if clusters.by == "loss":
+        similarity_S = loss_similarity(run, position, clusters.window)
+    else:
+        session, _ = tracking.open_session(run, task, device, backend, note, allow_changed_data)
+        steps, everybody = np.array(clusters.tests.found_on), np.arange(len(run.samples))
+        with progress("neighbours", len(steps)) as advance:
+            means_CS1 = gathering.group_cosines(run, session, steps, everybody, [run.samples[[position]]], advance)
+        similarity_S = means_CS1[:, :, 0].mean(0)
+    similarity_S[position] = np.nan
+    return Near(position, similarity_S)
 
 
 def loss_similarity(run: Trajectory, position: int, window: Window) -> np.ndarray:
