@@ -137,7 +137,7 @@ def _print_table(table: Table, out: TextIO) -> None:
     if not table.rows:
         return
     names = list(dict.fromkeys(key for record in table.rows for key in record))
-    cells = {name: [_human(plain(record.get(name))) for record in table.rows] for name in names}
+    cells = {name: [_shown(_human(plain(record.get(name))), out) for record in table.rows] for name in names}
     widths = _widths({name: (printable(name.replace("_", " ")), cells[name]) for name in names}, console.width)
     drawn = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, width in widths.items():
@@ -149,6 +149,12 @@ def _print_table(table: Table, out: TextIO) -> None:
     if left_out := [name.replace("_", " ") for name in names if name not in widths]:
         console.print(Text(f"too narrow for: {', '.join(left_out)} (--format json has them)", style="italic"))
     console.print()
+
+
+def _shown(text: str, out: TextIO) -> str:
+    """Text as a stream without UTF-8 shows it: what it does not have by its code, so that columns stay in line."""
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    return text if encoding.lower().startswith("utf") else text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _widths(columns: Mapping[str, tuple[str, Sequence[str]]], available: int) -> dict[str, int]:

@@ -250,8 +250,8 @@ def mover_rows(found: Any) -> list[dict[str, Any]]:
         {
             "rank": r["rank"],
             "sample": r["sample"],
-            **({"text": " ".join(r["text"].split())[-TEXT:]} if "text" in r else {"label": r["label"]}),
-            "predicted": f"{r['prediction_before']} -> {r['prediction_after']}",
+            **({"text": " ".join(r["text"].split())[-TEXT:]} if "text" in r else {"label": _short(r["label"])}),
+            "predicted": f"{_short(r['prediction_before'])} -> {_short(r['prediction_after'])}",
             "step": r["step"],
             "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
             "score": r["score"],
@@ -260,6 +260,12 @@ def mover_rows(found: Any) -> list[dict[str, Any]]:
         for r in found
         if r.get("kind") != "not_finite"
     ]
+
+
+def _short(name: Any) -> Any:
+    from opsig_cli.studies.numbers import short
+
+    return short(name, 20) if isinstance(name, str) else name
 
 
 def not_finite_tables(found: Any) -> list[Any]:

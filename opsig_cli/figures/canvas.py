@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -34,6 +35,8 @@ FALLBACKS = (
     "Noto Sans Thai", "Noto Sans Symbols2", "Noto Emoji",
 )  # fmt: skip
 """Fonts for scripts that the first font lacks, those of them that are installed."""
+WIDE = ("SansCJK", "SourceHanSans", "wqy-", "PingFang", "Hiragino", "msyh", "malgun")
+"""Parts of the names of files that hold such fonts."""
 
 
 @functools.cache
@@ -41,7 +44,13 @@ def fonts(first: str = "DejaVu Sans") -> list[str]:
     """The font and, behind it, the installed ones for what it lacks."""
     from matplotlib import font_manager
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
+    known = font_manager.fontManager
+    if not any(font.name in FALLBACKS for font in known.ttflist):  # its list can be older than the fonts
+        for path in font_manager.findSystemFonts():
+            if any(part in os.path.basename(path) for part in WIDE):
+                with contextlib.suppress(Exception):  # a file that is no font
+                    known.addfont(path)
+    installed = {font.name for font in known.ttflist}
     return [first, *(name for name in FALLBACKS if name in installed)]
 
 

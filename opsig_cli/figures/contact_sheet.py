@@ -41,7 +41,7 @@ class Tile:
             if predicted is not None:
                 wrong = self.label is not None and predicted != self.label
                 mark = " \N{MULTIPLICATION SIGN}" if wrong else ""
-                lines.append((f"{word} {cut(predicted, LONGEST - 3)}{mark}", WRONG if wrong else "#333333", "normal"))
+                lines.append((f"{word} {cut(predicted, LONGEST - 4)}{mark}", WRONG if wrong else "#333333", "normal"))
         number = None if self.sample is None else f"#{self.sample}"
         if caption := " ".join(filter(None, (number, self.caption))):
             lines.append((caption, FAINT, "normal"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import MARGIN, WHOLE, WIDTH, Area, cut, over_steps, quiet_axes, typeset, visible
+from opsig_cli.figures.canvas import MARGIN, WHOLE, WIDTH, Area, columns, cut, over_steps, quiet_axes, typeset, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def legend(axes: Axes, most: int, size: float = 8) -> None:
     if not names:
         return
     width = axes.get_position().width * axes.figure.get_size_inches()[0]  # pyright: ignore[reportAttributeAccessIssue]
-    room = int(width / (max(map(len, names)) * 0.6 * size / 72 + 0.55))
+    room = int(width / (max(map(columns, names)) * 0.6 * size / 72 + 0.55))
     rows = axes.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=max(1, min(most, room)), frameon=False, fontsize=size,
         columnspacing=1.2,

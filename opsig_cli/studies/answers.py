@@ -16,7 +16,7 @@ import numpy as np
 
 from opsig_cli.studies.clustering.records import by_strength, established
 from opsig_cli.studies.clustering.sentences import describe
-from opsig_cli.studies.numbers import percent, with_unit
+from opsig_cli.studies.numbers import percent, short, with_unit
 from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
 
@@ -55,7 +55,7 @@ def mined(records: Sequence[Record], run: str, unit: str) -> Answer:
         return Answer("; ".join([*said, "no sample moves"]))
     first = movers[0]
     labels = Counter(r["label"] for r in movers if r["label"] is not None)
-    mostly = ", ".join(f"{count} x {label}" for label, count in labels.most_common(3))
+    mostly = ", ".join(f"{count} x {short(label)}" for label, count in labels.most_common(3))
     who = f"{len(movers)} samples" + (f", mostly {mostly}" if len(movers) > labels.total() / 2 and mostly else "")
     change = with_unit(f"{first['loss_before']:.3g} -> {first['loss_after']:.3g}", unit)
     said.append(f"{who}; sample {first['sample']} moves most, {change} at step {first['step']}")

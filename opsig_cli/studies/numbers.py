@@ -47,6 +47,15 @@ def plus_minus(value: float, error: float | None) -> str:
     return f"{value:.2f}" + (f" +- {error:.2f}" if error is not None and math.isfinite(error) else "")
 
 
+def short(name: str, most: int = 32) -> str:
+    """A label that is longer than this cut, so that it fits into tables and sentences.
+
+    >>> short("a label that is rather long", 12), short("Coat")
+    ('a label t...', 'Coat')
+    """
+    return name if len(name) <= most else name[: most - 3].rstrip() + "..."
+
+
 def loss_unit(run: Trajectory) -> str:
     """The unit of the run's losses, in the plural, as its task states it; "" where that is not known.
 

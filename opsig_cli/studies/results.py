@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from opsig_cli.errors import UsageError
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
 
 if TYPE_CHECKING:
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
     from opsig_cli.studies.answers import Answer
 
+KINDS = (
+    "pair", "group", "member", "tests", "explain", "agreement", "sample", "neighbour", "not_finite", "eigenvector",
+    "branch",
+)  # fmt: skip
+"""What records of studies can be of."""
 Note = Callable[[str], None]
 """Takes what a person should know while a study runs: the device, what is skipped."""
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
@@ -45,7 +51,10 @@ class Records(list[dict[str, Any]]):
         self._draw = draw
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """Those records that are of a kind, such as the pairs, groups or members of `cluster`."""
+        """Those records that are of a kind, such as the pairs, groups or members of `cluster`; none where there are
+        none. Raises OpsigError for a kind that no record of ours is of."""
+        if kind not in KINDS and all(record.get("kind") != kind for record in self):
+            raise UsageError(f"no record is of the kind '{kind}'. Kinds: {', '.join(KINDS)}")
         return [record for record in self if record.get("kind") == kind]
 
     def frame(self, kind: str | None = None) -> pandas.DataFrame:

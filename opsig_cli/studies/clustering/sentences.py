@@ -7,7 +7,7 @@ import numpy as np
 from opsig_cli.analysis.likeness import ALIKE
 from opsig_cli.analysis.mining import ALTERNATES
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
-from opsig_cli.studies.numbers import percent, plus_minus, with_unit
+from opsig_cli.studies.numbers import percent, plus_minus, short, with_unit
 
 
 def describe(mix: dict[str, int] | None, size: int) -> str:
@@ -19,10 +19,10 @@ def describe(mix: dict[str, int] | None, size: int) -> str:
     if not mix:
         return f"{size} samples"
     if size > 2 and max(mix.values()) == 1:  # labels of their own, as the inputs of a regression have
-        return f"{size} samples, as {next(iter(mix))}"
+        return f"{size} samples, as {short(next(iter(mix)))}"
     common = list(mix.items())[:2] if next(iter(mix.values())) < 0.9 * size else list(mix.items())[:1]
     rest = size - sum(count for _, count in common)
-    words = [f"{count} x {label}" for label, count in common]
+    words = [f"{count} x {short(label)}" for label, count in common]
     return ", ".join(words + ([f"{rest} more"] if rest else []))
 
 
