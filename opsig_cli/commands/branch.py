@@ -112,7 +112,9 @@ def branch(
     options.say(found.notes, quiet)
     tables = [records.Table(found.title, effects.table(found))]
     if gains := effects.group_table(found):
-        tables.append(records.Table("groups' losses against the unchanged future, in nats", gains))
+        tables.append(
+            records.Table(f"groups' losses against the unchanged future{found.unit and ', in ' + found.unit}", gains)
+        )
     records.write(found, format, tables)
     paths = dict.fromkeys(r["trajectory"] for r in found if r.get("control") != "unchanged")
     options.conclude(found.answer, quiet, *paths, figure)

@@ -70,7 +70,7 @@ def cluster(
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import door
+    from opsig_cli.studies import answers, door
     from opsig_cli.studies.clustering import explaining, neighbours
     from opsig_cli.studies.clustering import tables as shortened
 
@@ -90,7 +90,8 @@ def cluster(
         for relation, name in (("opponent", "nearest opponents"), ("ally", "nearest allies")):
             tables.append(records.Table(name, neighbours.neighbour_table(found, relation)))
         records.write(found, format, tables)
-        options.conclude(found.answer, quiet, figure)
+        near = found.answer if figure is None or found.answer is None else answers.Answer(found.answer.found)
+        options.conclude(near, quiet, figure)
         return
     tables.append(records.Table(f"{found.title}: {shortened.headline(found)}", shortened.pair_table(found)))
     if said := shortened.sentence_table(found):
@@ -99,7 +100,11 @@ def cluster(
         tables.append(records.Table("groups that no other opposes", alone))
     if explained := found.of("explain"):
         shown = explaining.explain_table(explained)
-        tables.append(records.Table(f"the change at step {explain}, summed over samples, in nats", shown))
+        tables.append(
+            records.Table(
+                f"the change at step {explain}, summed over samples{found.unit and ', in ' + found.unit}", shown
+            )
+        )
     for agreed in found.of("agreement"):
         shown = [{"measure": key.replace("_", " "), "value": value} for key, value in list(agreed.items())[2:]]
         tables.append(records.Table("agreement with the planted truth", shown))

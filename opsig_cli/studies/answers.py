@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from opsig_cli.studies.clustering.finding import Found
 
 Record = Mapping[str, Any]
+TOLD = 4
+"""Established pairs that the answer names."""
 
 
 @dataclass(frozen=True)
@@ -82,24 +84,35 @@ def clustered(
         alone = f", and {groups} groups that nothing opposes" if groups else ""
         return Answer(f"no opposing pair{alone}{started}", command("mine", run, "--top", "400"))
     best = pairs[0]
-    sides = " against ".join(
-        f"G{group} ({describe(mix, size)})"
-        for group, mix, size in zip(best["groups"], best["labels"], best["sizes"], strict=True)
-    )
-    moves = ""
-    if best["apart_step"] is not None:
-        moves = f", most at step {best['apart_step']} ({percent(best['apart_movement'])} of all movement)"
     if held:
         found = f"{len(held)} of {len(pairs)} pairs {'is' if len(held) == 1 else 'are'} established: "
-        found += "the strongest, " if len(held) > 1 else ""
-        found += f"pair {best['pair']}, sets {sides}{moves}{started}"
+        found += "; ".join(_told(pair) for pair in held[:TOLD])
+        found += f"; and {len(held) - TOLD} more" if len(held) > TOLD else ""
+        found += started
     else:
-        found = f"no pair is established of {len(pairs)}: pair {best['pair']}, {sides}, is {best['verdict']}, as "
+        found = (
+            f"no pair is established of {len(pairs)}: pair {best['pair']}, {_sides(best)}, is {best['verdict']}, as "
+        )
         found += f"{best['reason']}{started}"
     if fork is not None and best["by"] != "loss":
         name, drop = "branch", ("--drop", f"pair:{best['pair']}", "-o", "branch.h5")
         return Answer(found, command(name, run, "--from", str(fork[0]), "--steps", str(fork[1]), *drop, task=task))
     return Answer(found, command("report", run, task=task))
+
+
+def _sides(pair: Record) -> str:
+    return " against ".join(
+        f"G{group} ({describe(mix, size)})"
+        for group, mix, size in zip(pair["groups"], pair["labels"], pair["sizes"], strict=True)
+    )
+
+
+def _told(pair: Record) -> str:
+    """A pair with the step at which it swings most."""
+    text = f"pair {pair['pair']}, {_sides(pair)}"
+    if pair["apart_step"] is None:
+        return text
+    return f"{text}, {percent(pair['apart_movement'])} of all movement at step {pair['apart_step']}"
 
 
 def of_clusters(run: Trajectory, found: Found, records: Sequence[Record], task: str | None) -> Answer:

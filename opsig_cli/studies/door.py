@@ -133,8 +133,16 @@ def cluster(
             return found, written, near
 
         found, written, near = without_damage(work, damage.append)
-        answer = answers.of_clusters(trajectory, found, written, task)
+        answer, unit = answers.of_clusters(trajectory, found, written, task), loss_unit(trajectory)
     clusters, notes = found.clusters, list(found.notes)
+    if explain is not None and not clusters.window.steps_T[0] <= explain <= clusters.window.steps_T[-1]:
+        first, last = clusters.window.steps_T[[0, -1]].tolist()
+        notes.append(f"step {explain} is outside of steps {first} to {last}, in which the groups were found")
+    if records is not None and samples:
+        notes.append(
+            f"grouped are the {len(samples)} samples of the records alone: opsig cluster {trajectory.path} also takes "
+            "those with the largest gradients, so that its groups and pairs can have other numbers"
+        )
     if not clusters.pairs:
         more = "Mine more: opsig mine --top" if records else "Look at more: --top, or other steps: --window"
         notes.append(f"no opposing pair was found among {len(clusters.position)} samples. {more}")
@@ -146,7 +154,7 @@ def cluster(
                 return drawing.draw_neighbours(whole, clusters, near, written)
             return drawing.draw_pairs(whole, clusters, written)
 
-    return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw, answer=answer)
+    return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw, answer=answer, unit=unit)
 
 
 def sharpness(
@@ -339,14 +347,14 @@ def branch(
             return found
 
         names = naming.Names(trajectory, records, find_groups)
+        path, unit = trajectory.path, loss_unit(trajectory)
         written, panels = flow.branch(
             flow.Asked(trajectory, asked, session, loaded, spec, names, note, progress)
         )  # fmt: skip
     title = f"{trajectory.path}: futures from step {', '.join(map(str, asked.from_steps))}"
-    path, unit = trajectory.path, loss_unit(trajectory)
     return Records(
         written, damage=damage, title=title, draw=lambda: drawing.draw_branches(panels, path, unit),
-        answer=answers.branched(written, path),
+        answer=answers.branched(written, path), unit=unit,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class Records(list[dict[str, Any]]):
 
     `notes`: what a person should know of them, in sentences. `damage`: rows of the file that were left out since they
     are damaged, in sentences. `title`: what they are of. `answer`: what they come to, with `.found`, a sentence, and
-    `.next`, the command to go on with.
+    `.next`, the command to go on with. `unit`: of the losses, "" where it is not known.
 
     >>> found = Records([{"kind": "pair", "pair": 1}, {"kind": "member", "sample": 4, "pair": 1}])
     >>> [record["sample"] for record in found.of("member")]
@@ -41,13 +41,14 @@ class Records(list[dict[str, Any]]):
 
     def __init__(
         self, records: Iterable[dict[str, Any]] = (), *, notes: Sequence[str] = (), damage: Sequence[str] = (),
-        title: str = "", draw: Callable[[], Figure] | None = None, answer: Answer | None = None,
+        title: str = "", draw: Callable[[], Figure] | None = None, answer: Answer | None = None, unit: str = "",
     ):  # fmt: skip
         super().__init__(records)
         self.notes = list(notes)
         self.damage = list(damage)
         self.title = title
         self.answer = answer
+        self.unit = unit
         self._draw = draw
 
     def of(self, kind: str) -> list[dict[str, Any]]:
