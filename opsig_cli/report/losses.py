@@ -13,8 +13,8 @@ BUCKETS = 110
 """Stretches of steps whose lowest and highest loss are drawn."""
 ROWS = 2048
 """Steps that are read at once."""
-LEAST = 1e-3
-"""A smaller loss is drawn as this one: the axis is logarithmic."""
+LEAST, LOWEST = 1e-3, 0.1
+"""A loss smaller than this, or than this part of all losses drawn, is drawn at the bottom of the logarithmic axis."""
 
 
 def loss_lines(run: Trajectory, positions: Sequence[int]) -> tuple[dict[int, str], tuple[float, float]]:
@@ -37,7 +37,7 @@ def loss_lines(run: Trajectory, positions: Sequence[int]) -> tuple[dict[int, str
         np.fmax.at(high_BN, bucket, np.where(np.isnan(rows), -np.inf, rows))
     known = np.isfinite(low_BN) & np.isfinite(high_BN)
     drawn = np.stack([low_BN, high_BN])[:, known]
-    bottom = max(LEAST, float(drawn.min())) if drawn.size else LEAST
+    bottom = max(LEAST, float(np.quantile(drawn[0], LOWEST))) if drawn.size else LEAST
     top = max(bottom * 1.01, float(drawn.max())) if drawn.size else 1.0
     scale = (HEIGHT - 2) / np.log10(top / bottom)
 
