@@ -81,6 +81,11 @@ def test_the_next_command_of_cluster_can_be_run(opsig, run):
     assert re.search(r"with drop pair:1 \(\d+ samples\), the others' loss", ending(again)["found"])
 
 
+def test_the_next_command_names_a_task_of_ones_own_again(opsig, run):
+    assert ending(opsig("mine", run))["next"] == f"opsig cluster {run} --task {OWN[1]}"
+    assert ending(opsig("info", run))["next"] == f"opsig analyse {run} --task {OWN[1]}"
+
+
 def test_a_branch_that_changes_nothing_is_said_to(opsig, run):
     outcome = opsig("branch", run, *OWN, "--from", 30, "--steps", 3, "-o", "b.h5", "--format", "table")
     assert "with nothing changed, as the run was trained, the loss" in ending(outcome)["found"]

@@ -242,8 +242,10 @@ def test_every_group_carries_its_evidence(opsig, tiny_run):
         })  # fmt: skip
         assert group["change"] == pytest.approx(change[members].mean())
         assert group["movement"] == pytest.approx(np.abs(change[members]).sum() / np.abs(change).sum())
-        if change.sum() > 0:
+        if change.sum() >= 0.1 * np.abs(change).sum():
             assert group["share"] == pytest.approx(change[members].sum() / change.sum())
+        else:
+            assert group["share"] is None
 
 
 def test_pairs_carry_their_evidence(opsig, tiny_run):

@@ -36,6 +36,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
 
     with open_trajectory(run) as trajectory:
         attributes = trajectory.attributes
+        own = answers.task_of(trajectory, None)
         rows = options.without_damage(lambda: recorded(trajectory))
         record = {
             "trajectory": run,
@@ -60,4 +61,4 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
         ]
     about = [{"what": key, "value": value} for key, value in (record | settings).items() if value is not None]
     records.write([record], format, [records.Table("", about), records.Table("rows", rows_recorded)])
-    options.conclude(answers.described(record), False)
+    options.conclude(answers.described(record, own), False)

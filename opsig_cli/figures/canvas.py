@@ -150,7 +150,8 @@ def over_steps(axes: Axes, first: float | None = None, last: float | None = None
     """An x axis of steps, with ticks at whole ones; from `first` to `last`, where panels share a range."""
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
-    drawn = [float(x) for line in axes.get_lines() for x in line.get_xdata()]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+    over = [line for line in axes.get_lines() if line.get_transform() == axes.transData]  # not those across the axes
+    drawn = [float(x) for line in over for x in line.get_xdata()]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
     if first is None or last is None:
         first, last = (min(drawn), max(drawn)) if drawn else (0, 1)
     if first == last:  # one step: an axis of fractions would say nothing

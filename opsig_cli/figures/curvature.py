@@ -50,7 +50,7 @@ def sharpness_page(
         for rank, values in enumerate(eigenvalues_TK.T):
             axes.plot(steps, values, ".-", color=SIDES[0], alpha=1 / (1 + 0.6 * rank), label=f"eigenvalue {rank + 1}")
         if np.isfinite(threshold_T).any():
-            axes.plot(steps, threshold_T, "--", color=WHOLE, label=limit)
+            _threshold(axes, steps, threshold_T, limit)
         over_steps(axes)
         axes.set(ylabel="sharpness", ylim=(min(0, float(np.nanmin(eigenvalues_TK))), None))
         legend(axes, 4)
@@ -144,7 +144,7 @@ def critical_panel(steps: np.ndarray, critical_T: np.ndarray, threshold_T: np.nd
         axes.plot(steps, finite, ".-", color=SIDES[0], label="critical sharpness")
         shown = [finite]
         if np.isfinite(threshold_T).any():
-            axes.plot(steps, threshold_T, "--", color=WHOLE, label="2 / learning rate")
+            _threshold(axes, steps, threshold_T, "2 / learning rate")
             shown.append(threshold_T)
         log_scale(axes, shown)
         climbs = np.isposinf(critical_T)
@@ -201,3 +201,11 @@ def _axes(area: Area):
     axes = area.axes(MARGIN + 0.6, 0.35, WIDTH - 2 * MARGIN - 0.8, HEIGHT - 0.95)
     quiet_axes(axes)
     return axes
+
+
+def _threshold(axes, steps: np.ndarray, threshold_T: np.ndarray, name: str) -> None:
+    """A dashed line; across all of the axes where one step would make a point of it."""
+    if len(steps) == 1:
+        axes.axhline(threshold_T[0], linestyle="--", color=WHOLE, label=name)
+    else:
+        axes.plot(steps, threshold_T, "--", color=WHOLE, label=name)

@@ -6,6 +6,7 @@ Functions of the records that the command prints. `run` is the trajectory's path
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +46,16 @@ def command(name: str, run: str, *more: str, task: str | None = None) -> str:
     return shlex.join(["opsig", name, run, *(["--task", task] if task else []), *more])
 
 
-def mined(records: Sequence[Record], run: str, unit: str) -> Answer:
+def task_of(run: Trajectory, given: str | None) -> str | None:
+    """The task that the next command must be given again: a person's own, as it was given now or when the run was made;
+    it is text to show, and never a reason to import anything."""
+    recorded = run.attributes.get("task")
+    if given is not None or not isinstance(recorded, str):
+        return given
+    return recorded if ".py:" in recorded or re.match(r"[\w.]+:[A-Za-z_]\w*(:|$)", recorded) else None
+
+
+def mined(records: Sequence[Record], run: str, unit: str, task: str | None = None) -> Answer:
     """Of `mine`: who moves most, and how far."""
     movers = [r for r in records if r.get("kind") != "not_finite"]
     broken = [r for r in records if r.get("kind") == "not_finite"]
@@ -61,7 +71,7 @@ def mined(records: Sequence[Record], run: str, unit: str) -> Answer:
     who = f"{len(movers)} samples" + (f", mostly {mostly}" if len(movers) > labels.total() / 2 and mostly else "")
     change = with_unit(f"{first['loss_before']:.3g} -> {first['loss_after']:.3g}", unit)
     said.append(f"{who}; sample {first['sample']} moves most, {change} at step {first['step']}")
-    return Answer("; ".join(said), command("cluster", run))
+    return Answer("; ".join(said), command("cluster", run, task=task))
 
 
 def clustered(
@@ -211,7 +221,11 @@ def probed(records: Sequence[Record], run: str) -> Answer:
         return Answer("nothing was measured")
     if "reversals" in records[0] or records[0].get("kind") == "iterate":
         summaries = [r for r in records if r["kind"] == "summary"]
-        parts = [f"{r['trajectory']} turns back in {percent(r['reversals'])} of its steps" for r in summaries]
+        parts = [
+            f"{r['trajectory']} turns back in {percent(r['reversals'])} of its steps" if r["reversals"] is not None
+            else f"how often {r['trajectory']} turns back is not known"
+            for r in summaries
+        ]  # fmt: skip
         return Answer("along the eigenvector " + ", ".join(parts), command("sharpness", run))
     last = {r["input"]: r for r in records}
     swings = Counter(r["input"] for r in records if r.get("oscillating"))
@@ -258,7 +272,7 @@ def trained(records: Iterable[Record], run: str, task: str | None, samples: int,
     return Answer(found, command("analyse" if tracked else "track", run, task=task))
 
 
-def described(record: Record) -> Answer:
+def described(record: Record, task: str | None = None) -> Answer:
     """Of `info`: what the file is good for."""
     run, groups = record["trajectory"], record["groups"]
     has = [name for name in ("losses", "checkpoints", "sharpness", "floor", "slopes") if name in groups]
@@ -266,8 +280,8 @@ def described(record: Record) -> Answer:
     found = f"a run of {record['samples']:,} samples to step {record['steps']}, {state}"
     found += f", with {', '.join(has)}" if has else ", with neither losses nor checkpoints"
     if "losses" in groups:
-        return Answer(found, command("analyse", run))
-    return Answer(found, command("track", run) if "checkpoints" in groups else None)
+        return Answer(found, command("analyse", run, task=task))
+    return Answer(found, command("track", run, task=task) if "checkpoints" in groups else None)
 
 
 def simulated(record: Record, what: str, path: str | None) -> Answer:

@@ -59,7 +59,7 @@ def mine(
             return found, records, missing.not_finite(trajectory, found.known)
 
         found, records, broken = without_damage(work, damage.append)
-        unit = loss_unit(trajectory)
+        unit, own = loss_unit(trajectory), answers.task_of(trajectory, None)
     notes = [found.note] if found.note else []
     if share is not None:
         moved = sum(record["movement_at_step"] or 0 for record in records)
@@ -73,7 +73,7 @@ def mine(
             return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
-    answer = answers.mined(broken + records, trajectory.path, unit)
+    answer = answers.mined(broken + records, trajectory.path, unit, own)
     return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw, answer=answer)
 
 
