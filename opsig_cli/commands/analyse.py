@@ -94,7 +94,7 @@ def analyse(
     records.write([*written, *made.records, made.page], format, tables)
     if measured is not None and measured.answer is not None:
         options.conclude(answers.Answer(measured.answer.found), quiet)
-    options.conclude(answer, quiet, path)
+    options.conclude(answers.Answer(answer.found, answers.opened(path, answer.next)), quiet, path)
 
 
 SHOWN = 10

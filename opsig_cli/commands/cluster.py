@@ -9,6 +9,8 @@ import typer
 
 from opsig_cli.commands import completions, options
 
+ERROR = " (+-: standard error over held-out checkpoints)"
+
 
 def cluster(
     run: options.RunOrRecords,
@@ -95,9 +97,9 @@ def cluster(
         return
     tables.append(records.Table(f"{found.title}: {shortened.headline(found)}", shortened.pair_table(found)))
     if said := shortened.sentence_table(found):
-        tables.append(records.Table("in words", said))
+        tables.append(records.Table(f"in words{ERROR}", said))
     if alone := shortened.alone_table(found):
-        tables.append(records.Table("groups that no other opposes", alone))
+        tables.append(records.Table(f"groups that no other opposes{ERROR}", alone))
     if explained := found.of("explain"):
         shown = explaining.explain_table(explained)
         tables.append(

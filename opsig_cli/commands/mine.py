@@ -37,6 +37,8 @@ def mine(
     `change` ranks by the largest one-step change of the loss, `oscillation` by its amplitude at period two,
     `variation` by the sum of all changes, and `surprise` by the largest change against the sample's own history.
 
+    The table has of each sample its part of all samples' movement, the sizes of their loss changes summed, at its step.
+
     Example: opsig mine run.h5 --top 20 --figure movers.png
     """
     from opsig_cli import records

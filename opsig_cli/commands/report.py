@@ -61,4 +61,4 @@ def report(
     options.say(made.damage, False)
     options.say(made.found.notes, quiet)
     records.write([made.page], format)
-    options.conclude(answers.Answer(answer.found, f"open {path} in a browser, or: {answer.next}"), quiet, path)
+    options.conclude(answers.Answer(answer.found, answers.opened(path, answer.next)), quiet, path)

@@ -44,7 +44,7 @@ class Tile:
                 lines.append((f"{word} {cut(predicted, LONGEST - 4)}{mark}", WRONG if wrong else "#333333", "normal"))
         number = None if self.sample is None else f"#{self.sample}"
         if caption := " ".join(filter(None, (number, self.caption))):
-            lines.append((caption, FAINT, "normal"))
+            lines.append((typeset(caption), FAINT, "normal"))
         return lines
 
 

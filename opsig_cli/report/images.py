@@ -11,9 +11,9 @@ import numpy as np
 
 LARGEST = 128
 """Pixels of a thumbnail's longer side; larger pictures are reduced."""
-SMALL = 68
-"""The same of one in a row of a table, which is shown at half of that."""
-EXACT = 64
+SMALL = 40
+"""The same of one in a row of a table, which is shown a little smaller."""
+EXACT = 34
 """Pixels of the longer side up to which a picture is kept to the bit; larger ones are compressed."""
 MATRIX = 480
 """Pixels of the matrix's side, at most."""

@@ -46,6 +46,12 @@ def command(name: str, run: str, *more: str, task: str | None = None) -> str:
     return shlex.join(["opsig", name, run, *(["--task", task] if task else []), *more])
 
 
+def opened(path: object, follow: str | None) -> str:
+    """What to do with a page that was written, and what comes after it."""
+    open_it = f"open {path} in a browser"
+    return open_it if follow is None or follow.startswith("opsig report") else f"{open_it}, or: {follow}"
+
+
 def task_of(run: Trajectory, given: str | None) -> str | None:
     """The task that the next command must be given again: a person's own, as it was given now or when the run was made;
     it is text to show, and never a reason to import anything."""

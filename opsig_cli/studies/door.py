@@ -196,6 +196,8 @@ def sharpness(
 
         def work():
             chosen_steps = curvature.select_steps(trajectory, steps if slice is None else str(slice))
+            if slice is None and (few := curvature.few_words(trajectory, steps, chosen_steps)):
+                note(few)
             if name and steps is None:
                 chosen_steps = chosen_steps[-1:]
             session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
