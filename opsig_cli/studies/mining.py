@@ -230,7 +230,7 @@ def _around(run: Trajectory, movers: Movers) -> tuple[dict[int, float], dict[int
     for row in np.unique(movers.row).tolist():
         before, after = run.rows("losses/loss", row - 1, row + 1)
         rising[row] = float(np.mean(after > before))
-        movement[row] = float(np.abs(after.astype(np.float64) - before).sum())
+        movement[row] = float(np.nansum(np.abs(after.astype(np.float64) - before)))
     return rising, movement
 
 
