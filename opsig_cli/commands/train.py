@@ -172,6 +172,8 @@ def train(
             written.extend(training.run(recorder, session, settings, start, stop, advance))
     records.write(written, format)
     tracked = settings.track_every is not None
-    options.conclude(answers.trained(written, output, task, session.samples, tracked), quiet, output)
+    options.conclude(
+        answers.trained(written, output, task if tasks.is_own(spec) else None, session.samples, tracked), quiet, output
+    )
     if stop.asked:
         raise OpsigError(f"interrupted. Continue with: opsig train -o {output} --resume", exit_code=130)

@@ -240,7 +240,7 @@ def probed(records: Sequence[Record], run: str) -> Answer:
         + (f" and swings at {swings[name]} steps" if swings[name] else "")
         for name, r in last.items()
     ]
-    return Answer(f"at step {records[-1]['step']} " + ", ".join(parts), command("probe", run, "--projection"))
+    return Answer(f"at step {records[-1]['step']} " + ", ".join(parts), command("cluster", run))
 
 
 def branched(records: Sequence[Record], run: str) -> Answer:
