@@ -250,7 +250,10 @@ def _rates(run: Trajectory) -> dict[int, float]:
     if not run.has("scalars/learning_rate"):
         return {}
     steps = run.steps("scalars")
-    return dict(zip(steps.tolist(), run.rows("scalars/learning_rate", 0, len(steps)).tolist(), strict=True))
+    try:
+        return dict(zip(steps.tolist(), run.rows("scalars/learning_rate", 0, len(steps)).tolist(), strict=True))
+    except OpsigError:  # a damaged row: the answer goes without
+        return {}
 
 
 def _ends(
