@@ -33,6 +33,7 @@ def analyse(
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,
@@ -81,6 +82,7 @@ def analyse(
             backend=backend, allow_changed_data=allow_changed_data, replace=replace, note=note, progress=progress,
         )  # fmt: skip
         answer = answers.of_clusters(trajectory, made.found, made.records, task)
+    made.keeper.keep(run)
     options.say(made.damage, False)
     options.say([words for words in made.found.notes if words not in moved.notes], quiet)
     written = [{"kind": "mover"} | record for record in moved]

@@ -75,6 +75,7 @@ def import_(
     ] = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,

@@ -33,6 +33,7 @@ def report(
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,
@@ -58,6 +59,7 @@ def report(
             note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
         )  # fmt: skip
         answer = answers.of_clusters(trajectory, made.found, made.records, task)
+    made.keeper.keep(run)
     options.say(made.damage, False)
     options.say(made.found.notes, quiet)
     records.write([made.page], format)

@@ -12,6 +12,7 @@ def track(
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,

@@ -10,7 +10,7 @@ from typing import Any
 from opsig_cli.errors import UsageError
 from opsig_cli.report import content, page
 from opsig_cli.studies.branching import lineage
-from opsig_cli.studies.clustering import finding
+from opsig_cli.studies.clustering import finding, keeping
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.results import Note, Progress
@@ -20,12 +20,14 @@ from opsig_cli.trajectory.file import Trajectory
 
 @dataclass(frozen=True)
 class Made:
-    """What was found, its records as `cluster` prints them, the one of the page, and rows that were left out."""
+    """What was found, its records as `cluster` prints them, the one of the page, and rows that were left out; `keeper`
+    keeps what was found once the run is closed."""
 
     found: finding.Found
     records: list[dict[str, Any]]
     page: dict[str, Any]
     damage: list[str]
+    keeper: keeping.Keeper
 
 
 def make(
@@ -48,6 +50,7 @@ def make(
             said.append(text.removeprefix("note: "))
         note(text)
 
+    keeper = keeping.Keeper()
     page.check_output(path, run.path, replace)
     beside = (
         lineage.branches_beside(run) if branches is None else lineage.branches_among(branches, run, strict=True)
@@ -55,8 +58,8 @@ def make(
 
     def work():
         said.clear()
-        found = finding.find(
-            run, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
+        found = keeper.find(
+            run, by, top, task, device, backend, warn, progress, note, allow_changed_data=allow_changed_data
         )  # fmt: skip
         written = clustered.records(run, found.clusters)
         whole = filled(run, found.movers.known)
@@ -69,4 +72,4 @@ def make(
         "kind": "report", "trajectory": run.path, "path": str(path), "pairs": len(pairs),
         "established": len(clustered.established(pairs)), "bytes": size,
     }  # fmt: skip
-    return Made(found, written, made, damage)
+    return Made(found, written, made, damage, keeper)

@@ -17,9 +17,9 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import answers, curvature, ends, floor, mining, missing, slopes, tracking
+from opsig_cli.studies import answers, curvature, ends, floor, kept, mining, missing, slopes, tracking
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
-from opsig_cli.studies.clustering import agreement, explaining, finding, neighbours
+from opsig_cli.studies.clustering import agreement, explaining, finding, keeping, neighbours
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.filled import filled
@@ -51,15 +51,24 @@ def mine(
         raise UsageError("--step and --window exclude each other. Give one of them")
     span = parse_range(window, "--window")
     damage: list[str] = []
+    origin = back = None
     with opened(run) as trajectory:
 
         def work():
-            found = mining.find(trajectory, top, score, step, span, direction)
+            nonlocal origin, back
+            options = {"top": top, "score": score, "step": step, "window": span, "direction": direction}
+            origin = kept.origin_of(trajectory, options) if mining.takes_long(trajectory) else None
+            back = kept.read_back(trajectory, "mined", mining.Movers, origin)
+            if back is not None:
+                trajectory.check("losses", trajectory.steps("losses")[back.row].tolist())
+            found = mining.find(trajectory, top, score, step, span, direction) if back is None else back
             records = mining.records(filled(trajectory, found.known), found, share)
             return found, records, missing.not_finite(trajectory, found.known)
 
         found, records, broken = without_damage(work, damage.append)
         unit, own = loss_unit(trajectory), answers.task_of(trajectory, None)
+    if back is None and not isinstance(run, Trajectory):
+        kept.keep(trajectory.path, "mined", origin, found)
     notes = [found.note] if found.note else []
     if share is not None:
         moved = sum(record["movement_at_step"] or 0 for record in records)
@@ -80,9 +89,9 @@ def mine(
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
     sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
-    budget: int | None = None, sample: int | None = None, records: Sequence[dict[str, Any]] | None = None,
-    task: str | None = None,
-    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False,
+    budget: int | None = None, replace: bool = False, sample: int | None = None,
+    records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
+    backend: str = "torch", allow_changed_data: bool = False,
     note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
@@ -96,8 +105,22 @@ def cluster(
     planted; `test`: "replay" repeats training with a pair's samples silent, for at most `budget` steps in all,
     "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict; `sample`: add
     one record of kind "sample" that says which groups are against this sample, and of kind "neighbour" those of its
-    nearest opponents and allies.
+    nearest opponents and allies. What was
+    found with the same options, and nothing has changed since, is read from the file, unless `replace`; of a `run` that
+    is a path it is kept there.
     """
+    return _cluster(
+        run, keeping.Keeper(replace), by, top, window, join, sketch, explain, truth, test, budget, sample, records,
+        task, device, backend, allow_changed_data, note, progress,
+    )  # fmt: skip
+
+
+def _cluster(
+    run: Run, keeper: keeping.Keeper, by: str | None, top: int | None, window: str | None, join: bool | None,
+    sketch: int | None, explain: int | None, truth: bool, test: str, budget: int | None, sample: int | None,
+    records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None, backend: str,
+    allow_changed_data: bool, note: Note, progress: Progress,
+) -> Records:  # fmt: skip
     from opsig_cli.studies import drawing
 
     if by not in (None, *finding.BY):
@@ -114,9 +137,9 @@ def cluster(
             mining.positions_of(trajectory, [sample])  # refused before anything is loaded
 
         def work():
-            found = finding.find(
-                trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-                sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
+            found = keeper.find(
+                trajectory, by, top, task, device, backend, note, progress, note, samples=samples, window=span,
+                join=join, sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
             )  # fmt: skip
             whole, broken = filled(trajectory, found.movers.known), missing.not_finite(trajectory, found.movers.known)
             written = broken + clustered.records(trajectory, found.clusters)
@@ -134,6 +157,8 @@ def cluster(
 
         found, written, near = without_damage(work, damage.append)
         answer, unit = answers.of_clusters(trajectory, found, written, task), loss_unit(trajectory)
+    if not isinstance(run, Trajectory):
+        keeper.keep(trajectory.path)
     clusters, notes = found.clusters, list(found.notes)
     if explain is not None and not clusters.window.steps_T[0] <= explain <= clusters.window.steps_T[-1]:
         first, last = clusters.window.steps_T[[0, -1]].tolist()
@@ -200,8 +225,13 @@ def sharpness(
                 note(few)
             if name and steps is None:
                 chosen_steps = chosen_steps[-1:]
-            session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
-            backends.require(session, backends.Curvature, backend, "curvature")
+
+            def open_session() -> backends.Session:
+                session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
+                backends.require(session, backends.Curvature, backend, "curvature")
+                return session
+
+            session = tracking.opened_later(open_session) if keeps else open_session()
             if not wanted and (other := other_loss(trajectory, settings_of(trajectory))):
                 note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
@@ -219,8 +249,9 @@ def sharpness(
                 with progress("curvature", len(chosen_steps)) as advance:
                     return curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
             if name:
-                backends.require(session, backends.Slopes, backend, "slopes")
-                return _ends(trajectory, session, chosen_steps, k or ends.NAMED, tolerance, at, replace, note, progress)
+                return _ends(
+                    trajectory, session, backend, chosen_steps, k or ends.NAMED, tolerance, at, replace, note, progress
+                )
             return _eigenvalues(
                 trajectory, session, chosen_steps, k or 1, tolerance, at, plain, replace, note, progress
             )
@@ -257,8 +288,8 @@ def _rates(run: Trajectory) -> dict[int, float]:
 
 
 def _ends(
-    run: Trajectory, session: backends.Session, steps: list[int], count: int, tolerance: float, at: str | None,
-    replace: bool, note: Note, progress: Progress,
+    run: Trajectory, session: backends.Session, backend: str, steps: list[int], count: int, tolerance: float,
+    at: str | None, replace: bool, note: Note, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Who stands at the ends of `count` eigenvectors, measured where they are missing."""
     if replace:
@@ -267,6 +298,8 @@ def _ends(
     run.check("slopes", have)
     place, words = _place_of_name(run, session, steps, at)
     missing, held = slopes.check_kept(run, steps, count, place)
+    if missing:
+        backends.require(session, backends.Slopes, backend, "slopes")
     if words:
         note(words)
     with progress("eigenvectors", len(missing)) as advance:
@@ -344,9 +377,9 @@ def branch(
 
         def find_groups() -> list[dict[str, Any]]:
             note(f"groups are those of: opsig cluster {trajectory.path}")
-            found = cluster(
-                trajectory, budget=0, task=task, device=device, backend=backend,
-                allow_changed_data=allow_changed_data, note=note, progress=progress,
+            found = _cluster(
+                trajectory, keeping.Keeper(any_of=("test", "budget")), None, None, None, None, None, None, False,
+                "replay", 0, None, None, task, device, backend, allow_changed_data, note, progress,
             )  # fmt: skip
             damage.extend(found.damage)
             return found

@@ -28,7 +28,7 @@ from opsig_cli.trajectory.pending import NEW_SUFFIX
 from opsig_cli.trajectory.reading import Reading, as_value
 from opsig_cli.trajectory.redo_log import LOG_SUFFIX
 from opsig_cli.trajectory.rows import as_array, column_checksum, fill_row, is_fill, stated_fill, write_row
-from opsig_cli.trajectory.schema import ROW_GROUPS, SCHEMA_VERSION, Field, field_of, is_known
+from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, SCHEMA_VERSION, Field, field_of, is_known, is_wide
 from opsig_cli.trajectory.snapshot import SnapshotFile
 from opsig_cli.trajectory.store import RedoFile
 from opsig_cli.trajectory.vetting import Refused, vet
@@ -207,6 +207,7 @@ class Trajectory(Reading):
                     columns[name].resize(len(kept), axis=0)
             del self._groups[group]
             self._checked.pop(group, None)
+            self._checked_narrow.pop(group, None)
 
     def _write_row(self, group: str, step: int, columns: Mapping[str, Any]) -> None:
         """Write a whole row, at the end or in the place of the one that the step has."""
@@ -216,14 +217,18 @@ class Trajectory(Reading):
         given = {f"{group}/{name}": as_array(value) for name, value in named.items()}
         given[f"{group}/step"] = np.asarray(step, np.int64)
         row: dict[str, np.ndarray] = {}
-        checksum = 0
+        checksum = wide = 0
         for name, value in given.items():
             dataset = self._column(field_of(name), value)
             row[name] = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
             if not is_fill(row[name]):
-                checksum ^= column_checksum(name, row[name])
+                found = column_checksum(name, row[name])
+                checksum, wide = checksum ^ found, wide ^ (found if is_wide(name) else 0)
         crc = np.asarray(checksum, np.uint32)
         self._column(field_of(f"{group}/checksum"), crc)
+        if (apart := f"{group}/wide_checksum") in FIELDS:
+            row[apart] = np.asarray(wide, np.uint32)
+            self._column(field_of(apart), row[apart])
         known = rows.columns(self._file, group)
         row = {name: row[name] if name in row else fill_row(dataset) for name, dataset in known.items()}
         row[f"{group}/checksum"] = crc

@@ -52,10 +52,13 @@ ATTRIBUTES = {
 
 ROW_CHECKSUM = "exclusive or, over the row's measured columns, of crc32(column name, bytes of the row)"
 
+WIDE_CHECKSUM = "the part of checksum that is of columns with a value for every parameter or sample"
+
 _FIRST_OF_THREE = "t of (theta_t + 2 theta_t+1 + theta_t+2) / 4, the floor of the valley that is measured"
 _FLOOR = (
     Field("floor/step", ("step",), "i8", "1", _FIRST_OF_THREE),
     Field("floor/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("floor/wide_checksum", ("step",), "u4", "1", WIDE_CHECKSUM),
     Field("floor/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of the training loss's Hessian"),
     Field("floor/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
     Field("floor/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
@@ -76,6 +79,7 @@ _FLOOR = (
     ),
     Field("slopes/step", ("step",), "i8", "1", "the checkpoint; at the floor, as floor/step"),
     Field("slopes/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("slopes/wide_checksum", ("step",), "u4", "1", WIDE_CHECKSUM),
     Field("slopes/at_floor", ("step",), "i4", "1", "1 where measured at the floor, 0 at the iterate"),
     Field("slopes/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of what decides stability"),
     Field("slopes/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
@@ -150,6 +154,7 @@ FIELDS = _fields(
     Field("layout/size", ("tensor",), "i8", "1", "number of entries"),
     Field("sharpness/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
     Field("sharpness/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("sharpness/wide_checksum", ("step",), "u4", "1", WIDE_CHECKSUM),
     Field("sharpness/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of the training loss's Hessian"),
     Field("sharpness/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
     Field("sharpness/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
@@ -172,6 +177,8 @@ FIELDS = _fields(
     Field("preconditioned/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
     Field("preconditioned/threshold", ("step",), "f8", "nat", "preconditioned sharpness at which Adam loses stability"),
     *_FLOOR,
+    Field("mined/kept", ("byte",), "u1", "1", "the last results of mine: a line of JSON on their origin, then each"),
+    Field("clusters/kept", ("byte",), "u1", "1", "the last results of cluster, likewise"),
 )
 
 ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswith("/step"))
@@ -186,8 +193,15 @@ DIMENSIONS = (
     ("logged", "step"),
     *((group, name) for group in ("floor", "preconditioned_floor", "slopes") for name in ("step", "rank")),
     *(("checkpoints", name) for name in ("file", "field", "extent")),
+    ("mined", "byte"),
+    ("clusters", "byte"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
+
+
+def is_wide(path: str) -> bool:
+    """Whether a row of this dataset has a value for every parameter or sample."""
+    return not {"parameter", "sample"}.isdisjoint(field_of(path).dims)
 
 
 def logged_name(name: str) -> str:
