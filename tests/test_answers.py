@@ -266,7 +266,7 @@ def test_a_module_is_found_from_the_current_folder(opsig, tmp_path, monkeypatch)
     assert outcome.code == 0, outcome.err
 
 
-def test_values_are_completed_without_running_a_persons_code(run):
+def test_values_are_completed_without_running_a_persons_code(opsig, run, monkeypatch):
     Path("mytask.py").write_text("class Other: pass\nclass Mine:\n" + "".join(
         f"    def {name}(self): ...\n" for name in ("model", "dataset", "losses")) + "raise SystemExit\n")  # fmt: skip
     assert completions.tasks("fash") == ["fashion-mnist"]
@@ -279,6 +279,11 @@ def test_values_are_completed_without_running_a_persons_code(run):
     code = "import sys; sys.argv = ['opsig']\nfrom opsig_cli.main import run\nrun()"
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert shown.stdout.split() == ["label:green"]
+    monkeypatch.setenv("COMP_WORDS", line)
+    found = opsig("cluster", run, *OWN, "--test", "none").records
+    pairs, groups = ([r[kind] for r in found if r["kind"] == kind] for kind in ("pair", "group"))
+    assert completions.names_of_samples("pair:") == [f"pair:{number}" for number in pairs]
+    assert completions.names_of_samples("group:") == [f"group:{number}" for number in groups]
 
 
 def test_python_is_spoken_to_in_arguments(tiny_run):

@@ -48,7 +48,7 @@ def scores(incomplete: str) -> list[str]:
 
 
 def names_of_samples(incomplete: str) -> list[str]:
-    """Sets of the run's samples: its labels by name, and how pairs and groups are written."""
+    """Sets of the run's samples: its labels, and the pairs and groups that cluster found last."""
     line = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""  # an unfinished option hides it
     run = next((word for word in line.split() if word.endswith((".h5", ".hdf5")) and os.path.isfile(word)), None)
     return [name for name in _sets(run) if name.startswith(incomplete)][:MOST]
@@ -56,6 +56,8 @@ def names_of_samples(incomplete: str) -> list[str]:
 
 def _sets(run: str | None) -> Iterable[str]:
     from opsig_cli.errors import OpsigError
+    from opsig_cli.studies import kept
+    from opsig_cli.studies.clustering import keeping
     from opsig_cli.trajectory.file import open_trajectory
 
     kinds = ["pair:", "group:"]
@@ -64,8 +66,13 @@ def _sets(run: str | None) -> Iterable[str]:
     try:
         with open_trajectory(run) as trajectory:
             labels = set(trajectory.read("samples/label").tolist()) if trajectory.has("samples/label") else set()
+            last = kept.latest(trajectory, keeping.GROUP, keeping.Kept)
     except (OpsigError, OSError):  # the command itself says what is wrong
         return kinds
+    if last is not None:  # what cluster found last
+        clusters = last.found.clusters
+        kinds = [f"pair:{number}" for number in sorted(clusters.numbers())]
+        kinds += [f"group:{number}" for number in range(1, len(clusters.groups) + 1)]
     return [*kinds, *sorted(f"label:{label}" for label in labels)]
 
 
