@@ -39,6 +39,9 @@ def mine(
 
     The table has of each sample its part of all samples' movement, the sizes of their loss changes summed, at its step.
 
+    Of a run that saw its samples batch by batch, a change is what a loss exceeds the trend of all samples and the
+    sample's own level by, and `--step N` says which rows of that batch made its loss jump: their shares add up to 1.
+
     Example: opsig mine run.h5 --top 20 --figure movers.png
     """
     from opsig_cli import records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -257,20 +258,33 @@ def records_of(run: str) -> tuple[str, list[dict[str, Any]] | None]:
 
 def mover_rows(found: Any) -> list[dict[str, Any]]:
     """Records of `mine`, shortened to what a person reads in a row."""
-    return [
-        {
-            "rank": r["rank"],
-            "sample": r["sample"],
-            **({"text": " ".join(r["text"].split())[-TEXT:]} if "text" in r else {"label": _short(r["label"])}),
-            "predicted": f"{_short(r['prediction_before'])} -> {_short(r['prediction_after'])}",
-            "step": r["step"],
-            "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
-            "score": r["score"],
-            "of movement": "-" if r["movement"] is None else f"{r['movement']:.1%}",
-        }
-        for r in found
-        if r.get("kind") != "not_finite"
-    ]
+    return [_mover_row(r) for r in found if r.get("kind") != "not_finite"]
+
+
+def _mover_row(r: dict[str, Any]) -> dict[str, Any]:
+    if "text" in r:
+        what = {"text": " ".join(r["text"].split())[-TEXT:]}
+    else:
+        what = {"name": r["name"][-TEXT:]} if "name" in r else {}
+        what |= {"label": _short(r["label"])} if r["label"] is not None or not what else {}
+    if r.get("seen") == "sighting":
+        share = r["share"]
+        return {
+            "rank": r["rank"], "sample": r["sample"], **what, "step": r["step"], "loss": r["loss_after"],
+            "expected": r["loss_before"], "excess": r["change"],
+            "share": None if share is None or math.isnan(share) else f"{share:.1%}",
+            "seen_before": r["previous_step"], "loss_then": r["loss_last"],
+        }  # fmt: skip
+    return {
+        "rank": r["rank"],
+        "sample": r["sample"],
+        **what,
+        "predicted": f"{_short(r['prediction_before'])} -> {_short(r['prediction_after'])}",
+        "step": r["step"],
+        "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
+        "score": r["score"],
+        "of movement": "-" if r["movement"] is None else f"{r['movement']:.1%}",
+    }
 
 
 def _short(name: Any) -> Any:

@@ -42,11 +42,12 @@ def movers_figure(
     blocks.append((HEIGHT, lambda area: draw_losses(area, steps, lines, zoom, axis)))
     for name, tiles in sheets:
         if tiles:
-            blocks.append(_sheet(f"{name}: {len(tiles)} shown", tiles, colours[name]))
+            blocks.append(sheet_block(f"{name}: {len(tiles)} shown", tiles, colours[name]))
     return page(blocks)
 
 
-def _sheet(name: str, tiles: Sequence[Tile], colour: str) -> Block:
+def sheet_block(name: str, tiles: Sequence[Tile], colour: str) -> Block:
+    """A sheet of samples over the whole width, under its name."""
     return sheet_height(tiles, FULL_COLUMNS), lambda area: draw_sheet(area, MARGIN, name, tiles, FULL_COLUMNS, colour)
 
 

@@ -12,7 +12,6 @@ from opsig_cli.report import content, page
 from opsig_cli.studies.branching import lineage
 from opsig_cli.studies.clustering import finding, keeping
 from opsig_cli.studies.clustering import records as clustered
-from opsig_cli.studies.filled import filled
 from opsig_cli.studies.results import Note, Progress
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory
@@ -62,8 +61,7 @@ def make(
             run, by, top, task, device, backend, warn, progress, note, allow_changed_data=allow_changed_data
         )  # fmt: skip
         written = clustered.records(run, found.clusters)
-        whole = filled(run, found.movers.known)
-        return found, written, content.gather(whole, found, written, task, [*damage, *said], beside)
+        return found, written, content.gather(found.whole(run), found, written, task, [*damage, *said], beside)
 
     found, written, shown = without_damage(work, damage.append)
     size = page.write(path, page.render(shown, command))

@@ -17,7 +17,19 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import answers, curvature, ends, floor, kept, mining, missing, slopes, tracking
+from opsig_cli.studies import (
+    answers,
+    curvature,
+    ends,
+    floor,
+    kept,
+    measured,
+    mining,
+    missing,
+    sighted,
+    slopes,
+    tracking,
+)
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
 from opsig_cli.studies.clustering import agreement, explaining, finding, keeping, neighbours
 from opsig_cli.studies.clustering import records as clustered
@@ -41,6 +53,9 @@ def mine(
 
     Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
 
+    Of a run that saw its samples batch by batch (sightings), `change` is what a loss exceeds the trend of all and the
+    sample's own level by, and with `step` the rows of that step's batch are ranked by their shares of its excess.
+
     `step`: rank by the change of this one step; `window`: steps "A:B" to look at, both ends included; `score`: one of
     `mining.SCORES`, or as the run allows; `direction`: "up", "down" or "both"; `share`: add each sample's part of the
     whole loss's change at this step.
@@ -56,6 +71,9 @@ def mine(
 
         def work():
             nonlocal origin, back
+            if sighted.chosen(trajectory, step):
+                found = sighted.find(trajectory, top, score, step, span, direction)
+                return found, sighted.records(trajectory, found, share), found.broken
             options = {"top": top, "score": score, "step": step, "window": span, "direction": direction}
             origin = kept.origin_of(trajectory, options) if mining.takes_long(trajectory) else None
             back = kept.read_back(trajectory, "mined", mining.Movers, origin)
@@ -71,14 +89,16 @@ def mine(
         kept.keep(trajectory.path, "mined", origin, found)
     notes = [found.note] if found.note else []
     if share is not None:
-        moved = sum(record["movement_at_step"] or 0 for record in records)
-        words = f"these {len(records)} samples carry {percent(moved)} of all movement at step {share}"
-        if records and records[0]["share_at_step"] is not None:
-            words += f", and {percent(sum(record['share_at_step'] for record in records))} of the change there"
-        notes.append(words)
+        of = {"movement": f"of all movement at step {share}", "share": "of the change there"}
+        known = {name: [r.get(f"{name}_at_step") for r in records] for name in of}
+        said = [f"{percent(sum(p or 0 for p in known[name]))} {words}" for name, words in of.items()
+                if any(p is not None for p in known[name])]  # fmt: skip
+        notes.append(f"these {len(records)} samples carry {', and '.join(said) or f'nothing of step {share}'}")
 
     def draw():
         with opened(run, like=trajectory) as again:
+            if isinstance(found, sighted.Sighted):
+                return drawing.draw_sighted(again, found, records)
             return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
@@ -141,12 +161,12 @@ def _cluster(
                 trajectory, by, top, task, device, backend, note, progress, note, samples=samples, window=span,
                 join=join, sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
             )  # fmt: skip
-            whole, broken = filled(trajectory, found.movers.known), missing.not_finite(trajectory, found.movers.known)
+            whole, broken = found.whole(trajectory), missing.not_finite(trajectory, found.movers.known)
             written = broken + clustered.records(trajectory, found.clusters)
             near = None
             if sample is not None:
                 near = neighbours.near_to(
-                    whole, found.clusters, sample, task, device, backend, note, progress, allow_changed_data
+                    trajectory, whole, found.clusters, sample, task, device, backend, note, progress, allow_changed_data
                 )
                 written += neighbours.records(trajectory, found.clusters, near)
             if explain is not None:
@@ -174,7 +194,7 @@ def _cluster(
 
     def draw():
         with opened(run, like=trajectory) as again:
-            whole = filled(again, found.movers.known)
+            whole = found.whole(again) if found.view is None else measured.again(found.view, again)
             if near is not None:
                 return drawing.draw_neighbours(whole, clusters, near, written)
             return drawing.draw_pairs(whole, clusters, written)

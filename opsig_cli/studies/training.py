@@ -140,6 +140,17 @@ def new_recorder(
     return recorder
 
 
+def describe(recorder: Recorder, settings: Settings, session: Session, task: tasks.Task, spec: tasks.TaskSpec) -> None:
+    """Say of a run that a loop of one's own made how it was trained and what its samples are, where it does not."""
+    run = recorder.run
+    told = {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest}
+    run.set_attributes(**(provenance(settings, session) | told))
+    for name, values in _description(session, task).items():
+        if not run.has(name):
+            run.write(name, values)
+    run.commit()
+
+
 def _description(session: Session, task: tasks.Task) -> dict[str, np.ndarray]:
     """What the samples are, by the datasets that say it."""
     count = session.samples

@@ -47,6 +47,8 @@ class Reading:
         self._checked_narrow: dict[str, np.ndarray] = {}
         self._chunks: dict[str, Chunks | None] = {}
         self._frozen: np.ndarray | None = None
+        self._unsighted = np.empty(0, np.int64)  # places of sightings that are not presented
+        self._sighted_in_order: tuple[int, bool] = (0, True)  # of so many sightings: whether they are in order of step
 
     # -- what the file says of itself
 
@@ -132,6 +134,15 @@ class Reading:
             steps = sorted({rows.steps[place] for place in odd.tolist()})
             raise OpsigError(f"{self.path}: {group} has {named_steps(steps)} twice or below 0, as opsig writes none")
         return rows.sorted_steps()
+
+    def holds(self, group: str, step: int) -> bool:
+        """Whether a row group presents a row of this step."""
+        rows = self._rows(group)
+        return step in rows and not rows.is_left_out(step)
+
+    def has_place(self, group: str, step: int) -> bool:
+        """Whether the file has a place for this step's row, that of one that was left out among them."""
+        return step in self._rows(group)
 
     def losses(self) -> np.ndarray:
         """Every sample's loss at every recorded step, in order of step, (T, S) float32; NaN where not measured."""
@@ -259,12 +270,22 @@ class Reading:
     @property
     def left_out(self) -> dict[str, np.ndarray]:
         """Places in the file of rows that are not presented, by their group."""
-        return {group: rows.left_out for group, rows in self._groups.items() if len(rows.left_out)}
+        found = {group: rows.left_out for group, rows in self._groups.items() if len(rows.left_out)}
+        return found | ({"sightings": self._unsighted} if len(self._unsighted) else {})
 
     def leave_out(self, places: Mapping[str, np.ndarray]) -> None:
         """Present these rows no more, given as `left_out` gives them."""
         for group, there in places.items():
-            self._rows(group).leave_out(there)
+            if group == "sightings":
+                self._unsighted = np.union1d(self._unsighted, there)
+            else:
+                self._rows(group).leave_out(there)
+
+    def forget(self, group: str) -> None:
+        """Drop what is known of a group's rows, as after they were moved."""
+        self._groups.pop(group, None)
+        self._checked.pop(group, None)
+        self._checked_narrow.pop(group, None)
 
     def _leave_out_damaged(self, group: str) -> str:
         """Present no damaged row of the group any more, and say which they were."""

@@ -53,6 +53,7 @@ ATTRIBUTES = {
 ROW_CHECKSUM = "exclusive or, over the row's measured columns, of crc32(column name, bytes of the row)"
 
 WIDE_CHECKSUM = "the part of checksum that is of columns with a value for every parameter or sample"
+SIGHTING_CHECKSUM = "the same of each sighting: of its step, sample, and what is known of loss and prediction"
 
 _FIRST_OF_THREE = "t of (theta_t + 2 theta_t+1 + theta_t+2) / 4, the floor of the valley that is measured"
 _FLOOR = (
@@ -99,6 +100,7 @@ FIELDS = _fields(
     Field("sample", ("sample",), "i8", "1", "index of the sample in the task's dataset"),
     Field("class_name", ("class",), "S*", "1", "name of the class that a prediction's integer stands for"),
     Field("samples/label", ("sample",), "S*", "1", "label of the sample, as a person reads it"),
+    Field("samples/name", ("sample",), "S*", "1", "name of the sample in the log that it was imported from"),
     Field("samples/thumbnail", ("sample", "row", "column", "channel"), "u1", "1", "small picture of the sample"),
     Field("samples/weight", ("sample",), "f8", "1", "weight of the sample's loss in what a branch minimises"),
     Field("samples/text", ("sample",), "S*", "1", "the sample as text"),
@@ -125,6 +127,11 @@ FIELDS = _fields(
     Field("losses/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("losses/loss", ("step", "sample"), "f4", "nat", "loss of every sample", "opsig track"),
     Field("losses/prediction", ("step", "sample"), "u1|i4", "1", "predicted class of every sample", "opsig track"),
+    Field("sightings/step", ("sighting",), "i8", "1", "optimizer steps taken before the sample was seen in a batch"),
+    Field("sightings/sample", ("sighting",), "i8", "1", "index of the sample in the task's dataset"),
+    Field("sightings/loss", ("sighting",), "f4", "nat", "loss of the sample then; NaN where it is not known"),
+    Field("sightings/prediction", ("sighting",), "u1|i4", "1", "predicted class of the sample then"),
+    Field("sightings/checksum", ("sighting",), "u4", "1", SIGHTING_CHECKSUM),
     Field("checkpoints/step", ("step",), "i8", "1", "optimizer steps taken before the checkpoint"),
     Field("checkpoints/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("checkpoints/params", ("step", "parameter"), "f4|u2", "1", "trained parameters, flattened in layout order"),
@@ -181,7 +188,8 @@ FIELDS = _fields(
     Field("clusters/kept", ("byte",), "u1", "1", "the last results of cluster, likewise"),
 )
 
-ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswith("/step"))
+ROW_GROUPS = tuple(path.removesuffix("/step") for path, field in FIELDS.items() if path.endswith("/step")
+                   and field.dims == ("step",))  # fmt: skip
 """Groups that grow by one row per recorded step."""
 
 DIMENSIONS = (
@@ -195,6 +203,7 @@ DIMENSIONS = (
     *(("checkpoints", name) for name in ("file", "field", "extent")),
     ("mined", "byte"),
     ("clusters", "byte"),
+    ("sightings", "sighting"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
 

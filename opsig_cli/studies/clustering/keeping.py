@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.studies import kept
-from opsig_cli.studies.clustering import finding, silencing
+from opsig_cli.studies import kept, sighted
+from opsig_cli.studies.clustering import around, finding, silencing
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.filled import filled
@@ -46,6 +46,8 @@ class Keeper:
     ) -> Found:  # fmt: skip
         """What `finding.find` returns for these options; `tell` takes a line where it was read back."""
         self.computed = None
+        if sighted.chosen(run):  # takes seconds: four checkpoints, and nothing is silenced
+            return around.find(run, by, top, task, device, backend, warn, progress, **options)
         self.origin = kept.origin_of(run, _stated(by, top, device, backend, options), task, backend)
         back = None if self.replace else kept.read_back(run, GROUP, Kept, self.origin, self.any_of)
         if back is not None and (found := _whole(run, back.found)) is not None:

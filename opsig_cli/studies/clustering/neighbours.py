@@ -30,17 +30,18 @@ class Near:
 
 
 def near_to(
-    run: Trajectory, clusters: Clusters, sample: int, task: str | None, device: str | None, backend: str, note: Note,
+    run: Trajectory, whole: Trajectory, clusters: Clusters, sample: int, task: str | None, device: str | None, backend: str, note: Note,
     progress: Progress, allow_changed_data: bool = False,
 ) -> Near:  # fmt: skip
     """How similar a sample of this index is to all others, by what the groups were found by: the mean cosine of their
-    gradients over the checkpoints that found the groups, or the correlation of loss changes.
+    gradients over the checkpoints that found the groups, or the correlation of loss changes, of `whole`, the run with its
+    gaps filled.
 
     Raises OpsigError where the run has no such sample, or its task cannot be opened.
     """
     (position,) = mining.positions_of(run, [sample]).tolist()
     if clusters.by == "loss":
-        similarity_S = loss_similarity(run, position, clusters.window)
+        similarity_S = loss_similarity(whole, position, clusters.window)
     else:
         session, _ = tracking.open_session(run, task, device, backend, note, allow_changed_data)
         steps, everybody = np.array(clusters.tests.found_on), np.arange(len(run.samples))
