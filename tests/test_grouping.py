@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
+from tasks import tiny
 
 from opsig_cli.analysis import cutting, evidence, grouping, pairing, significance
 from opsig_cli.analysis.group_means import group_means
@@ -384,3 +385,55 @@ def apart(*ratios):
 )
 def test_the_verdict_on_a_pair(known, verdict):
     assert judge(known)[0] == verdict
+
+
+def test_more_samples_than_memory_has_room_for_are_refused_before_anything_is_measured(opsig, tiny_run, monkeypatch):
+    monkeypatch.setattr("opsig_cli.studies.clustering.finding.MOST_GROUPED", 20)
+    found = opsig("cluster", tiny_run, "--task", f"{tiny.__file__}:Tiny", "--top", 12)
+    assert found.code == 1
+    assert "24 samples cannot be compared two by two" in found.err
+    assert "Give at most 10" in found.err
+
+
+@pytest.mark.parametrize("steps", [40, 41])
+def test_products_of_shuffled_series_by_their_spectra_are_those_of_the_series(steps):
+    """The p-value of a series held against surrogates that are made, with the same phases."""
+    generator = np.random.default_rng(3)
+    a, b = generator.standard_normal((2, steps)) + 0.3 * np.resize([1.0, -1.0], steps)
+    draws = np.random.default_rng(0)
+    a_, b_ = a - a.mean(), b - b.mean()
+    products = [b_ @ significance.phase_shuffled(a_[:, None], draws)[:, 0] for _ in range(99)]
+    exact = (1 + np.sum(products <= a_ @ b_)) / 100
+    assert significance.series_p_value(a, b) == pytest.approx(exact)
+    surrogate = significance.phase_shuffled(a_[:, None], draws)[:, 0]
+    np.testing.assert_allclose(np.abs(np.fft.rfft(surrogate)), np.abs(np.fft.rfft(a_)), atol=1e-5)
+
+
+def test_who_cannot_join_is_not_asked_and_who_joins_is_the_same(opsig, tmp_path, monkeypatch):
+    """Against gradients of everybody at every checkpoint."""
+    from opsig_cli.studies.clustering import joining
+
+    run = tmp_path / "run.h5"
+    opsig("train", "--task", "digits", "--learning-rate", 0.3, "--steps", 40, "--track", "-o", run)
+
+    def members():
+        found = opsig("cluster", run, "--test", "none", "--top", 40, "--replace")
+        assert found.code == 0
+        return sorted((r["sample"], r["group"]) for r in found.records if r["kind"] == "member")
+
+    asked = []
+    inner = joining.gathering.group_cosines
+
+    def counting(run, session, step, position, sets):
+        asked.append(len(position))
+        return inner(run, session, step, position, sets)
+
+    monkeypatch.setattr(joining.gathering, "group_cosines", counting)
+    few = members()
+    spent = sum(asked)
+    asked.clear()
+    monkeypatch.setattr(joining, "RESEMBLES", -2)
+    monkeypatch.setattr(grouping, "may_belong", lambda means_NG, found: np.ones(len(means_NG), bool))
+    assert members() == few
+    assert any(group >= 0 for _, group in few)
+    assert spent < 0.8 * sum(asked)

@@ -179,12 +179,7 @@ def join(
     groups = len(grouping.partner_G)
     if groups == 0 or len(means_NG) == 0:
         return np.full(len(means_NG), -1), np.full(len(means_NG), np.nan)
-    sizes = np.bincount(grouping.group_M[grouping.group_M >= 0], minlength=groups)
-    alignment_NG = np.nan_to_num(means_NG)
-    for group, partner in enumerate(grouping.partner_G):
-        if partner >= 0:
-            both = sizes[group] * means_NG[:, group] - sizes[partner] * means_NG[:, partner]
-            alignment_NG[:, group] = np.nan_to_num(both / (sizes[group] + sizes[partner]))
+    sizes, alignment_NG = _aligned(means_NG, grouping)
     if likeness_NG is None:
         members = [grouping.alignment_M[grouping.members(group)] for group in range(groups)]
         belongs_NG = alignment_NG >= [max(BELONGS, np.quantile(aligned, WEAKEST)) for aligned in members]
@@ -199,16 +194,37 @@ def join(
     return joins, alignment
 
 
+def may_belong(means_NG: np.ndarray, grouping: Grouping) -> np.ndarray:
+    """Which of N samples align at one checkpoint with some group at least half as well as they must on the mean of
+    several to belong to it, (N,) bool."""
+    return np.any(_aligned(means_NG, grouping)[1] >= BELONGS / 2, axis=1)
+
+
+def _aligned(means_NG: np.ndarray, grouping: Grouping) -> tuple[np.ndarray, np.ndarray]:
+    """The groups' sizes, (G,), and the mean similarity of samples with each and minus that with its partner, (N, G)."""
+    sizes = np.bincount(grouping.group_M[grouping.group_M >= 0], minlength=len(grouping.partner_G))
+    alignment_NG = np.nan_to_num(means_NG)
+    for group, partner in enumerate(grouping.partner_G):
+        if partner >= 0:
+            both = sizes[group] * means_NG[:, group] - sizes[partner] * means_NG[:, partner]
+            alignment_NG[:, group] = np.nan_to_num(both / (sizes[group] + sizes[partner]))
+    return sizes, alignment_NG
+
+
 def change_correlation(losses_TM: np.ndarray) -> np.ndarray:
     """Pearson correlation of the one-step loss changes of every two samples, (M, M) float64.
 
     NaN for a sample that never moves.
     """
-    changes = np.diff(losses_TM.astype(np.float64), axis=0)
-    changes -= changes.mean(0)
+    return correlation(np.diff(losses_TM.astype(np.float64), axis=0))
+
+
+def correlation(series_TM: np.ndarray) -> np.ndarray:
+    """Pearson correlation of every two columns, (M, M) in their precision; NaN for one that is constant."""
+    centred = series_TM - series_TM.mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        changes /= np.linalg.norm(changes, axis=0)
-    return changes.T @ changes
+        centred /= np.linalg.norm(centred, axis=0)
+    return centred.T @ centred
 
 
 def spread(first: int, last: int, available: np.ndarray, count: int) -> np.ndarray:
