@@ -46,8 +46,11 @@ def near_to(
         session, _ = tracking.open_session(run, task, device, backend, note, allow_changed_data)
         steps, everybody = np.array(clusters.tests.found_on), np.arange(len(run.samples))
         with progress("neighbours", len(steps)) as advance:
-            means_CS1 = gathering.group_cosines(run, session, steps, everybody, [run.samples[[position]]], advance)
-        similarity_S = means_CS1[:, :, 0].mean(0)
+            similarity_S = np.zeros(len(everybody))
+            for step in steps.tolist():
+                means_S1 = gathering.group_cosines(run, session, step, everybody, [run.samples[[position]]])
+                similarity_S += means_S1[:, 0] / len(steps)
+                advance(note=f"step {step}")
     similarity_S[position] = np.nan
     return Near(position, similarity_S)
 
