@@ -24,6 +24,8 @@ SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 BELONGS = 0.3
 """A sample belongs to a group where its mean similarity with it, and minus that with its partner, is above this."""
+LOOSE = 2 / 3
+"""Or, where looks bear out what a loose group is, above this part of the group's mean."""
 RESEMBLES = 0.7
 """And, where it was not mined, its mean likeness with the group above this."""
 WEAKEST = 0.1
@@ -84,9 +86,9 @@ def group_by_similarity(
     affinity = (1 - LOOKS) * similarity
     for first in range(0, count, ROWS):
         affinity[first : first + ROWS] += LOOKS * likeness_MM[first : first + ROWS]
-    found = _without_weak(similarity, best_cut(affinity, smallest), smallest)
+    found = _without_weak(similarity, best_cut(affinity, smallest), smallest, LOOSE)
     del affinity
-    return _without_weak(similarity, _merged(similarity, likeness_MM, found.group_M), smallest)
+    return _without_weak(similarity, _merged(similarity, likeness_MM, found.group_M), smallest, LOOSE)
 
 
 def known(values: np.ndarray, copy: bool = True) -> np.ndarray:
@@ -117,12 +119,16 @@ def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.nd
     return Grouping(groups, partner_G, alignments(similarity_MM, groups, partner_G))
 
 
-def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int) -> Grouping:
+def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int, loose: float | None = None) -> Grouping:
     """The groups with partners, without the members that do not align with them."""
     while True:  # leaving members out changes the means that others are held against
         partner_G = oppose(similarity, groups)
         alignment = alignments(similarity, groups, partner_G)
-        kept = drop_small(np.where(alignment >= BELONGS, groups, -1), smallest)
+        least_M = np.full(len(groups), BELONGS)
+        for group in range(len(partner_G) if loose is not None else 0):
+            inside = groups == group
+            least_M[inside] = np.clip(loose * alignment[inside].mean(), 0, BELONGS)
+        kept = drop_small(np.where(alignment >= least_M, groups, -1), smallest)
         if np.array_equal(kept >= 0, groups >= 0):
             return _by_size(groups, partner_G, alignment)
         groups = kept

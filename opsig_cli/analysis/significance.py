@@ -34,13 +34,13 @@ Draw = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Null:
-    """Strength of the strongest group and of the strongest pair of each round, (rounds,) each."""
+    """Strength of each round's strongest group, (rounds,), and of its strongest pair by both counts, (rounds, 2)."""
 
     group: np.ndarray
     pair: np.ndarray
 
 
-NOTHING = Null(np.empty(0), np.empty(0))
+NOTHING = Null(np.empty(0), np.empty((0, 2)))
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,30 @@ def group_strength(cohesion: float, size: int) -> float:
     return cohesion * float(np.sqrt(size * (size - 1) / 2))
 
 
-def pair_strength(opposition: float, size_a: int, size_b: int) -> float:
-    """Opposition of two groups in units in which groups of any size compare: times the root of sizes' product."""
-    return -opposition * float(np.sqrt(size_a * size_b))
+def pair_strength(opposition: float, size_a: int, size_b: int) -> np.ndarray:
+    """Opposition of two groups in units in which groups of any size compare, (2,): times the root of the number of
+    cosines across, and times the root of the number of samples of a side.
+
+    A mean over n x m cosines is surer than one of n samples and less sure than n x m would make it, as each sample is
+    in many of them: large loose pairs are strong by the first count and small tight ones by the second.
+    """
+    return -opposition * np.array([np.sqrt(size_a * size_b), np.sqrt(np.sqrt(size_a * size_b))])
 
 
-def p_value(value: float, null: np.ndarray) -> float:
+def p_value(value: float | np.ndarray, null: np.ndarray) -> float:
     """Share of the null, the value itself included, that is at least as large to rounding; 1 for a value that is not
     known.
 
+    Of several counts of one strength, (k,) against a null (rounds, k), the one that speaks least for it.
+
     >>> p_value(3.0, np.array([1.0, 2.0, 4.0])), p_value(float("nan"), np.array([1.0]))
     (0.5, 1.0)
+    >>> p_value(np.array([3.0, 1.0]), np.array([[1.0, 1.0], [2.0, 0.0], [2.0, 2.0]]))
+    0.75
     """
-    if not np.isfinite(value):
+    if not np.isfinite(value).all():
         return 1.0
-    return float((1 + (null >= value - ROUNDING * abs(value)).sum()) / (1 + len(null)))
+    return float(((1 + (null >= value - ROUNDING * np.abs(value)).sum(0)) / (1 + len(null))).max())
 
 
 def gaussian_null(
@@ -114,7 +123,7 @@ def gaussian_null(
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
     found = _null(drawn, rounds, smallest, seed)
-    return Null(found.group * total / count, found.pair * total / count)
+    return _of_all(found, total / count)
 
 
 def _codes(similarity: np.ndarray, likeness: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
@@ -164,14 +173,18 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
         return first, first, second, None
 
     found = _null(surrogates, rounds, smallest, seed)
-    scale = losses_TM.shape[1] / count
-    return Null(found.group * scale, found.pair * scale)
+    return _of_all(found, losses_TM.shape[1] / count)
+
+
+def _of_all(null: Null, scale: float) -> Null:
+    """The null of `scale` times as many samples, of which a group holds the same part."""
+    return Null(null.group * scale, null.pair * np.array([scale, np.sqrt(scale)]))
 
 
 def _null(draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: int, seed: int) -> Null:
     """Strongest groups, and strongest pairs that look alike, of `rounds` draws."""
     generator = np.random.default_rng(seed)
-    groups, pairs = np.zeros(rounds), np.zeros(rounds)
+    groups, pairs = np.zeros(rounds), np.zeros((rounds, 2))
     for number in range(rounds):
         cut, similarity, tested, looks = draw(generator)
         typical = 0.0 if looks is None else typical_likeness(looks)
@@ -181,17 +194,18 @@ def _null(draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: in
                 continue
             before = chosen
             group, pair = _strongest(chosen, similarity, tested, looks, typical)
-            groups[number], pairs[number] = max(groups[number], group), max(pairs[number], pair)
+            groups[number], pairs[number] = max(groups[number], group), np.maximum(pairs[number], pair)
     return Null(groups, pairs)
 
 
 def _strongest(
     group_M: np.ndarray, similarity: np.ndarray, tested: np.ndarray, looks: np.ndarray | None, typical: float
-) -> tuple[float, float]:
-    """Strength of the strongest of these groups, and of the strongest pair that looks alike; 0 for none."""
+) -> tuple[float, np.ndarray]:
+    """Strength of the strongest of these groups, and by either count, (2,), of the strongest pair that looks alike; 0
+    for none."""
     inside = group_M >= 0
     if not inside.any():
-        return 0.0, 0.0
+        return 0.0, np.zeros(2)
     between_GG = between_groups(similarity, group_M)
     tested_GG = between_GG if tested is similarity else between_groups(tested, group_M)
     sizes = np.bincount(group_M[inside])
@@ -202,7 +216,8 @@ def _strongest(
     if pairs and looks is not None:
         alike_GG = alike_groups(between_groups(looks, group_M), sizes, typical)
         pairs = [(a, b) for a, b in pairs if alike_GG[a, b] >= ALIKE]
-    return max(group, 0.0), max((pair_strength(tested_GG[a, b], sizes[a], sizes[b]) for a, b in pairs), default=0.0)
+    strengths = [pair_strength(tested_GG[a, b], sizes[a], sizes[b]) for a, b in pairs]
+    return max(group, 0.0), np.max([np.zeros(2), *strengths], axis=0)
 
 
 def _phases(shape: tuple[int, ...], steps: int, generator: np.random.Generator) -> np.ndarray:
