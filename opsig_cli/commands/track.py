@@ -22,7 +22,7 @@ def track(
     Example: opsig track run.h5
     """
     from opsig_cli import records
-    from opsig_cli.studies import tracking
+    from opsig_cli.studies import answers, tracking
     from opsig_cli.trajectory.file import open_trajectory
 
     with open_trajectory(run, "r+") as trajectory:
@@ -31,7 +31,7 @@ def track(
         skipped = len(trajectory.steps("checkpoints")) - len(steps)
         if skipped:
             options.note(f"note: {skipped} checkpoints have losses already and are skipped", quiet)
-        written = []
+        written, samples = [], len(trajectory.samples)
         if len(steps):
             note = partial(options.note, quiet=quiet)
             session, _ = options.without_damage(
@@ -42,3 +42,7 @@ def track(
                     written.append({"trajectory": run, "step": step, "loss": tracking.mean_loss(losses)})
                     advance(note=f"step {step}")
     records.write(written, format)
+    losses = f"the losses of {samples:,} samples at {len(written)} more checkpoints"
+    found = f"{losses}, {len(written) + skipped} in all" if written else f"all {skipped} checkpoints had losses"
+    follow = answers.command("analyse", run, task=task)
+    options.conclude(answers.Answer(found, follow), quiet, run if written else None)
