@@ -164,7 +164,9 @@ def row(task, samples: int, device: str) -> tuple[dict[str, float | str], list[s
     losses, gradients = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
     norms = np.linalg.norm(gradients, axis=1)
     with np.errstate(invalid="ignore"):
-        unit = gradients / norms[:, None]  # a gradient that vanishes has no direction
+        unit = (
+            gradients / np.where(norms > 1e-12 * norms.max(), norms, np.nan)[:, None]
+        )  # what vanishes has no direction
     products = np.array([truth.product(i, direction) for i in range(samples)])
     everybody = np.arange(samples)
     measured = {

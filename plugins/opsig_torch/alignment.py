@@ -169,7 +169,7 @@ def loose_blocks(
     """Gradients over a plan's loose parameters, (m, their number) float64, of so many samples as memory allows."""
     if not plan.loose:
         return
-    size = sum(opened.flat.model.get_parameter(name).numel() for name in plan.loose)
+    size = sum(opened.flat.parameter(name).numel() for name in plan.loose)
     height = max(1, layer_gradients.MEMORY_BYTES // (16 * size))
     for first in range(0, len(samples), height):
         chosen = slice(first, min(first + height, len(samples)))
@@ -186,7 +186,7 @@ def loose_gradients(
 
 def _vmapped(opened: Opened, samples: np.ndarray, names: list[str], frozen: Frozen | None) -> torch.Tensor:
     model = opened.flat.model
-    loose = {name: model.get_parameter(name) for name in names}
+    loose = {name: opened.flat.parameter(name) for name in names}
     constants = {parameter: parameter.detach() for parameter in opened.flat.parameters}
 
     items, places = opened.placed(samples)
@@ -210,7 +210,7 @@ def _vmapped(opened: Opened, samples: np.ndarray, names: list[str], frozen: Froz
 
 
 def _one_by_one(opened: Opened, samples: np.ndarray, names: list[str], frozen: Frozen | None) -> torch.Tensor:
-    parameters = [opened.flat.model.get_parameter(name) for name in names]
+    parameters = [opened.flat.parameter(name) for name in names]
     vector = opened.flat.vector
     rows = torch.zeros(len(samples), sum(p.numel() for p in parameters), dtype=torch.float64, device=vector.device)
     for row, sample in zip(rows, samples.tolist(), strict=True):
@@ -234,7 +234,7 @@ def _add_group_gram(
 
 def _add_loose_gram(opened: Opened, samples: np.ndarray, plan: captured.Plan, gram: torch.Tensor) -> None:
     """Add inner products over loose parameters to the lower triangle, one block of sample pairs at a time."""
-    size = sum(opened.flat.model.get_parameter(name).numel() for name in plan.loose)
+    size = sum(opened.flat.parameter(name).numel() for name in plan.loose)
     height = max(1, min(len(samples), layer_gradients.MEMORY_BYTES // (64 * size)))
     starts = range(0, len(samples), height)
     for i in starts:

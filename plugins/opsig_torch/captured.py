@@ -262,6 +262,8 @@ def _kind(module: nn.Module, name: str) -> str | None:
     if type(module) in NORMS:
         batch_norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
         return None if batch_norm and (module.training or module.running_mean is None) else "rows"
+    if isinstance(module, torch.jit.ScriptModule):  # cannot be listened to
+        return None
     leaf = next(module.children(), None) is None
     return "rows" if leaf and module.get_parameter(name).ndim == 1 else None  # as a norm of a person's own
 

@@ -33,6 +33,7 @@ class FlatModel:
         if not trained:
             what = "that is trained: requires_grad is False for all of them" if named else "at all"
             raise OpsigError(f"the task's model has no parameter {what}")
+        self._named = dict(named)
         self.parameters = trained
         self.frozen = [parameter for _, parameter in named if not parameter.requires_grad]
         self.vector = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trained]))
@@ -46,6 +47,10 @@ class FlatModel:
             parameter.data = self.vector.data[part].view(parameter.shape)
             parameter.grad = self.gradient[part].view(parameter.shape)
         self._frozen_row: np.ndarray | None = None
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of this name; scripted models have no `get_parameter`."""
+        return self._named[name]
 
     def read_buffers(self) -> np.ndarray:
         """Every buffer, (B,) float64, which holds float32 and integers below 2**53 exactly."""

@@ -87,7 +87,7 @@ def _products(
     sets = sets[:fit]
     by_members = _members(opened, plan, outer, sets, norms)
     directions = _mean_unit_gradients(opened, dense, sets, norms)
-    model, groups = opened.flat.model, len(sets)
+    groups = len(sets)
     parts = []
     for part in sample_batches(opened, samples, plan):
         total = torch.zeros(len(part), groups + 1, dtype=torch.float64, device=opened.flat.vector.device)
@@ -96,7 +96,7 @@ def _products(
             total[:, :groups] += found.products(directions[found.parameter]) if known is None else known.products(found)
             total[:, groups] += found.squares()
         if plan.loose:
-            flat = torch.cat([directions[model.get_parameter(name)] for name in plan.loose], 1).double()
+            flat = torch.cat([directions[opened.flat.parameter(name)] for name in plan.loose], 1).double()
             for chosen, rows in loose_blocks(opened, part, plan):
                 total[chosen, :groups] += rows @ flat.T
                 total[chosen, groups] += rows.square().sum(1)

@@ -31,9 +31,8 @@ def gradient_sketch(opened: Opened, samples: np.ndarray, size: int, seed: int) -
 
 
 def _sketch(opened: Opened, samples: np.ndarray, size: int, seed: int, plan: captured.Plan) -> np.ndarray:
-    model = opened.flat.model
     number_of = {parameter: number for number, parameter in enumerate(opened.flat.parameters)}
-    loose = {name: model.get_parameter(name) for name in plan.loose}
+    loose = {name: opened.flat.parameter(name) for name in plan.loose}
     places = {
         name: _Places(1, parameter.numel(), size, [seed, number_of[parameter]]) for name, parameter in loose.items()
     }
