@@ -18,6 +18,7 @@ from opsig_cli.commands import (
     compare,
     import_,
     info,
+    merge,
     mine,
     probe,
     repack,
@@ -50,6 +51,7 @@ app.command(cls=Command)(branch.branch)
 app.command(cls=Command)(report.report)
 app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(info.info)
+app.command(cls=Command)(merge.merge)
 app.command(cls=Command)(verify.verify)
 app.command(cls=Command)(repack.repack)
 app.add_typer(simulate.app, name="simulate")

@@ -25,6 +25,7 @@ FLOORS = [
     {"__init__"},
     {"commands"},
     {"main"},
+    {"__main__"},
 ]
 
 

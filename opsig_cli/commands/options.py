@@ -76,6 +76,21 @@ FigureOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: the best.")]
 BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="Installed backend.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="Measure the I-th of N shares of the checkpoints, into the file of -o; `opsig merge` takes it in.",
+        show_default=False,
+    ),
+]
+PartOutput = Annotated[
+    str | None,
+    typer.Option(
+        "-o", metavar="PATH", callback=check_output, help="Where a part goes. In a SLURM array the task is the part."
+    ),
+]
 BatchSizeOption = Annotated[
     int | None, typer.Option("--chunk-size", min=1, help="Samples per forward pass when all are measured.")
 ]

@@ -47,6 +47,8 @@ def sharpness(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the random samples.")] = 0,
     replace: Annotated[bool, typer.Option("--replace", help="Measure what was measured again.")] = False,
+    part: options.PartOption = None,
+    output: options.PartOutput = None,
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
@@ -72,8 +74,8 @@ def sharpness(
     path, piped = options.records_of(run)
     found = door.sharpness(
         path, k=count, steps=steps, tolerance=tolerance, metrics=metrics, random=random, slice=slice_step, span=span,
-        at=at, name=name, plain=plain, seed=seed, replace=replace, records=piped, task=task, device=device,
-        backend=backend, allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
+        at=at, name=name, plain=plain, seed=seed, replace=replace, part=part, output=output, records=piped, task=task,
+        device=device, backend=backend, allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)

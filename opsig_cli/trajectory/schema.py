@@ -47,6 +47,7 @@ ATTRIBUTES = {
     "settings_json": dict,
     "change_json": dict,
     "effects_json": list,
+    "part_json": dict,
 }
 """Root attributes that opsig writes, and what they are; names that end in `_json` hold JSON."""
 
@@ -159,7 +160,19 @@ FIELDS = _fields(
     Field("preconditioned/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
     Field("preconditioned/threshold", ("step",), "f8", "nat", "preconditioned sharpness at which Adam loses stability"),
     *_FLOOR,
-)
+    Field("per_sample/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field("per_sample/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("per_sample/gradient_norm", ("step", "sample"), "f8", "nat", "norm of the gradient of the sample's loss"),
+    Field(
+        "per_sample/curvature", ("step", "sample"), "f8", "nat",
+        "v'Hv of the sample's Hessian along the whole loss's top eigenvector",
+    ),
+    Field("per_sample/sample_sharpness", ("step", "sample"), "f8", "nat", "top eigenvalue a of the sample's Hessian"),
+    Field(
+        "per_sample/sample_sharpness_residual", ("step", "sample"), "f8", "1",
+        "|Hu - au| over the largest size of an eigenvalue of H",
+    ),
+)  # fmt: skip
 
 ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswith("/step"))
 """Groups that grow by one row per recorded step."""
@@ -172,6 +185,7 @@ DIMENSIONS = (
     ("", "frozen_parameter"),
     ("logged", "step"),
     *((group, name) for group in ("floor", "preconditioned_floor", "slopes") for name in ("step", "rank")),
+    ("per_sample", "step"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
 
