@@ -198,7 +198,7 @@ def sharpness(
             if name:
                 backends.require(session, backends.Slopes, backend, "slopes")
                 return _ends(trajectory, session, chosen_steps, k or ends.NAMED, tolerance, at, replace, note, progress)
-            place = _place(trajectory, session, chosen_steps, at, note)
+            place, words = floor.choose_place(trajectory, session, chosen_steps, at)
             how = {
                 "what": "eigenvalues",
                 "k": k or 1,
@@ -209,7 +209,9 @@ def sharpness(
             }
             with _measured_apart(trajectory, divided, output, share.CURVATURE, how) as into:
                 own_steps = divided.share(chosen_steps) if divided else chosen_steps
-                return _eigenvalues(into, session, own_steps, k or 1, tolerance, place, plain, replace, note, progress)
+                return _eigenvalues(
+                    into, session, own_steps, k or 1, tolerance, (place, words), plain, replace, note, progress
+                )
 
         written = without_damage(work, damage.append)
     measured = ("residual", "sample_sharpness_residual")
@@ -247,14 +249,6 @@ def _ends(
     return ends.records(run, steps, count, place)
 
 
-def _place(run: Trajectory, session: backends.Session, steps: list[int], at: str | None, note: Note) -> str:
-    """Where to measure eigenvalues, and a note where a person did not say."""
-    place, words = floor.choose_place(run, session, steps, at)
-    if words:
-        note(words)
-    return place
-
-
 @contextmanager
 def _measured_apart(
     run: Trajectory, part: share.Part | None, output: str | None, groups: Sequence[str], settings: dict[str, Any]
@@ -268,15 +262,21 @@ def _measured_apart(
 
 
 def _eigenvalues(
-    run: Trajectory, session: backends.Session, steps: list[int], k: int, tolerance: float, place: str,
-    plain: bool, replace: bool, note: Note, progress: Progress,
+    run: Trajectory, session: backends.Session, steps: list[int], k: int, tolerance: float,
+    where: tuple[str, str | None], plain: bool, replace: bool, note: Note, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The `k` largest eigenvalues, measured where they are missing or rougher than the tolerance."""
+    """The `k` largest eigenvalues, measured where they are missing or rougher than the tolerance.
+
+    `where`: the place, and what to say of it.
+    """
+    place, words = where
     group = curvature.group_of(None if plain else settings_of(run), place)
     if replace:
         run.remove(group)
     run.check(group, set(run.steps(group).tolist()) & set(steps))
     count = curvature.count_to_measure(run, group, k)
+    if words:
+        note(words)
     missing, rough = curvature.to_measure(run, group, steps, k, tolerance)
     if len(missing) < len(steps):
         note(f"measured already: {len(steps) - len(missing)} of {len(steps)} checkpoints")
