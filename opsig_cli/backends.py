@@ -8,6 +8,7 @@ trained: gradients, Hessians and optimizers are over these alone, and the F that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -264,6 +265,15 @@ class Backend(Protocol):
 
         `statistics` is the batch-norm convention, "chunk" or "running". Raises OpsigError where the device is absent.
         """
+        ...
+
+
+@runtime_checkable
+class Meets(Protocol):
+    """What a backend can do that shares its work among processes that were started together."""
+
+    def meeting(self, rank: int, size: int) -> AbstractContextManager[Callable[[], None]]:
+        """Inside, sessions are shared by these processes; gives what all but the first do, which is to serve it."""
         ...
 
 

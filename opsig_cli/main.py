@@ -8,10 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 
+from opsig_cli.backends import Meets, load_backend
 from opsig_cli.commands import (
     branch,
     cluster,
@@ -29,6 +31,7 @@ from opsig_cli.commands import (
     train,
     verify,
 )
+from opsig_cli.commands.launched import launched
 from opsig_cli.commands.options import Command
 from opsig_cli.errors import OpsigError
 from opsig_cli.tasks import own_frames
@@ -82,7 +85,7 @@ def run() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         with _checked_stdout():
-            app()
+            _alone_or_together()
     except OpsigError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -93,6 +96,20 @@ def run() -> None:
         if (said := _of_the_machine(error)) is None:
             raise
         _fail(said, 1)
+
+
+def _alone_or_together() -> None:
+    """Run the command; where several processes were started together, the first does, and the others serve it."""
+    launch = launched(sys.argv[1:])
+    if launch is None:
+        app()
+        return
+    name = next((value for flag, value in pairwise(sys.argv) if flag == "--backend"), "torch")
+    backend = load_backend(name)
+    if not isinstance(backend, Meets):
+        raise OpsigError(f"backend {name} works on one process. Start it without torchrun, or with --part")
+    with backend.meeting(launch.rank, launch.size) as serve:
+        serve() if launch.rank else app()
 
 
 def _of_the_machine(error: Exception) -> str | None:

@@ -186,7 +186,11 @@ def fill_losses(
     committed = time.monotonic()
     for start in range(0, len(steps), together):
         chosen = steps[start : start + together].tolist()
-        measured = session.losses([read_state(run, step) for step in chosen])
+        try:
+            measured = session.losses([read_state(run, step) for step in chosen])
+        except BaseException:  # what was measured before is kept
+            run.commit()
+            raise
         for step, (losses, predictions) in zip(chosen, measured, strict=True):
             minimised = losses if weights is None else losses * weights
             _check_mean(run, step, float(minimised.mean(dtype=np.float64)), logged, agrees)

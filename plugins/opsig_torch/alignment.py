@@ -96,16 +96,21 @@ def require_norm(opened: Opened, samples: np.ndarray, norms: np.ndarray) -> None
     require_agreement(norms[place], float(_plain_gradient(opened, samples[place]).norm()))
 
 
-def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
+def mean_cosines(
+    opened: Opened, samples: np.ndarray, sets: list[np.ndarray], norms: np.ndarray | None = None
+) -> np.ndarray:
     """Mean cosine of each sample's gradient with those of each set of samples, (M, G) float64.
 
-    A gradient that vanishes has no direction: as a member it counts as 0, as a sample it is NaN.
+    `norms`: of the gradients of all samples that are named, (S,), where they are known already. A gradient that vanishes
+    has no direction: as a member it counts as 0, as a sample it is NaN.
 
     It is the product with the mean of the set's unit gradients, so that no two samples' gradients meet.
     """
-    norms = np.full(opened.samples, np.nan)
-    needed = np.unique(np.concatenate([samples, *sets]))
-    norms[needed] = directed(gradient_norms(opened, needed))
+    if norms is None:
+        norms = np.full(opened.samples, np.nan)
+        needed = np.unique(np.concatenate([samples, *sets]))
+        norms[needed] = gradient_norms(opened, needed)
+    norms = directed(norms)
     together = max(1, DIRECTIONS_BYTES // (4 * opened.flat.vector.numel()))
     parts = [_products(opened, samples, sets[i : i + together], norms) for i in range(0, len(sets), together)]
     with np.errstate(invalid="ignore", divide="ignore"):

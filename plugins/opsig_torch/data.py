@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Batches:
         self._cache: dict[int, Any] = {}
         self._cached_bytes = 0
         self._tensors = dataset.tensors if type(dataset) is TensorDataset else None
+        self._within = slice(0, self.count)
         if self._tensors is None:
             self._check_repeatable()
         elif sum(t.nbytes for t in self._tensors) <= CACHE_BYTES:
@@ -46,32 +48,50 @@ class Batches:
     @property
     def resident(self) -> bool:
         """Whether every batch stays on the device, so that another pass costs no loading."""
-        return self._tensors is not None or len(self._cache) == len(self.slices())
+        return self._tensors is not None or all(indices.start in self._cache for indices in self.slices())
 
-    def slices(self) -> list[slice]:
-        """The samples of every batch; the last may be smaller."""
-        return [slice(i, min(i + self.batch_size, self.count)) for i in range(0, self.count, self.batch_size)]
+    def slices(self, size: int | None = None) -> list[slice]:
+        """The samples of every batch, or of every piece of `size`; the last may be smaller."""
+        size, (first, last) = size or self.batch_size, (self._within.start, self._within.stop)
+        return [slice(i, min(i + size, last)) for i in range(first, last, size)]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the data can be cut into pieces of any size."""
+        return self._tensors is not None
+
+    def piece(self, size: int) -> int:
+        """The size of the pieces that `in_pieces(size)` gives."""
+        return self.batch_size if self._tensors is None else size
+
+    @contextmanager
+    def only(self, samples: slice) -> Iterator[None]:
+        """Inside, the batches, or pieces, that these samples are made of, and no others."""
+        before, self._within = self._within, samples
+        try:
+            yield
+        finally:
+            self._within = before
 
     def in_pieces(self, size: int) -> Iterator[tuple[slice, Any]]:
         """The same data in batches of `size` where it can be cut; in the usual batches elsewhere."""
         if self._tensors is None:
             yield from self
             return
-        for start in range(0, self.count, size):
-            indices = slice(start, min(start + size, self.count))
+        for indices in self.slices(size):
             yield indices, [self._place(t[indices]) for t in self._tensors]
 
     def __iter__(self) -> Iterator[tuple[slice, Any]]:
         if self._tensors is not None:
             yield from self.in_pieces(self.batch_size)
             return
-        for number, indices in enumerate(self.slices()):
-            batch = self._cache.get(number)
+        for indices in self.slices():
+            batch = self._cache.get(indices.start)
             if batch is None:
                 batch = self.take(range(indices.start, indices.stop))
                 size = sum(leaf.nbytes for leaf in tree_flatten(batch)[0] if isinstance(leaf, torch.Tensor))
                 if self._cached_bytes + size <= CACHE_BYTES:
-                    self._cache[number] = batch
+                    self._cache[indices.start] = batch
                     self._cached_bytes += size
             yield indices, batch
 

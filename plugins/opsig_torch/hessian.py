@@ -43,19 +43,20 @@ class Hessian:
         """H v, (P,)."""
         self.products += 1
         opened = self._opened
+        opened.announce("product", vector)
         scaled = vector if self._scale is None else vector * self._scale
         direction = plain.pieces(opened, scaled)
-        total = torch.zeros_like(vector)
         with ways.refusing(opened, "the Hessian", 2):
-            for gradients, keep in self._gradients():
-                total += plain.product(opened, gradients, direction, keep)
+            terms = (plain.product(opened, gradients, direction, keep) for gradients, keep in self._gradients())
+            total = opened.total(terms, vector)
         return total if self._scale is None else total * self._scale
 
     def gradient(self) -> torch.Tensor:
         """Gradient of the mean training loss, (P,), times the scale; its graphs serve the products where they fit."""
+        self._opened.announce("gradient")
         with ways.refusing(self._opened, "the Hessian", 2):
-            total = sum(plain.flattened(parts).detach() for parts, _ in self._gradients())
-        assert isinstance(total, torch.Tensor)
+            terms = (plain.flattened(parts).detach() for parts, _ in self._gradients())
+            total = self._opened.total(terms, self._opened.flat.vector.detach())
         return total if self._scale is None else total * self._scale
 
     def _gradients(self) -> Iterator[tuple[tuple[torch.Tensor, ...], bool]]:

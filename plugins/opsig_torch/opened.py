@@ -5,7 +5,7 @@ The ground that every measurement of this package stands on; it knows none of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,16 @@ class Opened:
         """Where a line goes that a person should know of: that a slower way is taken, and why."""
         self._flat: FlatModel | None = None
         self._running: Running | None = None
+
+    def total(self, terms: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """The sum of what batches contribute, shaped like a tensor, one after the other."""
+        total = torch.zeros_like(like)
+        for term in terms:
+            total += term
+        return total
+
+    def announce(self, what: str, vector: torch.Tensor | None = None) -> None:
+        """Tell other processes, where there are any, what all are to add up next; see `group`."""
 
     @property
     def flat(self) -> FlatModel:

@@ -161,12 +161,12 @@ class TorchSession(Opened):
 
     def gradient(self, state: State) -> np.ndarray:
         """Gradient of the mean training loss, (P,)."""
-        with self.at(state):
-            total = torch.zeros_like(self.flat.vector.detach())
-            for _, batch in self.batches:
-                with refusing(self, "the gradient", 1):
-                    total += plain.flattened(plain.gradients(self, self.batch_losses(batch).sum() / self.samples))
-            return total.cpu().numpy()
+        with self.at(state), refusing(self, "the gradient", 1):
+            terms = (
+                plain.flattened(plain.gradients(self, self.batch_losses(batch).sum() / self.samples))
+                for _, batch in self.batches
+            )
+            return self.total(terms, self.flat.vector.detach()).cpu().numpy()
 
     def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         """The most positive eigenvalue of chosen samples' Hessians, and residuals; see `opsig_torch.spectrum`."""

@@ -52,7 +52,7 @@ def sample_sharpness(opened: Opened, samples: np.ndarray, tolerance: float) -> L
     like = opened.flat.vector.detach()
     if like.dtype == torch.float32 and tolerance < SMALLEST_TOLERANCE:
         raise OpsigError(f"a tolerance of {tolerance:g} cannot be met in float32. Use {SMALLEST_TOLERANCE:g} or more")
-    block = max(1, BLOCK_BYTES // (like.element_size() * like.numel() * (ROOM + 4)))
+    block = block_size(opened)
     start = random_start(like, 0)  # the same for all: a sample's value is its own, whatever the company
 
     found = []
@@ -61,3 +61,9 @@ def sample_sharpness(opened: Opened, samples: np.ndarray, tolerance: float) -> L
         products = sample_hessians(opened, chosen)
         found.append(largest_eigenvalues(products, start.expand(len(chosen), -1), tolerance, SAMPLE_LIMIT))
     return Largest(*(np.concatenate(parts) for parts in zip(*map(astuple, found), strict=True)))
+
+
+def block_size(opened: Opened) -> int:
+    """How many samples are solved for at a time."""
+    like = opened.flat.vector
+    return max(1, BLOCK_BYTES // (like.element_size() * like.numel() * (ROOM + 4)))
