@@ -18,7 +18,9 @@ class Ended:
     err: str
 
 
-def start(count: int, *arguments: object, **environment: str) -> list[subprocess.Popen]:
+def start(
+    count: int, *arguments: object, program: tuple[str, ...] = ("-m", "opsig_cli"), **environment: str
+) -> list[subprocess.Popen]:
     """The command line in `count` processes that know of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -27,7 +29,7 @@ def start(count: int, *arguments: object, **environment: str) -> list[subprocess
     common |= {"WORLD_SIZE": str(count)} | environment
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "opsig_cli", *map(str, arguments)],
+            [sys.executable, *program, *map(str, arguments)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )

@@ -101,7 +101,7 @@ def mean_cosines(
 ) -> np.ndarray:
     """Mean cosine of each sample's gradient with those of each set of samples, (M, G) float64.
 
-    `norms`: of the gradients of all samples that are named, (S,), where they are known already. A gradient that vanishes
+    `norms`: of the gradients of all samples that are named, (S,), where they are known. A gradient that vanishes
     has no direction: as a member it counts as 0, as a sample it is NaN.
 
     It is the product with the mean of the set's unit gradients, so that no two samples' gradients meet.
