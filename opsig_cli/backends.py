@@ -255,6 +255,15 @@ class Slopes(Protocol):
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """The capability that --memory needs."""
+
+    def bound_by(self, memory: int) -> None:
+        """Take no more than so many bytes of the device's memory in all; what cannot be done within is refused."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """What an entry point of the group `opsig.backends` names."""
 

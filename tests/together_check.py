@@ -14,7 +14,7 @@ from opsig_cli.backends import Training, load_backend
 from opsig_cli.tasks import load, parse_spec
 
 TASK = f"{Path(__file__).parent / 'tasks' / 'tiny.py'}:Tiny"
-CHUNK = 7
+CHUNK = int(os.environ.get("CHUNK", "7"))
 """Samples of a batch: an odd number of batches, the last one smaller."""
 
 

@@ -18,6 +18,7 @@ def track(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
+    memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,
 ) -> None:

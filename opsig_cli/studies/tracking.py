@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,9 @@ STATES_BYTES = 256 << 20
 """Bound on the checkpoints held in memory at a time."""
 
 COMMIT_SECONDS = 1.0
+
+MEMORY: ContextVar[int | None] = ContextVar("memory", default=None)
+"""Bytes that sessions opened from now on may take; None for what is free, less a margin."""
 
 AGREES = 1e-4
 """Relative difference up to which a measured mean loss is the one in the training log."""
@@ -68,6 +72,9 @@ def open_run(
         warn(f"{spec.name} has changed since {run.path} was recorded")
     session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
     session.tell = warn
+    if (most := MEMORY.get()) is not None:
+        backends.require(session, backends.Bounded, backend, "within a bound of memory")
+        session.bound_by(most)  # pyright: ignore[reportAttributeAccessIssue]
     check_samples(run, session.samples)
     check_model(run, session)
     if run.has("checkpoints/params"):

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from opsig_torch import layer_gradients, plain
 from opsig_torch.eigen import random_start
 from opsig_torch.held_statistics import frozen_statistics
-from opsig_torch.layer_gradients import NORMS, Captured, Use
+from opsig_torch.layer_gradients import NORMS, Captured, Use, is_transposed
 from opsig_torch.opened import Opened
 
 AGREES = 1e-3
@@ -90,6 +90,7 @@ def _plan(opened: Opened) -> Plan:
             holders.setdefault(parameter, []).append((module, name))
     known = {p: places for p, places in holders.items() if len({_kind(m, n) for m, n in places} - {None}) == 1}
     known = {p: places for p, places in known.items() if all(_kind(m, n) for m, n in places)}
+    known = {p: places for p, places in known.items() if len({is_transposed(m) for m, _ in places}) == 1}
     two = np.unique([0, opened.samples - 1])
     modules = list(dict.fromkeys(module for places in known.values() for module, _ in places))
     uses = _captured_uses(opened, two, modules)
@@ -145,9 +146,12 @@ def gather(
 def _collect(
     parameter: nn.Parameter, places: list[tuple[nn.Module, str]], uses: dict[nn.Module, list[Use]]
 ) -> Captured:
-    return Captured(
-        parameter, [(use, name) for module, name in places for use in uses[module]], _kind(*places[0]) == "weight"
-    )
+    found = [
+        (use.turned() if is_transposed(module) and name == "weight" else use, name)
+        for module, name in places
+        for use in uses[module]
+    ]
+    return Captured(parameter, found, _kind(*places[0]) == "weight")
 
 
 def _captured_uses(opened: Opened, samples: np.ndarray, modules: list[nn.Module]) -> dict[nn.Module, list[Use]]:
@@ -182,7 +186,7 @@ def _kind(module: nn.Module, name: str) -> str | None:
     """
     if name not in ("weight", "bias"):  # a parameter from which the layer's own is made
         return None
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or is_transposed(module):
         return "weight" if name == "weight" else "rows"
     if type(module) is nn.Conv2d:
         plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)

@@ -60,8 +60,9 @@ class Group:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's own of `count` things in a row."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        """This process's own of `count` things in a row; the first process has some wherever there are any."""
+        first, last = (-(-count * rank // self.size) for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
 
     # -- from the first to the others
 

@@ -8,18 +8,21 @@ anew. Nothing goes through `.grad`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from opsig_cli.errors import OpsigError
-from opsig_torch import plain, ways
-from opsig_torch.eigen import Memory, Solution, random_start, top_eigenpairs
+from opsig_torch import plain, small_basis, ways
+from opsig_torch.eigen import ROOM, Memory, Solution, random_start, top_eigenpairs
+from opsig_torch.memory import worded
 from opsig_torch.opened import Opened
+from opsig_torch.saved import saved_bytes
 from opsig_torch.second import tell_of_second_derivative
 
 GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
+PRODUCT_VECTORS = 5
+"""Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum."""
 NOVELTY = 0.3
 """Random part of a start, against a length of 1 for the rest: what neither memory nor gradient shows must be seen."""
 
@@ -66,11 +69,13 @@ class Hessian:
                 yield gradients, True
             return
         opened = self._opened
-        count = len(opened.batches.slices())
-        keep: bool | None = None
+        size = opened.fitting_batch(2)
+        cut = opened.batches.divisible and size < opened.batch_size
+        count = len(opened.batches.slices(size if cut else None))
+        keep: bool | None = False if cut else None
         kept = []
-        for _, batch in opened.batches:
-            with _saved_bytes() as saved:
+        for _, batch in opened.batches.in_pieces(size) if cut else opened.batches:
+            with saved_bytes() as saved:
                 loss = opened.batch_losses(batch, 2).sum() / opened.samples
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
@@ -103,27 +108,6 @@ class Hessian:
             )
 
 
-class _Saved:
-    def __init__(self) -> None:
-        self.total = 0
-        self._seen: set[int] = set()
-
-    def note(self, tensor: torch.Tensor) -> torch.Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in self._seen:
-            self._seen.add(address)
-            self.total += tensor.untyped_storage().nbytes()
-        return tensor
-
-
-@contextmanager
-def _saved_bytes() -> Iterator[_Saved]:
-    """Count the bytes that autograd saves inside."""
-    saved = _Saved()
-    with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
-        yield saved
-
-
 def solve(
     opened: Opened, count: int, tolerance: float, seed: int, memory: Memory | None = None,
     scale: torch.Tensor | None = None,
@@ -135,10 +119,37 @@ def solve(
     Hessian is not finite.
     """
     hessian = Hessian(opened, scale)
+    vectors = vectors_that_fit(opened)
+    few = vectors < 2 * basis_room(count, opened.flat.vector.numel())
+    if few and vectors < (needed := small_basis.least_room(count) + 3):
+        size = 4 * opened.flat.vector.numel()
+        raise OpsigError(
+            f"{count} eigenpairs of {size // 4:,} parameters need {worded(needed * size)} for vectors, "
+            f"and {worded(max(0, vectors) * size)} of {worded(opened.bound())} are left for them. Give --memory "
+            f"{worded(opened.bound() + (needed - vectors) * size).replace(' ', '')} or more, or a smaller -k"
+        )
     start = hessian.gradient() if memory is None else memory.start(count)
     noise = random_start(opened.flat.vector.detach(), seed)
-    start = start / torch.linalg.vector_norm(start).clamp_min(1e-30) + NOVELTY * noise
+    start = start / torch.linalg.vector_norm(start).clamp_min(1e-30)
+    start += noise.mul_(NOVELTY)
+    del noise
     try:
+        if few:
+            return small_basis.top_eigenpairs(
+                hessian, start, count, tolerance, min(vectors - 3, basis_room(count, 1 << 62))
+            )
         return top_eigenpairs(hessian, start, count, tolerance, memory=memory)
     except ValueError as error:
         raise OpsigError(str(error)) from error
+
+
+def basis_room(count: int, size: int) -> int:
+    """How many basis vectors a solve for `count` eigenpairs keeps where memory does not matter."""
+    return min(size, ROOM + 4 * count)
+
+
+def vectors_that_fit(opened: Opened) -> int:
+    """How many vectors (P,) there is room for besides a product: its gradient, its terms, and a batch's graph."""
+    size = opened.flat.vector.element_size() * opened.flat.vector.numel()
+    graph = min(opened.fitting_batch(2), opened.samples) * opened.kept.get(("sample bytes", 2), 0)
+    return int((opened.room() - graph) // size) - PRODUCT_VECTORS

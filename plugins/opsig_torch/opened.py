@@ -19,10 +19,16 @@ from opsig_cli.tasks import Task
 from opsig_torch.data import Batches
 from opsig_torch.flat import FlatModel
 from opsig_torch.forward import forward
+from opsig_torch.memory import bound_of, held
 from opsig_torch.running import Running
+from opsig_torch.saved import saved_bytes
 
 BATCH_SIZE = 500
 CONVOLUTION_BATCH = 50
+GRAPH_SHARE = 0.25
+"""Part of the memory that the graph of a batch may take."""
+GRAPH_FACTOR = 3
+"""What a pass needs besides what autograd saves: gradients of the same, and temporaries."""
 STATISTICS = ("chunk", "running")
 
 
@@ -56,6 +62,8 @@ class Opened:
         """What measurements find out once for the model: traces by batch shape, how gradients are had."""
         self.tell: Callable[[str], None] = lambda words: None
         """Where a line goes that a person should know of: that a slower way is taken, and why."""
+        self.memory: int | None = None
+        """Bytes that this process may take of the device's memory; None for what is free, less a margin."""
         self._flat: FlatModel | None = None
         self._running: Running | None = None
 
@@ -176,8 +184,37 @@ class Opened:
         """Convolutions on the CPU run up to three times faster in small batches; batch norm needs its own."""
         convolves = any(isinstance(module, nn.Conv2d) for module in self.flat.model.modules())
         if self.device == "cpu" and convolves and not self.couples_samples:
-            return min(self.batch_size, CONVOLUTION_BATCH)
-        return self.batch_size
+            return min(self.batch_size, CONVOLUTION_BATCH, self.fitting_batch())
+        return min(self.batch_size, self.fitting_batch())
+
+    def fitting_batch(self, order: int = 1) -> int:
+        """How many samples' graphs, to be differentiated `order` times, fit a quarter of the memory: a power of two.
+
+        The batch's own size wherever that fits, and where samples are coupled, whose batches cannot be cut.
+        """
+        if self.couples_samples:
+            return self.batch_size
+        if ("sample bytes", order) not in self.kept:
+            with torch.enable_grad(), saved_bytes() as saved:
+                losses = self.batch_losses(self.batches.take([0]), order)
+                if order > 1 and losses.requires_grad:
+                    torch.autograd.grad(losses.sum(), self.flat.parameters, create_graph=True, allow_unused=True)
+            own = saved.total - saved.of(self.flat.parameters)
+            self.kept["sample bytes", order] = max(1, GRAPH_FACTOR * own)
+        fits = int(self.bound() * GRAPH_SHARE) // self.kept["sample bytes", order]
+        if fits >= self.batch_size:
+            return self.batch_size
+        return 1 << (max(1, fits).bit_length() - 1)
+
+    def bound(self) -> int:
+        """Bytes that this process may take in all."""
+        if self.memory is None and "bound" not in self.kept:
+            self.kept["bound"] = bound_of(self.device)
+        return self.memory or self.kept["bound"]
+
+    def room(self) -> int:
+        """Bytes that it may still take."""
+        return self.bound() - held(self.device)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Losses (B,) and predictions (B,) or None of one batch, from one forward pass."""

@@ -24,6 +24,11 @@ class TorchSession(Opened):
 
     optimizers = OPTIMIZERS
 
+    def bound_by(self, memory: int) -> None:
+        """Take no more than so many bytes; see `opsig_torch.memory`."""
+        self.memory = memory
+        self.kept.clear()
+
     def initial(self, seed: int) -> State:
         """The run's first state, from the task's model built after seeding torch. Raises OpsigError where the model
         couples samples: before hours are spent on it."""

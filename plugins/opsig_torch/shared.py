@@ -51,6 +51,11 @@ class SharedSession(TorchSession):
 
     # -- what the first process calls, and all perform
 
+    def bound_by(self, memory: int) -> None:
+        """Take no more than so many bytes at every process."""
+        self._tell("bound", memory)
+        super().bound_by(memory)
+
     def initial(self, seed: int) -> State:
         """The run's first state; the others build the model as this process does."""
         self._tell("begin", seed)
@@ -180,6 +185,7 @@ class SharedSession(TorchSession):
         """Do what the first process tells the others."""
         alone: dict[str, Callable[..., Any]] = {
             "begin": super().initial, "take": super().adopt, "load": self.load, "hessian": self.serve_hessian,
+            "bound": super().bound_by,
         }  # fmt: skip
         if name in alone:
             alone[name](*arguments)
