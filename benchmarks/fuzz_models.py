@@ -105,7 +105,7 @@ def main() -> None:
                 and "batch norm" not in task.names
                 and "autocast" not in task.names
             ):
-                errors, _ = layers.row(task, task.samples)
+                errors, _ = layers.row(task, task.samples, "cpu")
                 wrong = {c: e for c, e in errors.items() if isinstance(e, str) or not e <= BOUND}
                 counts["held against float64"] += 1
                 counts["WRONG"] += bool(wrong)

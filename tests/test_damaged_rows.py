@@ -137,6 +137,25 @@ def test_a_damaged_step_is_a_damaged_row_wherever_it_moves(whole, tmp_path, opsi
         ).out.replace("w.h5", f"{number}.h5")
 
 
+def test_a_checkpoint_whose_step_moved_out_of_the_run_is_named(whole, tmp_path, opsig):
+    path = tmp_path / "run.h5"
+    shutil.copy(whole, path)
+    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
+        file["checkpoints/step"][-1] = 1 << 34
+    said = opsig("cluster", path, "--test", "none", *TASK)
+    assert "1 of 7 rows of checkpoints is damaged and left out: step 17179869184" in said.err
+
+
+def test_losses_whose_step_moved_out_of_the_run_are_named_and_measured_again(whole, tmp_path, opsig):
+    path = tmp_path / "run.h5"
+    shutil.copy(whole, path)
+    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
+        file["losses/step"][-1] = 1 << 41
+    said = opsig("track", path, *TASK)
+    assert [record["step"] for record in said.records] == [60]
+    assert "1 of 61 rows of losses is damaged and left out: step 2199023255552" in said.err
+
+
 def test_one_unreadable_chunk_costs_its_own_rows(tmp_path, opsig):
     values = np.random.default_rng(0).random((200, 30), np.float32)
     with create_trajectory(tmp_path / "run.h5", np.arange(30)) as run:

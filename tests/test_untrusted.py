@@ -2,8 +2,10 @@
 
 import io
 import json
+import random
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -19,6 +21,9 @@ from opsig_cli import Recorder, State, Tensor
 from opsig_cli.records import write
 from opsig_cli.trajectory.schema import is_known
 from opsig_cli.trajectory.vetting import Refused, vet
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import crafted_logs
 
 TASK = ("--task", f"{TASKS}:Tiny")
 READERS = (
@@ -216,3 +221,15 @@ def test_datasets_that_overlap_or_are_of_another_type_are_refused(recorded, tmp_
             recorder.run.write(f"samples/{name}", np.zeros(20_000))
     with h5py.File(path) as file, pytest.raises(Refused, match="they overlap"):
         vet(file, 170_000, is_known)  # as if both lay in the same place
+
+
+def test_a_log_with_right_checksums_and_any_content_costs_one_line(tmp_path, opsig):
+    """The long form: benchmarks/crafted_logs.py."""
+    source, path = tmp_path / "source.h5", tmp_path / "run.h5"
+    crafted_logs.make(source)
+    stamp, size = crafted_logs.stamp_of(source), source.stat().st_size
+    for seed in range(100, 130):
+        shutil.copy(source, path)
+        Path(f"{path}.redo").write_bytes(crafted_logs.crafted(stamp, size, random.Random(seed)))
+        refused(opsig, path, (crafted_logs.COMMANDS[seed % len(crafted_logs.COMMANDS)],))
+        assert path.stat().st_size < 1 << 20

@@ -168,7 +168,9 @@ def missing_losses(run: Trajectory) -> np.ndarray:
     """Steps that have a checkpoint but no losses, increasing. Raises DamagedRows for what is damaged of what is asked:
     the checkpoints, the losses at them, and the log that new ones are held against."""
     checkpoints = run.steps("checkpoints")
-    run.check("losses", np.intersect1d(checkpoints, run.steps("losses")).tolist())
+    recorded = run.steps("losses")
+    last = recorded[-1:]  # perhaps of a checkpoint, had its step not been damaged
+    run.check("losses", np.union1d(np.intersect1d(checkpoints, recorded), last).tolist())
     steps = np.setdiff1d(checkpoints, run.steps("losses"))
     run.check("checkpoints", steps.tolist())
     run.check("scalars", np.intersect1d(steps, run.steps("scalars")).tolist())

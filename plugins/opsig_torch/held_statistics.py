@@ -52,7 +52,7 @@ class Frozen:
         if self._held is None:
             entering = inputs[0].detach()
             if entering.device.type == "cpu":  # three times as fast; the variance is the biased one
-                mean, variance = torch.batch_norm_update_stats(entering, None, None, 0.0)
+                mean, variance = torch.batch_norm_update_stats(entering.contiguous(), None, None, 0.0)
             else:
                 variance, mean = torch.var_mean(entering, (0, *range(2, entering.ndim)), correction=0)
             if self._noted is not None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from opsig_cli.errors import OpsigError
-from opsig_torch.primitives import TwiceDifferentiable
+from opsig_torch.primitives import Precise, TwiceDifferentiable
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,6 +41,7 @@ class Running:
         self._attends = any(
             isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for module in model.modules()
         )
+        self._normalises = device == "cpu" and any(isinstance(module, _BatchNorm) for module in model.modules())
         self._casts: bool | None = None  # whether the model goes to half precision on the way, once it has been seen
         for module in model.modules():
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -56,6 +58,8 @@ class Running:
                 conditions.enter_context(_FullPrecision(self._dtype))
             if self._recurrent and self._device == "cuda":  # its kernels have a gradient in training mode alone
                 conditions.enter_context(_without("cudnn"))
+            if self._normalises:
+                conditions.enter_context(Precise())
             yield
 
     @contextmanager
@@ -73,6 +77,8 @@ class Running:
             if order > 1:
                 conditions.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
                 conditions.enter_context(TwiceDifferentiable())
+            if self._normalises:
+                conditions.enter_context(Precise())
             yield
         if self._casts is None and precision is not None:
             self._casts = precision.met

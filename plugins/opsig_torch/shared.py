@@ -24,6 +24,7 @@ from opsig_torch import training as descent
 from opsig_torch.forward import LossRow
 from opsig_torch.group import Elsewhere, Group, Lost
 from opsig_torch.hessian import Hessian
+from opsig_torch.memory import bound_of
 from opsig_torch.session import TorchSession
 
 Options = tuple[str | None, int | None, str | None, bool]
@@ -353,7 +354,10 @@ def opened(group: Group, task: Any, options: Options) -> SharedSession:
     group.sessions += 1
     number = group.sessions
     group.tell(number, "open", spec.name, dict(spec.options), spec.model, list(options))
-    return _built(group, number, lambda: task, options)
+    session = _built(group, number, lambda: task, options)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(group.size)))
+    session.bound_by(bound_of(session.device) // (here if session.device == "cpu" else 1))
+    return session
 
 
 def serve(group: Group) -> None:

@@ -66,7 +66,9 @@ def _divided(run: Trajectory, window: Window) -> tuple[np.ndarray, np.ndarray]:
     if not run.has("checkpoints/params") or not len(run.steps("checkpoints")):
         raise OpsigError(f"{run.path} holds no checkpoints, which gradients need. Use --by loss")
     first, last = int(window.steps_T[0]), int(window.steps_T[-1])
-    chosen = spread(first, last, run.steps("checkpoints"), CHECKPOINTS + HELD_OUT)
-    run.check("checkpoints", chosen.tolist())
+    steps = run.steps("checkpoints")
+    chosen = spread(first, last, steps, CHECKPOINTS + HELD_OUT)
+    strays = steps[steps > run.steps("losses")[-1]]  # perhaps of the window, had their step not been damaged
+    run.check("checkpoints", [*chosen.tolist(), *strays.tolist()])
     held = chosen[1::2][:HELD_OUT]
     return np.setdiff1d(chosen, held), held
