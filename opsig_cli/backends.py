@@ -254,6 +254,26 @@ class Slopes(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Need:
+    """What measuring takes of the device's memory, in bytes: at the `least`, and as much as is of use (`most`), within
+    the `bound`. `passes`: forward and backward passes over the data a checkpoint, about."""
+
+    least: int
+    most: int
+    bound: int
+    passes: float
+
+
+@runtime_checkable
+class Plans(Protocol):
+    """The capability that --plan needs."""
+
+    def needs(self, what: str, count: int, state: State) -> Need:
+        """What "losses", `count` "eigenpairs", or "gradients" of `count` samples take at a checkpoint."""
+        ...
+
+
 @runtime_checkable
 class Bounded(Protocol):
     """The capability that --memory needs."""

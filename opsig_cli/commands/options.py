@@ -127,6 +127,9 @@ MemoryOption = Annotated[
         show_default=False,
     ),
 ]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Say what it takes of memory, disk and passes over the data, and stop.")
+]
 BatchSizeOption = Annotated[
     int | None, typer.Option("--chunk-size", min=1, help="Samples per forward pass when all are measured.")
 ]

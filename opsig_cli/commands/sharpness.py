@@ -53,6 +53,7 @@ def sharpness(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
+    plan: options.PlanOption = False,
     memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
@@ -75,7 +76,8 @@ def sharpness(
     path, piped = options.records_of(run)
     found = door.sharpness(
         path, k=count, steps=steps, tolerance=tolerance, metrics=metrics, random=random, slice=slice_step, span=span,
-        at=at, name=name, plain=plain, seed=seed, replace=replace, part=part, output=output, records=piped, task=task,
+        at=at, name=name, plain=plain, seed=seed, replace=replace, part=part, output=output,
+        plan=plan, records=piped, task=task,
         device=device, backend=backend, allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip

@@ -18,6 +18,7 @@ def track(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     backend: options.BackendOption = "torch",
+    plan: options.PlanOption = False,
     memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,
@@ -29,7 +30,7 @@ def track(
     Example: opsig track run.h5
     """
     from opsig_cli import records
-    from opsig_cli.studies import tracking
+    from opsig_cli.studies import planning, tracking
     from opsig_cli.studies.parts import share
     from opsig_cli.trajectory.file import open_trajectory
 
@@ -53,6 +54,11 @@ def track(
             session, _ = options.without_damage(
                 lambda: tracking.open_session(whole, task, device, backend, note, allow_changed_data)
             )
+            if plan:
+                wanted = planning.plan(whole, session, backend, "track", steps.tolist(), 1, 4 * len(whole.samples))
+                records.write(wanted, format)
+                options.say(wanted.notes, quiet)
+                return
             with options.progress("tracking", len(steps), quiet) as advance:
                 for step, losses in tracking.fill_losses(trajectory, session, steps, allow_changed_data):
                     written.append({"trajectory": output or run, "step": step, "loss": losses.mean(dtype="f8")})

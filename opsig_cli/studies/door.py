@@ -17,7 +17,7 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, ends, floor, mining, missing, slopes, tracking
+from opsig_cli.studies import curvature, ends, floor, mining, missing, planning, slopes, tracking
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
 from opsig_cli.studies.clustering import agreement, explaining, finding
 from opsig_cli.studies.clustering import records as clustered
@@ -132,8 +132,8 @@ def sharpness(
     run: Run, *, k: int | None = None, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
     random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, name: bool = False,
     plain: bool = False, seed: int = 0, replace: bool = False, part: str | None = None, output: str | None = None,
-    records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
-    backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly, progress: Progress = unseen,
+    plan: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
+    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
 
@@ -143,7 +143,7 @@ def sharpness(
     eigenvector: records of kind "eigenvector". `k`: eigenvalues, 1 or with `name` 4; `steps`: checkpoints "A:B:C", all
     or with `name` the last; `tolerance`: residual |Hv - av| / |a| to reach; `at`: "floor" or "iterate", or as the run
     does; `plain`: without Adam's preconditioner; `replace`: measure anew. `part`: "I/N", of so many shares of the
-    checkpoints this one, into the file `output`, which `opsig merge` takes into the run.
+    checkpoints this one, into the file `output`, which `opsig merge` takes in. `plan`: only say what it takes.
     """
     from opsig_cli.studies import drawing
 
@@ -176,6 +176,10 @@ def sharpness(
                 chosen_steps = chosen_steps[-1:]
             session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
             backends.require(session, backends.Curvature, backend, "curvature")
+            if plan:
+                chosen_steps = divided.share(chosen_steps) if divided else chosen_steps
+                row = 4 * trajectory.shape("checkpoints/params")[1]
+                return planning.plan(trajectory, session, backend, "sharpness", chosen_steps, k or 1, row)
             if not wanted and (other := other_loss(trajectory, settings_of(trajectory))):
                 note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
@@ -214,6 +218,8 @@ def sharpness(
                 )
 
         written = without_damage(work, damage.append)
+    if isinstance(written, Records):
+        return written
     measured = ("residual", "sample_sharpness_residual")
     unmet = sum(any((r.get(key) or 0) > tolerance for key in measured) for r in written)
     notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []

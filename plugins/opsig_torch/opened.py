@@ -25,7 +25,7 @@ from opsig_torch.saved import saved_bytes
 
 BATCH_SIZE = 500
 CONVOLUTION_BATCH = 50
-GRAPH_SHARE = 0.25
+GRAPH_SHARE = 0.125
 """Part of the memory that the graph of a batch may take."""
 GRAPH_FACTOR = 3
 """What a pass needs besides what autograd saves: gradients of the same, and temporaries."""
@@ -188,7 +188,7 @@ class Opened:
         return min(self.batch_size, self.fitting_batch())
 
     def fitting_batch(self, order: int = 1) -> int:
-        """How many samples' graphs, to be differentiated `order` times, fit a quarter of the memory: a power of two.
+        """How many samples' graphs, to be differentiated `order` times, fit an eighth of the memory: a power of two.
 
         The batch's own size wherever that fits, and where samples are coupled, whose batches cannot be cut.
         """

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opsig_cli.backends import Eigenpairs, Snapshot, State, Training
+from opsig_cli.backends import Eigenpairs, Need, Snapshot, State, Training
 from opsig_cli.errors import OpsigError
 from opsig_torch import plain
 from opsig_torch.apart import require_apart
@@ -28,6 +28,13 @@ class TorchSession(Opened):
         """Take no more than so many bytes; see `opsig_torch.memory`."""
         self.memory = memory
         self.kept.clear()
+
+    def needs(self, what: str, count: int, state: State) -> Need:
+        """What a measurement takes; see `opsig_torch.needs`."""
+        from opsig_torch.needs import needs
+
+        with self.at(state):
+            return needs(self, what, count)
 
     def initial(self, seed: int) -> State:
         """The run's first state, from the task's model built after seeding torch. Raises OpsigError where the model
