@@ -199,7 +199,7 @@ class Settings:
         (2 + 2 beta1)/((1 - beta1) eta) for Adam; infinite for gradient flow, and NaN for steps by the sign, which no
         Hessian decides, and for optimizers that are not known.
         """
-        if self.optimizer == "flow" or self.learning_rate == 0:
+        if self.optimizer == "flow" or (self.learning_rate == 0 and self.optimizer != OTHER):
             return float("inf")
         match self.optimizer:
             case "splitsgd" | "signsgd" | "other":

@@ -18,7 +18,9 @@ def import_(
     paths: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="CHECKPOINT...", help="Files, Hugging Face folders, or folders of them.", show_default=False
+            metavar="CHECKPOINT...",
+            help="Files, folders that are a checkpoint, or folders of them.",
+            show_default=False,
         ),
     ] = None,
     task: options.TaskOption = None,
@@ -56,10 +58,14 @@ def import_(
         ),
     ] = None,
     scalars: Annotated[
-        str | None, typer.Option(metavar="FILE", help="CSV with step and train_loss, learning_rate, grad_norm, ...")
+        str | None,
+        typer.Option(metavar="FILE", help="CSV with step and train_loss, learning_rate, ...; or a trainer's own log."),
     ] = None,
     track: Annotated[
         bool, typer.Option("--track", help="Measure every sample's loss at the checkpoints, too.")
+    ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Leave parameters in their files, and read them when they are measured.")
     ] = False,
     append: Annotated[bool, typer.Option("--append", help="Add the steps that RUN lacks.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")] = False,
@@ -86,7 +92,7 @@ def import_(
     )  # fmt: skip
     request = entry.Request(
         output, paths or [], task, model, steps, steps_from, prefix, entry.chosen(given), losses, scalars, track,
-        append, replace, device, backend, allow_changed_data,
+        append, replace, device, backend, allow_changed_data, reference,
     )  # fmt: skip
     bar = partial(options.progress, quiet=quiet)
     written = entry.run(request, partial(options.note, quiet=quiet), bar)

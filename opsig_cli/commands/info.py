@@ -23,6 +23,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
     import os
 
     from opsig_cli import records
+    from opsig_cli.trajectory import external
     from opsig_cli.trajectory.file import open_trajectory
     from opsig_cli.trajectory.schema import ROW_GROUPS
 
@@ -47,7 +48,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
             "groups": trajectory.groups(),
             "bytes": os.path.getsize(run),
             "state": attributes.get("state"),
-        }
+        } | external.totals(trajectory)
         if "from_step" in attributes:
             record |= {key: attributes.get(key) for key in ("parent_path", "from_step", "change")}
         settings = attributes.get("settings_json") or {}

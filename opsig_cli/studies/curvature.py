@@ -129,7 +129,8 @@ def measure(
     previous: Eigenpairs | None = None
     for step in steps:
         state = state_at(run, session, step, PLACE[group])
-        scale = scale_of(settings, state) if PRECONDITIONED[group] else None
+        here = None if settings is None else settings_at(run, settings, step)
+        scale = scale_of(here, state) if PRECONDITIONED[group] else None
         if PRECONDITIONED[group] and scale is None:
             continue
         found: Eigenpairs = session.top_eigenpairs(state, count, tolerance, previous, scale)  # pyright: ignore
@@ -138,7 +139,7 @@ def measure(
         previous = found
         columns: dict[str, Any] = {
             "eigenvalue": found.values, "residual": found.residuals, "products": found.products,
-            "threshold": np.nan if settings is None else settings_at(run, settings, step).threshold,
+            "threshold": np.nan if here is None else here.threshold,
         }  # fmt: skip
         if not PRECONDITIONED[group]:
             columns |= {"eigenvector": found.vectors[0], "layer_fraction": layer_fractions(session, found.vectors[0])}
@@ -293,7 +294,8 @@ def step_records(
             record |= {"trace": float(nodes.ravel() @ weights.ravel()), "trace_error": error}
             record |= {"density_nodes": nodes.ravel(), "density_weights": weights.ravel()}
         if "critical_sharpness" in metrics:
-            record["critical_sharpness"], known = critical_sharpness(session, state, followed)
+            here = settings_at(run, followed, step) if followed else None
+            record["critical_sharpness"], known = critical_sharpness(session, state, here)
             rate = settings_at(run, settings, step).learning_rate if settings else 0.0
             record["threshold"] = 2 / rate if rate and known else None
             unknown += [] if known else [step]

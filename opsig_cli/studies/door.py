@@ -133,7 +133,8 @@ def sharpness(
     random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, name: bool = False,
     plain: bool = False, seed: int = 0, replace: bool = False, part: str | None = None, output: str | None = None,
     plan: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly, progress: Progress = unseen,
+    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly,
+    progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
 

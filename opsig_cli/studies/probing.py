@@ -13,7 +13,7 @@ from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.curvature import scale_of, select_steps
 from opsig_cli.studies.mining import positions_of
-from opsig_cli.studies.trained import settings_of
+from opsig_cli.studies.trained import settings_at, settings_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
@@ -186,6 +186,7 @@ def _iterate(
     run: Trajectory, settings: Settings | None, step: int, origin: np.ndarray, direction: np.ndarray
 ) -> dict[str, Any]:
     state = read_state(run, step)
+    settings = None if settings is None else settings_at(run, settings, step)
     record: dict[str, Any] = {"step": step, "projection": float((state.params - origin) @ direction)}
     if settings is not None and scale_of(settings, state) is not None:
         second = state.optimizer["exp_avg_sq"].astype(np.float64) / (1 - settings.beta2**step)

@@ -49,7 +49,8 @@ def slopes_at(
     For Adam that is P^-1/2 H P^-1/2, and v stands for P^-1/2 times its eigenvector, so that the curvatures' mean is its
     eigenvalue, too. Raises OpsigError for more eigenvectors than parameters, or where Adam's state is not known.
     """
-    settings = settings_of(run)
+    stored = settings_of(run)
+    settings = None if stored is None else settings_at(run, stored, step)
     state = state_at(run, session, step, place)
     scale = scale_of(settings, state)
     if scale is None and settings is not None and settings.preconditioned:
@@ -60,7 +61,7 @@ def slopes_at(
     directions = found.vectors if scale is None else (found.vectors * scale).astype(found.vectors.dtype)
     slope_SK, curvature_SK = session.slopes_along(state, directions)  # pyright: ignore[reportAttributeAccessIssue]
     ids = run.samples
-    threshold = np.nan if settings is None else settings_at(run, settings, step).threshold
+    threshold = np.nan if settings is None else settings.threshold
     return Slopes(
         step, place, found.values, found.residuals, float(threshold), slope_SK[ids], curvature_SK[ids], found
     )  # fmt: skip

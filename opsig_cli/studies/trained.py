@@ -9,6 +9,9 @@ import numpy as np
 from opsig_cli.settings import Settings
 from opsig_cli.trajectory.file import Trajectory
 
+SCHEDULED = ("learning_rate", "momentum", "beta1", "beta2")
+"""Settings of which a run may record one for each step."""
+
 
 def settings_of(run: Trajectory) -> Settings | None:
     """How the run was trained, or None where it does not say."""
@@ -17,11 +20,12 @@ def settings_of(run: Trajectory) -> Settings | None:
 
 
 def settings_at(run: Trajectory, settings: Settings, step: int) -> Settings:
-    """The settings with the learning rate of the step that follows, where the run recorded it: schedules change it."""
-    if run.has("scalars/learning_rate") and step in run.steps("scalars"):
-        rate = float(run.row("scalars/learning_rate", step))
-        return settings if np.isnan(rate) else replace(settings, learning_rate=rate)
-    return settings
+    """The settings with those of the step that follows, where the run recorded them: schedules change a learning rate,
+    a momentum and betas."""
+    if step not in run.steps("scalars"):
+        return settings
+    told = {name: float(run.row(f"scalars/{name}", step)) for name in SCHEDULED if run.has(f"scalars/{name}")}
+    return replace(settings, **{name: value for name, value in told.items() if not np.isnan(value)})
 
 
 def weights_of(run: Trajectory) -> np.ndarray | None:

@@ -22,6 +22,7 @@ from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import divergence, tracking
 from opsig_cli.studies.trained import weights_of
+from opsig_cli.trajectory import external
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory, check_new, open_trajectory
 from opsig_cli.trajectory.recorder import Recorder
@@ -206,6 +207,11 @@ def resume_point(
     """
     if not recorder.run.has("layout/name"):
         _describe(recorder.run, session, _description(session, task))
+    if recorder.run.has(external.EXTENTS):
+        raise OpsigError(
+            f"{recorder.run.path} keeps its checkpoints in other files, and takes none into itself. Import the run "
+            "without --reference to go on with it"
+        )
     initial = session.initial(settings.seed)
 
     def last() -> State | None:

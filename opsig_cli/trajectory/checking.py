@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory.rows import column_checksum, fill_of
+from opsig_cli.trajectory.rows import column_checksum, fill_of, is_fill
 
 SHOWN = 8
 """Damaged steps that a message names one by one."""
@@ -62,7 +62,7 @@ def row_checksums(name: str, values: np.ndarray) -> np.ndarray:
     if not values.size:
         return found
     if values.dtype.kind == "S":
-        found[:] = [column_checksum(name, value) if value else 0 for value in values]
+        found[:] = [0 if is_fill(np.asarray(value)) else column_checksum(name, np.asarray(value)) for value in values]
         return found
     values = np.ascontiguousarray(values)
     start, width = zlib.crc32(name.encode()), values.nbytes // len(values)

@@ -8,6 +8,7 @@ from typing import Any
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
+from opsig_cli.trajectory import external
 from opsig_cli.trajectory.disk import sync_folder
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, file_errors, open_trajectory
 from opsig_cli.trajectory.packing import copy_packed
@@ -16,10 +17,13 @@ from opsig_cli.trajectory.schema import ROW_GROUPS, field_of
 from opsig_cli.trajectory.states import read_layout
 
 
-def verify(run: Trajectory) -> list[dict[str, Any]]:
+def verify(run: Trajectory, outside: bool = True) -> list[dict[str, Any]]:
     """One record for the attributes, each row group and each whole dataset: its rows, those that are intact, and what
-    is damaged."""
+    is damaged. With `outside` also one for the files that the run refers to, which are read once through."""
     records = [_attributes(run)]
+    if outside and run.has(external.EXTENTS):
+        changed, why = external.changed_steps(run)
+        records.append(_record(run, "checkpoints/external", len(run.steps("checkpoints")), changed, why))
     for group in ROW_GROUPS:
         if not run.has(f"{group}/step"):
             continue
@@ -100,7 +104,7 @@ def repack(path: str, output: str) -> dict[str, Any]:
         folder = os.path.dirname(os.path.abspath(held.path if output == path else output))
         with file_errors(output), tempfile.TemporaryDirectory(dir=folder, prefix=".repack-") as temporary:
             new = os.path.join(temporary, "run.h5")
-            _write_packed(path, new)
+            _write_packed(path, new, output)
             if output == path:
                 held.replace_by(new)
             else:
@@ -111,13 +115,15 @@ def repack(path: str, output: str) -> dict[str, Any]:
     return {"trajectory": output, "bytes_before": before, "bytes": os.path.getsize(output)}
 
 
-def _write_packed(path: str, new: str) -> None:
+def _write_packed(path: str, new: str, output: str) -> None:
     with open_trajectory(path) as run:
-        bad = [record for record in verify(run) if record["damaged"] or record["reason"]]
+        bad = [record for record in verify(run, outside=False) if record["damaged"] or record["reason"]]
         if bad:
             raise OpsigError(f"{path} is damaged in {bad[0]['name']}. See what is intact: opsig verify {path}")
         with create_trajectory(new, run.samples, {"run_id": run.attributes.get("run_id")}) as copy:
             copy_packed(run, copy)
+            if copy.has(external.EXTENTS):
+                external.rebase(copy, run.path, output)
     with open_trajectory(new) as copy:
-        if any(record["damaged"] or record["reason"] for record in verify(copy)):
+        if any(record["damaged"] or record["reason"] for record in verify(copy, outside=False)):
             raise OpsigError(f"the copy of {path} could not be read back. Nothing was changed")

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.trajectory import external
 from opsig_cli.trajectory.checking import DamagedRows, named_steps, row_checksums
 from opsig_cli.trajectory.chunks import Chunks
 from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16, known_names
@@ -83,7 +84,7 @@ class Reading:
 
     def has(self, name: str) -> bool:
         """Whether the dataset or group is in the file."""
-        return name in self._file
+        return name in self._file or external.holds(self, name)
 
     def require(self, name: str) -> None:
         """Raise OpsigError, naming the command that makes it, where the dataset is not in the file."""
@@ -104,6 +105,8 @@ class Reading:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a dataset."""
+        if name not in self._file and external.holds(self, name):
+            return len(self.steps("checkpoints")), external.parameters(self)
         return self._file[name].shape
 
     # -- reading
@@ -140,11 +143,16 @@ class Reading:
         """
         self.require(name)
         position = self._position(group_of(name), step)
+        if name not in self._file:
+            return external.row(self, name, position)
         return self.rows(name, position, position + 1)[0]
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` in order of step, (stop - start, ...)."""
         self.require(name)
+        if name not in self._file:
+            found = [external.row(self, name, at) for at in range(*slice(start, stop).indices(self.shape(name)[0]))]
+            return np.array(found, np.float32).reshape(len(found), -1)
         return self._missing(name, self._held(name, self._rows(group_of(name)).order()[start:stop]))
 
     def series(self, name: str, positions: np.ndarray, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from opsig_cli.backends import State, Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory import given
+from opsig_cli.trajectory import external, given
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajectory
 from opsig_cli.trajectory.modules import layout_of, state_of
 from opsig_cli.trajectory.rows import to_bfloat16
@@ -78,7 +78,7 @@ class Recorder:
         self._classes = self.run.shape("class_name")[0] if self.run.has("class_name") else None
         self._commit_every = max(1, commit_every)
         self._bfloat16 = bfloat16
-        if self.run.has("checkpoints/params"):
+        if "checkpoints/params" in self.run._file:
             self._bfloat16 = self.run._file["checkpoints/params"].dtype.kind == "u"
         self._closed = False
         self._uncommitted = 0
@@ -156,6 +156,28 @@ class Recorder:
         if state is not None or self._uncommitted >= self._commit_every:
             self.commit()
 
+    def _refer(
+        self, step: int, state: State, extents: Sequence[external.Extent], hashes: dict[str, str],
+        size: tuple[int, int], source: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Write a checkpoint whose parameters and moments stay in files, `state` having its buffers and frozen
+        parameters alone; commits. `hashes`, `size`: see `external.columns_of`."""
+        if "checkpoints/params" in self.run._file:
+            raise OpsigError(f"{self.run.path} holds its checkpoints itself, and refers to none in other files")
+        self._check_frozen(state.frozen)
+        columns = external.columns_of(extents, hashes, size, self.run.path)
+        columns |= {"buffers": state.buffers} if state.buffers.size else {}
+        for name, column in columns.items():
+            path = f"checkpoints/{name.replace('__', '/')}"
+            if self.run.has(path) and self.run.shape(path)[1:] != column.shape:
+                raise OpsigError(
+                    f"{self.run.path} has no room for a checkpoint of {size[0]} files and {size[1]} stretches. Import "
+                    "all of them at once, with --replace"
+                )
+        self._keep_frozen(state.frozen)
+        self.run.append("checkpoints", step, **columns, **{f"source__{name}": value for name, value in source.items()})
+        self.commit()
+
     def rewind(self, step: int) -> None:
         """Go back to a step, as to the checkpoint that a loop continues from after a crash: what was recorded of later
         steps is dropped, at once and for good. What is recorded of `step` itself stays until it is recorded again."""
@@ -197,6 +219,8 @@ class Recorder:
 
     def _checkpoint(self, step: int, state: State, source: Mapping[str, Any] | None) -> dict[str, Any]:
         """Columns of the row group `checkpoints`."""
+        if self.run.has(external.EXTENTS):
+            raise OpsigError(f"{self.run.path} keeps its checkpoints in other files, and takes none into itself")
         if state.step != step:
             raise OpsigError(f"state is of step {state.step}, and is recorded at step {step}")
         params = given.as_vector("state.params", state.params, np.float32)

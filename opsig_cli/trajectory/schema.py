@@ -112,6 +112,9 @@ FIELDS = _fields(
         "scalars/update_norm", ("step",), "f8", "1", "Euclidean norm of the parameter change of the step that follows"
     ),
     Field("scalars/signed_fraction", ("step",), "f8", "1", "share of the parameters that SplitSGD moves by the sign"),
+    Field("scalars/momentum", ("step",), "f8", "1", "heavy-ball momentum of the step that follows"),
+    Field("scalars/beta1", ("step",), "f8", "1", "Adam's beta1 of the step that follows"),
+    Field("scalars/beta2", ("step",), "f8", "1", "Adam's beta2 of the step that follows"),
     Field("logged/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
     Field("logged/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("logged/*", ("step",), "f8", "1", "any other number of a training loop's own, under the name it gave"),
@@ -130,6 +133,16 @@ FIELDS = _fields(
     Field("checkpoints/source/path", ("step",), "S512", "1", "file or folder that the checkpoint was imported from"),
     Field("checkpoints/source/bytes", ("step",), "i8", "byte", "size of its weights' files"),
     Field("checkpoints/source/sha256", ("step",), "S64", "1", "SHA-256 of its weights' files in order of name"),
+    Field("checkpoints/external/path", ("step", "file"), "S512", "1", "files that hold the checkpoint"),
+    Field("checkpoints/external/bytes", ("step", "file"), "i8", "byte", "size of each of these files"),
+    Field("checkpoints/external/sha256", ("step", "file"), "S64", "1", "SHA-256 of each of these files"),
+    Field(
+        "checkpoints/external/extent",
+        ("step", "field", "extent"),
+        "i8",
+        "1",
+        "stretches of numbers: kind, place in the row, count, file, byte, type, crc32",
+    ),
     Field("frozen/params", ("frozen_parameter",), "f4", "1", "parameters not trained, flattened in layout order"),
     Field("layout/name", ("tensor",), "S*", "1", "name of the parameter or buffer"),
     Field("layout/kind", ("tensor",), "S*", "1", "parameter (trained), frozen (a parameter that is not), or buffer"),
@@ -185,6 +198,7 @@ DIMENSIONS = (
     ("", "frozen_parameter"),
     ("logged", "step"),
     *((group, name) for group in ("floor", "preconditioned_floor", "slopes") for name in ("step", "rank")),
+    *(("checkpoints", name) for name in ("file", "field", "extent")),
     ("per_sample", "step"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""

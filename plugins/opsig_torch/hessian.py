@@ -7,6 +7,7 @@ anew. Nothing goes through `.grad`.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,8 @@ from opsig_torch.second import tell_of_second_derivative
 
 GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
+LARGE_BYTES = 1 << 30
+"""Size of a basis from which on it is worth the time to look for memory that can be let go of."""
 PRODUCT_VECTORS = 5
 """Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum."""
 NOVELTY = 0.3
@@ -151,5 +154,7 @@ def basis_room(count: int, size: int) -> int:
 def vectors_that_fit(opened: Opened) -> int:
     """How many vectors (P,) there is room for besides a product: its gradient, its terms, and a batch's graph."""
     size = opened.flat.vector.element_size() * opened.flat.vector.numel()
+    if 2 * ROOM * size > LARGE_BYTES:
+        gc.collect()  # graphs that were differentiated twice hold on to each other
     graph = min(opened.fitting_batch(2), opened.samples) * opened.kept.get(("sample bytes", 2), 0)
     return int((opened.room() - graph) // size) - PRODUCT_VECTORS

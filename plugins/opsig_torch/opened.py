@@ -195,16 +195,20 @@ class Opened:
         if self.couples_samples:
             return self.batch_size
         if ("sample bytes", order) not in self.kept:
-            with torch.enable_grad(), saved_bytes() as saved:
-                losses = self.batch_losses(self.batches.take([0]), order)
-                if order > 1 and losses.requires_grad:
-                    torch.autograd.grad(losses.sum(), self.flat.parameters, create_graph=True, allow_unused=True)
-            own = saved.total - saved.of(self.flat.parameters)
-            self.kept["sample bytes", order] = max(1, GRAPH_FACTOR * own)
+            one, two = (self._graph_bytes([0] * count, order) for count in (1, 2))
+            self.kept["sample bytes", order] = max(1, GRAPH_FACTOR * (two - one))
         fits = int(self.bound() * GRAPH_SHARE) // self.kept["sample bytes", order]
         if fits >= self.batch_size:
             return self.batch_size
         return 1 << (max(1, fits).bit_length() - 1)
+
+    def _graph_bytes(self, samples: list[int], order: int) -> int:
+        """What autograd saves of these samples' losses, to be differentiated so often."""
+        with torch.enable_grad(), saved_bytes() as saved:
+            losses = self.batch_losses(self.batches.take(samples), order)
+            if order > 1 and losses.requires_grad:
+                torch.autograd.grad(losses.sum(), self.flat.parameters, create_graph=True, allow_unused=True)
+        return saved.total
 
     def bound(self) -> int:
         """Bytes that this process may take in all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,11 +22,6 @@ class Saved:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
         return tensor
-
-    def of(self, tensors: Iterable[torch.Tensor]) -> int:
-        """How much of it is these tensors' own."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(size for address, size in storages.items() if address in self._seen)
 
 
 @contextmanager

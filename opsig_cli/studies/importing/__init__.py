@@ -1,6 +1,10 @@
 """Existing runs -> trajectory: checkpoints that a training script of one's own saved, and series of losses.
 
-`checkpoints` reads files, `torch_files` those of torch.save without running what they name; `steps` says at which step
-each was taken; `names` fits its tensors to the task's model; `optimizers` reads optimizer state; `series` reads losses
-and scalars; `flow` puts them together; `entry` is what the command calls.
+`checkpoints` opens files and folders: `torch_files` those of torch.save, whose `pickles` are made of `stand_ins` and
+run nothing, `array_files` safetensors and npz, `distributed` and `partitions` what several processes wrote. What is
+inside is `content`: `entries` that are read when they are asked for. `steps` says at which step each was taken, `names`
+fits its tensors to the task's model, with the `conversion` of the library that it is from; `optimizers` reads optimizer
+state, `doubles` finds one twice, `referring` where its numbers lie. `series` and `trainer_logs` read losses and
+scalars; `flow` puts all of them into the file, `settling` finds how the run was trained; `entry` is what the command
+calls.
 """

@@ -1,71 +1,48 @@
-"""Checkpoints as people have them, opened one at a time: torch.save, safetensors, Hugging Face folders, npz.
-
-Whatever the format, what is inside comes out as one flat list of tensors under dotted names, such as
-`model.module.fc.weight` for `{"model": {"module.fc.weight": ...}}`, each read when it is asked for.
-"""
+"""Checkpoints as people have them, opened one at a time: files of torch.save, safetensors and npz, and the folders that
+Hugging Face's libraries, torch.distributed.checkpoint, DeepSpeed and Megatron write."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.importing.torch_files import (
-    WRAPPERS,
-    StoredArray,
-    check_expansion,
-    first_words,
-    is_plain,
-    load,
-    number_of,
-)
+from opsig_cli.studies.importing import array_files, distributed, partitions
+from opsig_cli.studies.importing.content import Content, collect, collect_numbers
+from opsig_cli.studies.importing.torch_files import first_words, load
 
-TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 SUFFIXES = (*TORCH, ".safetensors", ".npz")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+WEIGHTS = (
+    "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors",
+    "adapter_model.bin",
+)  # fmt: skip
 """Names of the weights in a Hugging Face folder; sharded, they are listed by NAME.index.json."""
-MAX_DEPTH = 6
-OPTIONS = ("args", "config", "cfg", "hparams", "hyper_parameters", "opt", "options", "params")
-"""Keys under which scripts keep what they were asked to do; a `step` there is no step that was reached."""
-DIGITS = 18
-"""Of a whole number that may be a step."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor that has not been read yet. `read` returns a torch tensor on the CPU."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Any]
-
-
-@dataclass
-class Content:
-    """What one checkpoint holds: tensors by dotted name, whole numbers by their key, and optimizers' state_dict()s."""
-
-    tensors: dict[str, Entry] = field(default_factory=dict)
-    numbers: dict[str, int] = field(default_factory=dict)
-    optimizers: list[Mapping[str, Any]] = field(default_factory=list)
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
+"""What Hugging Face's Trainer and Accelerate call the optimizer's state in a folder."""
+INSIDE = ("pytorch_model_fsdp_0", "checkpoint")
+"""Folders in which a folder's weights may lie: of FSDP in a Hugging Face folder, of DeepSpeed under Lightning."""
+NUMBERS = ("meta.pt", "common.pt")
+"""Files beside a distributed checkpoint that hold its step: Lightning's and Megatron's."""
+MEMBER = re.compile(r"(.+)\[(-?\d+)\]")
 
 
 def find(paths: list[str]) -> list[str]:
-    """The checkpoints that paths name: files, folders that are one, and folders that hold some.
+    """The checkpoints that paths name: files, folders that are one, folders that hold some, and each of a list in one
+    file, as FILE[0].
 
     They keep the order they are given in, but a shell's alphabetical order becomes that of the numbers in the names.
     Raises OpsigError for a path that is absent or holds no checkpoint.
     """
     found = [checkpoint for path in paths for checkpoint in _expand(path)]
-    return sorted(found, key=natural) if found == sorted(found) else found
+    found = sorted(found, key=natural) if found == sorted(found) else found
+    return [member for path in found for member in _members(path)]
 
 
 def natural(path: str) -> list[Any]:
@@ -79,12 +56,14 @@ def _expand(path: str) -> list[str]:
     if not os.path.isdir(path):
         return [path]
     inside = sorted((os.path.join(path, name) for name in os.listdir(path)), key=natural)
-    folders = [each for each in inside if os.path.isdir(each) and (_weights(each) or _is_distributed(each))]
-    if folders:
-        return folders
-    if _weights(path) or _is_distributed(path):
+    if os.path.isfile(os.path.join(path, "trainer_state.json")) and _kind(path):
         return [path]
+    folders = [each for each in inside if os.path.isdir(each) and os.path.basename(each) not in INSIDE and _kind(each)]
     files = [each for each in inside if each.endswith(SUFFIXES) and os.path.isfile(each)]
+    if folders and not _kind(path, own=True):
+        return folders
+    if folders or _kind(path):
+        return folders or [path]
     if not files:
         raise OpsigError(
             f"{path} holds no checkpoint: none of {', '.join(WEIGHTS[:2])} and no file that ends in "
@@ -93,20 +72,73 @@ def _expand(path: str) -> list[str]:
     return files
 
 
+def _members(path: str) -> list[str]:
+    """A file that holds a list of checkpoints, or one by each of several numbers, gives each of them."""
+    if os.path.isdir(path) or not path.endswith(TORCH):
+        return [path]
+    try:
+        loaded = load(path)
+    except OpsigError:
+        return [path]  # which is said when it is opened
+    return [f"{path}[{number}]" for number in _listed(loaded)] or [path]
+
+
+def _listed(loaded: Any) -> Mapping[int, Any]:
+    """Checkpoints by their place in a list, or by the number under which they lie: several of one model; empty for a
+    single one."""
+    found: dict[int, Any] = {}
+    if isinstance(loaded, list) and len(loaded) > 1:
+        found = dict(enumerate(loaded))
+    elif isinstance(loaded, Mapping) and all(type(key) is int and key >= 0 for key in loaded):
+        found = dict(loaded)
+    models = {_names(each) for each in found.values()}
+    return found if len(models) == 1 and frozenset() not in models else {}
+
+
+def _names(value: Any) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a checkpoint's tensors; empty for what is none."""
+    inside = Content()
+    if isinstance(value, Mapping):
+        with contextlib.suppress(OpsigError):
+            collect(value, inside, "")
+    return frozenset((name, entry.shape) for name, entry in inside.tensors.items())
+
+
 def _weights(folder: str) -> str | None:
     names = [name for weights in WEIGHTS for name in (weights, f"{weights}.index.json")]
     return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)
 
 
-def _is_distributed(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, ".metadata"))
+def _kind(folder: str, own: bool = False) -> str | None:
+    """How a folder keeps weights; `own`: itself, and not in a folder of its own for them."""
+    if os.path.isfile(os.path.join(folder, distributed.METADATA)):
+        return "distributed"
+    names = os.listdir(folder)
+    if any(map(partitions.ZERO_MODEL.fullmatch, names)):
+        return "deepspeed"
+    if any(os.path.isfile(os.path.join(folder, name, partitions.MEGATRON_FILE)) for name in names):
+        return "megatron"
+    if _weights(folder):
+        return "weights"
+    return None if own or _inner(folder) is None else "inside"
+
+
+def _inner(folder: str) -> str | None:
+    """The folder in which a folder's weights lie: one of INSIDE, or what DeepSpeed's `latest` names."""
+    names: list[str] = [*INSIDE]
+    latest = os.path.join(folder, "latest")
+    if os.path.isfile(latest) and os.path.getsize(latest) < 1000:
+        with open(latest, encoding="utf-8", errors="replace") as file:
+            names.append(os.path.basename(file.read().strip()))
+    inside = [os.path.join(folder, name) for name in names if name]
+    return next((each for each in inside if os.path.isdir(each) and _kind(each, own=True)), None)
 
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Content]:
     """A checkpoint's content, whose tensors can be read inside.
 
-    Raises OpsigError, in one line, where it is damaged, of no known format, or would have to run code.
+    Raises OpsigError, in one line, where it is damaged or of no known format.
     """
     with contextlib.ExitStack() as stack:
         content = Content()
@@ -119,47 +151,80 @@ def opened(path: str) -> Iterator[Content]:
         try:
             yield content
         finally:  # a checkpoint's memory is given back before the next is opened
-            content.tensors.clear()
-            content.optimizers.clear()
+            content.clear()
 
 
 def _open(path: str, content: Content, stack: contextlib.ExitStack) -> None:
     if os.path.isdir(path):
         _open_folder(path, content, stack)
     elif path.endswith(".safetensors"):
-        _open_safetensors(path, content, stack)
+        array_files.open_safetensors(path, content, stack)
     elif path.endswith(".npz"):
-        _open_npz(path, content, stack)
+        array_files.open_npz(path, content, stack)
     elif path.endswith(".distcp"):
-        raise OpsigError(_convert(os.path.dirname(path) or "."))
+        raise OpsigError(f"{path} is a part of a checkpoint: import its folder, {os.path.dirname(path) or '.'}")
+    elif not os.path.exists(path) and (found := MEMBER.fullmatch(path)):
+        collect(_listed(load(found[1]))[int(found[2])], content, path)
     else:
-        _collect(load(path), content, path)
+        collect(load(path), content, path)
 
 
 def _open_folder(folder: str, content: Content, stack: contextlib.ExitStack) -> None:
-    for file in weight_files(folder):
-        _open(file, content, stack)
+    match _kind(folder):
+        case "distributed":
+            for name in filter(lambda name: os.path.isfile(os.path.join(folder, name)), NUMBERS):
+                path = os.path.join(folder, name)
+                numbers = load(path)
+                collect_numbers(numbers if isinstance(numbers, Mapping) else {}, content)
+            distributed.open_distributed(folder, content)
+        case "deepspeed":
+            partitions.open_deepspeed(folder, content)
+        case "megatron":
+            for file in partitions.megatron_files(folder):
+                partitions.open_megatron(file, content)
+        case "inside":
+            _open_folder(_inner(folder) or "", content, stack)
+        case _:
+            for file in weight_files(folder):
+                _open(file, content, stack)
     state = os.path.join(folder, "trainer_state.json")
     if os.path.isfile(state):
-        _collect_numbers(_json(state), content)
-    optimizer = os.path.join(folder, "optimizer.pt")
-    if os.path.isfile(optimizer):
-        _collect({"optimizer": load(optimizer)}, content, optimizer)
+        about = array_files.read_json(state)
+        content.numbers |= {"global_step": about["global_step"]} if isinstance(about.get("global_step"), int) else {}
+        collect_numbers(about, content)
+        history = about.get("log_history")
+        content.log += [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
+    optimizer = next((path for name in OPTIMIZERS if os.path.isfile(path := os.path.join(folder, name))), None)
+    beside = os.path.join(folder, "optimizer_0")  # of FSDP
+    if optimizer is not None:
+        collect({"optimizer": load(optimizer)}, content, optimizer)
+    elif os.path.isfile(os.path.join(beside, distributed.METADATA)):
+        inside = Content()
+        distributed.open_distributed(beside, inside)
+        content.optimizers += inside.optimizers
 
 
 def weight_files(path: str) -> list[str]:
     """Files that hold a checkpoint's weights: itself, or those of a folder. OpsigError where a folder names others."""
     if not os.path.isdir(path):
-        return [path]
-    if _is_distributed(path):
-        raise OpsigError(_convert(path))
-    name = _weights(path)
-    if name is None:
-        raise OpsigError(f"{path} holds neither {' nor '.join(WEIGHTS[:2])}")
+        found = MEMBER.fullmatch(path)
+        return [found[1] if found and not os.path.exists(path) else path]
+    match _kind(path):
+        case "distributed":
+            return sorted(each.path for each in os.scandir(path) if each.is_file() and each.name.endswith(".distcp"))
+        case "deepspeed":
+            return partitions.deepspeed_files(path)
+        case "megatron":
+            return partitions.megatron_files(path)
+        case "inside":
+            return weight_files(_inner(path) or "")
+        case None:
+            raise OpsigError(f"{path} holds neither {' nor '.join(WEIGHTS[:2])}")
+    name = _weights(path) or ""
     if not name.endswith(".index.json"):
         return [os.path.join(path, name)]
     index = os.path.join(path, name)
-    parts = _json(index).get("weight_map")
+    parts = array_files.read_json(index).get("weight_map")
     names = sorted({str(part) for part in parts.values()}) if isinstance(parts, dict) else []
     if not names or any(os.path.basename(part) != part or not part.endswith(SUFFIXES) for part in names):
         raise OpsigError(f"{index} does not list files of weights in its own folder")
@@ -167,119 +232,6 @@ def weight_files(path: str) -> list[str]:
         if not os.path.isfile(os.path.join(path, part)):
             raise OpsigError(f"{path} lacks {part}, which its index names")
     return [os.path.join(path, part) for part in names]
-
-
-def _convert(folder: str) -> str:
-    return (
-        f"{folder} is a distributed checkpoint, whose .metadata may run code when it is read. If you trust it, convert "
-        f"it and import the file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt"
-    )
-
-
-def _json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise OpsigError(f"{path} is not JSON ({first_words(error)})") from error
-    if not isinstance(value, dict):
-        raise OpsigError(f"{path} is not a JSON object")
-    return value
-
-
-def _open_safetensors(path: str, content: Content, stack: contextlib.ExitStack) -> None:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise OpsigError(f"{path} needs the library safetensors: pip install 'opsig[safetensors]'") from error
-    try:
-        file: Any = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        for name in file.keys():  # noqa: SIM118 - not a dictionary
-            shape = tuple(file.get_slice(name).get_shape())
-            content.tensors[WRAPPERS.sub("", name)] = Entry(shape, partial(file.get_tensor, name))
-        _collect_numbers(file.metadata() or {}, content)
-    except OSError:
-        raise
-    except Exception as error:  # the library's own classes
-        raise OpsigError(f"{path} is not a readable safetensors file ({first_words(error)})") from error
-
-
-def _open_npz(path: str, content: Content, stack: contextlib.ExitStack) -> None:
-    try:
-        archive = stack.enter_context(zipfile.ZipFile(path))
-        check_expansion(archive, path)
-        for member in archive.namelist():
-            with archive.open(member) as file:
-                shape = _npy_shape(file)
-            name = member.removesuffix(".npy")
-            if shape == ():
-                _collect_numbers({name: _read_npy(archive, member).item()}, content)
-            content.tensors[WRAPPERS.sub("", name)] = Entry(shape, partial(_npz_tensor, archive, member))
-    except (OSError, OpsigError):
-        raise
-    except Exception as error:  # a malformed header can raise anything
-        raise OpsigError(f"{path} is not a readable npz file of arrays ({first_words(error)})") from error
-
-
-def _npy_shape(file: Any) -> tuple[int, ...]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)[0]
-
-
-def _read_npy(archive: zipfile.ZipFile, member: str) -> np.ndarray:
-    with archive.open(member) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _npz_tensor(archive: zipfile.ZipFile, member: str) -> Any:
-    import torch
-
-    return torch.from_numpy(_read_npy(archive, member))
-
-
-def _collect(loaded: Any, content: Content, path: str) -> None:
-    """Everything of interest in nested containers; each container is looked at once, to a bounded depth."""
-    import torch
-
-    seen: set[int] = set()
-
-    def walk(value: Any, name: str, depth: int) -> None:
-        if is_plain(value):
-            content.tensors[WRAPPERS.sub("", name)] = Entry(tuple(value.shape), lambda: value)
-        elif isinstance(value, StoredArray):
-            with contextlib.suppress(TypeError, IndexError):
-                content.tensors[name] = Entry(value.shape, lambda: torch.from_numpy(value.array().copy()))
-        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen and depth < MAX_DEPTH:
-            seen.add(id(value))
-            if isinstance(value, Mapping):
-                if isinstance(value.get("param_groups"), list) and isinstance(value.get("state"), Mapping):
-                    content.optimizers.append(value)
-                    return
-                if depth < 2 and name not in OPTIONS:
-                    _collect_numbers(value, content)
-            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-            for key, inner in pairs:
-                walk(inner, f"{name}.{key}" if name else str(key), depth + 1)
-
-    if not isinstance(loaded, Mapping | list | tuple):
-        raise OpsigError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    walk(loaded, "", 0)
-
-
-def _collect_numbers(values: Mapping[Any, Any], content: Content) -> None:
-    """Whole numbers by key: ints, floats and text of integers, tensors of one number. The first of a name stays."""
-    for key, value in values.items():
-        number = _number(value)
-        if number is not None:
-            content.numbers.setdefault(str(key), number)
-
-
-def _number(value: Any) -> int | None:
-    if isinstance(value, str):
-        return int(value) if value.isdecimal() and len(value) < DIGITS else None
-    number = number_of(value)
-    return int(number) if number is not None and abs(number) < 10**DIGITS and number == int(number) else None
 
 
 @dataclass(frozen=True)
@@ -300,7 +252,7 @@ def source_of(path: str) -> Source:
             while block := file.read(1 << 20):
                 total += len(block)
                 summed.update(block)
-        if zipfile.is_zipfile(name):
+        if zipfile.is_zipfile(name) and not name.endswith(".distcp"):
             with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, RuntimeError), zipfile.ZipFile(name) as z:
                 damaged = damaged or z.testzip()
     return Source(total, summed.hexdigest(), damaged)

@@ -18,9 +18,10 @@ from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import tracking, training
-from opsig_cli.studies.importing import checkpoints, flow, series
-from opsig_cli.studies.importing.steps import given_steps, steps_of
-from opsig_cli.trajectory.file import open_trajectory
+from opsig_cli.studies.importing import checkpoints, doubles, flow, series, settling, trainer_logs
+from opsig_cli.studies.importing.steps import PLACES, REMEDY, given_steps, steps_of
+from opsig_cli.trajectory import external
+from opsig_cli.trajectory.file import Trajectory, open_trajectory
 from opsig_cli.trajectory.recorder import Recorder
 from opsig_cli.trajectory.states import check_samples
 
@@ -47,6 +48,7 @@ class Request:
     device: str | None
     backend: str
     allow_changed_data: bool = False
+    reference: bool = False
 
 
 def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,9 +77,12 @@ def run(request: Request, warn: flow.Warn, bar: Bar) -> list[dict[str, Any]]:
     losses = series.read_losses(request.losses) if request.losses else None
     scalars: dict[int, dict[str, float]] = {}
     if request.scalars:
-        scalars, unknown = series.read_scalars(request.scalars)
-        if unknown:
-            warn(f"{request.scalars}: columns without a place in a trajectory: {', '.join(unknown)}")
+        if (logged := trainer_logs.read(request.scalars)) is not None:
+            scalars = logged
+        else:
+            scalars, unknown = series.read_scalars(request.scalars)
+            if unknown:
+                warn(f"{request.scalars}: columns without a place in a trajectory: {', '.join(unknown)}")
     try:
         if request.paths:
             return _import_checkpoints(request, losses, scalars, flow.once(warn), bar)
@@ -101,6 +106,8 @@ def _kept_when_interrupted(request: Request) -> Iterator[None]:
 def _check(request: Request) -> None:
     if not request.paths and request.losses is None:
         raise UsageError("there is nothing to import. Name checkpoints, or --losses FILE")
+    if not request.paths and request.reference:
+        raise UsageError("--reference is about checkpoints. Name some")
     if not request.paths and (request.track or request.task is not None):
         raise UsageError("--task and --track are about checkpoints. Name some")
     if request.steps is not None and request.steps_from is not None:
@@ -137,31 +144,42 @@ def _import_checkpoints(
     glances = []
     with bar("looking", len(paths)) as advance:
         for path in paths:
-            glances.append(flow.glance(path, target, warn))
+            glances.append(flow.glance(path, target, warn, request.reference))
             advance()
+    if request.steps is None:
+        paths, glances = doubles.without(paths, glances, target, warn)
     if request.steps is not None:
         steps = given_steps(request.steps, len(paths))
         if len(set(steps)) < len(steps):
             raise UsageError(f"--steps {request.steps} names a step twice")
     else:
-        steps, source = steps_of(paths, [g.numbers for g in glances], [g.count for g in glances], request.steps_from)
+        steps, source = steps_of(paths, [g.numbers for g in glances], settling.counts_of(glances), request.steps_from)
         several = f"steps {min(steps)} to {max(steps)} are" if len(steps) > 1 else f"step {steps[0]} is"
         warn(f"{several} taken from {source}")
+        if source == PLACES:
+            warn(f"these are no optimizer steps. {REMEDY[0].lower()}{REMEDY[1:]}")
         if "epoch" in source:
             warn(
                 "these are epochs, not optimizer steps, by which --scalars and Adam go. --steps 0,10,20 says the steps"
             )
-    flow.say_counts(glances, steps, warn)
-    settings, rates = flow.settle(glances, steps, given, request.task or used.task, spec.model, warn)
-    for step, rate in rates.items():
-        scalars[step] = {"learning_rate": rate} | scalars.get(step, {})
+    settling.say_counts(glances, steps, warn)
+    settings, told = settling.settle(glances, steps, given, request.task or used.task, spec.model, warn)
+    longest = max((each.log for each in glances), key=len)
+    logged = trainer_logs.of_trainer(
+        longest, {step: at["learning_rate"] for step, at in told.items() if "learning_rate" in at}
+    )
+    if logged:
+        warn(f"what the trainer logged is taken at {len(logged):,} steps")
+    for step in {*logged, *told}:
+        scalars[step] = logged.get(step, {}) | told.get(step, {}) | scalars.get(step, {})
     if stored is not None:
         settings = replace(stored, steps=max(stored.steps, settings.steps))
     recorder = _recorder(request, settings, session, task, spec)
     with _kept_when_interrupted(request), recorder:
         return _write(
-            request, recorder, session, target, dict(zip(steps, paths, strict=True)), losses, scalars, warn, bar
-        )
+            request, recorder, session, target, dict(zip(steps, paths, strict=True)), losses, scalars, warn, bar,
+            (max(each.size[0] for each in glances), max(each.size[1] for each in glances)),
+        )  # fmt: skip
 
 
 def _check_session(request: Request, session: Session, losses: series.Losses | None, warn: flow.Warn) -> None:
@@ -174,6 +192,11 @@ def _check_session(request: Request, session: Session, losses: series.Losses | N
         with open_trajectory(request.output) as kept:
             check_samples(kept, session.samples)
             flow.check_layout(kept, session.layout)
+            if kept.has(external.EXTENTS) != request.reference:
+                what = (
+                    "refers to its checkpoints: add" if kept.has(external.EXTENTS) else "holds its checkpoints: leave"
+                )
+                raise UsageError(f"{request.output} {what} --reference{'' if kept.has(external.EXTENTS) else ' out'}")
             tracking.check_data(kept, session, warn, request.allow_changed_data)
 
 
@@ -204,6 +227,7 @@ def _recorder(request: Request, settings: Settings, session: Session, task: Any,
 def _write(
     request: Request, recorder: Recorder, session: Session, target: flow.Target, paths: dict[int, str],
     losses: series.Losses | None, scalars: Mapping[int, Mapping[str, float]], warn: flow.Warn, bar: Bar,
+    size: tuple[int, int],
 ) -> list[dict[str, Any]]:  # fmt: skip
     kept = recorder.run
     kept.set_attributes(state="importing")
@@ -214,7 +238,7 @@ def _write(
     flow.import_scalars(recorder, scalars, warn)
     records = []
     with bar("importing", len(new)) as advance:
-        for record in flow.import_all(recorder, new, target, warn):
+        for record in flow.import_all(recorder, new, target, warn, _room(kept, size) if request.reference else None):
             records.append(record)
             advance(note=f"step {record['step']}")
     if losses is not None:
@@ -230,6 +254,14 @@ def _write(
         records = [record | {"loss": tracked.get(record["step"])} for record in records]
     kept.set_attributes(state="imported")
     return records
+
+
+def _room(run: Trajectory, size: tuple[int, int]) -> tuple[int, int]:
+    """Files and stretches for which a checkpoint has room: those of the first import, or all there are now."""
+    if not run.has(external.EXTENTS):
+        return size
+    held = run.shape(external.PATH)[1], run.shape(external.EXTENTS)[2]
+    return (max(held[0], size[0]), max(held[1], size[1]))
 
 
 def _import_series(

@@ -6,25 +6,24 @@ nothing is written where something is wrong; the second reads one checkpoint aft
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from opsig_cli.backends import Session, State, Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
-from opsig_cli.studies.importing import checkpoints, names, optimizers
+from opsig_cli.studies.importing import checkpoints, conversion, names, optimizers, referring
 from opsig_cli.studies.importing.series import Losses
 from opsig_cli.studies.importing.torch_files import first_words
 from opsig_cli.studies.importing.weights import FrozenRow, put
 from opsig_cli.tasks import Task
+from opsig_cli.trajectory.external import Extent
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
-from opsig_cli.trajectory.recorder import Recorder
+from opsig_cli.trajectory.recorder import SCALARS, Recorder
 from opsig_cli.trajectory.schema import FIELDS
 from opsig_cli.trajectory.states import check_trained
 
@@ -36,7 +35,7 @@ class Target:
     """The model that checkpoints must fit: its layout, all names of each tensor, its buffers (B,) as it is made, and
     what it does not train.
 
-    `prefix` is where in a checkpoint to look for it, None for anywhere.
+    `prefix` is where in a checkpoint to look for it, None for anywhere; `converted`: tensors that files hold in parts.
     """
 
     layout: list[Tensor]
@@ -44,27 +43,33 @@ class Target:
     buffers: np.ndarray
     frozen: FrozenRow
     prefix: str | None = None
+    converted: dict[str, conversion.Converted] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Glance:
-    """What the first pass learns of a checkpoint: whole numbers by key, and what its optimizer says of itself."""
+    """What the first pass learns of a checkpoint: whole numbers by key, what its optimizer says of itself, whether that
+    has no state yet, and what a trainer logged until then. `size`: files and stretches, where it is referred to."""
 
     path: str
     numbers: dict[str, int]
     count: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
+    size: tuple[int, int] = (0, 0)
+    log: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 def target_of(task: Task, session: Session, prefix: str | None, added_to: str | None = None) -> Target:
     """The task's model as what checkpoints must fit, and the run that they are added to."""
-    aliases = names.aliases_of(task.model())
+    model = task.model()
+    aliases, converted = names.aliases_of(model), conversion.written_by_transformers(model)[1]
     made = session.initial(0)
     frozen = FrozenRow(session.layout, made.frozen)
     if added_to is not None:
         with open_trajectory(added_to) as kept:
             frozen = FrozenRow(session.layout, kept.frozen, added_to)
-    return Target(session.layout, aliases, made.buffers, frozen, prefix)
+    return Target(session.layout, aliases, made.buffers, frozen, prefix, converted)
 
 
 def once(warn: Warn) -> Warn:
@@ -79,29 +84,38 @@ def once(warn: Warn) -> Warn:
     return say
 
 
-def glance(path: str, target: Target, warn: Warn) -> Glance:
+def glance(path: str, target: Target, warn: Warn, reference: bool = False) -> Glance:
     """Look at a checkpoint, reading of its weights no more than the frozen ones.
 
-    Raises OpsigError where it cannot be read or does not fit.
+    Raises OpsigError where it cannot be read, does not fit, or cannot be referred to.
     """
     with checkpoints.opened(path) as content:
         fit = _fit(content, target, path)
+        names.check_tied(content.tensors, fit, path)
         target.frozen.take(content, fit, path, warn)
         _say(fit, target, warn)
+        extents = referring.extents_of(content, target.layout, fit, path) if reference else []
+        found = Glance(path, content.numbers, size=(len(referring.files_of(extents)), len(extents)),
+                       log=list(content.log))  # fmt: skip
         saved = content.optimizers[0] if content.optimizers else None
         if saved is None:
-            return Glance(path, content.numbers)
+            return found
         if len(content.optimizers) > 1:
             warn("there are several optimizers: the first is taken")
         settings, notes = optimizers.settings_of(saved)
         for note in notes:
             warn(f"optimizer: {note}")
-        return Glance(path, content.numbers, optimizers.count_of(saved), settings)
+        fresh = settings.get("optimizer") == "adam" and not saved["state"]
+        return replace(found, count=optimizers.count_of(saved), settings=settings, fresh=fresh)
 
 
 def _fit(content: checkpoints.Content, target: Target, path: str) -> names.Fit:
+    conversion.put_together(content.tensors, target.converted)
     shapes = {name: entry.shape for name, entry in content.tensors.items()}
-    return names.fit(shapes, target.layout, target.aliases, target.prefix, path)
+    try:
+        return names.fit(shapes, target.layout, target.aliases, target.prefix, path)
+    except OpsigError as error:
+        raise OpsigError(f"{error}{conversion.hint(path)}") from error
 
 
 def _say(fit: names.Fit, target: Target, warn: Warn) -> None:
@@ -115,74 +129,6 @@ def _say(fit: names.Fit, target: Target, warn: Warn) -> None:
         warn(f"not in the checkpoints, and left as the model makes them: {names.listed(fit.kept)}")
 
 
-def settle(
-    glances: Sequence[Glance], steps: Sequence[int], given: Mapping[str, Any], task: str, model: str | None, warn: Warn
-) -> tuple[Settings, dict[int, float]]:
-    """The run's settings, and its learning rate at each step where the checkpoints tell.
-
-    What is `given` comes before what the checkpoints' optimizers say. What neither tells is not made up: a learning
-    rate is NaN, and so are thresholds; a batch size is UNKNOWN_BATCH.
-    """
-    found: dict[str, Any] = {}
-    for each in glances:
-        found |= each.settings
-    kinds = {each.settings["optimizer"] for each in glances if each.settings}
-    if OTHER in kinds:  # a first checkpoint without state may look like Adam's
-        found["optimizer"] = OTHER
-    if given.get("optimizer", found.get("optimizer")) != found.get("optimizer") or OTHER in kinds:
-        found = {key: value for key, value in found.items() if key in ("learning_rate", "optimizer")}
-    if found.get("nesterov") and "optimizer" in given:
-        del found["nesterov"]
-    told = [(step, each.settings["learning_rate"])
-            for step, each in zip(steps, glances, strict=True) if "learning_rate" in each.settings]  # fmt: skip
-    rates: dict[int, Any] = dict(told)
-    if "learning_rate" in given:
-        rates = dict.fromkeys(rates, given["learning_rate"])
-    elif rates:
-        found["learning_rate"] = max(rates.values())
-    merged: dict[str, Any] = {"learning_rate": math.nan, "optimizer": "gd", "batch_size": UNKNOWN_BATCH} | found
-    merged |= given
-    if merged["optimizer"] == "gd" and merged["batch_size"] is not None:
-        merged["optimizer"] = "sgd"
-    between = int(min(np.diff(sorted(steps)), default=1))
-    settings = Settings(task=task, model=model, steps=max(steps), checkpoint_every=between, **merged)
-    _say_settings(settings, found, given, rates, warn)
-    return settings, rates
-
-
-def _say_settings(
-    settings: Settings, found: Mapping[str, Any], given: Mapping[str, Any], rates: Mapping[int, float], warn: Warn
-) -> None:
-    taken = [f"{key.replace('_', ' ')} {found[key]:g}" if isinstance(found[key], float) else f"{key} {found[key]}"
-             for key in found if key not in given]  # fmt: skip
-    if taken:
-        warn(f"from the checkpoints: {', '.join(taken)}")
-    if len(set(rates.values())) > 1:
-        warn(f"learning rates go from {min(rates.values()):g} to {max(rates.values()):g}; each step has its own")
-    if "optimizer" not in found and "optimizer" not in given:
-        warn(f"the checkpoints do not say the optimizer: taken as {settings.optimizer}. --optimizer says otherwise")
-    if settings.optimizer == OTHER:
-        warn("the optimizer is not one of opsig's: thresholds are left out. --optimizer says what comes nearest")
-    if settings.batch_size == UNKNOWN_BATCH:
-        warn(
-            "the checkpoints do not say the batch size: thresholds are those of full-batch training, and losses are "
-            "not held against a log. --batch-size N or full says it"
-        )
-    if math.isnan(settings.learning_rate):
-        warn("the checkpoints do not say the learning rate: thresholds are left out. --learning-rate says it")
-
-
-def say_counts(glances: Sequence[Glance], steps: Sequence[int], warn: Warn) -> None:
-    """Say where the optimizer's own count of steps is another than the step that was taken."""
-    for each, step in zip(glances, steps, strict=True):
-        if each.count is not None and each.count != step:
-            warn(
-                f"at step {step} the optimizer's own count is {each.count}, which its preconditioner goes by. "
-                "--steps-from optimizer takes its count"
-            )
-            return
-
-
 def check_layout(run: Trajectory, layout: Sequence[Tensor]) -> None:
     """Raise OpsigError where a file holds checkpoints of another model."""
     if not run.has("layout/name"):
@@ -194,22 +140,48 @@ def check_layout(run: Trajectory, layout: Sequence[Tensor]) -> None:
     check_trained(run, layout)
 
 
-def import_all(recorder: Recorder, paths: Mapping[int, str], target: Target, warn: Warn) -> Iterator[dict[str, Any]]:
-    """Read and append one checkpoint after the other, by step, each committed; yields a record of each."""
+def import_all(
+    recorder: Recorder, paths: Mapping[int, str], target: Target, warn: Warn, size: tuple[int, int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Read and append one checkpoint after the other, by step, each committed; yields a record of each. With `size`,
+    the most files and stretches that one has, they are referred to."""
     run = recorder.run
     with ThreadPoolExecutor(1) as beside:  # SHA-256 takes longer than the reading
         for step, path in sorted(paths.items()):
             summed = beside.submit(checkpoints.source_of, path)
             with checkpoints.opened(path) as content:
-                state = read(content, target, path, step, warn)
+                if size is None:
+                    state, extents = read(content, target, path, step, warn), []
+                else:
+                    state, extents = _outlined(content, target, path, step, warn)
             source = _result(summed, path)
             if source.damaged:
                 warn(f"note: {path} is damaged or was written without checksums: {source.damaged} differs from its own")
             about = {"bytes": source.bytes, "sha256": source.sha256}
-            recorder.record(step, state=state, source={"path": _kept(path)} | about)
-            about["optimizer_state"] = sorted(state.optimizer)
+            if size is None:
+                recorder.record(step, state=state, source={"path": _kept(path)} | about)
+                about["optimizer_state"] = sorted(state.optimizer)
+            else:
+                hashes = dict(referring.hashes_of(extents, source, checkpoints.weight_files(path)))
+                recorder._refer(step, state, extents, hashes, size, {"path": _kept(path)} | about)
+                kinds = {each.kind.rpartition("/")[2] for each in extents}
+                about["optimizer_state"] = sorted(kinds - {"params"})
             del state
             yield {"trajectory": run.path, "step": step, "source": path} | about
+
+
+def _outlined(
+    content: checkpoints.Content, target: Target, path: str, step: int, warn: Warn
+) -> tuple[State, list[Extent]]:
+    """A state of buffers and frozen parameters alone, and where the rest lies."""
+    fit = _fit(content, target, path)
+    buffers = target.buffers.copy()
+    for tensor in target.layout:
+        if tensor.kind == "buffer" and tensor.name in fit.keys:
+            put(buffers[tensor.offset : tensor.offset + tensor.size], tensor,
+                content.tensors[fit.keys[tensor.name]].read(), path, warn)  # fmt: skip
+    extents = referring.extents_of(content, target.layout, fit, path)
+    return State(step, np.empty(0, np.float32), buffers, {}, target.frozen.row), extents
 
 
 def _result(summed: Future[checkpoints.Source], path: str) -> checkpoints.Source:
@@ -259,10 +231,17 @@ def lacking(recorder: Recorder, group: str, steps: Iterable[int], warn: Warn) ->
 
 
 def import_scalars(recorder: Recorder, scalars: Mapping[int, Mapping[str, float]], warn: Warn) -> None:
-    """Append scalars at the steps that have none."""
-    known = [step for step, values in scalars.items() if values]
-    for step in sorted(lacking(recorder, "scalars", known, warn)):
-        recorder.record(step, scalars=scalars[step])
+    """Append scalars at the steps that have none: those that the schema knows, and any others as `logged`."""
+    known = {
+        step: {name: value for name, value in values.items() if name in SCALARS} for step, values in scalars.items()
+    }
+    other = {step: {name: value for name, value in values.items() if name not in SCALARS}
+             for step, values in scalars.items()}  # fmt: skip
+    new = lacking(recorder, "scalars", [step for step, values in known.items() if values], warn)
+    new_other = lacking(recorder, "logged", [step for step, values in other.items() if values], warn)
+    for step in sorted(new | new_other):
+        values = (known[step] if step in new else {}) | (other[step] if step in new_other else {})
+        recorder.record(step, scalars=values)
 
 
 def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:

@@ -10,10 +10,14 @@ from typing import Any
 
 from opsig_cli.backends import Tensor
 from opsig_cli.errors import OpsigError
+from opsig_cli.studies.importing.conversion import adapter_aliases, written_by_transformers
+from opsig_cli.studies.importing.entries import Entry
 from opsig_cli.studies.importing.steps import EPOCH_KEYS, STEP_KEYS
 
 BESIDE = re.compile(r"(^|[._])(ema|swa|avg|averag|shadow|teacher|target|grad|init|start|best|exp_avg)", re.IGNORECASE)
 """Beginnings of words in a prefix that speak of a copy beside the weights: an average, gradients, another time's."""
+LIVE = "current_model_state."
+"""Where Lightning keeps the weights themselves when its `state_dict` is their average."""
 STATISTICS = ("running_mean", "running_var")
 SHOWN = 3
 
@@ -23,7 +27,7 @@ class Fit:
     """Which key of the checkpoint each tensor of the layout has; `prefix` is what stands before its name there.
 
     `kept`: frozen parameters and buffers that the checkpoint lacks; `unused`: keys beside the model's that it lacks;
-    `others`: prefixes under which the whole model lies, too.
+    `others`: prefixes under which the whole model lies, too; `tied`: all keys of a tensor that has several.
     """
 
     prefix: str
@@ -31,16 +35,23 @@ class Fit:
     kept: list[str]
     unused: list[str]
     others: list[str]
+    tied: dict[str, list[str]]
 
 
 def aliases_of(model: Any) -> dict[str, list[str]]:
-    """All names of each parameter and buffer of an nn.Module, by its first: tied ones have several."""
+    """All names of each parameter and buffer of an nn.Module, by its first: tied ones have several, and so have those
+    that the library which it is from writes under another."""
     names: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
     for kind in (model.named_parameters, model.named_buffers):
         for name, tensor in kind(remove_duplicate=False):
             first = names.setdefault(id(tensor), name)
             aliases.setdefault(first, []).append(name)
+    firsts = {other: first for first, others in aliases.items() for other in others}
+    for written in (adapter_aliases(model, list(firsts)), written_by_transformers(model)[0]):
+        for name, other in written.items():
+            if name in firsts and firsts.setdefault(other, firsts[name]) == firsts[name]:
+                aliases[firsts[name]].append(other)
     return aliases
 
 
@@ -63,9 +74,12 @@ def fit(
         found += [(place, inner, votes[place]) for place in votes if prefix is None or place.startswith(prefix)]
     if not found:
         raise OpsigError(_nothing_fits(shapes, layout, prefix, path))
-    found.sort(key=lambda each: (-each[2], bool(BESIDE.search(each[0])), len(each[0]), each[0]))
+    averaged = any(place.startswith(LIVE) for place, _, _ in found)
+    beside_last = {place: bool(BESIDE.search(place)) or (averaged and not place.startswith(LIVE))
+                   for place, _, _ in found}  # fmt: skip
+    found.sort(key=lambda each: (-each[2], beside_last[each[0]], len(each[0]), each[0]))
     best, inner, most = found[0]
-    keys, wrong = _place(shapes, layout, aliases, best, inner)
+    keys, wrong, tied = _place(shapes, layout, aliases, best, inner)
     missing = [t for t in layout if t.name not in keys and t.name not in wrong]
     kept = [t.name for t in missing if t.kind != "parameter" and not t.name.endswith(STATISTICS)]
     needed = [t.name for t in missing if t.name not in kept]
@@ -76,7 +90,7 @@ def fit(
     counters = (*STEP_KEYS, *EPOCH_KEYS)
     beside = best.split(".")[0] + "." if best else ""
     unused = [key for key in shapes if key.startswith(beside) and key not in used and key not in counters]
-    return Fit(best, keys, kept, unused, others)
+    return Fit(best, keys, kept, unused, others, tied)
 
 
 def _common_prefixes(names: Sequence[str]) -> list[str]:
@@ -112,18 +126,21 @@ def _votes(
 def _place(
     shapes: Mapping[str, tuple[int, ...]], layout: Sequence[Tensor], aliases: Mapping[str, list[str]], prefix: str,
     inner: str,
-) -> tuple[dict[str, str], dict[str, str]]:  # fmt: skip
-    """Keys of the tensors that are there under a prefix, and of those that have another shape there."""
-    keys, wrong = {}, {}
+) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]]:  # fmt: skip
+    """Keys of the tensors that are there under a prefix, of those that have another shape there, and all keys of those
+    that have several."""
+    keys, wrong, tied = {}, {}, {}
     for tensor in layout:
         places = [prefix + name.removeprefix(inner) for name in aliases.get(tensor.name, [tensor.name])]
         there = [key for key in places if key in shapes]
         fitting = [key for key in there if shapes[key] == tensor.shape]
         if fitting:
             keys[tensor.name] = fitting[0]
+            if len(fitting) > 1:
+                tied[tensor.name] = fitting
         elif there:
             wrong[tensor.name] = there[0]
-    return keys, wrong
+    return keys, wrong, tied
 
 
 def listed(names: Sequence[str]) -> str:
@@ -163,3 +180,19 @@ def _nothing_fits(
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a number"
+
+
+def check_tied(tensors: Mapping[str, Entry], fit: Fit, path: str) -> None:
+    """Raise OpsigError, naming two, where a file holds different values under names of one tensor of the model."""
+    for first, *others in fit.tied.values():
+        values = None
+        for other in others:
+            here, there = tensors[first].pieces(), tensors[other].pieces()
+            if here is not None and here == there:  # the same bytes
+                continue
+            values = tensors[first].read() if values is None else values
+            if not bool((values == tensors[other].read()).logical_or(values.isnan()).all()):
+                raise OpsigError(
+                    f"{path} holds different values of {first} and {other}, which are one tensor in the task's model. "
+                    "Where they were trained apart, model() must not tie them"
+                )

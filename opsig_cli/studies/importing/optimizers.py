@@ -9,10 +9,19 @@ import numpy as np
 
 from opsig_cli.backends import Tensor
 from opsig_cli.settings import OTHER
+from opsig_cli.studies.importing.entries import Entry
 from opsig_cli.studies.importing.torch_files import WRAPPERS, is_plain, number_of
 
 SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 """The parts of an optimizer's state that the file keeps."""
+_OF_ALL = frozenset((
+    "params", "param_names", "lr", "weight_decay", "maximize", "foreach", "differentiable", "fused", "initial_lr",
+    "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "name", "step",
+))  # fmt: skip
+"""Options of every optimizer of torch, and what its schedulers and Apex keep with them."""
+ADAM_OPTIONS = _OF_ALL | {"betas", "eps", "amsgrad", "capturable", "decoupled_weight_decay", "bias_correction"}
+SGD_OPTIONS = _OF_ALL | {"momentum", "dampening", "nesterov"}
+ADAM_STATE, SGD_STATE = frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("momentum_buffer",))
 MAX_WAYS = 2
 """More than one way of matching is as bad as many."""
 
@@ -20,8 +29,8 @@ MAX_WAYS = 2
 def settings_of(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Settings under opsig's names that a saved optimizer's groups tell, and what a person should know of them.
 
-    Adam is told from `betas`, gradient descent with or without momentum from `momentum`; others are OTHER, of which
-    only the learning rate is taken.
+    An optimizer is known by exactly the options and the state that torch's SGD, Adam and AdamW have; any other is
+    OTHER, of which only the learning rate is taken.
     """
     groups = [group for group in saved["param_groups"] if isinstance(group, Mapping)]
     if not groups:
@@ -31,7 +40,8 @@ def settings_of(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     decay, decay_note = _of_largest(group, groups, saved["state"], "weight_decay", "weight decays")
     notes = [note for note in (rate_note, decay_note) if note]
     settings: dict[str, Any] = {"optimizer": OTHER}
-    if _is_adam(group, saved["state"]):
+    states = [each for each in saved["state"].values() if isinstance(each, Mapping)]
+    if all(map(_is_adam, groups)) and all(_has(each, ADAM_STATE) for each in states):
         beta1, beta2 = map(_number, group["betas"])
         settings = {"optimizer": "adam", "beta1": beta1, "beta2": beta2, "epsilon": _number(group.get("eps"))}
         decoupled = group.get("decoupled_weight_decay")
@@ -43,7 +53,7 @@ def settings_of(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         elif decay and decoupled:
             notes.append(f"AdamW's weight decay of {decay:g} acts beside the gradient and is left out")
         settings["weight_decay"] = 0.0 if decay and decoupled is not False else decay
-    elif "momentum" in group and "alpha" not in group and not group.get("dampening"):
+    elif all(map(_is_sgd, groups)) and all(_has(each, SGD_STATE) for each in states):
         momentum = _number(group["momentum"]) or 0.0
         settings = {"optimizer": "momentum", "momentum": momentum} if momentum else {"optimizer": "gd"}
         settings["weight_decay"] = decay
@@ -52,6 +62,32 @@ def settings_of(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             notes.append("its momentum is nesterov's, whose threshold is (2 + 2 beta)/(1 + 2 beta) over the rate")
     settings = {"learning_rate": rate} | settings
     return {key: value for key, value in settings.items() if value is not None}, notes
+
+
+def _has(given: Mapping[Any, Any], known: frozenset[str], needed: frozenset[str] = frozenset()) -> bool:
+    """Whether these are no other keys than the known ones, and all of those that are needed."""
+    told = {str(key) for key, value in given.items() if value is not None or key in needed}
+    return needed <= told <= known
+
+
+def _is_adam(group: Mapping[str, Any]) -> bool:
+    """Whether these are Adam's or AdamW's options, with the preconditioner that both have.
+
+    AMSGrad, NAdam, RAdam and many of others' have the same moments and another one.
+    """
+    betas = group.get("betas")
+    if not isinstance(betas, list | tuple) or len(betas) != 2 or None in map(_number, betas):
+        return False
+    plain = "amsgrad" in group or group.get("bias_correction") is True  # torch's own, or a fused one of Apex
+    odd = group.get("amsgrad") or group.get("maximize") or group.get("bias_correction") is False
+    return bool(plain) and not odd and _has(group, ADAM_OPTIONS, frozenset(("lr", "betas", "eps", "weight_decay")))
+
+
+def _is_sgd(group: Mapping[str, Any]) -> bool:
+    """Whether these are the options of gradient descent with or without momentum."""
+    if not _has(group, SGD_OPTIONS, frozenset(("lr", "momentum", "dampening", "weight_decay", "nesterov"))):
+        return False
+    return not group.get("maximize") and (not group.get("dampening") or not _number(group["momentum"]))
 
 
 def _of_largest(
@@ -84,19 +120,6 @@ def _moment(state: Any) -> Any:
     return next((value for name in SLOTS if (value := _tensor(state, name)) is not None), None)
 
 
-def _is_adam(group: Mapping[str, Any], states: Mapping[Any, Any]) -> bool:
-    """Whether these are Adam's or AdamW's settings and moments, or there are no moments yet.
-
-    AMSGrad, NAdam and RAdam have the same moments and another preconditioner.
-    """
-    betas = group.get("betas")
-    kept = [each for each in states.values() if isinstance(each, Mapping)]
-    relative = "momentum_decay" in group or ("decoupled_weight_decay" in group and "amsgrad" not in group)
-    if not isinstance(betas, list | tuple) or len(betas) != 2 or group.get("amsgrad") or relative:
-        return False
-    return not kept or any("exp_avg_sq" in each for each in kept)
-
-
 def _number(value: Any) -> float | None:
     number = number_of(value)  # a learning rate may be a tensor
     return None if number is None else float(number)
@@ -109,6 +132,31 @@ def count_of(saved: Mapping[str, Any]) -> int | None:
     return int(max(known)) if known else None
 
 
+def matched(
+    saved: Mapping[str, Any], layout: Sequence[Tensor], prefix: str
+) -> tuple[list[tuple[Tensor, dict[str, Entry]]], str | None]:
+    """Momenta and moments of each trained parameter that has some, by their names; and why there are none, if so."""
+    states = saved["state"]
+    parameters = [tensor for tensor in layout if tensor.kind == "parameter"]  # what is frozen is never stepped
+    every = [tensor for tensor in layout if tensor.kind != "buffer"]
+    names = [name for name in SLOTS if any(_tensor(state, name) is not None for state in states.values())]
+    if not names:
+        return [], None
+    placed = _by_name(_named(saved) or states, parameters, prefix) or _by_order(saved, parameters)
+    if placed is None and (whole := _by_order(saved, every)) is not None:  # an optimizer of all parameters
+        placed = [state for tensor, state in zip(every, whole, strict=True) if tensor.kind == "parameter"]
+    if placed is None:
+        return [], "its parameters are not the model's, or could be in several orders"
+    found = []
+    for tensor, state in zip(parameters, placed, strict=True):
+        slots = {name: value for name in names if (value := _tensor(state, name)) is not None}
+        for name, value in slots.items():
+            if value.shape != tensor.shape:
+                return [], f"{name} of {tensor.name} has another shape than the parameter"
+        found.append((tensor, slots))
+    return found, None
+
+
 def slots_of(
     saved: Mapping[str, Any], layout: Sequence[Tensor], prefix: str
 ) -> tuple[dict[str, np.ndarray], str | None]:
@@ -118,28 +166,14 @@ def slots_of(
     """
     import torch
 
-    states = saved["state"]
-    parameters = [tensor for tensor in layout if tensor.kind == "parameter"]  # what is frozen is never stepped
-    every = [tensor for tensor in layout if tensor.kind != "buffer"]
-    names = [name for name in SLOTS if any(_tensor(state, name) is not None for state in states.values())]
-    if not names:
-        return {}, None
-    placed = _by_name(_named(saved) or states, parameters, prefix) or _by_order(saved, parameters)
-    if placed is None and (whole := _by_order(saved, every)) is not None:  # an optimizer of all parameters
-        placed = [state for tensor, state in zip(every, whole, strict=True) if tensor.kind == "parameter"]
-    if placed is None:
-        return {}, "its parameters are not the model's, or could be in several orders"
-    rows = {name: np.zeros(sum(tensor.size for tensor in parameters), np.float32) for name in names}
-    for tensor, state in zip(parameters, placed, strict=True):
-        for name in names:
-            value = _tensor(state, name)
-            if value is None:
-                continue
-            if tuple(value.shape) != tensor.shape:
-                return {}, f"{name} of {tensor.name} has another shape than the parameter"
+    found, why = matched(saved, layout, prefix)
+    size = sum(tensor.size for tensor in layout if tensor.kind == "parameter")
+    rows = {name: np.zeros(size, np.float32) for name in SLOTS if any(name in slots for _, slots in found)}
+    for tensor, slots in found:
+        for name, value in slots.items():
             row = rows[name][tensor.offset : tensor.offset + tensor.size]
-            torch.from_numpy(row).view(tensor.shape).copy_(value)
-    return rows, None
+            torch.from_numpy(row).view(tensor.shape).copy_(value.read())
+    return rows, why
 
 
 def _tensor(state: Any, name: str) -> Any:

@@ -10,10 +10,12 @@ from opsig_cli.errors import OpsigError, UsageError
 
 STEP_KEYS = (
     "global_step", "step", "iteration", "iter", "iter_num", "iterations", "it", "num_updates", "train_step",
-    "current_step",
+    "current_step", "global_steps",
 )  # fmt: skip
 EPOCH_KEYS = ("epoch", "current_epoch")
 FROM = ("content", "optimizer", "name")
+REMEDY = "Give --steps 0,10,20 or --steps-from name|content|optimizer"
+PLACES = "the places in the list"
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 STEP_WORD = re.compile(r"(?:step|iter|iteration|(?<![a-z])it)s?[-_=.]?$", re.IGNORECASE)
 EPOCH_WORD = re.compile(r"(?:epoch|(?<![a-z])ep?)[-_=.]?$", re.IGNORECASE)
@@ -54,8 +56,17 @@ def steps_of(
             found = [*of_steps, *counted, _of_names_if_clear(paths), *of_epochs]
     for source, steps in found:
         if all(step is not None and step >= 0 for step in steps) and len(set(steps)) == len(steps):
+            if source == "the names" and len(steps) > 1 and any(_apart(steps, told) for _, told in of_epochs):
+                source = "the names, in which they are epochs"
             return [step for step in steps if step is not None], source
     raise OpsigError(_why(paths, found))
+
+
+def _apart(steps: list[int | None], epochs: list[int | None]) -> bool:
+    """Whether numbers are those of epochs, counted from 0 or from 1."""
+    gaps = {step - epoch if step is not None and epoch is not None else None
+            for step, epoch in zip(steps, epochs, strict=True)}  # fmt: skip
+    return gaps in ({0}, {1}, {-1})
 
 
 def _why(paths: Sequence[str], found: list[tuple[str, list[int | None]]]) -> str:
@@ -63,16 +74,15 @@ def _why(paths: Sequence[str], found: list[tuple[str, list[int | None]]]) -> str
     source, steps = max(found, key=lambda pair: sum(step is not None for step in pair[1]))
     if not any(step is not None for step in steps) and len(found) > len(STEP_KEYS + EPOCH_KEYS):
         steps_in_names(paths)  # says what is unclear about the names
-    remedy = "Give --steps 0,10,20 or --steps-from name|content|optimizer"
     places: dict[int, str] = {}
     for path, step in zip(paths, steps, strict=True):
         if step is None:
             continue
         if step in places:
-            return f"{places[step]} and {path} are both at step {step} by {source}. Leave one out, or g{remedy[1:]}"
+            return f"{places[step]} and {path} are both at step {step} by {source}. Leave one out, or g{REMEDY[1:]}"
         places[step] = path
     unknown = next(path for path, step in zip(paths, steps, strict=True) if step is None or step < 0)
-    return f"{unknown} does not say at which step it was taken, in its content or its name. {remedy}"
+    return f"{unknown} does not say at which step it was taken, in its content or its name. {REMEDY}"
 
 
 def _of_names_if_clear(paths: Sequence[str]) -> tuple[str, list[int | None]]:
@@ -117,6 +127,8 @@ def steps_in_names(paths: Sequence[str]) -> tuple[str, list[int | None]]:
     if len(chosen) != 1:
         raise OpsigError(f"it is not clear which number in names such as {names[0]} is the step. Give --steps 0,10,20")
     what = "the epochs in the names" if EPOCH_WORD.search(before[chosen[0]]) else "the names"
+    if before[chosen[0]].endswith("[") and all(name.endswith("]") for name in names):
+        what = PLACES
     return what, [int(row[chosen[0]]) for row in numbers]
 
 

@@ -1,0 +1,56 @@
+"""The same checkpoint under two names: a `last.ckpt` or `best.ckpt` beside a numbered one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from opsig_cli.backends import State
+from opsig_cli.studies.importing import checkpoints, flow
+from opsig_cli.studies.importing.steps import STEP_KEYS
+
+SECOND = re.compile(r"(?:^|[^a-z])(?:last|best|latest|final)(?![a-z])", re.IGNORECASE)
+"""Words of names that checkpoints have besides their numbered one."""
+
+
+def without(
+    paths: Sequence[str], glances: Sequence[flow.Glance], target: flow.Target, warn: flow.Warn
+) -> tuple[list[str], list[flow.Glance]]:
+    """Leave out checkpoints by a second name that hold what another one holds, which is said.
+
+    Those are held against each other that say the same step, or, where they say none, whose files are as large.
+    """
+    second = [i for i, path in enumerate(paths) if SECOND.search(os.path.basename(path))]
+    kept = [i for i in range(len(paths)) if i not in second]
+    for i in second:
+        same = (other for other in kept if _said(paths[i], glances[i]) == _said(paths[other], glances[other]))
+        other = next((other for other in same if _same(paths[i], paths[other], target)), None)
+        if other is None:
+            kept.append(i)
+        else:
+            warn(f"{paths[i]} is left out: it holds the same as {paths[other]}")
+    return [paths[i] for i in sorted(kept)], [glances[i] for i in sorted(kept)]
+
+
+def _said(path: str, glance: flow.Glance) -> tuple[object, ...]:
+    """What a checkpoint says of its step; where it says nothing, the size of its files."""
+    step = next((glance.numbers[key] for key in STEP_KEYS if key in glance.numbers), None)
+    if step is None and glance.count is None:
+        files = checkpoints.weight_files(path)
+        return ("files", *(os.path.getsize(file) for file in files))
+    return step, glance.count
+
+
+def _same(path: str, other: str, target: flow.Target) -> bool:
+    if os.path.realpath(path) == os.path.realpath(other):
+        return True
+    one, two = (_state(each, target) for each in (path, other))
+    return np.array_equal(one.params, two.params, equal_nan=True) and np.array_equal(one.buffers, two.buffers, True)
+
+
+def _state(path: str, target: flow.Target) -> State:
+    with checkpoints.opened(path) as content:
+        return flow.read(content, target, path, 0, lambda text: None)
