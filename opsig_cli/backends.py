@@ -58,7 +58,8 @@ class Training:
     1 throughout, multiply the samples' losses in what is minimised, whose sum is divided by the number of all samples
     (of the minibatch) as before: weight 0 leaves a sample out and no other one counts for more. Gradients longer than
     `clip_norm` are shortened to it. `label_smoothing` is what is minimised instead of the task's own; recorded losses
-    stay the task's. `began`: the step at which the optimizer began to count, later than 0 where a branch changed it.
+    stay the task's. `tracked`: the samples whose losses snapshots carry, increasing, None for all; the others' are NaN.
+    `began`: the step at which the optimizer began to count, later than 0 where a branch changed it.
     """
 
     optimizer: str
@@ -76,6 +77,7 @@ class Training:
     wants_losses: Callable[[int], bool] = lambda step: False
     wants_state: Callable[[int], bool] = lambda step: False
     weights: np.ndarray | None = None
+    tracked: np.ndarray | None = None
     clip_norm: float | None = None
     label_smoothing: float | None = None
     began: int = 0

@@ -36,6 +36,9 @@ from opsig_cli.commands.options import Command
 from opsig_cli.errors import OpsigError
 from opsig_cli.tasks import own_frames
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""How a person may have said that threads are to wait."""
+
 app = typer.Typer(
     name="opsig",
     help="Find the opposing groups of samples that make a neural network's training loss oscillate and spike.",
@@ -79,6 +82,10 @@ def _main(
 
 def run() -> None:
     """Run the command line; the entry point `opsig`."""
+    if not any(name in os.environ for name in WAITING):
+        # Before torch loads OpenMP, whose threads spin while they wait and, beside other work, take the cores from
+        # those that they wait for.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe ends us silently
     if sys.stderr is None:  # closed by the caller; print(file=None) would take stdout in its place

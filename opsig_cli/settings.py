@@ -20,6 +20,7 @@ LARGEST = (1 << 63) - 1
 LEAST = dict.fromkeys(("steps", "learning_rate", "batch_size", "track_every", "sharpness_every", "epsilon"), 0) | {
     "chunk_size": 1,
     "checkpoint_every": 0,
+    "track_samples": 0,
 }
 """The least that a setting can be."""
 UNKNOWN_BATCH = 0
@@ -28,7 +29,8 @@ UNKNOWN_BATCH = 0
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run's numbers. `batch_size` None is full batch; `track_every` 0 records no losses.
+    """Everything that decides a run's numbers. `batch_size` None is full batch; `track_every` 0 records no losses, and
+    `track_samples` 0 those of all samples.
 
     Of an imported run, `learning_rate` is NaN (null in the file), `batch_size` UNKNOWN_BATCH and `optimizer` OTHER
     where it does not tell them; `nesterov` is of momentum, and for thresholds alone. Of a branch, `began` is the step
@@ -58,6 +60,7 @@ class Settings:
     statistics: str | None = None
     backend: str = "torch"
     track_every: int = 0
+    track_samples: int = 0
     checkpoint_every: int = 0
     checkpoint_pairs: bool = False
     checkpoint_window: tuple[int, int] | None = None
@@ -144,9 +147,20 @@ class Settings:
     def scheduled(self, steps: int, track_every: int, checkpoint_every: int) -> Self:
         """These settings with another end and schedule of what is recorded."""
         return replace(
-            self, steps=steps, track_every=track_every, checkpoint_every=checkpoint_every, checkpoint_pairs=False,
-            checkpoint_window=None, checkpoint_dtype="float32", sharpness_every=0,
+            self, steps=steps, track_every=track_every, track_samples=0, checkpoint_every=checkpoint_every,
+            checkpoint_pairs=False, checkpoint_window=None, checkpoint_dtype="float32", sharpness_every=0,
         )  # fmt: skip
+
+    def budgeted(self, share: float, samples: int) -> Self:
+        """These settings with losses recorded as often as takes this share of the training's time, of so many samples.
+
+        A sample's forward pass counts a third of its part in a training step; where every sample trains, losses come
+        with the step.
+        """
+        if self.batch_size is None:
+            return replace(self, track_every=1)
+        tracked = min(self.track_samples or samples, samples)
+        return replace(self, track_every=max(1, math.ceil(tracked / (3 * self.batch_size * share))))
 
     def untold(self) -> dict[str, str]:
         """Settings without which an imported run cannot be trained further, and why."""

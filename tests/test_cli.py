@@ -1,6 +1,7 @@
 """The command line as users and scripts call it: pipes, formats, exit codes, and the mistakes people make."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -618,3 +619,32 @@ def test_a_second_writer_is_refused(tmp_path, opsig):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_sharpness_that_is_in_the_file_needs_no_torch_and_no_task(tiny_run, opsig, tmp_path):
+    run = shutil.copy(tiny_run, tmp_path / "run.h5")
+    arguments = ["sharpness", run, "--steps", "0:20"]
+    measured = opsig(*arguments, *OWN)
+    code = (
+        f"import sys; sys.argv = ['opsig', *{[str(word) for word in arguments]!r}]\n"
+        "from opsig_cli.main import run\n"
+        "run()\n"
+        "assert not {'torch', 'sklearn', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+    )
+    again = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert again.stdout == measured.out
+
+
+def test_threads_wait_without_spinning_and_are_as_many_as_were_asked_for(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        f"import os, runpy\nTiny = runpy.run_path({str(TASKS)!r})['Tiny']\n"
+        "assert os.environ['OMP_WAIT_POLICY'] == os.environ.get('EXPECTED', 'PASSIVE')\n"
+    )
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+    command = [sys.executable, "-m", "opsig_cli.main", "train", "--task", f"{own}:Tiny", "--steps", "1"]
+    for threads, more in ((1, {}), (2, {"OMP_WAIT_POLICY": "active", "EXPECTED": "active"})):
+        arguments = ["--threads", str(threads), "-o", str(tmp_path / f"{threads}.h5")]
+        done = subprocess.run([*command, *arguments], env=clean | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"cpu ({threads} thread{'s' * (threads > 1)})" in done.stderr

@@ -524,10 +524,8 @@ def test_losses_alone_make_a_run_that_is_mined_and_grouped(opsig, tmp_path):
     opsig("import", "--losses", tmp_path / "a.npy", "--steps", ",".join(map(str, range(0, 120, 2))), "-o",
           tmp_path / "e.h5")  # fmt: skip
     assert opsig("info", tmp_path / "e.h5").records[0]["steps"] == 118
-    torch.save({}, tmp_path / "w.pt")
-    opsig("import", tmp_path / "w.pt", *OWN, "-o", tmp_path / "e.h5", "--append").fails(
-        1, "e.h5 holds losses alone", "give --losses with the checkpoints"
-    )
+    file = save(tmp_path, "c5.pt", weights())
+    opsig("import", file, *OWN, "-o", tmp_path / "e.h5", "--append").fails(1, "40 samples", "has 60")
 
 
 @pytest.mark.parametrize(
@@ -565,8 +563,8 @@ def test_malformed_arrays_of_losses_are_refused(opsig, tmp_path):
     refused(None, "steps must be 2 increasing", losses=np.zeros((2, 2)), steps=[3, 3])
     refused(None, "labels must be one a sample", losses=np.zeros((2, 2)), labels=["a"])
     refused(None, "predictions must be integers", losses=np.zeros((2, 2)), predictions=np.zeros((2, 2)))
-    (tmp_path / "l.parquet").touch()
-    opsig("import", "--losses", tmp_path / "l.parquet", "-o", tmp_path / "x.h5").fails(1, "neither .npy, .npz nor .csv")
+    (tmp_path / "l.feather").touch()
+    opsig("import", "--losses", tmp_path / "l.feather", "-o", tmp_path / "x.h5").fails(1, "neither .npy, .npz, .csv")
 
 
 def test_losses_beside_checkpoints_go_to_the_task_s_samples(opsig, tmp_path):

@@ -311,3 +311,77 @@ def test_random_damage_is_never_silent(run_path, tmp_path, cut):
     first = random.randrange(1 << 30)
     outcomes = corruptions(run_path, tmp_path / "damaged.h5", first, first + 60, cut)
     assert {outcome for outcome in outcomes if outcome not in ("refused", "named", "unharmed")} == set(), first
+
+
+# -- what is read of a row, and how often
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the columns that are read, in order, each time that it is read."""
+    from opsig_cli.trajectory.reading import Reading
+
+    found: list[str] = []
+    gather = Reading._gather
+
+    def noted(self, name, places):
+        found.append(name)
+        return gather(self, name, places)
+
+    monkeypatch.setattr(Reading, "_gather", noted)
+    return found
+
+
+def with_eigenvectors(path: Path) -> Path:
+    with create_trajectory(path, np.arange(5)) as run:
+        for step in range(4):
+            run.append("sharpness", step, eigenvalue=np.ones(2) * step, residual=np.zeros(2), eigenvector=np.ones(300))
+    return path
+
+
+def test_an_eigenvalue_is_read_without_its_eigenvector_and_held_against_its_checksum_all_the_same(tmp_path, reads):
+    path = with_eigenvectors(tmp_path / "run.h5")
+    with open_trajectory(path) as run:
+        assert run.rows("sharpness/eigenvalue", 0, 4)[:, 0].tolist() == [0, 1, 2, 3]
+        run.row("sharpness/residual", 2)
+        assert "sharpness/eigenvector" not in reads
+        run.row("sharpness/eigenvector", 2)
+        assert reads.count("sharpness/eigenvalue") == 2  # once more, as a part of the whole row
+    for name in ("sharpness/eigenvalue", "sharpness/wide_checksum", "sharpness/eigenvector"):
+        with h5py.File(path, "r+") as file:
+            kept = file[name][1]
+            file[name][1] = 9
+        with open_trajectory(path) as run:
+            assert run.row("sharpness/eigenvalue", 3)[0] == 3
+            if name == "sharpness/eigenvalue":
+                with pytest.raises(OpsigError, match="sharpness at step 1 is damaged"):
+                    run.rows("sharpness/eigenvalue", 0, 4)
+            else:
+                assert run.rows("sharpness/eigenvalue", 0, 4)[1].tolist() == [1, 1]
+            assert run.damaged_steps("sharpness") == ([] if name == "sharpness/wide_checksum" else [1])
+        with h5py.File(path, "r+") as file:
+            file[name][1] = kept
+
+
+def test_a_file_without_wide_checksums_reads_eigenvalues_as_before(tmp_path, reads):
+    path = with_eigenvectors(tmp_path / "run.h5")
+    with h5py.File(path, "r+") as file:
+        del file["sharpness/wide_checksum"]
+    with open_trajectory(path, "r+") as run:
+        assert run.rows("sharpness/eigenvalue", 0, 4)[3].tolist() == [3, 3]
+        assert "sharpness/eigenvector" in reads
+        run.append("sharpness", 4, eigenvalue=np.ones(2), residual=np.zeros(2), eigenvector=np.ones(300))
+    with open_trajectory(path) as run:
+        assert run.rows("sharpness/eigenvalue", 0, 5)[4].tolist() == [1, 1]
+        assert run.damaged_steps("sharpness") == []
+
+
+def test_a_checkpoint_is_read_once_with_what_it_is_held_against(tmp_path, reads):
+    with create_trajectory(tmp_path / "run.h5", np.arange(5)) as run:
+        slots = {"optimizer__exp_avg": np.ones(30), "optimizer__exp_avg_sq": np.full(30, np.nan)}
+        run.append("checkpoints", 0, params=np.arange(30), buffers=np.arange(2), **slots)
+    with open_trajectory(tmp_path / "run.h5") as run:
+        state = read_state(run, 0)
+    assert state.params.tolist() == list(range(30))
+    assert (state.buffers.tolist(), list(state.optimizer)) == ([0, 1], ["exp_avg"])
+    assert all(reads.count(name) == 1 for name in reads)

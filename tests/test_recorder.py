@@ -209,7 +209,7 @@ def test_an_interruption_in_the_middle_of_a_row_leaves_it_out(merge, path, monke
             raise KeyboardInterrupt
         real(*arguments)
 
-    with pytest.raises(KeyboardInterrupt), Recorder(path, samples=S) as recorder:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), Recorder(path, samples=S, commit_every=10) as recorder:  # noqa: PT012
         recorder.record(0, losses=ONES[:6], samples=range(6), predictions=np.arange(6))
         real = file.write_row
         monkeypatch.setattr(file, "write_row", interrupted)
@@ -218,6 +218,47 @@ def test_an_interruption_in_the_middle_of_a_row_leaves_it_out(merge, path, monke
         assert run.steps("losses").tolist() == [0]
         np.testing.assert_array_equal(run.row("losses/loss", 0), [1] * 6 + [np.nan] * 6)
         assert run.damaged_steps("losses") == []
+
+
+@pytest.mark.parametrize("column", [1, 2, 3])
+def test_an_interruption_while_held_rows_are_written_loses_none(column, path, monkeypatch):
+    from opsig_cli.trajectory import file
+
+    written = 0
+
+    def interrupted(dataset):
+        nonlocal written
+        written += 1
+        if written == column:
+            raise KeyboardInterrupt
+        return real(dataset)
+
+    real = file.fill_row
+    with pytest.raises(KeyboardInterrupt), Recorder(path, samples=S) as recorder:  # noqa: PT012
+        recorder.commit()
+        for step in range(5):
+            recorder.record(step, losses=ONES * step)
+        monkeypatch.setattr(file, "fill_row", interrupted)
+        recorder.commit()
+    with open_trajectory(path) as run:
+        assert run.steps("losses").tolist() == list(range(5))
+        np.testing.assert_array_equal(run.losses()[:, 3], np.arange(5))
+        assert run.damaged_steps("losses") == []
+
+
+def test_what_is_held_is_there_for_who_looks(path):
+    with Recorder(path, samples=S) as recorder:
+        for step in (3, 1, 2):
+            recorder.record(step, losses=ONES[:6], samples=range(6), scalars={"train_loss": 1.0, "mine": step})
+        recorder.record(1, losses=ONES[6:], samples=range(6, S))
+        assert recorder.last_step == 3
+        assert recorder.run.steps("losses").tolist() == [1, 2, 3]
+        assert np.isfinite(recorder.run.row("losses/loss", 1)).all()
+        with pytest.raises(OpsigError, match="has a loss of sample 0 at step 2 already"):
+            recorder.record(2, losses=ONES)
+    with open_trajectory(path) as run:
+        assert run.rows("logged/mine", 0, 3).tolist() == [1, 2, 3]
+        assert run.damaged_steps("losses") == run.damaged_steps("scalars") == run.damaged_steps("logged") == []
 
 
 @pytest.mark.parametrize("first", [5, 6])

@@ -169,3 +169,37 @@ def test_checkpoints_in_bfloat16_are_half_the_size_and_rounded_to_nearest(tmp_pa
     opsig("train", "-o", rounded, "--resume", "--task", f"{TASKS}:Tiny", "--steps", 80).fails(1, "bfloat16")
     arguments = train_tiny(tmp_path / "other.h5", "--checkpoint-dtype", "float16")
     opsig(*arguments).fails(2, "float32, bfloat16", "float16")
+
+
+def test_a_tracked_subset_has_the_losses_that_all_samples_have(opsig, tmp_path):
+    """Minibatches and full batch; drawn with the seed, the others not measured, and mining goes by those alone."""
+    for name, more in (("mini", ["--optimizer", "sgd", "--batch-size", 8]), ("full", [])):
+        whole, part, again = (tmp_path / f"{name}-{which}.h5" for which in ("whole", "part", "again"))
+        assert opsig(*train_tiny(whole, *more, steps=30)).code == 0
+        for path in (part, again):
+            assert opsig(*train_tiny(path, *more, "--track-samples", 9, steps=30)).code == 0
+        with open_trajectory(whole) as one, open_trajectory(part) as other, open_trajectory(again) as third:
+            losses, some = one.losses(), other.losses()
+            measured = np.isfinite(some)
+            assert measured.sum(1).tolist() == [9] * 31
+            assert (measured == measured[0]).all()
+            np.testing.assert_allclose(some[measured], losses[measured], rtol=1e-6)
+            np.testing.assert_array_equal(some, third.losses())
+            np.testing.assert_array_equal(
+                other.rows("checkpoints/params", 0, 9), one.rows("checkpoints/params", 0, 9)
+            )  # what is trained is the same
+            chosen = set(other.samples[measured[0]].tolist())
+        assert {record["sample"] for record in opsig("mine", part).records if "sample" in record} == chosen
+
+
+def test_a_budget_says_how_often_losses_are_recorded(opsig, tmp_path):
+    path = tmp_path / "run.h5"
+    budget = [word for word in train_tiny(path, "--optimizer", "sgd", "--batch-size", 8) if word != "--track"]
+    outcome = opsig(*budget, "--track-budget", 0.2)
+    assert outcome.code == 0, outcome.err
+    with open_trajectory(path) as run:
+        every = run.attributes["settings_json"]["track_every"]
+        assert every == np.ceil(len(run.samples) / (3 * 8 * 0.2))
+        assert np.diff(run.steps("losses"))[0] == every
+    assert f"losses are recorded every {every} steps" in outcome.err
+    opsig(*train_tiny(path), "--track-budget", 0.2, "--replace").fails(2, "--track-budget")

@@ -1,5 +1,6 @@
 """Data is never trusted: whatever a file says of itself costs one line and little time, and no other file is read."""
 
+import gzip
 import io
 import json
 import random
@@ -169,9 +170,14 @@ def test_archives_and_tables_that_expand_are_refused(tmp_path, opsig):
     with zipfile.ZipFile(tmp_path / "packed.pt", "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("packed/extra.pkl", bytes(120_000_000))
     (tmp_path / "wide.csv").write_text("step,sample,loss\n" + "".join(f"{i},{i},1\n" for i in range(6000)))
+    with gzip.open(tmp_path / "long.csv.gz", "wb") as packed:
+        packed.write(b"step,sample,loss\n" + b"1,2,3\n" * 20_000_000)
+    with gzip.open(tmp_path / "line.csv.gz", "wb") as packed:
+        packed.write(bytes(30_000_000))
     run = tmp_path / "run.h5"
     for arguments in (
-        ("--losses", tmp_path / "losses.npz"), ("--losses", tmp_path / "wide.csv"),
+        ("--losses", tmp_path / "losses.npz"), ("--losses", tmp_path / "wide.csv", "--rows"),
+        ("--losses", tmp_path / "long.csv.gz"), ("--losses", tmp_path / "line.csv.gz"),
         (tmp_path / "weights.npz", *TASK), (tmp_path / "packed.pt", *TASK),
     ):  # fmt: skip
         outcome = opsig("import", *arguments, "-o", run)

@@ -42,9 +42,11 @@ def cluster(
     budget: Annotated[
         int | None, typer.Option("--budget", min=0, help="Training steps to repeat in all. Default: 400.")
     ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Find groups anew that the file holds.")] = False,
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
@@ -70,7 +72,7 @@ def cluster(
     path, piped = options.records_of(run)
     found = door.cluster(
         path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, test=test,
-        budget=budget, records=piped, task=task, device=device, backend=backend,
+        budget=budget, replace=replace, records=piped, task=task, device=device, backend=backend,
         allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip

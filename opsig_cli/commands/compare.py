@@ -16,6 +16,7 @@ def compare(
         str | None, typer.Option("--test", metavar="TASK", help="Accuracy of the last checkpoint on this task, too.")
     ] = None,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
     figure: options.FigureOption = None,

@@ -54,9 +54,26 @@ def import_(
     losses: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Losses of all samples: .npy (steps, samples), .npz, or CSV step,sample,loss."
+            metavar="FILE",
+            help="Losses: .npy (steps, samples), .npz, or a log with a line for each (.csv, .tsv, .jsonl, .parquet).",
         ),
     ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Who was in each step's batch, without losses: .npy, .npz or .jsonl."),
+    ] = None,
+    sightings: Annotated[
+        bool | None,
+        typer.Option(
+            "--sightings/--rows",
+            help="Take a log as seen batch by batch, or as losses of all samples with gaps. Default: as full as it is.",
+        ),
+    ] = None,
+    step_column: Annotated[str | None, typer.Option(metavar="NAME", help="Of --losses. Default: by its name.")] = None,
+    sample_column: Annotated[str | None, typer.Option(metavar="NAME", help="The same.")] = None,
+    loss_column: Annotated[str | None, typer.Option(metavar="NAME", help="The same.")] = None,
+    prediction_column: Annotated[str | None, typer.Option(metavar="NAME", help="The same.")] = None,
+    label_column: Annotated[str | None, typer.Option(metavar="NAME", help="The same.")] = None,
     scalars: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="CSV with step and train_loss, learning_rate, ...; or a trainer's own log."),
@@ -75,6 +92,7 @@ def import_(
     ] = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,
@@ -90,9 +108,13 @@ def import_(
         optimizer=optimizer, learning_rate=learning_rate, momentum=momentum, beta1=beta1, beta2=beta2,
         weight_decay=weight_decay, batch_size=batch_size, chunk_size=chunk_size, statistics=statistics,
     )  # fmt: skip
+    columns = dict(
+        step=step_column, sample=sample_column, loss=loss_column, prediction=prediction_column, label=label_column
+    )
     request = entry.Request(
         output, paths or [], task, model, steps, steps_from, prefix, entry.chosen(given), losses, scalars, track,
         append, replace, device, backend, allow_changed_data, reference,
+        {what: name for what, name in columns.items() if name is not None}, sightings, order,
     )  # fmt: skip
     bar = partial(options.progress, quiet=quiet)
     written = entry.run(request, partial(options.note, quiet=quiet), bar)

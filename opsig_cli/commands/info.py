@@ -23,7 +23,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
     import os
 
     from opsig_cli import records
-    from opsig_cli.trajectory import external
+    from opsig_cli.trajectory import external, sightings
     from opsig_cli.trajectory.file import open_trajectory
     from opsig_cli.trajectory.schema import ROW_GROUPS
 
@@ -37,14 +37,17 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
     with open_trajectory(run) as trajectory:
         attributes = trajectory.attributes
         rows = options.without_damage(lambda: recorded(trajectory))
+        seen = options.without_damage(lambda: sightings.extent(trajectory))
+        ends = [int(steps[-1]) for steps in rows.values() if len(steps)] + ([seen[1]] if seen else [])
         record = {
             "trajectory": run,
             "task": attributes.get("task"),
-            "steps": max((int(steps[-1]) for steps in rows.values() if len(steps)), default=None),
+            "steps": max(ends, default=None),
             "samples": len(trajectory.samples),
             "parameters": trajectory.shape("checkpoints/params")[1] if trajectory.has("checkpoints/params") else None,
             "frozen_parameters": trajectory.shape("frozen/params")[0] if trajectory.has("frozen/params") else 0,
             "checkpoints": len(rows["checkpoints"]),
+            "sightings": sightings.count(trajectory),
             "groups": trajectory.groups(),
             "bytes": os.path.getsize(run),
             "state": attributes.get("state"),
@@ -58,5 +61,8 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
         rows_recorded = [
             {"group": group, "rows": len(s), "first": s[0], "last": s[-1]} for group, s in rows.items() if len(s)
         ]
+        if seen:
+            counted = {"group": sightings.GROUP, "rows": record["sightings"], "first": seen[0], "last": seen[1]}
+            rows_recorded.append(counted)
     about = [{"what": key, "value": value} for key, value in (record | settings).items() if value is not None]
     records.write([record], format, [records.Table("", about), records.Table("rows", rows_recorded)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +37,9 @@ def mine(
     `change` ranks by the largest one-step change of the loss, `oscillation` by its amplitude at period two,
     `variation` by the sum of all changes, and `surprise` by the largest change against the sample's own history.
 
+    Of a run that saw its samples batch by batch, a change is what a loss exceeds the trend of all samples and the
+    sample's own level by, and `--step N` says which rows of that batch made its loss jump: their shares add up to 1.
+
     Example: opsig mine run.h5 --top 20 --figure movers.png
     """
     from opsig_cli import records
@@ -45,19 +49,32 @@ def mine(
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)
-    shown = [
-        {
-            "rank": r["rank"],
-            "sample": r["sample"],
-            **({"text": r["text"][-TEXT:]} if "text" in r else {"label": r["label"]}),
-            "predicted": f"{r['prediction_before']} -> {r['prediction_after']}",
-            "step": r["step"],
-            "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
-            "score": r["score"],
-            "share": None if r["share"] is None else f"{r['share']:.1%}",
-        }
-        for r in found
-        if r.get("kind") != "not_finite"
-    ]
+    shown = [_row(r) for r in found if r.get("kind") != "not_finite"]
     broken = options.not_finite_tables(found)
     records.write(found, format, [*broken, records.Table(found.title, shown)])
+
+
+def _row(r: dict[str, Any]) -> dict[str, Any]:
+    """What a table has room for of a record."""
+    if "text" in r:
+        what = {"text": r["text"][-TEXT:]}
+    else:
+        what = {"name": r["name"][-TEXT:]} if "name" in r else {}
+        what |= {"label": r["label"]} if r["label"] is not None or not what else {}
+    share = {"share": None if r["share"] is None or math.isnan(r["share"]) else f"{r['share']:.1%}"}
+    if r.get("seen") == "sighting":
+        return {
+            "rank": r["rank"], "sample": r["sample"], **what, "step": r["step"], "loss": r["loss_after"],
+            "expected": r["loss_before"], "excess": r["change"], **share, "seen_before": r["previous_step"],
+            "loss_then": r["loss_last"],
+        }  # fmt: skip
+    return {
+        "rank": r["rank"],
+        "sample": r["sample"],
+        **what,
+        "predicted": f"{r['prediction_before']} -> {r['prediction_after']}",
+        "step": r["step"],
+        "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
+        "score": r["score"],
+        **share,
+    }

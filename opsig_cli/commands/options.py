@@ -18,6 +18,13 @@ from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.figures.canvas import SUFFIXES
 
 
+def use_threads(context: typer.Context, threads: int | None) -> int | None:
+    """Let numeric libraries, torch above all, take so many threads: they ask when they are loaded, which is later."""
+    if threads is not None and not context.resilient_parsing:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    return threads
+
+
 def check_output(context: typer.Context, path: Any) -> Any:
     """Raise OpsigError, before any work is done, where nothing can be written at a path that was given."""
     if path is not None and not context.resilient_parsing:
@@ -75,6 +82,10 @@ FigureOption = Annotated[
     typer.Option("--figure", metavar="PATH", callback=check_figure, help="Save the picture (.png, .pdf or .svg)."),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: the best.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, callback=use_threads, help="Of the CPU. Default: one for each core."),
+]
 BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="Installed backend.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
 PartOption = Annotated[

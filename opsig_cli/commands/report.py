@@ -34,6 +34,7 @@ def report(
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,
@@ -49,9 +50,8 @@ def report(
     from opsig_cli import records
     from opsig_cli.report import content, page
     from opsig_cli.studies.branching import lineage
-    from opsig_cli.studies.clustering import finding
+    from opsig_cli.studies.clustering import finding, keeping
     from opsig_cli.studies.clustering import records as clustered
-    from opsig_cli.studies.filled import filled
     from opsig_cli.trajectory.checking import without_damage
     from opsig_cli.trajectory.file import open_trajectory
 
@@ -66,6 +66,7 @@ def report(
             said.append(text.removeprefix("note: "))
         options.note(text, quiet)
 
+    keeper = keeping.Keeper()
     with open_trajectory(run) as trajectory:
         page.check_output(path, run, replace)
         progress = partial(options.progress, quiet=quiet)
@@ -76,14 +77,19 @@ def report(
 
         def work():
             said.clear()
-            found = finding.find(
-                trajectory, by, top, task, device, backend, warn, progress, allow_changed_data=allow_changed_data
-            )
+            found = keeper.find(
+                trajectory, by, top, task, device, backend, warn, progress, partial(options.note, quiet=quiet),
+                allow_changed_data=allow_changed_data,
+            )  # fmt: skip
             written = clustered.records(trajectory, found.clusters)
-            whole = filled(trajectory, found.movers.known)
-            return found, written, content.gather(whole, found, written, task, [*damage, *said], branches)
+            return (
+                found,
+                written,
+                content.gather(found.whole(trajectory), found, written, task, [*damage, *said], branches),
+            )
 
         found, written, shown = without_damage(work, damage.append)
+    keeper.keep(trajectory.path)
     options.say(damage, False)
     size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
     for words in found.notes:

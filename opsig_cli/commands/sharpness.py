@@ -52,6 +52,7 @@ def sharpness(
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     plan: options.PlanOption = False,
     memory: options.MemoryOption = None,  # set by its callback

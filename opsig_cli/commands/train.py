@@ -45,6 +45,13 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Initialisation and minibatch order. Default: 0.")] = None,
     track: Annotated[bool, typer.Option("--track", help="Record every sample's loss at every step.")] = False,
     track_every: Annotated[int | None, typer.Option(min=1, help="Record them every N steps.")] = None,
+    track_samples: Annotated[
+        int | None, typer.Option(min=1, help="Record them of so many samples, drawn with the seed.")
+    ] = None,
+    track_budget: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, metavar="X", help="Record them as often as takes this share of the time."),
+    ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Default: a twentieth of the run.")] = None,
     checkpoint_pairs: Annotated[
         bool, typer.Option("--checkpoint-pairs", help="Checkpoint the step after each, too.")
@@ -71,6 +78,7 @@ def train(
     statistics: Annotated[str | None, typer.Option(metavar="chunk|running", help="Batch norm's statistics.")] = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
+    threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,
@@ -91,15 +99,21 @@ def train(
 
     if resume and replace:
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
+    if track_budget is not None and (resume or track or track_every):
+        raise UsageError(
+            "--track-budget says how often losses are recorded. Leave --track, --track-every, --resume out"
+        )
     if resume and like is not None:
         raise UsageError("--resume continues a run and --like begins another. Give one of them")
     first, last = parse_range(checkpoint_window, "--checkpoint-window")
     window = None if checkpoint_window is None else (first or 0, sys.maxsize if last is None else last)
+    every_step = track or (track_samples is not None and track_budget is None)
     given = dict(
         task=task, model=model, optimizer=optimizer, learning_rate=learning_rate, steps=steps, batch_size=batch_size,
         momentum=momentum, beta1=beta1, beta2=beta2, sign_learning_rate=sign_learning_rate, dampening=dampening,
         radius=radius, weight_decay=weight_decay, seed=seed, chunk_size=chunk_size,
-        track_every=track_every or (1 if track else None), checkpoint_every=checkpoint_every,
+        track_every=track_every or (1 if every_step else None), track_samples=track_samples,
+        checkpoint_every=checkpoint_every,
         checkpoint_pairs=checkpoint_pairs or None, checkpoint_window=window, checkpoint_dtype=checkpoint_dtype,
         sharpness_every=sharpness_every, statistics=statistics,
         backend=backend,
@@ -141,6 +155,9 @@ def train(
     if like is not None:
         with open_trajectory(like) as run:
             tracking.check_model(run, session)
+    if track_budget is not None:
+        settings = settings.budgeted(track_budget, session.samples)
+        options.note(f"losses are recorded every {settings.track_every} steps", quiet)
     start = session.initial(settings.seed)
     if settings.batch_size is None and getattr(session, "drops_out", False):
         options.note("note: full-batch training leaves the model's dropout out. With --batch-size it is on", quiet)

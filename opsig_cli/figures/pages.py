@@ -40,11 +40,12 @@ def movers_figure(
     blocks = [heading(title)]
     blocks.append((HEIGHT, lambda area: draw_losses(area, steps, lines, zoom)))
     for number, (name, tiles) in enumerate(sheets):
-        blocks.append(_sheet(name, tiles, SIDES[number % 2]))
+        blocks.append(sheet_block(name, tiles, SIDES[number % 2]))
     return page(blocks)
 
 
-def _sheet(name: str, tiles: Sequence[Tile], colour: str) -> Block:
+def sheet_block(name: str, tiles: Sequence[Tile], colour: str) -> Block:
+    """A sheet of samples over the whole width, under its name."""
     return sheet_height(tiles, FULL_COLUMNS), lambda area: draw_sheet(area, MARGIN, name, tiles, FULL_COLUMNS, colour)
 
 

@@ -15,11 +15,13 @@ from opsig_cli.studies.missing import named
 from opsig_cli.trajectory.recorder import Recorder
 
 
-def not_finite(snapshot: Snapshot) -> str | None:
-    """What of a step is not finite, "loss" or "gradient"; None where both are."""
+def not_finite(snapshot: Snapshot, tracked: np.ndarray | None = None) -> str | None:
+    """What of a step is not finite, "loss" (of the `tracked` samples, all by default) or "gradient"; None where both
+    are."""
     if not math.isfinite(snapshot.train_loss):
         return "loss"
-    if snapshot.losses is not None and not np.isfinite(snapshot.losses).all():
+    losses = snapshot.losses if snapshot.losses is None or tracked is None else snapshot.losses[tracked]
+    if losses is not None and not np.isfinite(losses).all():
         return "loss"
     return None if math.isfinite(snapshot.grad_norm) else "gradient"
 

@@ -17,9 +17,21 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import curvature, ends, floor, mining, missing, planning, slopes, tracking
+from opsig_cli.studies import (
+    curvature,
+    ends,
+    floor,
+    kept,
+    measured,
+    mining,
+    missing,
+    planning,
+    sighted,
+    slopes,
+    tracking,
+)
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
-from opsig_cli.studies.clustering import agreement, explaining, finding
+from opsig_cli.studies.clustering import agreement, explaining, finding, keeping
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.parts import share
@@ -40,6 +52,9 @@ def mine(
 
     Before them, of kind "not_finite", samples whose loss is not finite while the others' are.
 
+    Of a run that saw its samples batch by batch (sightings), `change` is what a loss exceeds the trend of all and the
+    sample's own level by, and with `step` the rows of that step's batch are ranked by their shares of its excess.
+
     `step`: rank by the change of this one step; `window`: steps "A:B" to look at, both ends included; `score`: one of
     `mining.SCORES`, or as the run allows; `direction`: "up", "down" or "both"; `share`: add each sample's part of the
     whole loss's change at this step.
@@ -50,14 +65,26 @@ def mine(
         raise UsageError("--step and --window exclude each other. Give one of them")
     span = parse_range(window, "--window")
     damage: list[str] = []
+    origin = back = None
     with opened(run) as trajectory:
 
         def work():
-            found = mining.find(trajectory, top, score, step, span, direction)
+            nonlocal origin, back
+            if sighted.chosen(trajectory, step):
+                found = sighted.find(trajectory, top, score, step, span, direction)
+                return found, sighted.records(trajectory, found, share), found.broken
+            options = {"top": top, "score": score, "step": step, "window": span, "direction": direction}
+            origin = kept.origin_of(trajectory, options) if mining.takes_long(trajectory) else None
+            back = kept.read_back(trajectory, "mined", mining.Movers, origin)
+            if back is not None:
+                trajectory.check("losses", trajectory.steps("losses")[back.row].tolist())
+            found = mining.find(trajectory, top, score, step, span, direction) if back is None else back
             records = mining.records(filled(trajectory, found.known), found, share)
             return found, records, missing.not_finite(trajectory, found.known)
 
         found, records, broken = without_damage(work, damage.append)
+    if back is None and not isinstance(run, Trajectory):
+        kept.keep(trajectory.path, "mined", origin, found)
     notes = [found.note] if found.note else []
     if share is not None:
         carried = sum(record["share_at_step"] or 0 for record in records)
@@ -65,6 +92,8 @@ def mine(
 
     def draw():
         with opened(run, like=trajectory) as again:
+            if isinstance(found, sighted.Sighted):
+                return drawing.draw_sighted(again, found, records)
             return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
@@ -74,8 +103,8 @@ def mine(
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
     sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
-    budget: int | None = None, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False,
+    budget: int | None = None, replace: bool = False, records: Sequence[dict[str, Any]] | None = None,
+    task: str | None = None, device: str | None = None, backend: str = "torch", allow_changed_data: bool = False,
     note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
@@ -87,8 +116,22 @@ def cluster(
     were not mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind
     "explain" that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task
     planted; `test`: "replay" repeats training with a pair's samples silent, for at most `budget` steps in all,
-    "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict.
+    "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict. What was
+    found with the same options, and nothing has changed since, is read from the file, unless `replace`; of a `run` that
+    is a path it is kept there.
     """
+    return _cluster(
+        run, keeping.Keeper(replace), by, top, window, join, sketch, explain, truth, test, budget, records, task,
+        device, backend, allow_changed_data, note, progress,
+    )  # fmt: skip
+
+
+def _cluster(
+    run: Run, keeper: keeping.Keeper, by: str | None, top: int | None, window: str | None, join: bool | None,
+    sketch: int | None, explain: int | None, truth: bool, test: str, budget: int | None,
+    records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None, backend: str,
+    allow_changed_data: bool, note: Note, progress: Progress,
+) -> Records:  # fmt: skip
     from opsig_cli.studies import drawing
 
     if by not in (None, *finding.BY):
@@ -103,11 +146,11 @@ def cluster(
     with opened(run) as trajectory:
 
         def work():
-            found = finding.find(
-                trajectory, by, top, task, device, backend, note, progress, samples=samples, window=span, join=join,
-                sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
+            found = keeper.find(
+                trajectory, by, top, task, device, backend, note, progress, note, samples=samples, window=span,
+                join=join, sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
             )  # fmt: skip
-            whole, broken = filled(trajectory, found.movers.known), missing.not_finite(trajectory, found.movers.known)
+            whole, broken = found.whole(trajectory), missing.not_finite(trajectory, found.movers.known)
             written = broken + clustered.records(trajectory, found.clusters)
             if explain is not None:
                 written += explaining.explain(whole, found.clusters, explain)
@@ -116,6 +159,8 @@ def cluster(
             return found, written
 
         found, written = without_damage(work, damage.append)
+    if not isinstance(run, Trajectory):
+        keeper.keep(trajectory.path)
     clusters, notes = found.clusters, list(found.notes)
     if not clusters.pairs:
         more = "Mine more: opsig mine --top" if records else "Look at more: --top, or other steps: --window"
@@ -123,7 +168,8 @@ def cluster(
 
     def draw():
         with opened(run, like=trajectory) as again:
-            return drawing.draw_pairs(filled(again, found.movers.known), clusters, written)
+            whole = found.whole(again) if found.view is None else measured.again(found.view, again)
+            return drawing.draw_pairs(whole, clusters, written)
 
     return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw)
 
@@ -175,8 +221,13 @@ def sharpness(
             chosen_steps = curvature.select_steps(trajectory, steps if slice is None else str(slice))
             if name and steps is None:
                 chosen_steps = chosen_steps[-1:]
-            session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
-            backends.require(session, backends.Curvature, backend, "curvature")
+
+            def open_session() -> backends.Session:
+                session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
+                backends.require(session, backends.Curvature, backend, "curvature")
+                return session
+
+            session = tracking.opened_later(open_session) if keeps and not plan else open_session()
             if plan:
                 chosen_steps = divided.share(chosen_steps) if divided else chosen_steps
                 row = 4 * trajectory.shape("checkpoints/params")[1]
@@ -201,8 +252,9 @@ def sharpness(
                 with progress("curvature", len(chosen_steps)) as advance:
                     return curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
             if name:
-                backends.require(session, backends.Slopes, backend, "slopes")
-                return _ends(trajectory, session, chosen_steps, k or ends.NAMED, tolerance, at, replace, note, progress)
+                return _ends(
+                    trajectory, session, backend, chosen_steps, k or ends.NAMED, tolerance, at, replace, note, progress
+                )
             place, words = floor.choose_place(trajectory, session, chosen_steps, at)
             how = {
                 "what": "eigenvalues",
@@ -238,8 +290,8 @@ def sharpness(
 
 
 def _ends(
-    run: Trajectory, session: backends.Session, steps: list[int], count: int, tolerance: float, at: str | None,
-    replace: bool, note: Note, progress: Progress,
+    run: Trajectory, session: backends.Session, backend: str, steps: list[int], count: int, tolerance: float,
+    at: str | None, replace: bool, note: Note, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Who stands at the ends of `count` eigenvectors, measured where they are missing."""
     if replace:
@@ -248,6 +300,8 @@ def _ends(
     run.check("slopes", have)
     place, words = _place_of_name(run, session, steps, at)
     missing, held = slopes.check_kept(run, steps, count, place)
+    if missing:
+        backends.require(session, backends.Slopes, backend, "slopes")
     if words:
         note(words)
     with progress("eigenvectors", len(missing)) as advance:
@@ -340,9 +394,9 @@ def branch(
 
         def find_groups() -> list[dict[str, Any]]:
             note(f"groups are those of: opsig cluster {trajectory.path}")
-            found = cluster(
-                trajectory, budget=0, task=task, device=device, backend=backend,
-                allow_changed_data=allow_changed_data, note=note, progress=progress,
+            found = _cluster(
+                trajectory, keeping.Keeper(any_of=("test", "budget")), None, None, None, None, None, None, False,
+                "replay", 0, None, task, device, backend, allow_changed_data, note, progress,
             )  # fmt: skip
             damage.extend(found.damage)
             return found

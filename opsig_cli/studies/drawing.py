@@ -20,6 +20,8 @@ from opsig_cli.studies.clustering.sentences import describe, plus_minus
 from opsig_cli.studies.comparing import QUANTITIES, Series
 from opsig_cli.studies.curvature import SAMPLE_METRICS
 from opsig_cli.studies.mining import Movers
+from opsig_cli.studies.sighted import Sighted
+from opsig_cli.trajectory import sightings
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import clause
 
@@ -58,6 +60,33 @@ def draw_movers(run: Trajectory, movers: Movers, records: list[dict[str, Any]]) 
     centre = int(np.median(run.steps("losses")[movers.row]))
     title = f"{Path(run.path).name}: samples that move most, by {movers.score_name}"
     return movers_figure(sheets, steps, curves, whole, close_up(steps, centre), title)
+
+
+def draw_sighted(run: Trajectory, found: Sighted, records: list[dict[str, Any]]) -> Figure:
+    """Mined sightings: the samples whose loss was above the expected, those below, and where each was seen, as points
+    over the mean losses of batches and their trend."""
+    from opsig_cli.figures.seen import Points, seen_figure
+
+    pictures, ids = Pictures(run), run.samples
+    sheets, points = [], []
+    for direction, title in (("up", "above the expected"), ("down", "below the expected")):
+        shown = [rank for rank, record in enumerate(records) if record["direction"] == direction]
+        tiles = [
+            pictures.tile(
+                int(found.rows["place"][rank]), records[rank]["prediction_before"], records[rank]["prediction_after"],
+                f"step {records[rank]['step']}",
+            )
+            for rank in shown[:TILES]
+        ]  # fmt: skip
+        sheets.append((f"{title}: {len(shown)} samples", tiles))
+        if shown:
+            seen = sightings.of_samples(run, ids[found.rows["place"][shown[:TILES]]])
+            points.append(Points(title, seen.step, seen.loss.astype(np.float64)))
+    centre = int(np.median(found.rows["step"])) if len(found.rows) else int(found.steps_T[-1])
+    title = f"{Path(run.path).name}: samples seen in batches, by {found.score_name}"
+    return seen_figure(
+        sheets, found.steps_T, found.means_T, found.trend.before, points, close_up(found.steps_T, centre), title
+    )
 
 
 def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]]) -> Figure:

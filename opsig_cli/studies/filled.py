@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,8 +17,15 @@ BACK = 64
 
 
 def coverage_of(run: Trajectory) -> Coverage:
-    """What of a run's losses was measured, from one pass over all of them."""
-    return coverage((rows for _, rows in run.blocks(LOSS)), len(run.samples))
+    """What of a run's losses was measured, from one pass over all of them.
+
+    Where training recorded those of a subset, as its settings say, others are not measured rather than broken.
+    """
+    found = coverage((rows for _, rows in run.blocks(LOSS)), len(run.samples))
+    if not (run.attributes.get("settings_json") or {}).get("track_samples"):
+        return found
+    kept = ~np.isin(found.broken_N, found.never)
+    return replace(found, broken_N=found.broken_N[kept], broken_row_N=found.broken_row_N[kept])
 
 
 def filled(run: Trajectory, known: Coverage | None) -> Trajectory:

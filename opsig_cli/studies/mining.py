@@ -25,6 +25,8 @@ SCORES = {
 }
 
 
+LONG_BYTES = 256 << 20
+"""Of losses, which take a second to look through."""
 SPARSE = 0.1
 """Share of losses that were not measured above which no oscillation can be seen."""
 DIRECTIONS = ("both", "up", "down")
@@ -152,6 +154,11 @@ def mined_window(records: Sequence[dict[str, Any]]) -> tuple[int | None, int | N
             case [int(first), int(last)] if (first, last) != (record.get("previous_step"), record.get("step")):
                 return first, last
     return None, None
+
+
+def takes_long(run: Trajectory) -> bool:
+    """Whether a run has so many losses that what was mined is kept in its file."""
+    return run.has("losses/loss") and 4 * int(np.prod(run.shape("losses/loss"))) >= LONG_BYTES
 
 
 def default_count(samples: int) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 
@@ -85,6 +86,24 @@ def open_run(
     warn(f"device: {session.device_name}")
     check_data(run, session, warn, allow_changed_data)
     return session, loaded, found
+
+
+class _Later:
+    """Passes everything on to a session, which is opened when it is first asked for anything."""
+
+    def __init__(self, open: Callable[[], Session]):
+        self._open = open
+        self._session: Session | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if self._session is None:
+            self._session = self._open()
+        return getattr(self._session, name)
+
+
+def opened_later(open: Callable[[], Session]) -> Session:
+    """The session that `open` gives, opened when it is used: what a file holds already needs no task, nor torch."""
+    return cast(Session, _Later(open))
 
 
 def check_model(run: Trajectory, session: Session) -> None:

@@ -65,12 +65,22 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
+def tracked_samples(settings: Settings, samples: int) -> np.ndarray | None:
+    """Those of so many samples whose losses are recorded, drawn with the run's seed, increasing; None for all."""
+    if not 0 < settings.track_samples < samples:
+        return None
+    generator = np.random.default_rng([settings.seed, settings.track_samples])
+    return np.sort(generator.choice(samples, settings.track_samples, replace=False))
+
+
 def training_of(
-    settings: Settings, stop: StopRequest, weights: np.ndarray | None = None, fork: int | None = None
-) -> Training:
+    settings: Settings, stop: StopRequest, weights: np.ndarray | None = None, fork: int | None = None,
+    tracked: np.ndarray | None = None,
+) -> Training:  # fmt: skip
     """What the backend is asked to do; a requested stop makes the next snapshot carry a checkpoint.
 
-    `weights` (S,) of the samples; `fork`: the step at which a branch begins, which has losses whatever the schedule.
+    `weights` (S,) of the samples; `tracked`: those whose losses are recorded; `fork`: the step at which a branch
+    begins, which has losses whatever the schedule.
     """
     return Training(
         optimizer=settings.optimizer,
@@ -88,6 +98,7 @@ def training_of(
         label_smoothing=settings.label_smoothing,
         began=settings.began,
         weights=weights,
+        tracked=tracked,
         seed=settings.seed,
         wants_losses=lambda step: settings.losses_at(step) or step == fork,
         wants_state=lambda step: settings.checkpoint_at(step) or settings.sharpness_at(step) or stop.asked,
@@ -124,6 +135,17 @@ def new_recorder(
     )
     _describe(recorder.run, session, about)
     return recorder
+
+
+def describe(recorder: Recorder, settings: Settings, session: Session, task: tasks.Task, spec: tasks.TaskSpec) -> None:
+    """Say of a run that a loop of one's own made how it was trained and what its samples are, where it does not."""
+    run = recorder.run
+    told = {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest}
+    run.set_attributes(**(provenance(settings, session) | told))
+    for name, values in _description(session, task).items():
+        if not run.has(name):
+            run.write(name, values)
+    run.commit()
 
 
 def _description(session: Session, task: tasks.Task) -> dict[str, np.ndarray]:
@@ -166,9 +188,10 @@ def run(
     trajectory = recorder.run
     trajectory.set_attributes(state="training")
     fork = trajectory.attributes.get("from_step")
-    training, latest = training_of(settings, stop, weights_of(trajectory), fork), start
+    tracked = tracked_samples(settings, session.samples)
+    training, latest = training_of(settings, stop, weights_of(trajectory), fork, tracked), start
     for snapshot in session.train(training, start):
-        if (what := divergence.not_finite(snapshot)) is not None:
+        if (what := divergence.not_finite(snapshot, tracked)) is not None:
             recorder.record(
                 snapshot.step, scalars=_scalars(snapshot), losses=snapshot.losses, predictions=snapshot.predictions
             )

@@ -17,6 +17,8 @@ from opsig_cli.trajectory.rows import column_checksum, fill_of, is_fill
 SHOWN = 8
 """Damaged steps that a message names one by one."""
 Result = TypeVar("Result")
+_CRC32 = np.array([~zlib.crc32(bytes([byte]), 0xFFFFFFFF) & 0xFFFFFFFF for byte in range(256)], np.uint32)
+"""What one byte makes of crc32's register."""
 
 
 class DamagedRows(OpsigError):
@@ -65,6 +67,8 @@ def row_checksums(name: str, values: np.ndarray) -> np.ndarray:
         found[:] = [0 if is_fill(np.asarray(value)) else column_checksum(name, np.asarray(value)) for value in values]
         return found
     values = np.ascontiguousarray(values)
+    if values.ndim == 1:
+        return np.where(_is_fill(values), np.uint32(0), _crc32(values, zlib.crc32(name.encode())))
     start, width = zlib.crc32(name.encode()), values.nbytes // len(values)
     data = values.reshape(-1).view(np.uint8).data
     found[:] = [zlib.crc32(data[at : at + width], start) for at in range(0, len(data), width)]
@@ -72,6 +76,18 @@ def row_checksums(name: str, values: np.ndarray) -> np.ndarray:
     blank = np.flatnonzero(_is_fill(flat[:, 0]))
     found[blank[[bool(_is_fill(flat[row]).all()) for row in blank]]] = 0
     return found
+
+
+def _crc32(values: np.ndarray, start: int) -> np.ndarray:
+    """zlib.crc32 of the bytes of each number (N,), begun from `start`: for short rows without a call for each.
+
+    >>> _crc32(np.array([258], "<i2"), 7).tolist() == [zlib.crc32(bytes([2, 1]), 7)]
+    True
+    """
+    found = np.full(len(values), ~start & 0xFFFFFFFF, np.uint32)
+    for byte in values.view(np.uint8).reshape(len(values), -1).T:
+        found = _CRC32[(found ^ byte) & 0xFF] ^ (found >> np.uint32(8))
+    return ~found
 
 
 def _is_fill(values: np.ndarray) -> np.ndarray:

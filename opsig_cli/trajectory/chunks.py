@@ -29,6 +29,10 @@ class Chunks:
         row, column = chunk.chunk_offset
         self._offsets[row // self._height, column // self._width] = chunk.byte_offset
 
+    def room(self, count: int) -> np.ndarray:
+        """An array for so many rows, (count, S)."""
+        return np.empty((count, self._columns), self._dtype)
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`, (T, S)."""
         found = np.empty((max(0, stop - start), self._columns), self._dtype)
@@ -39,19 +43,32 @@ class Chunks:
         """Rows `start:stop` into the first rows of `found`, C-contiguous (at least T, S), without a copy on the way."""
         row_bytes = self._width * self._dtype.itemsize
         whole = self._columns - self._columns % self._width  # the last chunk is wider than what it holds
-        spill = np.empty((self._height, self._width), self._dtype)
         flat = found.reshape(-1).view(np.uint8).data
         stride = found.shape[1] * self._dtype.itemsize
         for row in range(start // self._height, -(-stop // self._height)):
             low, high = max(start, row * self._height), min(stop, (row + 1) * self._height)
-            for column in range(0, whole, self._width):
-                first = (low - start) * stride + column * self._dtype.itemsize
-                pieces = [flat[at : at + row_bytes] for at in range(first, first + (high - low) * stride, stride)]
-                self._read(pieces, row, column // self._width, low, high)
+            first = (low - start) * stride
+            if high - low == 1:  # nothing but the system's calls counts here
+                self._read_line(flat[first : first + whole * self._dtype.itemsize], row, low)
+            else:
+                for column in range(whole // self._width):
+                    begin = first + column * row_bytes
+                    pieces = [flat[at : at + row_bytes] for at in range(begin, begin + (high - low) * stride, stride)]
+                    self._read(pieces, row, column, low, high)
             if whole < self._columns:
-                part = spill[: high - low]
+                part = np.empty((high - low, self._width), self._dtype)
                 self._read([part.data], row, whole // self._width, low, high)
                 found[low - start : high - start, whole:] = part[:, : self._columns - whole]
+
+    def _read_line(self, line: memoryview, row: int, place: int) -> None:
+        """One row's part in whole chunks, those at this row of them."""
+        row_bytes = self._width * self._dtype.itemsize
+        shift = (place - row * self._height) * row_bytes
+        offsets, fd = self._offsets, self._fd
+        for column, at in enumerate(range(0, len(line), row_bytes)):
+            offset = offsets.get((row, column))
+            if offset is None or os.preadv(fd, (line[at : at + row_bytes],), offset + shift) != row_bytes:
+                self._read([line[at : at + row_bytes]], row, column, place, place + 1)  # says what is wrong
 
     def columns(self, positions: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Chosen columns of rows `start:stop`, (T, M)."""

@@ -8,6 +8,9 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.reading import Reading, as_value
 from opsig_cli.trajectory.schema import SCHEMA_VERSION, dimension, field_of
 
+GROWING = ("step", "sighting")
+"""Dimensions along which other datasets of a group may be longer than its steps."""
+
 
 def check_version(run: Reading) -> None:
     """Raise OpsigError where the file states no schema version, or a newer major one."""
@@ -31,5 +34,5 @@ def check_shapes(run: Reading) -> None:
             raise OpsigError(f"{run.path}: {name} must be {field.dtype}, not {dataset.dtype}")
         for axis, length in zip(field.dims, dataset.shape, strict=True):
             expected = lengths.setdefault(dimension(field, axis), length)
-            if length < expected or (length != expected and axis != "step"):
+            if length < expected or (length != expected and axis not in GROWING):
                 raise OpsigError(f"{run.path}: {name} has {length} along {axis}, where {expected} are expected")

@@ -28,7 +28,7 @@ from opsig_cli.trajectory.pending import NEW_SUFFIX
 from opsig_cli.trajectory.reading import Reading, as_value
 from opsig_cli.trajectory.redo_log import LOG_SUFFIX
 from opsig_cli.trajectory.rows import as_array, column_checksum, fill_row, is_fill, stated_fill, write_row
-from opsig_cli.trajectory.schema import ROW_GROUPS, SCHEMA_VERSION, Field, field_of, is_known
+from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, SCHEMA_VERSION, Field, field_of, is_known, is_wide
 from opsig_cli.trajectory.snapshot import SnapshotFile
 from opsig_cli.trajectory.store import RedoFile
 from opsig_cli.trajectory.vetting import Refused, vet
@@ -205,28 +205,53 @@ class Trajectory(Reading):
                             write_row(dataset, place, np.asarray(dataset[source], dataset.dtype, order="C"), False)
                 for name in sorted(columns, key=f"{group}/step".__ne__):  # step first: it says which rows there are
                     columns[name].resize(len(kept), axis=0)
-            del self._groups[group]
-            self._checked.pop(group, None)
+            self.forget(group)
+
+    def append_rows(self, group: str, new: Mapping[int, Mapping[str, Any]]) -> None:
+        """Add the rows of several steps that a group lacks, in this order, at about the price of one."""
+        rows = self._rows(group)
+        made = [self._row(group, step, columns) for step, columns in new.items()]
+        known, first = rows.columns(self._file, group), rows.count
+        step = known[f"{group}/step"]
+        try:
+            for name in sorted(known, key=f"{group}/step".__eq__):  # step last: a row that it lacks does not count
+                blank = fill_row(known[name])
+                known[name].resize(first + len(made), axis=0)
+                known[name][first:] = np.stack([row.get(name, blank) for row in made])
+        except BaseException:  # Ctrl-C, too
+            step.resize(first, axis=0)
+            raise
+        for place, each in enumerate(new, first):
+            rows.put(each, place)
+
+    def _row(self, group: str, step: int, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """A row as the file holds it, with its step and checksum: datasets are made for columns that are new."""
+        named = columns if group == "logged" else {name.replace("__", "/"): value for name, value in columns.items()}
+        given = {f"{group}/{name}": as_array(value) for name, value in named.items()}
+        given[f"{group}/step"] = np.asarray(step, np.int64)
+        row: dict[str, np.ndarray] = {}
+        checksum = wide = 0
+        for name, value in given.items():
+            dataset = self._column(field_of(name), value)
+            row[name] = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
+            if not is_fill(row[name]):
+                found = column_checksum(name, row[name])
+                checksum, wide = checksum ^ found, wide ^ (found if is_wide(name) else 0)
+        crc = np.asarray(checksum, np.uint32)
+        self._column(field_of(f"{group}/checksum"), crc)
+        row |= {f"{group}/checksum": crc}
+        if (apart := f"{group}/wide_checksum") in FIELDS:
+            row[apart] = np.asarray(wide, np.uint32)
+            self._column(field_of(apart), row[apart])
+        return row
 
     def _write_row(self, group: str, step: int, columns: Mapping[str, Any]) -> None:
         """Write a whole row, at the end or in the place of the one that the step has."""
         rows = self._rows(group)
         place = rows.place_of(step)
-        named = columns if group == "logged" else {name.replace("__", "/"): value for name, value in columns.items()}
-        given = {f"{group}/{name}": as_array(value) for name, value in named.items()}
-        given[f"{group}/step"] = np.asarray(step, np.int64)
-        row: dict[str, np.ndarray] = {}
-        checksum = 0
-        for name, value in given.items():
-            dataset = self._column(field_of(name), value)
-            row[name] = np.asarray(value, dataset.dtype, order="C")  # text longer than its field loses its end
-            if not is_fill(row[name]):
-                checksum ^= column_checksum(name, row[name])
-        crc = np.asarray(checksum, np.uint32)
-        self._column(field_of(f"{group}/checksum"), crc)
+        row = self._row(group, step, columns)
         known = rows.columns(self._file, group)
         row = {name: row[name] if name in row else fill_row(dataset) for name, dataset in known.items()}
-        row[f"{group}/checksum"] = crc
         row[f"{group}/step"] = row.pop(f"{group}/step")  # written last: a row of which it is not there does not count
         new = place == rows.count
         before = {} if new else {name: np.asarray(known[name][place], value.dtype) for name, value in row.items()}

@@ -75,7 +75,7 @@ def _group(run: Reading, name: str) -> str:
 
 
 def _columns(run: Reading, group: str) -> list[str]:
-    left_out = (f"{group}/step", f"{group}/checksum")
+    left_out = (f"{group}/step", f"{group}/checksum", f"{group}/wide_checksum")
     return [name for name in run.names() if name.startswith(f"{group}/") and name not in left_out]
 
 

@@ -40,12 +40,12 @@ def as_ids(samples: Any) -> np.ndarray:
     return as_indices(samples)
 
 
-def as_indices(samples: Any) -> np.ndarray:
-    """Dataset indices, (N,) int64, each once."""
+def as_indices(samples: Any, once: bool = True) -> np.ndarray:
+    """Dataset indices, (N,) int64, each `once`."""
     ids = _array("samples", samples)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size or ids.min() < 0 or ids.max() >= 1 << 62:
         raise OpsigError(f"samples must be dataset indices from 0 on, one a sample, not {_what(ids)}")
-    if len(np.unique(ids)) < len(ids):
+    if once and len(np.unique(ids)) < len(ids):
         raise OpsigError("samples names a sample twice")
     return ids.astype(np.int64)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
-from opsig_cli.trajectory import external
+from opsig_cli.trajectory import external, sightings
 from opsig_cli.trajectory.disk import sync_folder
 from opsig_cli.trajectory.file import Trajectory, create_trajectory, file_errors, open_trajectory
 from opsig_cli.trajectory.packing import copy_packed
@@ -18,8 +18,9 @@ from opsig_cli.trajectory.states import read_layout
 
 
 def verify(run: Trajectory, outside: bool = True) -> list[dict[str, Any]]:
-    """One record for the attributes, each row group and each whole dataset: its rows, those that are intact, and what
-    is damaged. With `outside` also one for the files that the run refers to, which are read once through."""
+    """One record for the attributes, each row group, the sightings and each whole dataset: its rows, those that are
+    intact, and the steps (of sightings and datasets the places) that are damaged. With `outside` also one for the files
+    that the run refers to, which are read once through."""
     records = [_attributes(run)]
     if outside and run.has(external.EXTENTS):
         changed, why = external.changed_steps(run)
@@ -37,8 +38,20 @@ def verify(run: Trajectory, outside: bool = True) -> list[dict[str, Any]]:
             except OpsigError as error:
                 damaged, reason = recorded, str(error)
         records.append(_record(run, group, len(recorded), damaged, reason or ("checksum" if damaged else None)))
+    if sightings.count(run):
+        damaged = sightings.damaged_places(run).tolist()
+        reason = "checksum" if damaged else None
+        if not run.has(f"{sightings.GROUP}/checksum"):
+            reason = "there are no checksums, so that damage does not show"
+        elif not damaged:
+            try:
+                for _ in sightings.blocks(run):
+                    pass
+            except OpsigError as error:
+                reason = str(error)
+        records.append(_record(run, sightings.GROUP, sightings.count(run), damaged, reason))
     for name in run.names():
-        if field_of(name).dims[0] == "step":
+        if field_of(name).dims[0] in ("step", "sighting"):
             continue
         rows = run.shape(name)[0]
         try:

@@ -19,9 +19,10 @@ def describe(file: Any, dataset: Any, field: Field) -> None:
         if place == field.path:
             _make_scale(dataset, group, name, name)
         elif place not in file and name != "step":
-            scale = file.create_dataset(place, (length,), "u1")
+            grows = {"maxshape": (None,), "chunks": (1 << 16,)} if name == "sighting" else {}
+            scale = file.create_dataset(place, (length,), "u1", **grows)
             _make_scale(scale, group, name, f"This is a netCDF dimension but not a netCDF variable.{length:10d}")
-    if len(used) > 1 or used[0][0] != field.path.rpartition("/")[0]:
+    if len(used) > 1 or used[0][0] != field.path.rpartition("/")[0] or used[0][1] == "sighting":
         dataset.attrs["_Netcdf4Coordinates"] = np.array([DIMENSIONS.index(d) for d in used], np.int32)
     if field.path.split("/")[-1] not in [name for _, name in used]:
         dataset.attrs["_Netcdf4Dimid"] = np.int32(DIMENSIONS.index(used[0]))

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from opsig_cli.trajectory import sightings
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.naming import describe
 from opsig_cli.trajectory.reading import BLOCK_BYTES
@@ -25,8 +26,13 @@ def copy_packed(run: Trajectory, copy: Trajectory) -> None:
         field = field_of(name)
         if field.dims[0] == "step":
             _copy_rows(run, copy, field)
+        elif field.dims[0] == "sighting":
+            continue
         elif name not in copy._file:
             copy.write(name, run.read(name))
+        copy.commit()
+    for block in sightings.by_step(run):
+        sightings.append(copy, block, packed=True)
         copy.commit()
     scales = {name for group, name in DIMENSIONS if not group}
     for name in run._file:

@@ -20,7 +20,7 @@ from opsig_cli.trajectory import external
 from opsig_cli.trajectory.checking import DamagedRows, named_steps, row_checksums
 from opsig_cli.trajectory.chunks import Chunks
 from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16, known_names
-from opsig_cli.trajectory.schema import ATTRIBUTES, ROW_GROUPS, field_of
+from opsig_cli.trajectory.schema import ATTRIBUTES, ROW_GROUPS, field_of, is_wide
 from opsig_cli.trajectory.snapshot import SnapshotFile
 from opsig_cli.trajectory.store import RedoFile
 
@@ -44,8 +44,11 @@ class Reading:
         self._store = store
         self._groups: dict[str, Rows] = {}
         self._checked: dict[str, np.ndarray] = {}
+        self._checked_narrow: dict[str, np.ndarray] = {}
         self._chunks: dict[str, Chunks | None] = {}
         self._frozen: np.ndarray | None = None
+        self._unsighted = np.empty(0, np.int64)  # places of sightings that are not presented
+        self._sighted_in_order: tuple[int, bool] = (0, True)  # of so many sightings: whether they are in order of step
 
     # -- what the file says of itself
 
@@ -132,6 +135,15 @@ class Reading:
             raise OpsigError(f"{self.path}: {group} has {named_steps(steps)} twice or below 0, as opsig writes none")
         return rows.sorted_steps()
 
+    def holds(self, group: str, step: int) -> bool:
+        """Whether a row group presents a row of this step."""
+        rows = self._rows(group)
+        return step in rows and not rows.is_left_out(step)
+
+    def has_place(self, group: str, step: int) -> bool:
+        """Whether the file has a place for this step's row, that of one that was left out among them."""
+        return step in self._rows(group)
+
     def losses(self) -> np.ndarray:
         """Every sample's loss at every recorded step, in order of step, (T, S) float32; NaN where not measured."""
         return self.rows("losses/loss", 0, len(self.steps("losses")))
@@ -141,16 +153,32 @@ class Reading:
 
         Raises OpsigError, naming the nearest steps, where it was not recorded, or where it is damaged.
         """
-        self.require(name)
+        inside = self._require_rows(name)
         position = self._position(group_of(name), step)
-        if name not in self._file:
+        if not inside:
             return external.row(self, name, position)
         return self.rows(name, position, position + 1)[0]
 
+    def whole_row(self, group: str, step: int) -> dict[str, np.ndarray]:
+        """All columns of a group at one step by their names in it, each read once; as `row`."""
+        position = self._position(group, step)
+        places = self._rows(group).order()[[position]]
+        columns = self._rows(group).columns(self._file, group)
+        names = [name for name in columns if not name.endswith(("/step", "checksum"))]
+        try:
+            raw = {name: self._gather(name, places) for name in names}
+        except OpsigError:
+            self._hold(group, places)  # names the step
+            raise
+        self._hold(group, places, raw)
+        found = {name: self._missing(name, values)[0] for name, values in raw.items()}
+        outside = [name for name in external.KINDS if name.startswith(f"{group}/") and external.holds(self, name)]
+        found |= {name: external.row(self, name, position) for name in outside}
+        return {name.removeprefix(f"{group}/"): values for name, values in found.items()}
+
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` in order of step, (stop - start, ...)."""
-        self.require(name)
-        if name not in self._file:
+        if not self._require_rows(name):
             found = [external.row(self, name, at) for at in range(*slice(start, stop).indices(self.shape(name)[0]))]
             return np.array(found, np.float32).reshape(len(found), -1)
         return self._missing(name, self._held(name, self._rows(group_of(name)).order()[start:stop]))
@@ -208,23 +236,31 @@ class Reading:
         except OpsigError:
             self._hold(group, places)  # names the steps
             raise
-        self._hold(group, places, {name: raw})
+        self._hold(group, places, {name: raw}, narrow=not is_wide(name))
         return raw
 
-    def _hold(self, group: str, places: np.ndarray, known: Mapping[str, np.ndarray] | None = None) -> None:
+    def _hold(
+        self, group: str, places: np.ndarray, known: Mapping[str, np.ndarray] | None = None, narrow: bool = False
+    ) -> None:
         """Raise DamagedRows where the rows at these places do not have the checksums stored with them.
 
-        `known`: columns of these rows that have been read, (N, ...), as the file holds them.
+        `known`: columns of these rows that have been read, (N, ...), as the file holds them. `narrow`: wide columns are
+        not asked for, and not read as long as the others are what was written.
         """
         rows = self._rows(group)
-        checked = self._checked.get(group, np.zeros(0, bool))
-        if len(checked) < rows.count:
-            checked = self._checked[group] = np.append(checked, np.zeros(rows.count - len(checked), bool))
+        checked = _longer(self._checked, group, rows.count)
         new = ~checked[places]
         if not new.any():
             return
-        if not new.all():
-            places, known = places[new], {name: values[new] for name, values in (known or {}).items()}
+        if narrow and f"{group}/wide_checksum" in rows.columns(self._file, group):
+            checked_narrow = _longer(self._checked_narrow, group, rows.count)
+            new &= ~checked_narrow[places]
+            odd = self._damaged(group, places[new], _of(known, new), narrow=True)
+            checked_narrow[places[new & ~np.isin(places, odd)]] = True
+            new = np.isin(places, odd)
+            if not new.any():
+                return
+        places, known = places[new], _of(known, new)
         damaged = self._damaged(group, places, known)
         if len(damaged):
             steps = sorted(rows.steps[place] for place in damaged.tolist())
@@ -234,12 +270,22 @@ class Reading:
     @property
     def left_out(self) -> dict[str, np.ndarray]:
         """Places in the file of rows that are not presented, by their group."""
-        return {group: rows.left_out for group, rows in self._groups.items() if len(rows.left_out)}
+        found = {group: rows.left_out for group, rows in self._groups.items() if len(rows.left_out)}
+        return found | ({"sightings": self._unsighted} if len(self._unsighted) else {})
 
     def leave_out(self, places: Mapping[str, np.ndarray]) -> None:
         """Present these rows no more, given as `left_out` gives them."""
         for group, there in places.items():
-            self._rows(group).leave_out(there)
+            if group == "sightings":
+                self._unsighted = np.union1d(self._unsighted, there)
+            else:
+                self._rows(group).leave_out(there)
+
+    def forget(self, group: str) -> None:
+        """Drop what is known of a group's rows, as after they were moved."""
+        self._groups.pop(group, None)
+        self._checked.pop(group, None)
+        self._checked_narrow.pop(group, None)
 
     def _leave_out_damaged(self, group: str) -> str:
         """Present no damaged row of the group any more, and say which they were."""
@@ -251,12 +297,22 @@ class Reading:
         rows_of = f"{len(steps)} of {rows.count:,} rows of {group}"
         return f"{self.path}: {rows_of} {are} damaged and left out: {named_steps(steps)}"
 
-    def _damaged(self, group: str, places: np.ndarray, known: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-        """Those of these places whose row cannot be read or has another checksum; none in a group without checksums."""
+    def _damaged(
+        self, group: str, places: np.ndarray, known: Mapping[str, np.ndarray] | None = None, narrow: bool = False
+    ) -> np.ndarray:
+        """Those of these places whose row cannot be read or has another checksum; none in a group without checksums.
+
+        `narrow`: wide columns are not read, and taken for what was written.
+        """
         columns = dict(self._rows(group).columns(self._file, group))
+        apart = columns.pop(f"{group}/wide_checksum", None)
         if columns.pop(f"{group}/checksum", None) is None:
             return places[:0]
         sums, readable = self._sums(f"{group}/checksum", places, lambda _, values: values)
+        if narrow and apart is not None:
+            wide, could = self._sums(f"{group}/wide_checksum", places, lambda _, values: values)
+            sums, readable = sums ^ wide, readable & could
+            columns = {name: dataset for name, dataset in columns.items() if not is_wide(name)}
         for name in columns:
             if known and name in known:
                 sums ^= row_checksums(name, known[name])
@@ -285,6 +341,14 @@ class Reading:
 
     # -- inside
 
+    def _require_rows(self, name: str) -> bool:
+        """As `require`, of a dataset with a row for every step, which costs next to nothing where the file holds it;
+        whether it does, or other files do."""
+        if name in self._rows(group_of(name)).columns(self._file, group_of(name)):
+            return True
+        self.require(name)
+        return name in self._file
+
     def _rows(self, group: str) -> Rows:
         if group not in self._groups:
             with self.damage(f"{group}/step"):
@@ -305,8 +369,12 @@ class Reading:
     def _gather(self, name: str, places: np.ndarray) -> np.ndarray:
         """The rows at these places as the file holds them, (N, ...). Raises OpsigError where they cannot be read."""
         with self.damage(name):
-            dataset, chunks = self._file[name], self._chunks_of(name)
-            found = np.empty((len(places), *dataset.shape[1:]), dataset.dtype)
+            chunks = self._chunks_of(name)
+            if chunks is None:
+                dataset: Any = self._file[name]
+                found = np.empty((len(places), *dataset.shape[1:]), dataset.dtype)
+            else:
+                dataset, found = None, chunks.room(len(places))
             for first, last in consecutive(places):
                 start, stop = int(places[first]), int(places[last - 1]) + 1
                 if chunks is None:
@@ -344,6 +412,19 @@ class Reading:
             raise OpsigError(
                 f"{self.path}: {what} is damaged: {reason}. See what is intact: opsig verify {self.path}"
             ) from error
+
+
+def _longer(kept: dict[str, np.ndarray], group: str, count: int) -> np.ndarray:
+    """The group's flags, a new one False for every row that has come since."""
+    known = kept.get(group, np.zeros(0, bool))
+    if len(known) < count:
+        known = kept[group] = np.append(known, np.zeros(count - len(known), bool))
+    return known
+
+
+def _of(known: Mapping[str, np.ndarray] | None, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Those rows of columns."""
+    return {name: values if chosen.all() else values[chosen] for name, values in (known or {}).items()}
 
 
 def _height(dataset: Any) -> int:

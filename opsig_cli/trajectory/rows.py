@@ -107,9 +107,10 @@ class Rows:
 
 def known_names(file: Any, group: str | None = None) -> list[str]:
     """The schema's datasets that are in an open file, or in one group of it, in the schema's order."""
-    logged = sorted(f"logged/{name}" for name in file["logged"]) if "logged" in file else []
-    names = [name for name in (*FIELDS, *logged) if name in file]
-    return [name for name in dict.fromkeys(names) if group is None or name.startswith(group + "/")]
+    there = set(file) if group is None else {group} & set(file)
+    logged = sorted(f"logged/{name}" for name in file["logged"]) if "logged" in there else []
+    names = [name for name in (*FIELDS, *logged) if name.split("/")[0] in there and name in file]
+    return list(dict.fromkeys(names))
 
 
 def consecutive(places: np.ndarray) -> list[tuple[int, int]]:

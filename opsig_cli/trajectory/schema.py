@@ -53,10 +53,14 @@ ATTRIBUTES = {
 
 ROW_CHECKSUM = "exclusive or, over the row's measured columns, of crc32(column name, bytes of the row)"
 
+WIDE_CHECKSUM = "the part of checksum that is of columns with a value for every parameter or sample"
+SIGHTING_CHECKSUM = "the same of each sighting: of its step, sample, and what is known of loss and prediction"
+
 _FIRST_OF_THREE = "t of (theta_t + 2 theta_t+1 + theta_t+2) / 4, the floor of the valley that is measured"
 _FLOOR = (
     Field("floor/step", ("step",), "i8", "1", _FIRST_OF_THREE),
     Field("floor/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("floor/wide_checksum", ("step",), "u4", "1", WIDE_CHECKSUM),
     Field("floor/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of the training loss's Hessian"),
     Field("floor/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
     Field("floor/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
@@ -77,6 +81,7 @@ _FLOOR = (
     ),
     Field("slopes/step", ("step",), "i8", "1", "the checkpoint; at the floor, as floor/step"),
     Field("slopes/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("slopes/wide_checksum", ("step",), "u4", "1", WIDE_CHECKSUM),
     Field("slopes/at_floor", ("step",), "i4", "1", "1 where measured at the floor, 0 at the iterate"),
     Field("slopes/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of what decides stability"),
     Field("slopes/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
@@ -96,6 +101,7 @@ FIELDS = _fields(
     Field("sample", ("sample",), "i8", "1", "index of the sample in the task's dataset"),
     Field("class_name", ("class",), "S*", "1", "name of the class that a prediction's integer stands for"),
     Field("samples/label", ("sample",), "S*", "1", "label of the sample, as a person reads it"),
+    Field("samples/name", ("sample",), "S*", "1", "name of the sample in the log that it was imported from"),
     Field("samples/thumbnail", ("sample", "row", "column", "channel"), "u1", "1", "small picture of the sample"),
     Field("samples/weight", ("sample",), "f8", "1", "weight of the sample's loss in what a branch minimises"),
     Field("samples/text", ("sample",), "S*", "1", "the sample as text"),
@@ -122,6 +128,11 @@ FIELDS = _fields(
     Field("losses/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("losses/loss", ("step", "sample"), "f4", "nat", "loss of every sample", "opsig track"),
     Field("losses/prediction", ("step", "sample"), "u1|i4", "1", "predicted class of every sample", "opsig track"),
+    Field("sightings/step", ("sighting",), "i8", "1", "optimizer steps taken before the sample was seen in a batch"),
+    Field("sightings/sample", ("sighting",), "i8", "1", "index of the sample in the task's dataset"),
+    Field("sightings/loss", ("sighting",), "f4", "nat", "loss of the sample then; NaN where it is not known"),
+    Field("sightings/prediction", ("sighting",), "u1|i4", "1", "predicted class of the sample then"),
+    Field("sightings/checksum", ("sighting",), "u4", "1", SIGHTING_CHECKSUM),
     Field("checkpoints/step", ("step",), "i8", "1", "optimizer steps taken before the checkpoint"),
     Field("checkpoints/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
     Field("checkpoints/params", ("step", "parameter"), "f4|u2", "1", "trained parameters, flattened in layout order"),
@@ -151,6 +162,7 @@ FIELDS = _fields(
     Field("layout/size", ("tensor",), "i8", "1", "number of entries"),
     Field("sharpness/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
     Field("sharpness/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("sharpness/wide_checksum", ("step",), "u4", "1", WIDE_CHECKSUM),
     Field("sharpness/eigenvalue", ("step", "rank"), "f8", "nat", "largest eigenvalues of the training loss's Hessian"),
     Field("sharpness/residual", ("step", "rank"), "f8", "1", "|Hv - lambda v| / |lambda| of each eigenpair"),
     Field("sharpness/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
@@ -185,9 +197,12 @@ FIELDS = _fields(
         "per_sample/sample_sharpness_residual", ("step", "sample"), "f8", "1",
         "|Hu - au| over the largest size of an eigenvalue of H",
     ),
+    Field("mined/kept", ("byte",), "u1", "1", "the last results of mine: a line of JSON on their origin, then each"),
+    Field("clusters/kept", ("byte",), "u1", "1", "the last results of cluster, likewise"),
 )  # fmt: skip
 
-ROW_GROUPS = tuple(path.removesuffix("/step") for path in FIELDS if path.endswith("/step"))
+ROW_GROUPS = tuple(path.removesuffix("/step") for path, field in FIELDS.items() if path.endswith("/step")
+                   and field.dims == ("step",))  # fmt: skip
 """Groups that grow by one row per recorded step."""
 
 DIMENSIONS = (
@@ -199,9 +214,17 @@ DIMENSIONS = (
     ("logged", "step"),
     *((group, name) for group in ("floor", "preconditioned_floor", "slopes") for name in ("step", "rank")),
     *(("checkpoints", name) for name in ("file", "field", "extent")),
+    ("mined", "byte"),
+    ("clusters", "byte"),
+    ("sightings", "sighting"),
     ("per_sample", "step"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
+
+
+def is_wide(path: str) -> bool:
+    """Whether a row of this dataset has a value for every parameter or sample."""
+    return not {"parameter", "sample"}.isdisjoint(field_of(path).dims)
 
 
 def logged_name(name: str) -> str:

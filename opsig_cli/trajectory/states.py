@@ -70,13 +70,13 @@ def check_trained(run: Trajectory, layout: Iterable[Tensor]) -> None:
 
 def read_state(run: Trajectory, step: int) -> State:
     """The checkpoint of a step. Raises OpsigError, naming the nearest, where there is none."""
-    params = run.row("checkpoints/params", step)
-    buffers = run.row("checkpoints/buffers", step) if run.has("checkpoints/buffers") else np.empty(0)
-    slots = {}
-    for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "radius"):
-        path = f"checkpoints/optimizer/{name}"
-        if run.has(path):
-            row = run.row(path, step)
-            if not np.isnan(row).all():
-                slots[name] = row
-    return State(step, params, buffers, slots, run.frozen)
+    run.require("checkpoints/params")
+    row = run.whole_row("checkpoints", step)
+    slots = {path.removeprefix("optimizer/"): slot for path, slot in row.items() if path.startswith("optimizer/")}
+    slots = {name: slot for name, slot in slots.items() if not _blank(slot)}
+    return State(step, row["params"], row.get("buffers", np.empty(0)), slots, run.frozen)
+
+
+def _blank(slot: np.ndarray) -> bool:
+    """Whether nothing was measured; looks no further than the first value where that was."""
+    return bool(np.isnan(slot.flat[:1]).any()) and bool(np.isnan(slot).all())

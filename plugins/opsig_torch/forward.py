@@ -50,21 +50,22 @@ class LossRow:
         self._losses: torch.Tensor | None = None
         self._predictions: torch.Tensor | None = None
 
-    def put(self, indices: slice, losses: torch.Tensor, predictions: torch.Tensor | None) -> None:
+    def put(self, indices: slice | np.ndarray, losses: torch.Tensor, predictions: torch.Tensor | None) -> None:
         """Keep one batch's (B,) losses and predictions. Raises OpsigError where there is not one loss a sample."""
-        if losses.shape != (indices.stop - indices.start,):
+        count = indices.stop - indices.start if isinstance(indices, slice) else len(indices)
+        if losses.shape != (count,):
             raise OpsigError(
-                f"the task's losses() returned shape {tuple(losses.shape)} for {indices.stop - indices.start} samples. "
+                f"the task's losses() returned shape {tuple(losses.shape)} for {count} samples. "
                 "It must return one unreduced loss a sample"
             )
         losses = losses.detach()
         if self._losses is None:
-            self._losses = losses.new_empty(self._samples, dtype=torch.float64)
+            self._losses = losses.new_full((self._samples,), torch.nan, dtype=torch.float64)
         self._losses[indices] = losses.double()
         if predictions is None:
             return
         if self._predictions is None:
-            self._predictions = predictions.new_empty(self._samples, dtype=torch.int32)
+            self._predictions = predictions.new_full((self._samples,), -1, dtype=torch.int32)
         self._predictions[indices] = predictions.to(torch.int32)
 
     def mean(self) -> float:

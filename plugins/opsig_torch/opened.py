@@ -111,7 +111,8 @@ class Opened:
     @property
     def device_name(self) -> str:
         """The device as a person knows it."""
-        return torch.cuda.get_device_name() if self.device == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+        count = torch.get_num_threads()
+        return torch.cuda.get_device_name() if self.device == "cuda" else f"cpu ({count} thread{'s' * (count > 1)})"
 
     def batch_norms(self) -> list[nn.Module]:
         """The model's batch norm layers."""
@@ -242,7 +243,8 @@ def _choose_device(name: str | None) -> str:
 
 
 def _make_deterministic(device: str) -> None:
-    torch.use_deterministic_algorithms(device == "cpu")
+    # As torch.use_deterministic_algorithms, which would import torch._inductor: a second of every command.
+    torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     # Nothing here reads what it has not written, and the filling took a quarter of the time of gradient cosines.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.allow_tf32 = (

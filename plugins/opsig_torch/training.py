@@ -18,8 +18,10 @@ from opsig_cli.errors import UsageError
 from opsig_torch.forward import LossRow, smoothed
 from opsig_torch.opened import Opened
 from opsig_torch.splitsgd import SignSGD, SplitSGD
+from opsig_torch.updates import Adam, Descent
 
 OPTIMIZERS = ("gd", "sgd", "momentum", "adam", "splitsgd", "signsgd")
+Optimizer = Descent | Adam | SplitSGD
 
 
 Gradient = Callable[[Opened, Training, int, bool], tuple[float, LossRow | None]]
@@ -36,6 +38,11 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
     """
     if training.weights is not None and training.weights.shape != (opened.samples,):
         raise UsageError(f"{training.weights.size} weights are not one for each of the {opened.samples} samples")
+    if training.tracked is not None and training.batch_size is not None and opened.couples_samples:
+        raise UsageError(
+            "with batch norm by chunks a sample's loss depends on its whole chunk. Use --statistics running, or leave "
+            "--track-samples out"
+        )
     optimizer = _optimizer(opened, training)
     opened.load(start)
     _restore(optimizer, opened, start, training.began)
@@ -53,6 +60,11 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
             optimizer.step()
             update_norm = torch.dist(opened.flat.vector.detach(), before).item()
         losses, predictions = row.arrays() if row is not None and wants_losses else (None, None)
+        if losses is not None and training.tracked is not None:
+            others = np.setdiff1d(np.arange(opened.samples), training.tracked)
+            losses[others] = np.nan
+            if predictions is not None:
+                predictions[others] = -1
         signed = optimizer.signed_fraction if isinstance(optimizer, SplitSGD) else float("nan")
         yield Snapshot(
             step, train_loss, training.learning_rate, grad_norm, update_norm, losses, predictions, state, signed
@@ -103,7 +115,7 @@ def _minibatch_gradient(
         opened.measuring_mode()
         buffers = [buffer.clone() for _, buffer in opened.flat.buffers]  # measuring must not move running statistics
         with torch.no_grad():
-            for indices, batch in opened.batches:
+            for indices, batch in _measured(opened, training.tracked):
                 row.put(indices, *opened.forward(batch))
             for (_, buffer), saved in zip(opened.flat.buffers, buffers, strict=True):
                 buffer.copy_(saved)
@@ -122,6 +134,16 @@ def _minibatch_gradient(
     return mean.item(), row
 
 
+def _measured(opened: Opened, tracked: np.ndarray | None) -> Iterator[tuple[slice | np.ndarray, Any]]:
+    """The samples whose losses are measured beside a minibatch, in batches."""
+    if tracked is None:
+        yield from opened.batches
+        return
+    for start in range(0, len(tracked), opened.batch_size):
+        chosen = tracked[start : start + opened.batch_size]
+        yield chosen, opened.batches.take(chosen)
+
+
 def minibatch(samples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Indices of the minibatch of a step; an epoch is a permutation drawn from (seed, epoch), its last batch smaller.
 
@@ -133,41 +155,36 @@ def minibatch(samples: int, batch_size: int, seed: int, step: int) -> np.ndarray
     return order[position * batch_size : (position + 1) * batch_size]
 
 
-def _optimizer(opened: Opened, training: Training) -> torch.optim.Optimizer:
-    vector = [opened.flat.vector]
-    rate, decay = training.learning_rate, training.weight_decay
+def _optimizer(opened: Opened, training: Training) -> Optimizer:
+    vector, rate, decay = opened.flat.vector, training.learning_rate, training.weight_decay
     match training.optimizer:
         case "gd" | "sgd":
-            return torch.optim.SGD(vector, lr=rate, weight_decay=decay)
+            return Descent(vector, rate, weight_decay=decay)
         case "momentum":
-            return torch.optim.SGD(vector, lr=rate, momentum=training.momentum, weight_decay=decay)
+            return Descent(vector, rate, training.momentum, decay)
         case "adam":
-            return torch.optim.Adam(vector, lr=rate, betas=training.betas, eps=training.epsilon, weight_decay=decay)
+            return Adam(vector, rate, training.betas, training.epsilon, decay)
         case "splitsgd" | "signsgd" if decay:
             raise UsageError(f"{training.optimizer} has no weight decay. Leave --weight-decay out")
         case "signsgd":
-            return SignSGD(vector, rate)
+            return SignSGD([vector], rate)
         case "splitsgd":
             return SplitSGD(
-                vector, rate, training.sign_learning_rate, training.momentum, training.dampening, training.radius
+                [vector], rate, training.sign_learning_rate, training.momentum, training.dampening, training.radius
             )
     raise UsageError(f"no optimizer is called '{training.optimizer}'. Known: {', '.join(OPTIMIZERS)}")
 
 
-def _state(opened: Opened, optimizer: torch.optim.Optimizer, step: int) -> State:
+def _state(opened: Opened, optimizer: Optimizer, step: int) -> State:
     slots = optimizer.state.get(opened.flat.vector, {})
-    kept = {
-        name: value.detach().cpu().numpy().copy()
-        for name, value in slots.items()
-        if isinstance(value, torch.Tensor) and value.shape == opened.flat.vector.shape
-    }
-    radius = optimizer.param_groups[0].get("radius")
+    kept = {name: value.detach().cpu().numpy().copy() for name, value in slots.items()}
+    radius = optimizer.param_groups[0]["radius"] if isinstance(optimizer, SplitSGD) else None
     if radius is not None:
         kept["radius"] = np.asarray(radius, np.float64)
     return replace(opened.state(step), optimizer=kept)
 
 
-def _restore(optimizer: torch.optim.Optimizer, opened: Opened, start: State, began: int) -> None:
+def _restore(optimizer: Optimizer, opened: Opened, start: State, began: int) -> None:
     if isinstance(optimizer, SplitSGD):
         optimizer.param_groups[0]["steps"] = start.step - began
         if "radius" in start.optimizer:
@@ -179,5 +196,5 @@ def _restore(optimizer: torch.optim.Optimizer, opened: Opened, start: State, beg
         if row.ndim == 0:
             continue  # a number of the whole group
         slots[name] = torch.from_numpy(row.copy()).to(opened.flat.vector.device)
-    if isinstance(optimizer, torch.optim.Adam):
-        slots["step"] = torch.tensor(float(start.step - began))
+    if isinstance(optimizer, Adam):
+        optimizer.count = start.step - began

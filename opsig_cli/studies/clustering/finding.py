@@ -32,11 +32,19 @@ TESTS = ("replay", "held-out", "none")
 
 @dataclass(frozen=True)
 class Found:
-    """Groups and pairs, the mined samples that they began with, and what a person should know of how."""
+    """Groups and pairs, the mined samples that they began with, and what a person should know of how.
+
+    `view`: the run with the losses that they were weighed on, where these are not the file's.
+    """
 
     clusters: Clusters
     movers: Movers
     notes: list[str]
+    view: Trajectory | None = None
+
+    def whole(self, run: Trajectory) -> Trajectory:
+        """The run, to be read, with losses of all samples in all its rows."""
+        return self.view or filled(run, self.movers.known)
 
 
 def find(
@@ -63,7 +71,7 @@ def find(
         raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
     weighed = window_of(run, found)
     if by == "loss":
-        clusters = _judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
+        clusters = judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
     else:
         steps = checkpoints_in(run, weighed)
         if sketch is not None:
@@ -85,7 +93,7 @@ def find(
             steps = silencing.BUDGET if budget is None else budget
             with progress("replays", steps // silencing.LENGTH) as advance:
                 outcome = silencing.silence(run, session, clusters, held_out_in(run, weighed), steps, advance)
-        clusters = _judged(clusters, outcome, test)
+        clusters = judged(clusters, outcome, test)
         if coordinates is not None:
             warn(f"note: {coordinates.note}")
             clusters = slopes.with_vectors(clusters, coordinates.measured[-1])
@@ -186,7 +194,7 @@ def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     return weighing.weigh(run, clusters, means, null, None)
 
 
-def _judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
+def judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
     """The clusters with the verdict on every pair."""
     pairs = []
     for number, pair in enumerate(clusters.pairs):

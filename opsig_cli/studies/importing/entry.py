@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,7 +18,8 @@ from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import tracking, training
-from opsig_cli.studies.importing import checkpoints, doubles, flow, series, settling, trainer_logs
+from opsig_cli.studies.importing import checkpoints, doubles, flow, order, series, settling, trainer_logs
+from opsig_cli.studies.importing.logs import Log
 from opsig_cli.studies.importing.steps import PLACES, REMEDY, given_steps, steps_of
 from opsig_cli.trajectory import external
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
@@ -49,6 +50,9 @@ class Request:
     backend: str
     allow_changed_data: bool = False
     reference: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
+    sightings: bool | None = None
+    order: str | None = None
 
 
 def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +78,11 @@ def run(request: Request, warn: flow.Warn, bar: Bar) -> list[dict[str, Any]]:
     are not clear; with what is done so far kept where the work is interrupted.
     """
     _check(request)
-    losses = series.read_losses(request.losses) if request.losses else None
+    losses = None
+    if request.losses:
+        losses = series.read_losses(request.losses, request.columns, request.sightings, warn)
+    elif request.order:
+        losses = order.read_order(request.order)
     scalars: dict[int, dict[str, float]] = {}
     if request.scalars:
         if (logged := trainer_logs.read(request.scalars)) is not None:
@@ -104,8 +112,12 @@ def _kept_when_interrupted(request: Request) -> Iterator[None]:
 
 
 def _check(request: Request) -> None:
-    if not request.paths and request.losses is None:
+    if not request.paths and request.losses is None and request.order is None:
         raise UsageError("there is nothing to import. Name checkpoints, or --losses FILE")
+    if request.losses is not None and request.order is not None:
+        raise UsageError("--losses says of each step who was in its batch, and --order, too. Give one of them")
+    if request.losses is None and (request.columns or request.sightings is not None):
+        raise UsageError("columns, --sightings and --rows are of a table of losses. Give it: --losses FILE")
     if not request.paths and request.reference:
         raise UsageError("--reference is about checkpoints. Name some")
     if not request.paths and (request.track or request.task is not None):
@@ -122,7 +134,11 @@ def _check(request: Request) -> None:
 
 
 def _import_checkpoints(
-    request: Request, losses: series.Losses | None, scalars: dict[int, dict[str, float]], warn: flow.Warn, bar: Bar
+    request: Request,
+    losses: series.Losses | Log | None,
+    scalars: dict[int, dict[str, float]],
+    warn: flow.Warn,
+    bar: Bar,
 ) -> list[dict[str, Any]]:
     paths = checkpoints.find(list(request.paths))
     stored = _stored(request) if request.append else None
@@ -174,6 +190,8 @@ def _import_checkpoints(
         scalars[step] = logged.get(step, {}) | told.get(step, {}) | scalars.get(step, {})
     if stored is not None:
         settings = replace(stored, steps=max(stored.steps, settings.steps))
+    elif request.append:
+        warn(f"{request.output} holds losses alone: from now on it tells its task and what the checkpoints say")
     recorder = _recorder(request, settings, session, task, spec)
     with _kept_when_interrupted(request), recorder:
         return _write(
@@ -182,17 +200,28 @@ def _import_checkpoints(
         )  # fmt: skip
 
 
-def _check_session(request: Request, session: Session, losses: series.Losses | None, warn: flow.Warn) -> None:
+def _check_session(request: Request, session: Session, losses: series.Losses | Log | None, warn: flow.Warn) -> None:
     """Raise OpsigError or UsageError where the task or the options do not go with what is to be written."""
     if "optimizer" in request.given:
         training.check_optimizer(request.given["optimizer"], session)
     if losses is not None:
+        if losses.names is not None:
+            raise OpsigError(
+                f"{request.losses} names samples by text, and checkpoints go by indices in the task's dataset: which "
+                "is which is not known. Give a column with these: --sample-column NAME"
+            )
         flow.places_of(losses, np.arange(session.samples))
     if request.append:
         with open_trajectory(request.output) as kept:
             check_samples(kept, session.samples)
-            flow.check_layout(kept, session.layout)
-            if kept.has(external.EXTENTS) != request.reference:
+            if kept.has("samples/name"):
+                raise OpsigError(
+                    f"{request.output} names samples by text, and checkpoints go by indices in the task's dataset: "
+                    "which is which is not known"
+                )
+            if len(kept.steps("checkpoints")) or kept.has("layout/name"):
+                flow.check_layout(kept, session.layout)
+            if len(kept.steps("checkpoints")) and kept.has(external.EXTENTS) != request.reference:
                 what = (
                     "refers to its checkpoints: add" if kept.has(external.EXTENTS) else "holds its checkpoints: leave"
                 )
@@ -200,14 +229,12 @@ def _check_session(request: Request, session: Session, losses: series.Losses | N
             tracking.check_data(kept, session, warn, request.allow_changed_data)
 
 
-def _stored(request: Request) -> Settings:
-    """The settings of the run that is added to. Raises UsageError where an option contradicts them."""
+def _stored(request: Request) -> Settings | None:
+    """The settings of the run that is added to, None where it holds losses alone and does not tell them. Raises
+    UsageError where an option contradicts them."""
     with open_trajectory(request.output) as kept:
-        if "settings_json" not in kept.attributes:
-            raise OpsigError(
-                f"{request.output} holds losses alone, to which no checkpoint can be added. Import both at once: give "
-                "--losses with the checkpoints, and another -o or --replace"
-            )
+        if not isinstance(told := kept.attributes.get("settings_json"), dict) or "task" not in told:
+            return None
         settings = Settings.stored(kept.attributes, request.output)
     for key, value in request.given.items():
         if key != "learning_rate" and value != getattr(settings, key):
@@ -219,14 +246,16 @@ def _stored(request: Request) -> Settings:
 def _recorder(request: Request, settings: Settings, session: Session, task: Any, spec: tasks.TaskSpec) -> Recorder:
     if not request.append:
         return training.new_recorder(request.output, settings, session, task, spec, request.replace, commit_every=10)
-    recorder = Recorder(request.output, session.samples, resume=True)
+    recorder = Recorder(request.output, session.samples, resume=True, layout=session.layout)
+    if "task" not in recorder.run.attributes:
+        training.describe(recorder, settings, session, task, spec)
     recorder.run.set_attributes(settings_json=settings.stored_form())
     return recorder
 
 
 def _write(
     request: Request, recorder: Recorder, session: Session, target: flow.Target, paths: dict[int, str],
-    losses: series.Losses | None, scalars: Mapping[int, Mapping[str, float]], warn: flow.Warn, bar: Bar,
+    losses: series.Losses | Log | None, scalars: Mapping[int, Mapping[str, float]], warn: flow.Warn, bar: Bar,
     size: tuple[int, int],
 ) -> list[dict[str, Any]]:  # fmt: skip
     kept = recorder.run
@@ -241,7 +270,9 @@ def _write(
         for record in flow.import_all(recorder, new, target, warn, _room(kept, size) if request.reference else None):
             records.append(record)
             advance(note=f"step {record['step']}")
-    if losses is not None:
+    if isinstance(losses, Log):
+        flow.import_sightings(recorder, losses, warn)
+    elif losses is not None:
         flow.import_losses(recorder, losses, None, warn)
     if request.track:
         session.adopt(kept.frozen)
@@ -265,19 +296,43 @@ def _room(run: Trajectory, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _import_series(
-    request: Request, losses: series.Losses, scalars: Mapping[int, Mapping[str, float]], warn: flow.Warn
+    request: Request, losses: series.Losses | Log, scalars: Mapping[int, Mapping[str, float]], warn: flow.Warn
 ) -> list[dict[str, Any]]:
-    steps = None if request.steps is None else given_steps(request.steps, len(losses.steps), "rows of losses")
+    if isinstance(losses, Log):
+        if request.steps is not None:
+            raise UsageError("--steps says the steps of checkpoints or rows of losses. The log has its own")
+        steps, count = None, len(losses.samples)
+    else:
+        steps = None if request.steps is None else given_steps(request.steps, len(losses.steps), "rows of losses")
+        count = len(losses.samples)
     if request.append:
-        recorder = Recorder(request.output, losses.samples.tolist(), resume=True)
+        recorder = _resumed(request.output, losses)
     else:
         recorder = Recorder(
-            request.output, losses.samples.tolist(), replace=request.replace,
-            labels=None if losses.labels is None else losses.labels.tolist(),
+            request.output, losses.samples.tolist() if count else 0, replace=request.replace,
+            labels=None if losses.labels is None else losses.labels.tolist(), classes=losses.classes,
             attributes={"opsig_version": version("opsig"), "command": shlex.join(["opsig", *sys.argv[1:]])},
+            commit_every=10,
         )  # fmt: skip
+        if losses.names is not None:
+            recorder.run.write("samples/name", losses.names)
     with _kept_when_interrupted(request), recorder:
         flow.import_scalars(recorder, scalars, warn)
-        times = flow.import_losses(recorder, losses, steps, warn)
+        if isinstance(losses, Log):
+            times = flow.import_sightings(recorder, losses, warn)
+        else:
+            times = flow.import_losses(recorder, losses, steps, warn)
         recorder.run.set_attributes(state="imported")
-    return [{"trajectory": request.output, "step": step, "source": request.losses} for step in times]
+    source = request.losses or request.order
+    return [{"trajectory": request.output, "step": step, "source": source} for step in times]
+
+
+def _resumed(path: str, losses: series.Losses | Log) -> Recorder:
+    """A run of losses to go on with. Raises OpsigError where its samples are called otherwise."""
+    with open_trajectory(path) as kept:
+        held = kept.read("samples/name").tolist() if kept.has("samples/name") else None
+        ids = kept.samples
+    given = None if losses.names is None else losses.names.tolist()
+    if held != given:
+        raise OpsigError(f"the samples are not called as in {path}, which it could not be added to. Use --replace")
+    return Recorder(path, ids.tolist() if isinstance(losses, Log) else losses.samples.tolist(), resume=True)

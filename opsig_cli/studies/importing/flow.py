@@ -17,14 +17,17 @@ import numpy as np
 from opsig_cli.backends import Session, State, Tensor
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.importing import checkpoints, conversion, names, optimizers, referring
+from opsig_cli.studies.importing.logs import Log
 from opsig_cli.studies.importing.series import Losses
 from opsig_cli.studies.importing.torch_files import first_words
 from opsig_cli.studies.importing.weights import FrozenRow, put
 from opsig_cli.tasks import Task
+from opsig_cli.trajectory import sightings
 from opsig_cli.trajectory.external import Extent
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
 from opsig_cli.trajectory.recorder import SCALARS, Recorder
 from opsig_cli.trajectory.schema import FIELDS
+from opsig_cli.trajectory.sightings import Sightings
 from opsig_cli.trajectory.states import check_trained
 
 Warn = Callable[[str], None]
@@ -244,7 +247,7 @@ def import_scalars(recorder: Recorder, scalars: Mapping[int, Mapping[str, float]
         recorder.record(step, scalars=values)
 
 
-def places_of(losses: Losses, samples: np.ndarray) -> np.ndarray:
+def places_of(losses: Losses | Log, samples: np.ndarray) -> np.ndarray:
     """Where the samples of a series lie among a run's, (S,). Raises OpsigError where it has one that the run lacks."""
     places = np.searchsorted(samples, losses.samples)
     known = (places < len(samples)) & (samples[np.minimum(places, len(samples) - 1)] == losses.samples)
@@ -277,3 +280,26 @@ def import_losses(recorder: Recorder, losses: Losses, steps: Sequence[int] | Non
             spread[places] = predictions
         recorder.record(step, losses=row, predictions=spread)
     return times
+
+
+def import_sightings(recorder: Recorder, log: Log, warn: Warn) -> list[int]:
+    """Append a log's losses as sightings, at the steps that have none; returns its steps. Raises OpsigError where it
+    has samples that the run lacks."""
+    run = recorder.run
+    samples = np.sort(run.samples)
+    places_of(log, samples)
+    times = np.unique(log.step)
+    held = {step for step, _ in sightings.batches(run)} if sightings.count(run) else set()
+    new = ~np.isin(log.step, list(held))
+    if not new.all():
+        warn(f"{len(held & set(times.tolist()))} of {len(times)} steps of sightings are in {run.path} already")
+    order = np.flatnonzero(new)[np.argsort(log.step[new], kind="stable")]
+    with np.errstate(over="ignore"):  # beyond float32 it is infinite
+        losses = log.loss.astype(np.float32)
+    for first in range(0, len(order), sightings.BLOCK):
+        part = order[first : first + sightings.BLOCK]
+        sightings.append(
+            run, Sightings(log.step[part], log.samples[log.place[part]], losses[part], log.prediction[part])
+        )
+        recorder.commit()
+    return times.tolist()

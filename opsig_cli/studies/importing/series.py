@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.studies.importing import logs
+from opsig_cli.studies.importing.logs import Log, Warn
 from opsig_cli.studies.importing.torch_files import check_expansion, first_words
 from opsig_cli.trajectory.schema import FIELDS
 
@@ -17,6 +19,8 @@ SCALARS = {name.removeprefix("scalars/") for name, field in FIELDS.items() if na
            and field.dtype == "f8"}  # fmt: skip
 SCALAR_NAMES = {"loss": "train_loss", "lr": "learning_rate"} | {name: name for name in SCALARS}
 
+FULL = 0.5
+"""Share of the losses of all samples at all steps from which on a log is one of all samples, with gaps."""
 MAX_SPREAD, SPARE_CELLS = 1000, 1 << 24
 """A table may become so many losses for each of its lines, and so many in any case."""
 PLURALS = {"loss": "losses", "step": "steps", "label": "labels", "prediction": "predictions"}
@@ -25,32 +29,48 @@ PLURALS = {"loss": "losses", "step": "steps", "label": "labels", "prediction": "
 @dataclass(frozen=True)
 class Losses:
     """A series of losses: `steps` (T,) increasing, `samples` (S,) their indices; `row(t)` gives losses (S,) float32 and
-    predictions (S,) integers or None; labels (S,) or None."""
+    predictions (S,) integers or None; labels (S,), names (S,) and names of classes or None."""
 
     steps: np.ndarray
     samples: np.ndarray
     row: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
     labels: np.ndarray | None = None
+    names: np.ndarray | None = None
+    classes: list[str] | None = None
 
 
-def read_losses(path: str) -> Losses:
-    """Losses from .npy (T, S), .npz (`losses` (T, S); `steps`, `labels`, `predictions` where there), or CSV with the
-    columns step, sample, loss. Raises OpsigError where the file is damaged or is not of this form.
+def read_losses(
+    path: str, named: Mapping[str, str] | None = None, as_sightings: bool | None = None, warn: Warn = lambda _: None
+) -> Losses | Log:
+    """Losses from .npy (T, S), .npz (`losses` (T, S); `steps`, `labels`, `predictions` where there), or a log with a
+    line for each: see `logs.read`, with columns `named` by what they hold.
+
+    A log that is nearly full becomes rows; one in which each sample is there at a few steps stays what it is, unless
+    `as_sightings` says otherwise. Raises OpsigError where the file is damaged or is not of this form.
     """
     try:
-        if path.endswith(".csv"):
-            return _losses_of_csv(path)
+        if logs.is_table(path):
+            log = logs.read(path, named or {}, warn)
+            check_once(path, log)
+            sparse = is_sparse(log) if as_sightings is None else as_sightings
+            if as_sightings is None and sparse:
+                warn(
+                    f"{path}: samples are there at few of the steps, so that it is taken as sightings, as of a loop "
+                    "over minibatches. --rows takes it as losses of all samples with gaps"
+                )
+            return log if sparse else rows_of(path, log)
         if path.endswith((".npy", ".npz")):
             return _losses_of_arrays(path)
     except OSError as error:
-        raise OpsigError(f"{path}: {error.strerror or first_words(error)}") from error
+        reason = error.strerror or f"it is not readable ({first_words(error)})"
+        raise OpsigError(f"{path}: {reason}") from error
     except (OpsigError, MemoryError):
         raise
     except Exception as error:  # a malformed array file can raise anything
         raise OpsigError(f"{path} is not readable ({first_words(error)})") from error
     raise OpsigError(
-        f"{path} ends in neither .npy, .npz nor .csv. Save losses as an array of steps by samples with numpy.save, or "
-        "as CSV with the columns step,sample,loss"
+        f"{path} ends in neither .npy, .npz, {', '.join(logs.ENDINGS)} nor one of these with .gz. Save losses as an "
+        "array of steps by samples with numpy.save, or as CSV with the columns step,sample,loss"
     )
 
 
@@ -84,33 +104,46 @@ def _losses_of_arrays(path: str) -> Losses:
     return Losses(steps.astype(np.int64), np.arange(width), row, None if labels is None else labels.astype(str))
 
 
-def _losses_of_csv(path: str) -> Losses:
-    steps, samples, losses = [], [], []
-    for number, record in _rows(path, ("step", "sample", "loss")):
-        steps.append(_whole(path, number, "step", record["step"]))
-        samples.append(_whole(path, number, "sample", record["sample"]))
-        losses.append(_float(path, number, "loss", record["loss"]))
-    step_S, sample_S = np.array(steps, np.int64), np.array(samples, np.int64)
-    ids, places = np.unique(sample_S, return_inverse=True)
-    order = np.lexsort((places, step_S))
-    step_S, places, loss_S = step_S[order], places[order], np.array(losses)[order]
-    twice = np.flatnonzero((np.diff(step_S) == 0) & (np.diff(places) == 0))
-    if len(twice):
-        raise OpsigError(f"{path} has two losses of sample {ids[places[twice[0]]]} at step {step_S[twice[0]]}")
-    times, starts = np.unique(step_S, return_index=True)
-    ends = np.append(starts[1:], len(step_S))
-    if len(times) * len(ids) > MAX_SPREAD * len(step_S) + SPARE_CELLS:
+def rows_of(path: str, log: Log) -> Losses:
+    """A log as rows of all samples, what it lacks being NaN. Raises OpsigError where it holds far fewer losses."""
+    order = np.lexsort((log.place, log.step))
+    step_N, place_N, loss_N, prediction_N = (x[order] for x in (log.step, log.place, log.loss, log.prediction))
+    times, starts = np.unique(step_N, return_index=True)
+    ends = np.append(starts[1:], len(step_N))
+    samples = len(log.samples)
+    if len(times) * samples > MAX_SPREAD * len(step_N) + SPARE_CELLS:
         raise OpsigError(
-            f"{path} names {len(ids):,} samples at {len(times):,} steps in {len(step_S):,} lines: a run of them would "
-            f"be {len(times) * len(ids):,} losses, nearly all of them missing"
+            f"{path} names {samples:,} samples at {len(times):,} steps in {len(step_N):,} lines: a run of them would "
+            f"be {len(times) * samples:,} losses, nearly all of them missing"
         )
+    predicts = bool((prediction_N >= 0).any())
 
-    def row(t: int) -> tuple[np.ndarray, None]:
-        values = np.full(len(ids), np.nan, np.float32)
-        values[places[starts[t] : ends[t]]] = loss_S[starts[t] : ends[t]]
-        return values, None
+    def row(t: int) -> tuple[np.ndarray, np.ndarray | None]:
+        values, predictions = np.full(samples, np.nan, np.float32), np.full(samples, -1)
+        there = slice(starts[t], ends[t])
+        values[place_N[there]] = loss_N[there]
+        predictions[place_N[there]] = prediction_N[there]
+        return values, predictions if predicts else None
 
-    return Losses(times, ids, row)
+    return Losses(times, log.samples, row, log.labels, log.names, log.classes)
+
+
+def is_sparse(log: Log) -> bool:
+    """Whether a log has fewer than FULL of the losses of all its samples at all its steps: then samples were seen batch
+    by batch, and what is not there is no gap."""
+    cells = len(np.unique(log.step)) * len(log.samples)
+    return int(np.isfinite(log.loss).sum()) < FULL * cells
+
+
+def check_once(path: str, log: Log) -> None:
+    """Raise OpsigError where a log has two losses of a sample at a step."""
+    order = np.lexsort((log.place, log.step))
+    step_N, place_N = log.step[order], log.place[order]
+    twice = np.flatnonzero((np.diff(step_N) == 0) & (np.diff(place_N) == 0))
+    if len(twice):
+        place = place_N[twice[0]]
+        name = log.samples[place] if log.names is None else log.names[place]
+        raise OpsigError(f"{path} has two losses of sample {name} at step {step_N[twice[0]]}")
 
 
 def read_scalars(path: str) -> tuple[dict[int, dict[str, float]], list[str]]:

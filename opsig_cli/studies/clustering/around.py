@@ -1,0 +1,136 @@
+"""The groups behind a spike in a run that saw its samples batch by batch: gradients at the checkpoints around it.
+
+A sample is seen a few times in a whole run, so that losses say who was hit and when, and not who moves with whom. Those
+who were hit are grouped by their gradients, and those who pushed them are looked for among all samples: whose gradients
+oppose theirs. N samples, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from opsig_cli.analysis import grouping, mining
+from opsig_cli.analysis.pairing import OPPOSES
+from opsig_cli.backends import Session
+from opsig_cli.errors import OpsigError, UsageError
+from opsig_cli.studies import sighted, tracking
+from opsig_cli.studies.clustering import finding, gathering, silencing, slopes, weighing
+from opsig_cli.studies.clustering.finding import Found
+from opsig_cli.studies.clustering.sentences import caveat
+from opsig_cli.studies.clustering.window import CHECKPOINTS, HELD_OUT, Window, checkpoints_in, held_out_in
+from opsig_cli.studies.measured import measured
+from opsig_cli.studies.mining import Movers, default_count, positions_of
+from opsig_cli.trajectory.file import Trajectory
+
+AROUND = 16
+"""Steps before and after the spike that are mined where a person names no window."""
+EACH_SIDE = 2
+"""Checkpoints before and after the window that are taken with those in it."""
+
+
+def find(
+    run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str,
+    warn: Callable[[str], None], progress: Callable[[str, int], AbstractContextManager[Any]], *,
+    samples: Sequence[int] | None = None, window: tuple[int | None, int | None] = (None, None),
+    join: bool | None = None, sketch: int | None = None, test: str = "replay", budget: int | None = None,
+    allow_changed_data: bool = False,
+) -> Found:  # fmt: skip
+    """Group the samples that were above or below the expected around a spike, or the `samples` given by index, and
+    those that oppose them.
+
+    Arguments as of `finding.find`. Raises OpsigError where the run has no two checkpoints, UsageError for what needs
+    the losses of all samples at many steps.
+    """
+    if by not in (None, "gradient"):
+        raise UsageError(f"{run.path} saw its samples batch by batch, which --by {by} cannot group. Use --by gradient")
+    held = run.steps("checkpoints")
+    if not run.has("checkpoints/params") or len(held) < 2:
+        raise OpsigError(
+            f"{run.path} holds sightings and {len(held)} checkpoints: groups need gradients at two checkpoints around "
+            f"the spike. Who was hit is told without them: opsig mine {run.path} --step N"
+        )
+    if window == (None, None):
+        spike = _spike(run)
+        window = (spike - AROUND, spike + AROUND)
+    mined = sighted.find(run, top or default_count(len(run.samples)), None, None, window, "both")
+    position = mined.rows["place"] if samples is None else positions_of(run, samples)
+    if len(position) < 2:
+        raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
+    steps = near(held, *mined.window)
+    session, _ = tracking.open_session(run, task, device, backend, warn, allow_changed_data)
+    view = measured(run, session, steps.tolist())
+    moved = mining.largest_changes([view.losses()])
+    weighed = Window(0, len(steps), steps, int(np.diff(moved.mean_T).argmax()) + 1)
+    if sketch is not None:
+        gathering.sketch_band(view, weighed, sketch)
+    if join is None:
+        join = not getattr(session, "couples_samples", False)
+    with progress("gradients", 4 * len(steps)) as advance:
+        position = with_opponents(view, session, backend, position, weighed, advance)
+        clusters = finding.by_gradient(
+            view, session, backend, position, "gradient", weighed, advance, widen=False, joining=join, sketch=sketch
+        )
+    outcome = silencing.Outcome({}, {}, [])
+    if test == "replay" and clusters.pairs:
+        most = silencing.BUDGET if budget is None else budget
+        with progress("replays", most // silencing.LENGTH) as advance:
+            outcome = silencing.silence(view, session, clusters, held_out_in(view, weighed), most, advance)
+    clusters = slopes.with_vectors(finding.judged(clusters, outcome, test), slopes.kept_near(view, weighed))
+    first, last = mined.window
+    span = f"step {first}" if first == last else f"steps {first} to {last}"
+    note = (
+        f"seen batch by batch (sightings): grouped by gradients at the checkpoints of steps "
+        f"{', '.join(map(str, steps))}, the nearest to {span}; changes of losses are between these"
+    )
+    movers = Movers(position, moved.place[position], moved, 0, "change", note)
+    return Found(clusters, movers, [words for words in (note, caveat(clusters)) if words], view)
+
+
+def near(held: np.ndarray, first: int, last: int) -> np.ndarray:
+    """The checkpoints in a window and EACH_SIDE of it, increasing, at least two; at most so many as evidence takes.
+
+    >>> near(np.array([0, 10, 20, 30, 40, 50]), 25, 25).tolist(), near(np.array([0, 10]), 25, 25).tolist()
+    ([10, 20, 30, 40], [0, 10])
+    """
+    low = max(0, int(np.searchsorted(held, first)) - EACH_SIDE)
+    high = min(len(held), int(np.searchsorted(held, last, side="right")) + EACH_SIDE)
+    low, high = min(low, max(0, high - 2)), max(high, min(len(held), low + 2))
+    return grouping.spread(int(held[low]), int(held[high - 1]), held, CHECKPOINTS + HELD_OUT)
+
+
+def with_opponents(
+    run: Trajectory, session: Session, backend: str, position: np.ndarray, window: Window, advance: Callable[..., None]
+) -> np.ndarray:
+    """The positions, and for each group among them up to twice as many samples of the run that oppose it most.
+
+    What finds them are the checkpoints that groups are found by; groups are weighed on others.
+    """
+    similarity_MM = gathering.mean_similarity(run, session, backend, position, window, None, advance)
+    found = grouping.group_by_similarity(similarity_MM, weighing.smallest(position))
+    members = [position[found.members(group)] for group in range(len(found.partner_G))]
+    if not members:
+        return position
+    everybody = np.arange(len(run.samples))
+    sets = [run.samples[inside] for inside in members]
+    cosine_NG = gathering.group_cosines(
+        run, session, checkpoints_in(run, window), everybody, sets, advance
+    ).mean(0)  # fmt: skip
+    opponents = []
+    for inside, cosine_N in zip(members, cosine_NG.T, strict=True):
+        most = np.argsort(cosine_N, kind="stable")[: 2 * len(inside)]
+        opponents.append(most[cosine_N[most] <= OPPOSES])
+    added = np.concatenate(opponents)
+    _, first = np.unique(added, return_index=True)
+    added = added[np.sort(first)]
+    return np.concatenate([position, added[~np.isin(added, position)]])
+
+
+def _spike(run: Trajectory) -> int:
+    """The step whose batch was furthest above the expected of all."""
+    found = sighted.find(run, 1, None, None, (None, None), "both")
+    above = found.means_T - found.trend.before
+    return int(found.steps_T[np.nanargmax(above)] if np.isfinite(above).any() else found.steps_T[-1])
