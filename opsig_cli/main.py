@@ -111,6 +111,7 @@ def _alone_or_together() -> None:
     if launch is None:
         app()
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would show its own stack where another process dies
     name = next((value for flag, value in pairwise(sys.argv) if flag == "--backend"), "torch")
     backend = load_backend(name)
     if not isinstance(backend, Meets):

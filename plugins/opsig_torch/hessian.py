@@ -124,7 +124,7 @@ def solve(
     hessian = Hessian(opened, scale)
     vectors = vectors_that_fit(opened)
     few = vectors < 2 * basis_room(count, opened.flat.vector.numel())
-    if few and vectors < (needed := small_basis.least_room(count) + 3):
+    if few and vectors < (needed := small_basis.least_room(count)):
         size = 4 * opened.flat.vector.numel()
         raise OpsigError(
             f"{count} eigenpairs of {size // 4:,} parameters need {worded(needed * size)} for vectors, "
@@ -139,7 +139,7 @@ def solve(
     try:
         if few:
             return small_basis.top_eigenpairs(
-                hessian, start, count, tolerance, min(vectors - 3, basis_room(count, 1 << 62))
+                hessian, start, count, tolerance, min(vectors, basis_room(count, 1 << 62))
             )
         return top_eigenpairs(hessian, start, count, tolerance, memory=memory)
     except ValueError as error:

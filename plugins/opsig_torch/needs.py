@@ -23,7 +23,7 @@ def needs(opened: Opened, what: str, count: int) -> Need:
     if what == "losses":
         return Need(base, base, opened.bound(), 1 / 3)
     if what == "eigenpairs":
-        least = base + (PRODUCT_VECTORS + small_basis.least_room(count) + 3) * vector
+        least = base + (PRODUCT_VECTORS + small_basis.least_room(count)) * vector
         most = base + (PRODUCT_VECTORS + 2 * basis_room(count, opened.flat.vector.numel())) * vector
         return Need(least, max(least, most), opened.bound(), PRODUCT_PASSES * (PRODUCTS + MORE * (count - 1)))
     room = layer_gradients.MEMORY_BYTES + layer_gradients.BLOCK_BYTES + 8 * count**2
