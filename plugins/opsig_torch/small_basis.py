@@ -31,7 +31,8 @@ def top_eigenpairs(
 ) -> Solution:  # fmt: skip
     """Solve for the `count` most positive eigenpairs to the relative `tolerance`, from a nonzero (P,) `start`.
 
-    Memory: `room` vectors and two, of which the product makes one, `room` at least `least_room(count)`. Raises ValueError for a tolerance that the start's
+    Memory: `room` vectors and two, of which the product makes one. `room` is at least `least_room(count)`. Raises
+    ValueError for a tolerance that the start's
     precision cannot reach, and for products that are not finite. `start` is used up.
 
     >>> diagonal = torch.arange(-50.0, 50.0, dtype=torch.float64)
