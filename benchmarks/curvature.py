@@ -46,14 +46,14 @@ def checkpoints(path: Path, steps: int, samples: int = 5000):
 
 
 def seconds(*calls: Callable[[], object]) -> np.ndarray:
-    """Median seconds of each call, taken in turns."""
+    """Median CPU seconds of each call, taken in turns."""
     rows = []
     for _ in range(7):
         row = []
         for call in calls:
-            begin = time.perf_counter()
+            begin = time.process_time()
             call()
-            row.append(time.perf_counter() - begin)
+            row.append(time.process_time() - begin)
         rows.append(row)
     return np.median(rows[1:], axis=0)
 

@@ -1,30 +1,32 @@
 """How often `opsig cluster` establishes a pair where no two samples share a feature, through the command line.
 
-    python benchmarks/noise.py [--runs 100] [--first 0] [--only "gaussian 2,series"]
+    python benchmarks/noise.py [--runs 100] [--first 0] [--only "gaussian 2 edge,series"] [--json FILE | --from FILES]
 
-A row for each kind of data: runs, those with an established pair at the level stated, 5% (and at 1%: p at most .01, and
-R below a half at both checkpoints), those with a likely one, and verdicts of all pairs. `below`: full-batch gradient
-descent that stops before the edge of stability; `edge`: beyond it.
+A row for each kind of data: runs, those with an established pair at the level stated, 5% (and at 1%: p at most .01, or
+R below a half at three checkpoints or more), those with a likely one, and verdicts of all pairs. `below`: full-batch
+gradient descent that stops before the edge of stability; `edge`: beyond it.
 """
 
-import argparse
 import contextlib
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from planted import opsig
+from shards import Row, by_kind, cost, keep, kept, parser_of, wanted
 
 from opsig_cli import Recorder
+from opsig_cli.analysis.verdicts import REPLAYS, SILENCES
 
 TASKS = Path(__file__).with_name("null_tasks.py")
 BELOW = ("--learning-rate", "0.05", "--steps", "150", "--checkpoint-every", "10")
 EDGE = ("--learning-rate", "0.7", "--steps", "200", "--checkpoint-every", "10")
 SGD = ("--optimizer", "sgd", "--batch-size", "50", "--learning-rate", "0.1", "--steps", "200", "--checkpoint-every",
        "10")  # fmt: skip
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     f"gaussian {classes} {where}": (f"Gaussian:classes={classes}", training)
     for classes in (2, 3, 10)
     for where, training in (("below", BELOW), ("edge", EDGE))
@@ -62,38 +64,50 @@ def pairs_of(path: Path, kind: str, seed: int) -> list[dict]:
     return [r for r in opsig("cluster", str(path), *own, "-q") if r["kind"] == "pair"]
 
 
+def told(path: Path, kind: str, seed: int) -> Row:
+    """What the pairs of one run come to."""
+    pairs = pairs_of(path, kind, seed)
+    keys = ("sizes", "opposition", "alike", "p_value", "swing_ratio", "silenced", "reason", "verdict")
+    return {
+        "kind": kind, "seed": seed, "verdicts": Counter(pair["verdict"] for pair in pairs),
+        "silenced": sum(bool(pair["silenced"]) for pair in pairs),
+        "positive": [{k: pair[k] for k in keys} for pair in pairs if pair["verdict"] in ("established", "likely")],
+    }  # fmt: skip
+
+
 def strict(pair: dict) -> bool:
     """Whether an established pair would be at the level of 1%."""
-    return pair["p_value"] <= 0.01 or len(pair["silenced"]) > 1
+    return pair["p_value"] <= 0.01 or sum(one["swing_ratio"] < SILENCES for one in pair["silenced"]) >= REPLAYS
+
+
+def line(kind: str, rows: list[Row]) -> str:
+    """The row of the table for a kind."""
+    established = [[pair for pair in row["positive"] if pair["verdict"] == "established"] for row in rows]
+    likely = sum(any(pair["verdict"] == "likely" for pair in row["positive"]) for row in rows)
+    held, strictly = sum(map(bool, established)), sum(any(map(strict, pairs)) for pairs in established)
+    verdicts = sum((Counter(row["verdicts"]) for row in rows), Counter())
+    return (
+        f"{kind:22} {len(rows)} runs: established in {held} (1%: {strictly}), likely in {likely}; pairs "
+        f"{dict(verdicts)}, silenced {sum(row['silenced'] for row in rows)}; {cost(rows)}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", default=",".join(KINDS))
-    options = parser.parse_args()
+    options = parser_of(__doc__, KINDS, 100).parse_args()
+    rows = kept(options.files or ())
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.h5"
-        for kind in options.only.split(","):
-            held, held_strictly, likely, begin = 0, 0, 0, time.process_time()
-            verdicts: Counter[str] = Counter()
-            tested = 0
-            for seed in range(options.first, options.first + options.runs):
-                pairs = pairs_of(path, kind, seed)
-                established = [pair for pair in pairs if pair["verdict"] == "established"]
-                held += bool(established)
-                held_strictly += any(map(strict, established))
-                likely += any(pair["verdict"] == "likely" for pair in pairs)
-                tested += sum(bool(pair["silenced"]) for pair in pairs)
-                verdicts.update(pair["verdict"] for pair in pairs)
-                for pair in established:
-                    print(f"  {kind} {seed}: {pair['sizes']} cosine {pair['opposition']:.2f} alike {pair['alike']:.2f} "
-                          f"p {pair['p_value']} R {pair['swing_ratio']} {pair['reason']}", flush=True)  # fmt: skip
-            print(
-                f"{kind:22} {options.runs} runs: established in {held} (1%: {held_strictly}), likely in {likely}; "
-                f"pairs {dict(verdicts)}, silenced {tested}; {time.process_time() - begin:.0f} s of CPU", flush=True,
-            )  # fmt: skip
+        for kind, seed in wanted(options) if not options.files else ():
+            begin = time.process_time()
+            rows.append(keep(options, told(Path(folder) / "run.h5", kind, seed), begin))
+    for kind, own in by_kind(rows, KINDS):
+        for row in own:
+            for pair in row["positive"]:
+                if pair["verdict"] == "established":
+                    print(
+                        f"  {kind} {row['seed']}: {pair['sizes']} cosine {pair['opposition']:.2f} "
+                        f"alike {pair['alike']:.2f} p {pair['p_value']} R {pair['swing_ratio']} {pair['reason']}"
+                    )
+        print(line(kind, own), flush=True)
 
 
 if __name__ == "__main__":

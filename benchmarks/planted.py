@@ -1,6 +1,7 @@
 """How well `opsig cluster` recovers planted pairs: scenarios x seeds, through the command line.
 
     python benchmarks/planted.py [--seeds 5] [--only easy,shared] [--by both,loss] [--small] [--keep FOLDER]
+        [--first 0] [--json FILE | --from FILES]
 
 Every scenario trains an MLP on 2,000 planted Fashion-MNIST images by full-batch gradient descent (minibatch SGD where
 it says so), mines and clusters with the defaults, and compares with the truth. `--small`: 600 images, sides of 15, and
@@ -10,15 +11,17 @@ established pairs; how many other samples were grouped; and rivals' index over t
 is a label), and k-means on last-layer gradients, which is given the planted samples alone and their number of sides.
 """
 
-import argparse
 import contextlib
 import io
 import json
 import sys
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from shards import Row, by_kind, cost, keep, kept, parser_of, wanted
 
 from opsig_cli import open_trajectory
 from opsig_cli.main import run
@@ -132,41 +135,54 @@ def rivals(path: Path, task_spec: str) -> tuple[float, float]:
     return float(alone), float(adjusted_rand_score(truth[inside], found))
 
 
+def row_of(path: Path, kind: str, task: str, by: str, seed: int) -> Row:
+    """The agreement of one run with its truth, or of the rivals."""
+    if by == "rivals":
+        return dict(zip(("label", "means"), rivals(path, task), strict=True)) | {"kind": kind, "by": by, "seed": seed}
+    own = ("--task", task) if task.startswith(str(TASKS)) else ()
+    records = opsig("cluster", str(path), *own, "--by", by, "--truth", "-q")
+    verdicts = Counter(record["verdict"] for record in records if record["kind"] == "pair")
+    return records[-1] | {"kind": kind, "by": by, "seed": seed, "verdicts": verdicts}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", default=",".join(SCENARIOS))
+    parser = parser_of(__doc__, SCENARIOS, 5)
     parser.add_argument("--by", default="both,loss")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
+    rows = kept(options.files or ())
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
-        for name in options.only.split(","):
-            runs = [trained(folder, name, seed, options.small) for seed in range(options.seeds)]
-            specs = [spec(name, seed, options.small) for seed in range(options.seeds)]
-            for by in options.by.split(","):
-                rows = []
-                for path, task in zip(runs, specs, strict=True):
-                    own = ("--task", task) if task.startswith(str(TASKS)) else ()
-                    rows.append(opsig("cluster", str(path), *own, "--by", by, "--truth", "-q")[-1])
-                print(f"{name:15} {by:8} {summary(rows)}", flush=True)
-            label, means = np.mean([rivals(path, task) for path, task in zip(runs, specs, strict=True)], axis=0)
+        for name, seed in wanted(options) if not options.files else ():
+            begin = time.process_time()
+            path, task = trained(folder, name, seed, options.small), spec(name, seed, options.small)
+            for by in (*options.by.split(","), "rivals"):
+                rows.append(keep(options, row_of(path, name, task, by, seed), begin))
+                begin = time.process_time()
+    for name, own in by_kind(rows, SCENARIOS):
+        for by in ("both", "gradient", "slope", "loss"):
+            if found := [row for row in own if row["by"] == by]:
+                print(f"{name:15} {by:8} {summary(found)}; {len(found)} runs, {cost(found)}")
+        if found := [row for row in own if row["by"] == "rivals"]:
+            label, means = (np.mean([row[key] for row in found]) for key in ("label", "means"))
             print(f"{name:15} rivals   ARI of the label alone {label:.2f}, of k-means {means:.2f}", flush=True)
 
 
-def summary(rows: list[dict]) -> str:
+def summary(rows: list[Row]) -> str:
     """One line of the agreements of all seeds."""
-    values = {key: np.array([np.nan if row[key] is None else row[key] for row in rows], float) for key in rows[0]
-              if key not in ("kind", "trajectory")}  # fmt: skip
+    keys = ("adjusted_rand_index", "adjusted_rand_index_mined", "pair_precision", "pair_recall", "planted_mined",
+            "planted", "other_grouped")  # fmt: skip
+    values = {key: np.array([np.nan if row[key] is None else row[key] for row in rows], float) for key in keys}
     rand, mined = values["adjusted_rand_index"], values["adjusted_rand_index_mined"]
     judged = values["pair_precision"][np.isfinite(values["pair_precision"])]
     precision, recall = judged.mean() if len(judged) else np.nan, values["pair_recall"].mean()
     found = values["planted_mined"].sum() / values["planted"].sum()
+    verdicts = sum((Counter(row["verdicts"]) for row in rows), Counter())
     return (
         f"ARI {rand.mean():.3f} ({rand.min():.3f}), of the mined {mined.mean():.3f} ({mined.min():.3f}); "
-        f"pairs: precision {precision:.3f}, recall {recall:.3f}; planted mined {found:.2f}, "
+        f"pairs: precision {precision:.3f}, recall {recall:.3f}, {dict(verdicts)}; planted mined {found:.2f}, "
         f"others grouped {values['other_grouped'].mean():.0f}"
     )
 

@@ -1,19 +1,21 @@
 """Whether what `opsig cluster` says of a pair holds at a checkpoint that had no part in finding or testing it.
 
-    python benchmarks/replication.py [--only demo,planted] [--seeds 3] [--keep FOLDER]
+    python benchmarks/replication.py [--only demo,planted] [--runs 3] [--first 0] [--keep FOLDER]
+        [--json FILE | --from FILES]
 
 Every run is trained, or taken from the folder, and clustered with the defaults. Each pair with a verdict by silence is
 silenced again, with controls drawn anew, at the checkpoint farthest from all that were used. A row a run: pairs called
 established and how many of them have R below a half there; the same of those called refuted; and each pair's R's.
 """
 
-import argparse
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from planted import opsig
+from shards import Row, by_kind, cost, keep, kept, parser_of, wanted
 
 from opsig_cli import open_trajectory
 from opsig_cli.analysis.verdicts import SILENCES
@@ -66,32 +68,44 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
         return rows
 
 
+def row_of(folder: Path, name: str, seed: int) -> Row:
+    """What replicates in one run."""
+    task, training = RUNS[name]
+    path = folder / f"{name.replace(' ', '-')}-{seed}.h5"
+    spec = task if name == "demo" else f"{task}{',' if '=' in task else ':'}seed={seed}"
+    if not path.exists():
+        opsig("train", "--task", spec, *training, "--seed", str(seed), "--track", "-q", "-o", str(path))
+    pairs = again(path, spec if task.startswith(str(TASKS)) else None)
+    return {
+        "kind": name,
+        "seed": seed,
+        "pairs": [dict(zip(("verdict", "before", "anew"), p, strict=True)) for p in pairs],
+    }
+
+
+def told(rows: list[Row]) -> str:
+    """How many established, and refuted, pairs of these runs have R below a half anew."""
+    words = []
+    for verdict in ("established", "refuted"):
+        anew = [pair["anew"] for row in rows for pair in row["pairs"] if pair["verdict"] == verdict]
+        words.append(f"{len(anew)} {verdict}, {sum(r < SILENCES for r in anew)} of them below {SILENCES} anew")
+    return "; ".join(words)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", default=",".join(RUNS))
+    parser = parser_of(__doc__, RUNS, 3)
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
+    rows = kept(options.files or ())
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.keep or Path(temporary)
-        for name in options.only.split(","):
-            task, training = RUNS[name]
-            for seed in range(options.first, options.first + options.seeds):
-                path = folder / f"{name.replace(' ', '-')}-{seed}.h5"
-                spec = task if name == "demo" else f"{task}{',' if '=' in task else ':'}seed={seed}"
-                own = spec if task.startswith(str(TASKS)) else None
-                if not path.exists():
-                    opsig("train", "--task", spec, *training, "--seed", str(seed), "--track", "-q", "-o", str(path))
-                rows = again(path, own)
-                for verdict in ("established", "refuted"):
-                    anew = [r for kind, _, r in rows if kind == verdict]
-                    below = sum(r < SILENCES for r in anew)
-                    print(f"{name} {seed}: {len(anew)} {verdict}, {below} of them below {SILENCES} anew", flush=True)
-                told = "; ".join(
-                    f"{verdict} {', '.join(f'{r:.2f}' for r in before)} then {r:.2f}" for verdict, before, r in rows
-                )
-                print(f"    {told}", flush=True)
+        for name, seed in wanted(options) if not options.files else ():
+            begin = time.process_time()
+            rows.append(keep(options, row_of(options.keep or Path(temporary), name, seed), begin))
+    for name, own in by_kind(rows, RUNS):
+        print(f"{name}, {len(own)} runs: {told(own)}; {cost(own)}")
+        for row in own:
+            pairs = [(p["verdict"], ", ".join(f"{r:.2f}" for r in p["before"]), p["anew"]) for p in row["pairs"]]
+            print(f"    {row['seed']}: " + "; ".join(f"{kind} {before} then {r:.2f}" for kind, before, r in pairs))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Per-sample derivatives through layers of every kind, against float64 gradients and differences of them; refusals."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from opsig_torch import TorchBackend, captured, layer_gradients, sample_curvature, sample_products
+from opsig_torch import TorchBackend, captured, layer_gradients, outer_products, sample_curvature, sample_products
 from opsig_torch.captured import gradient_plan
 from tasks import parts, tiny
 from torch import nn
@@ -143,6 +144,12 @@ def test_a_gradient_that_is_not_that_of_the_loss_is_said():
 # -- the check is what finds these out: faster ways that are made wrong
 
 
+def _whole(session):
+    """The session, taking no layer's vectors in outer products."""
+    session.kept["outer"] = outer_products.Shape([], [], session.flat.parameters)
+    return session
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "measure"),
     [
@@ -150,7 +157,8 @@ def test_a_gradient_that_is_not_that_of_the_loss_is_said():
         (layer_gradients.Captured, "products", lambda s, at: s.mean_cosines(at, np.arange(5), [np.array([1, 2])])),
         (captured, "gather", lambda s, at: s.gradient_cosines(at, np.arange(5))),
         (sample_curvature, "_traced", lambda s, at: s.curvature_along(at, np.ones_like(at.params))[2]),
-        (sample_products, "_vmapped", lambda s, at: s.sample_sharpness(at, np.arange(5), 1e-3)[0]),
+        (outer_products.OuterProducts, "products", lambda s, at: s.sample_sharpness(at, np.arange(5), 1e-3)[0]),
+        (sample_products, "_vmapped", lambda s, at: _whole(s).sample_sharpness(at, np.arange(5), 1e-3)[0]),
     ],
 )
 def test_a_fast_way_that_is_wrong_is_found_out_at_every_use(monkeypatch, owner, name, measure):
@@ -164,7 +172,7 @@ def test_a_fast_way_that_is_wrong_is_found_out_at_every_use(monkeypatch, owner, 
     wrong = {
         "gather": lambda *a: (fast(*a)[0] * 1.05, fast(*a)[1]),
         "_traced": lambda *a: [1.05 * row for row in fast(*a)],
-        "_vmapped": lambda *a: lambda *b: 1.05 * fast(*a)(*b),
+        "_vmapped": lambda *a: replace(fast(*a), products=lambda *b: 1.05 * fast(*a).products(*b)),
     }.get(name, lambda *a: 1.05 * fast(*a))
     monkeypatch.setattr(owner, name, wrong)
     np.testing.assert_allclose(measure(session, state), right, rtol=1e-3, atol=1e-4)

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
+from tasks import tiny
 
 from opsig_cli.analysis import cutting, evidence, grouping, pairing, significance
 from opsig_cli.analysis.group_means import group_means
@@ -346,6 +347,32 @@ def test_likeness_across_is_held_against_likeness_within():
     assert abs(alike_between(whole_classes + whole_classes.T, np.repeat([0, 1], 20))[0, 1]) < 0.2
 
 
+def test_the_dying_swing_of_silent_samples_is_told_from_the_slowly_dying_one_of_controls():
+    """At the edge a silent pair's swing is gone in two steps, and the controls' is halved in three."""
+    swing = np.resize([1.0, -1.0], silencing.LENGTH + 1)[:, None]
+    step = np.arange(silencing.LENGTH + 1)[:, None]
+    found = silencing.compared(40, [np.arange(2), np.arange(2, 4)], *(swing * [1, 1, -1, -1] * rate**step
+                               for rate in (1.0, 0.1, 0.8)))  # fmt: skip
+    assert 1 - found.controls / found.plain == pytest.approx(0.45, abs=0.1)
+    assert found.ratio < 0.15
+
+
+def test_pairs_are_not_silenced_from_checkpoints_without_the_optimizers_state(opsig, tmp_path):
+    """bfloat16 checkpoints leave the momentum out: a replay would begin with none, and not go on as the run did."""
+    run = tmp_path / "run.h5"
+    train = ("train", "--task", "planted:samples=300,side=12,pairs=2", "--optimizer", "momentum", "--learning-rate",
+             "0.05", "--steps", "60", "--track", "--checkpoint-every", "5", "-o", run)  # fmt: skip
+    assert opsig(*train, "--checkpoint-dtype", "bfloat16").code == 0
+    result = opsig("cluster", run)
+    pairs = [record for record in result.records if record["kind"] == "pair"]
+    assert pairs
+    assert not any(pair["silenced"] for pair in pairs)
+    tested = [pair["reason"] for pair in pairs if "held-out checkpoints the sides pull apart" in pair["reason"]]
+    assert tested
+    assert all("lack the optimizer's state" in reason for reason in tested)
+    assert result.records[-1]["replays"] == 0
+
+
 def test_one_side_that_swings_by_itself_does_not_make_a_pair():
     """Silence ends the swing of samples 0 to 2 and not that of 3 and 4, whose swing is a tenth as large."""
     swing = np.resize([1.0, -1.0], 17)[:, None]
@@ -362,11 +389,16 @@ def apart(*ratios):
 @pytest.mark.parametrize(
     ("known", "verdict"),
     [
-        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.2)), "established"),
-        (Evidence(-0.4, -0.3, 1.0, 0.3, apart(0.1, 0.2)), "established"),  # what swings is decided by intervention
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.2, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 1.0, 0.3, apart(0.1, 0.2, 0.2)), "established"),  # what swings is decided by intervention
+        (Evidence(-0.4, -0.3, 1.0, 0.3, apart(0.1, 0.6, 0.2, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 1.0, 0.3, apart(0.1, 0.2)), "likely"),  # at two checkpoints it may be by chance
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.7, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 0.2, 0.9, apart(0.1, 0.7, 0.2)), "likely"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.7)), "unclear"),
-        (Evidence(-0.4, -0.3, 0.5, 0.9, apart(0.8, 0.7)), "refuted"),
-        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7)), "unclear"),  # they oppose, and others swing them
+        (Evidence(-0.4, -0.3, 0.5, 0.7, apart(0.8, 0.7)), "refuted"),
+        (Evidence(-0.4, -0.3, 0.5, 0.9, apart(0.8, 0.7)), "unclear"),  # they oppose, and others swing them
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7)), "likely"),
         (Evidence(-0.4, 0.01, 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
         (Evidence(-0.1, -0.05, 0.01, 0.9, apart(0.1, 0.2)), "refuted"),
         (Evidence(-0.4, float("nan"), 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
@@ -378,9 +410,61 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.01, 0.7), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, float("nan")), "likely"),
         (Evidence(-0.4, -0.3, float("nan"), 0.9), "unclear"),
-        (Evidence(-0.4, -0.3, 0.01, float("nan"), apart(0.1, 0.2)), "likely"),
+        (Evidence(-0.4, -0.3, 0.01, float("nan"), apart(0.1, 0.2, 0.3)), "likely"),
         (Evidence(-0.4, -0.3, 0.2, 0.9), "unclear"),
     ],
 )
 def test_the_verdict_on_a_pair(known, verdict):
     assert judge(known)[0] == verdict
+
+
+def test_more_samples_than_memory_has_room_for_are_refused_before_anything_is_measured(opsig, tiny_run, monkeypatch):
+    monkeypatch.setattr("opsig_cli.studies.clustering.finding.MOST_GROUPED", 20)
+    found = opsig("cluster", tiny_run, "--task", f"{tiny.__file__}:Tiny", "--top", 12)
+    assert found.code == 1
+    assert "24 samples cannot be compared two by two" in found.err
+    assert "Give at most 10" in found.err
+
+
+@pytest.mark.parametrize("steps", [40, 41])
+def test_products_of_shuffled_series_by_their_spectra_are_those_of_the_series(steps):
+    """The p-value of a series held against surrogates that are made, with the same phases."""
+    generator = np.random.default_rng(3)
+    a, b = generator.standard_normal((2, steps)) + 0.3 * np.resize([1.0, -1.0], steps)
+    draws = np.random.default_rng(0)
+    a_, b_ = a - a.mean(), b - b.mean()
+    products = [b_ @ significance.phase_shuffled(a_[:, None], draws)[:, 0] for _ in range(99)]
+    exact = (1 + np.sum(products <= a_ @ b_)) / 100
+    assert significance.series_p_value(a, b) == pytest.approx(exact)
+    surrogate = significance.phase_shuffled(a_[:, None], draws)[:, 0]
+    np.testing.assert_allclose(np.abs(np.fft.rfft(surrogate)), np.abs(np.fft.rfft(a_)), atol=1e-5)
+
+
+def test_who_cannot_join_is_not_asked_and_who_joins_is_the_same(opsig, tmp_path, monkeypatch):
+    """Against gradients of everybody at every checkpoint."""
+    from opsig_cli.studies.clustering import joining
+
+    run = tmp_path / "run.h5"
+    opsig("train", "--task", "digits", "--learning-rate", 0.3, "--steps", 40, "--track", "-o", run)
+
+    def members():
+        found = opsig("cluster", run, "--test", "none", "--top", 40, "--replace")
+        assert found.code == 0
+        return sorted((r["sample"], r["group"]) for r in found.records if r["kind"] == "member")
+
+    asked = []
+    inner = joining.gathering.group_cosines
+
+    def counting(run, session, step, position, sets):
+        asked.append(len(position))
+        return inner(run, session, step, position, sets)
+
+    monkeypatch.setattr(joining.gathering, "group_cosines", counting)
+    few = members()
+    spent = sum(asked)
+    asked.clear()
+    monkeypatch.setattr(joining, "RESEMBLES", -2)
+    monkeypatch.setattr(grouping, "may_belong", lambda means_NG, found: np.ones(len(means_NG), bool))
+    assert members() == few
+    assert any(group >= 0 for _, group in few)
+    assert spent < 0.8 * sum(asked)

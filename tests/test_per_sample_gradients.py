@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from opsig_torch import TorchBackend, layer_gradients
+from opsig_torch import TorchBackend, captured, layer_gradients, set_cosines
 from opsig_torch.captured import gradient_plan
 from opsig_zoo.models import image_model
 from opsig_zoo.text import Text
@@ -148,3 +148,19 @@ def test_a_member_whose_gradient_vanishes_has_no_direction():
     alone = session.mean_cosines(state, samples, [np.array([5])])
     with np.errstate(all="raise"):
         assert session.mean_cosines(state, samples, [np.array([0, 5])]) == pytest.approx(alone / 2)
+
+
+def test_mean_cosines_with_many_small_sets_go_by_outer_products():
+    """No slower way was taken, and the numbers are those of the cosines themselves."""
+    session = TorchBackend().open(tiny.Tiny(), "cpu", double=True)
+    said = []
+    session.tell = said.append
+    state = session.initial(0)
+    with session.at(state):
+        plan = captured.gradient_plan(session)
+        sets = [np.array([0, 5]), np.array([7]), np.array([30, 8])]
+        assert set_cosines._outer(session, plan, sets)
+    cosines = session.gradient_cosines(state, np.arange(60))
+    found = session.mean_cosines(state, np.arange(60), sets)
+    np.testing.assert_allclose(found, np.stack([cosines[:, members].mean(1) for members in sets], 1), atol=1e-12)
+    assert said == []

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from opsig_torch import TorchBackend
+from opsig_torch import TorchBackend, outer_products, plain
 from opsig_torch.batched_lanczos import ROOM, largest_eigenvalues
 from opsig_torch.eigen import random_start
 from tasks import parts, sharp, tiny
@@ -185,3 +185,49 @@ def test_what_does_not_reach_the_tolerance_is_said(opsig, tiny_run, monkeypatch)
     found = opsig("sharpness", tiny_run, *own, "--metrics", "sample_sharpness", "--steps", 60)
     rough = [r for r in map(json.loads, found.out.splitlines()) if r["sample_sharpness_residual"] > 1e-3]
     assert f"{len(rough)} eigenvalues did not reach the tolerance" in found.err
+
+
+class HalfFrozen(tiny.Tiny):
+    """The bias of a layer is not trained, and the first layer not at all."""
+
+    def model(self):
+        model = super().model()
+        model[1].bias.requires_grad_(False)
+        model[0].requires_grad_(False)
+        return model
+
+
+@pytest.mark.parametrize("task", [tiny.Tiny, tiny.Conv, HalfFrozen])
+def test_outer_products_hold_a_samples_whole_spectrum_but_zeros(task):
+    """The matrix of the operator on its coordinates has the Hessian's eigenvalues, and 0 for what cannot be."""
+    session = TorchBackend().open(task(), "cpu", double=True)
+    state = session.initial(0)
+    exact = dense(session, state, 4)
+    with session.at(state):
+        shape = outer_products.shape_of(session)
+        assert shape.layers
+        assert sum(shape.widths) < len(exact)
+        found = outer_products.OuterProducts(session, np.array([1, 4]), shape)
+        units = torch.eye(sum(shape.widths), dtype=torch.float64)
+        matrix = torch.stack([found.products(unit[None], np.array([1]))[0] for unit in units]).numpy()
+        plain_gradient = plain.flattened(plain.gradients(session, plain.sample_loss(session, 4)))
+        torch.testing.assert_close(found.lifted(found.gradients()[1], 1), plain_gradient)
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-12)
+    own = np.linalg.eigvalsh(matrix)
+    for values in (own, exact):
+        values[np.abs(values) < 1e-9] = 0
+    np.testing.assert_allclose(np.sort(own[own != 0]), np.sort(exact[exact != 0]), atol=1e-9)
+
+
+def test_outer_products_that_are_wrong_are_seen_and_a_slower_way_is_taken(monkeypatch):
+    session = TorchBackend().open(tiny.Tiny(), "cpu")
+    said = []
+    session.tell = said.append
+    state = session.initial(0)
+    right, _ = session.sample_sharpness(state, np.arange(6), 1e-4)
+    assert said == []
+    apart = outer_products._apart
+    monkeypatch.setattr(outer_products, "_apart", lambda rows, units: 1.5 * apart(rows, units))
+    found, _ = session.sample_sharpness(state, np.arange(6), 1e-4)
+    np.testing.assert_allclose(found, right, rtol=1e-4)
+    assert "products with samples' Hessians by vmap" in said[0]

@@ -58,10 +58,10 @@ def interval(values_C: np.ndarray, level: float = 0.05) -> tuple[float, float]:
     >>> round(low, 3), round(high, 3)
     (-0.769, -0.431)
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit  # scipy.stats takes most of a second to import
 
     mean, error = mean_and_error(values_C)
-    reach = float(t.isf(level, len(values_C) - 1)) * error if len(values_C) > 1 else float("nan")
+    reach = float(-stdtrit(len(values_C) - 1, level)) * error if len(values_C) > 1 else float("nan")
     return mean - reach, mean + reach
 
 

@@ -24,6 +24,8 @@ SMALLEST = 4
 """Members of the smallest group, where there are samples enough."""
 BELONGS = 0.3
 """A sample belongs to a group where its mean similarity with it, and minus that with its partner, is above this."""
+LOOSE = 2 / 3
+"""Or, where looks bear out what a loose group is, above this part of the group's mean."""
 RESEMBLES = 0.7
 """And, where it was not mined, its mean likeness with the group above this."""
 WEAKEST = 0.1
@@ -84,9 +86,9 @@ def group_by_similarity(
     affinity = (1 - LOOKS) * similarity
     for first in range(0, count, ROWS):
         affinity[first : first + ROWS] += LOOKS * likeness_MM[first : first + ROWS]
-    found = _without_weak(similarity, best_cut(affinity, smallest), smallest)
+    found = _without_weak(similarity, best_cut(affinity, smallest), smallest, LOOSE)
     del affinity
-    return _without_weak(similarity, _merged(similarity, likeness_MM, found.group_M), smallest)
+    return _without_weak(similarity, _merged(similarity, likeness_MM, found.group_M), smallest, LOOSE)
 
 
 def known(values: np.ndarray, copy: bool = True) -> np.ndarray:
@@ -117,12 +119,16 @@ def pair_anew(similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.nd
     return Grouping(groups, partner_G, alignments(similarity_MM, groups, partner_G))
 
 
-def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int) -> Grouping:
+def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int, loose: float | None = None) -> Grouping:
     """The groups with partners, without the members that do not align with them."""
     while True:  # leaving members out changes the means that others are held against
         partner_G = oppose(similarity, groups)
         alignment = alignments(similarity, groups, partner_G)
-        kept = drop_small(np.where(alignment >= BELONGS, groups, -1), smallest)
+        least_M = np.full(len(groups), BELONGS)
+        for group in range(len(partner_G) if loose is not None else 0):
+            inside = groups == group
+            least_M[inside] = np.clip(loose * alignment[inside].mean(), 0, BELONGS)
+        kept = drop_small(np.where(alignment >= least_M, groups, -1), smallest)
         if np.array_equal(kept >= 0, groups >= 0):
             return _by_size(groups, partner_G, alignment)
         groups = kept
@@ -179,12 +185,7 @@ def join(
     groups = len(grouping.partner_G)
     if groups == 0 or len(means_NG) == 0:
         return np.full(len(means_NG), -1), np.full(len(means_NG), np.nan)
-    sizes = np.bincount(grouping.group_M[grouping.group_M >= 0], minlength=groups)
-    alignment_NG = np.nan_to_num(means_NG)
-    for group, partner in enumerate(grouping.partner_G):
-        if partner >= 0:
-            both = sizes[group] * means_NG[:, group] - sizes[partner] * means_NG[:, partner]
-            alignment_NG[:, group] = np.nan_to_num(both / (sizes[group] + sizes[partner]))
+    sizes, alignment_NG = _aligned(means_NG, grouping)
     if likeness_NG is None:
         members = [grouping.alignment_M[grouping.members(group)] for group in range(groups)]
         belongs_NG = alignment_NG >= [max(BELONGS, np.quantile(aligned, WEAKEST)) for aligned in members]
@@ -199,16 +200,37 @@ def join(
     return joins, alignment
 
 
+def may_belong(means_NG: np.ndarray, grouping: Grouping) -> np.ndarray:
+    """Which of N samples align at one checkpoint with some group at least half as well as they must on the mean of
+    several to belong to it, (N,) bool."""
+    return np.any(_aligned(means_NG, grouping)[1] >= BELONGS / 2, axis=1)
+
+
+def _aligned(means_NG: np.ndarray, grouping: Grouping) -> tuple[np.ndarray, np.ndarray]:
+    """The groups' sizes, (G,), and the mean similarity of samples with each and minus that with its partner, (N, G)."""
+    sizes = np.bincount(grouping.group_M[grouping.group_M >= 0], minlength=len(grouping.partner_G))
+    alignment_NG = np.nan_to_num(means_NG)
+    for group, partner in enumerate(grouping.partner_G):
+        if partner >= 0:
+            both = sizes[group] * means_NG[:, group] - sizes[partner] * means_NG[:, partner]
+            alignment_NG[:, group] = np.nan_to_num(both / (sizes[group] + sizes[partner]))
+    return sizes, alignment_NG
+
+
 def change_correlation(losses_TM: np.ndarray) -> np.ndarray:
     """Pearson correlation of the one-step loss changes of every two samples, (M, M) float64.
 
     NaN for a sample that never moves.
     """
-    changes = np.diff(losses_TM.astype(np.float64), axis=0)
-    changes -= changes.mean(0)
+    return correlation(np.diff(losses_TM.astype(np.float64), axis=0))
+
+
+def correlation(series_TM: np.ndarray) -> np.ndarray:
+    """Pearson correlation of every two columns, (M, M) in their precision; NaN for one that is constant."""
+    centred = series_TM - series_TM.mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        changes /= np.linalg.norm(changes, axis=0)
-    return changes.T @ changes
+        centred /= np.linalg.norm(centred, axis=0)
+    return centred.T @ centred
 
 
 def spread(first: int, last: int, available: np.ndarray, count: int) -> np.ndarray:

@@ -28,13 +28,17 @@ def alike_between(likeness_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
     0.667
     """
     sizes = np.bincount(group_M[group_M >= 0])
-    between = between_groups(likeness_MM, group_M)
-    within = (sizes * np.diagonal(between) - 1) / np.maximum(sizes - 1, 1)
+    return alike_groups(between_groups(likeness_MM, group_M), sizes, typical_likeness(likeness_MM))
+
+
+def alike_groups(between_GG: np.ndarray, sizes: np.ndarray, typical: float) -> np.ndarray:
+    """The same from the mean likeness of every two groups, their sizes and the `typical_likeness` of all samples."""
+    within = (sizes * np.diagonal(between_GG) - 1) / np.maximum(sizes - 1, 1)
     own = np.sqrt(np.maximum(within, 0))
-    return between / np.maximum(np.outer(own, own), _typical(likeness_MM))
+    return between_GG / np.maximum(np.outer(own, own), typical)
 
 
-def _typical(likeness_MM: np.ndarray) -> float:
+def typical_likeness(likeness_MM: np.ndarray) -> float:
     """Root mean square likeness of two samples."""
     count = len(likeness_MM)
     total = float(np.einsum("ij,ij->", likeness_MM, likeness_MM, dtype=np.float64))

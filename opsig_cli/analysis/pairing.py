@@ -18,14 +18,15 @@ def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | 
     Pairs are taken greedily, the most negative first, and then exchanged two by two as long as that lowers the sum:
     where several groups share a feature, the strongest opposition must not leave the others without a partner.
     """
-    between = between_groups(similarity, groups)
+    return match(between_groups(similarity, groups), allowed_GG)
+
+
+def match(between_GG: np.ndarray, allowed_GG: np.ndarray | None = None) -> np.ndarray:
+    """The same from the mean similarity of every two groups, (G, G)."""
+    between = between_GG if allowed_GG is None else np.where(allowed_GG, between_GG, 0)
     partner = np.full(len(between), -1)
-    if allowed_GG is not None:
-        between = np.where(allowed_GG, between, 0)
-    for place in np.argsort(between, axis=None, kind="stable"):
-        a, b = np.unravel_index(place, between.shape)
-        if between[a, b] > OPPOSES:
-            break
+    opposed = np.argwhere(between <= OPPOSES)
+    for a, b in opposed[np.argsort(between[between <= OPPOSES], kind="stable")]:
         if a != b and partner[a] < 0 and partner[b] < 0:
             partner[a], partner[b] = b, a
     weight = np.where(between <= OPPOSES, -between, 0)
@@ -44,10 +45,12 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
     for a, b in pairs_of(partner):
         if partner[a] != b:
             continue
-        near = np.flatnonzero((weight[a] > 0) | (weight[b] > 0))  # others cannot gain anything
-        lone = np.setdiff1d(np.flatnonzero(partner < 0), near)[:1]  # one may be needed to leave a group alone
-        near = np.unique(np.concatenate([near, partner[near][partner[near] >= 0], lone]))
-        near = near[(near != a) & (near != b)]
+        chosen = (weight[a] > 0) | (weight[b] > 0)  # others cannot gain anything
+        chosen[np.flatnonzero((partner < 0) & ~chosen)[:1]] = True  # one may be needed to leave a group alone
+        others = partner[chosen]
+        chosen[others[others >= 0]] = True
+        chosen[a] = chosen[b] = False
+        near = np.flatnonzero(chosen)
         if not len(near):
             continue
         own = partner[near]

@@ -12,9 +12,9 @@ import numpy as np
 
 from opsig_cli.analysis.cutting import cut_tree
 from opsig_cli.analysis.group_means import between_groups
-from opsig_cli.analysis.grouping import LOOKS, SMALLEST, Grouping, change_correlation, group_by_similarity
-from opsig_cli.analysis.likeness import ALIKE, alike_between
-from opsig_cli.analysis.pairing import OPPOSES, oppose
+from opsig_cli.analysis.grouping import LOOKS, SMALLEST, Grouping, correlation, group_by_similarity
+from opsig_cli.analysis.likeness import ALIKE, alike_groups, typical_likeness
+from opsig_cli.analysis.pairing import OPPOSES, match, pairs_of
 
 MOST_DRAWN = 2000
 """Samples that are grouped anew at a time to see whether a group comes back."""
@@ -22,6 +22,8 @@ MOST_IN_NULL = 400
 """Samples of one round of a null."""
 MOST_FITTED = 800
 """Samples that a null is fitted to."""
+ROUNDING = 1e-6
+"""Relative difference up to which two strengths are the same."""
 ROUNDS = 99
 """Rounds of a null: the smallest p-value is 1 / (ROUNDS + 1)."""
 
@@ -32,13 +34,13 @@ Draw = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Null:
-    """Strength of the strongest group and of the strongest pair of each round, (rounds,) each."""
+    """Strength of each round's strongest group, (rounds,), and of its strongest pair by both counts, (rounds, 2)."""
 
     group: np.ndarray
     pair: np.ndarray
 
 
-NOTHING = Null(np.empty(0), np.empty(0))
+NOTHING = Null(np.empty(0), np.empty((0, 2)))
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,30 @@ def group_strength(cohesion: float, size: int) -> float:
     return cohesion * float(np.sqrt(size * (size - 1) / 2))
 
 
-def pair_strength(opposition: float, size_a: int, size_b: int) -> float:
-    """Opposition of two groups in units in which groups of any size compare: times the root of sizes' product."""
-    return -opposition * float(np.sqrt(size_a * size_b))
+def pair_strength(opposition: float, size_a: int, size_b: int) -> np.ndarray:
+    """Opposition of two groups in units in which groups of any size compare, (2,): times the root of the number of
+    cosines across, and times the root of the number of samples of a side.
+
+    A mean over n x m cosines is surer than one of n samples and less sure than n x m would make it, as each sample is
+    in many of them: large loose pairs are strong by the first count and small tight ones by the second.
+    """
+    return -opposition * np.array([np.sqrt(size_a * size_b), np.sqrt(np.sqrt(size_a * size_b))])
 
 
-def p_value(value: float, null: np.ndarray) -> float:
-    """Share of the null, the value itself included, that is at least as large; 1 for a value that is not known.
+def p_value(value: float | np.ndarray, null: np.ndarray) -> float:
+    """Share of the null, the value itself included, that is at least as large to rounding; 1 for a value that is not
+    known.
+
+    Of several counts of one strength, (k,) against a null (rounds, k), the one that speaks least for it.
 
     >>> p_value(3.0, np.array([1.0, 2.0, 4.0])), p_value(float("nan"), np.array([1.0]))
     (0.5, 1.0)
+    >>> p_value(np.array([3.0, 1.0]), np.array([[1.0, 1.0], [2.0, 0.0], [2.0, 2.0]]))
+    0.75
     """
-    if not np.isfinite(value):
+    if not np.isfinite(value).all():
         return 1.0
-    return float((1 + (null >= value).sum()) / (1 + len(null)))
+    return float(((1 + (null >= value - ROUNDING * np.abs(value)).sum(0)) / (1 + len(null))).max())
 
 
 def gaussian_null(
@@ -111,7 +123,7 @@ def gaussian_null(
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
     found = _null(drawn, rounds, smallest, seed)
-    return Null(found.group * total / count, found.pair * total / count)
+    return _of_all(found, total / count)
 
 
 def _codes(similarity: np.ndarray, likeness: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
@@ -146,72 +158,109 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
     tell then.
     """
     count = min(MOST_IN_NULL, losses_TM.shape[1])
-    half = (len(losses_TM) - 1) // 2
+    steps = len(losses_TM) - 1
     changes = np.diff(losses_TM.astype(np.float64), axis=0)
+    # what a shuffle keeps: found once for all rounds
+    sizes_FM = np.abs(np.fft.rfft(changes, axis=0)).astype(np.float32)
+    means_M = changes.mean(0)
 
     def surrogates(generator: np.random.Generator) -> Draw:
         chosen = generator.choice(losses_TM.shape[1], count, replace=False)
-        series = phase_shuffled(changes[:, chosen], generator)
-        walks = np.concatenate([np.zeros((1, count)), np.cumsum(series, 0)])
-        first, second = (np.nan_to_num(change_correlation(part)) for part in (walks[: half + 1], walks[half:]))
+        spectrum = sizes_FM[:, chosen] * _phases((len(sizes_FM), count), steps, generator)
+        spectrum[0] = means_M[chosen] * steps
+        series = np.fft.irfft(spectrum, steps, axis=0)
+        first, second = (np.nan_to_num(correlation(part)) for part in (series[: steps // 2], series[steps // 2 :]))
         return first, first, second, None
 
     found = _null(surrogates, rounds, smallest, seed)
-    scale = losses_TM.shape[1] / count
-    return Null(found.group * scale, found.pair * scale)
+    return _of_all(found, losses_TM.shape[1] / count)
+
+
+def _of_all(null: Null, scale: float) -> Null:
+    """The null of `scale` times as many samples, of which a group holds the same part."""
+    return Null(null.group * scale, null.pair * np.array([scale, np.sqrt(scale)]))
 
 
 def _null(draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: int, seed: int) -> Null:
     """Strongest groups, and strongest pairs that look alike, of `rounds` draws."""
     generator = np.random.default_rng(seed)
-    groups, pairs = np.zeros(rounds), np.zeros(rounds)
+    groups, pairs = np.zeros(rounds), np.zeros((rounds, 2))
     for number in range(rounds):
         cut, similarity, tested, looks = draw(generator)
+        typical = 0.0 if looks is None else typical_likeness(looks)
+        before = None
         for chosen in cut_tree(cut, smallest):
-            partner = oppose(similarity, chosen)
-            alike = None if looks is None else alike_between(looks, chosen)
-            for a, b in enumerate(partner):
-                inside = np.flatnonzero(chosen == a)
-                strength = group_strength(_within(tested, inside), len(inside))
-                groups[number] = max(groups[number], strength)
-                if b > a and (alike is None or alike[a, b] >= ALIKE):
-                    other = np.flatnonzero(chosen == b)
-                    across = float(tested[np.ix_(inside, other)].mean())
-                    pairs[number] = max(pairs[number], pair_strength(across, len(inside), len(other)))
+            if before is not None and np.array_equal(chosen, before):
+                continue
+            before = chosen
+            group, pair = _strongest(chosen, similarity, tested, looks, typical)
+            groups[number], pairs[number] = max(groups[number], group), np.maximum(pairs[number], pair)
     return Null(groups, pairs)
 
 
-def _within(similarity: np.ndarray, members: np.ndarray) -> float:
-    block = similarity[np.ix_(members, members)]
-    return float((block.sum() - np.trace(block)) / max(1, len(members) * (len(members) - 1)))
+def _strongest(
+    group_M: np.ndarray, similarity: np.ndarray, tested: np.ndarray, looks: np.ndarray | None, typical: float
+) -> tuple[float, np.ndarray]:
+    """Strength of the strongest of these groups, and by either count, (2,), of the strongest pair that looks alike; 0
+    for none."""
+    inside = group_M >= 0
+    if not inside.any():
+        return 0.0, np.zeros(2)
+    between_GG = between_groups(similarity, group_M)
+    tested_GG = between_GG if tested is similarity else between_groups(tested, group_M)
+    sizes = np.bincount(group_M[inside])
+    own = np.bincount(group_M[inside], np.diagonal(tested)[inside])  # without a sample's similarity with itself
+    cohesion = (np.diagonal(tested_GG) * sizes**2 - own) / np.maximum(sizes * (sizes - 1), 1)
+    group = float((cohesion * np.sqrt(sizes * (sizes - 1) / 2)).max())
+    pairs = pairs_of(match(between_GG))
+    if pairs and looks is not None:
+        alike_GG = alike_groups(between_groups(looks, group_M), sizes, typical)
+        pairs = [(a, b) for a, b in pairs if alike_GG[a, b] >= ALIKE]
+    strengths = [pair_strength(tested_GG[a, b], sizes[a], sizes[b]) for a, b in pairs]
+    return max(group, 0.0), np.max([np.zeros(2), *strengths], axis=0)
+
+
+def _phases(shape: tuple[int, ...], steps: int, generator: np.random.Generator) -> np.ndarray:
+    """Random turns of the frequencies of real series of so many steps, complex64: F of them along the first axis."""
+    turns = (2 * np.pi) * generator.random(shape, np.float32)
+    phases = np.empty(shape, np.complex64)
+    np.cos(turns, out=phases.real)
+    np.sin(turns, out=phases.imag)
+    phases[0] = 1
+    if steps % 2 == 0:  # the highest frequency stays real
+        phases[-1] = np.where(turns[-1] < np.pi, -1, 1)
+    return phases
 
 
 def phase_shuffled(series_TM: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Every column with the power of all its frequencies and random phases, (T, M) (Theiler et al. 1992)."""
     spectrum = np.fft.rfft(series_TM, axis=0)
-    phases = np.exp(2j * np.pi * generator.random(spectrum.shape))
-    phases[0] = 1
-    if len(series_TM) % 2 == 0:  # the highest frequency stays real
-        phases[-1] = np.where(generator.random(spectrum.shape[1]) < 0.5, -1, 1)
-    return np.fft.irfft(spectrum * phases, len(series_TM), axis=0)
+    return np.fft.irfft(spectrum * _phases(spectrum.shape, len(series_TM), generator), len(series_TM), axis=0)
 
 
 def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = ROUNDS, seed: int = 0) -> float:
     """Share of phase-shuffled a, (T,), itself included, that correlate with b at least as negatively as a does.
 
     Two series that do nothing but alternate at period two are at +1 or -1 whatever their phase: the answer is then a
-    half, not small. It is 1 where a change is not known.
+    half, not small. It is 1 where a change is not known. Products of series are those of their spectra (Parseval), so
+    that no surrogate is made.
 
     >>> swing = np.resize([1.0, -1.0], 64)
     >>> series_p_value(swing, -swing) > 0.3
     True
     """
     a, b = changes_a - changes_a.mean(), changes_b - changes_b.mean()
-    surrogates = phase_shuffled(np.repeat(a[:, None], rounds, 1), np.random.default_rng(seed))
     observed = float(a @ b)
     if not np.isfinite(observed):
         return 1.0
-    return float((1 + (b @ surrogates <= observed + 1e-9 * abs(observed)).sum()) / (1 + rounds))
+    steps = len(a)
+    cross_F = np.fft.rfft(a) * np.fft.rfft(b).conj() * (2 / steps)
+    cross_F[0] /= 2
+    if steps % 2 == 0:
+        cross_F[-1] /= 2
+    generator = np.random.default_rng(seed)
+    products = [float((cross_F @ _phases(cross_F.shape, steps, generator)).real) for _ in range(rounds)]
+    return float((1 + (np.array(products) <= observed + ROUNDING * abs(observed)).sum()) / (1 + rounds))
 
 
 def resampled(

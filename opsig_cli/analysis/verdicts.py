@@ -19,8 +19,9 @@ LEVEL = 0.05
 SILENCES = 0.5
 """A pair makes its own swing where, with both sides silent, less than this part remains of what remains when others
 with the same labels are silent: more than half of it is then the pair's."""
-REPLAYS = 2
-"""Checkpoints at which this must be seen, each with controls of its own: at one alone it often is by chance."""
+REPLAYS = 3
+"""Held-out checkpoints at which this must be seen, each with controls of its own, with at most one at which it is not,
+for silence alone to decide: at one it often is by chance."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Evidence:
 def judge(found: Evidence) -> tuple[str, str]:
     """A verdict and its reason, which completes a sentence.
 
-    >>> apart = [Silenced(step, 1.0, 0.05, 0.9, 0.06) for step in (40, 80)]
+    >>> apart = [Silenced(step, 1.0, 0.05, 0.9, 0.06) for step in (40, 80, 120)]
     >>> judge(Evidence(-0.4, -0.3, 0.01, 0.9, apart))[0], judge(Evidence(-0.1, 0.1, 0.01, 0.9, apart))[0]
     ('established', 'refuted')
     """
@@ -75,24 +76,29 @@ def judge(found: Evidence) -> tuple[str, str]:
     if math.isnan(found.alike):
         looks = "it is not known whether the sides look alike"
     lacks = "; ".join(filter(None, (chance, looks)))
-    if len(ratios) >= REPLAYS:
-        if max(ratios) < SILENCES:
-            goes = "the swing of both sides goes when they are silent"
-            if found.at_ends and lacks:
-                goes += ", as at any two ends of an eigenvector"
-                return ("unclear" if chance else "likely"), f"{goes}, but {lacks}"
-            return ("likely", f"{goes}, but {looks}") if math.isnan(found.alike) else ("established", goes)
-        if min(ratios) >= SILENCES and not lacks:
-            return (
-                "unclear",
-                "the sides pull apart and look alike, but swing on when they are silent: others swing them",
-            )
-        if min(ratios) >= SILENCES:
+    goes = sum(ratio < SILENCES for ratio in ratios)
+    stays = len(ratios) - goes
+    if goes >= REPLAYS and stays <= 1:
+        why = "the swing of both sides goes when they are silent" + f", at {goes} of {len(ratios)} checkpoints" * stays
+        if found.at_ends and lacks:
+            why += ", as at any two ends of an eigenvector"
+            return ("unclear" if chance else "likely"), f"{why}, but {lacks}"
+        return ("likely", f"{why}, but {looks}") if math.isnan(found.alike) else ("established", why)
+    if not goes and stays >= 2:
+        if looks:
             return "refuted", "the sides swing on when they are silent: others swing them"
-        return "unclear", "silent sides lose their swing at one checkpoint and keep it at another"
-    if ratios and ratios[0] >= SILENCES:
-        return "unclear", "it swings at one checkpoint of those tested, and there others swing it"
-    swings = "the swing of both sides goes when they are silent, at the one checkpoint where they swing; "
+        pull = (
+            "the sides pull apart and look alike"
+            if chance
+            else "the sides pull apart, look alike, and are stronger than chance"
+        )
+        return ("unclear" if chance else "likely"), f"{pull}, but swing on when they are silent: others swing them"
+    if stays and stays >= goes:
+        if not goes:
+            return "unclear", "it swings at one checkpoint of those tested, and there others swing it"
+        return "unclear", f"silent sides lose their swing at {goes} of {len(ratios)} checkpoints and keep it elsewhere"
+    where = "the one checkpoint" if len(ratios) == 1 else f"{goes} of the {len(ratios)} checkpoints"
+    swings = f"the swing of both sides goes when they are silent, at {where} where they swing; "
     why = (swings if ratios else f"{found.untested}; " if found.untested else "") + "on held-out checkpoints "
     if not lacks:
         return "established", why + "the sides pull apart, look alike, and are stronger than chance"

@@ -15,7 +15,7 @@ from opsig_cli.backends import Session, State
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.filled import LOSS, coverage_of, filled
 from opsig_cli.studies.replaying import replay
-from opsig_cli.studies.trained import settings_at, settings_of, weights_of
+from opsig_cli.studies.trained import settings_at, settings_of, weights_of, why_not_repeated
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
@@ -41,14 +41,8 @@ def why_no_floor(run: Trajectory, step: int) -> str | None:
     if {step, step + 1, step + 2} <= set(run.steps("checkpoints").tolist()):
         return None
     needed = f"the checkpoints of steps {step} to {step + 2} are not all there"
-    if settings is None:
-        return f"it does not say how it was trained, and {needed}"
-    if untold := list(settings.untold().values()):
-        return f"it {untold[0]}, and {needed}"
-    slots = {"momentum": ["momentum_buffer"], "adam": ["exp_avg", "exp_avg_sq"]}.get(settings.optimizer, [])
-    if step and any(not run.has(f"checkpoints/optimizer/{name}") for name in slots):
-        return f"its checkpoints lack the optimizer's state, and {needed}"
-    return None
+    why = why_not_repeated(run, settings, step)
+    return None if why is None else f"{why}, and {needed}"
 
 
 def three_states(run: Trajectory, session: Session, step: int) -> list[State]:

@@ -9,6 +9,9 @@ import numpy as np
 from opsig_cli.settings import Settings
 from opsig_cli.trajectory.file import Trajectory
 
+STATE = {"momentum": ["momentum_buffer"], "adam": ["exp_avg", "exp_avg_sq"], "splitsgd": ["radius"]}
+"""What of an optimizer's state a checkpoint must hold, after the first step, for it to go on as it did."""
+
 SCHEDULED = ("learning_rate", "momentum", "beta1", "beta2")
 """Settings of which a run may record one for each step."""
 
@@ -17,6 +20,18 @@ def settings_of(run: Trajectory) -> Settings | None:
     """How the run was trained, or None where it does not say."""
     attributes = run.attributes
     return Settings.stored(attributes, run.path) if "settings_json" in attributes else None
+
+
+def why_not_repeated(run: Trajectory, settings: Settings | None, step: int) -> str | None:
+    """Why training cannot be repeated from a checkpoint as the run made it, in words; None where it can."""
+    if settings is None:
+        return "it does not say how it was trained"
+    if untold := list(settings.untold().values()):
+        return f"it {untold[0]}"
+    names = [f"checkpoints/optimizer/{name}" for name in STATE.get(settings.optimizer, [])]
+    if step > settings.began and any(not run.has(name) or np.isnan(run.row(name, step)).all() for name in names):
+        return "its checkpoints lack the optimizer's state"
+    return None
 
 
 def settings_at(run: Trajectory, settings: Settings, step: int) -> Settings:

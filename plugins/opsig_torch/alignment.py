@@ -25,8 +25,6 @@ from opsig_torch.opened import Opened
 
 VANISHES = 1e-15
 """Norm up to which a gradient has no direction: products of such gradients leave the normal numbers of float32."""
-DIRECTIONS_BYTES = 256 << 20
-"""Bound on the mean gradients of sets that are held at a time."""
 
 
 def gradient_gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
@@ -42,7 +40,7 @@ def _checked_gram(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> n
     gram = _gram(opened, samples, plan)
     squares = np.diag(gram)
     a, b = largest(squares), len(samples) // 2
-    one, two = (_plain_gradient(opened, samples[place]) for place in (a, b))
+    one, two = (plain_gradient(opened, samples[place]) for place in (a, b))
     size = float(np.sqrt(squares[a] * squares[b]))
     require_agreement(gram[a, b], float(one @ two), size)
     require_agreement(squares[a], float(one @ one))
@@ -93,63 +91,7 @@ def _norms(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> np.ndarr
 def require_norm(opened: Opened, samples: np.ndarray, norms: np.ndarray) -> None:
     """Raise Disagrees where the largest norm of the samples' gradients is not that of plain autograd."""
     place = largest(norms)
-    require_agreement(norms[place], float(_plain_gradient(opened, samples[place]).norm()))
-
-
-def mean_cosines(
-    opened: Opened, samples: np.ndarray, sets: list[np.ndarray], norms: np.ndarray | None = None
-) -> np.ndarray:
-    """Mean cosine of each sample's gradient with those of each set of samples, (M, G) float64.
-
-    `norms`: of the gradients of all samples that are named, (S,), where they are known. A gradient that vanishes
-    has no direction: as a member it counts as 0, as a sample it is NaN.
-
-    It is the product with the mean of the set's unit gradients, so that no two samples' gradients meet.
-    """
-    if norms is None:
-        norms = np.full(opened.samples, np.nan)
-        needed = np.unique(np.concatenate([samples, *sets]))
-        norms[needed] = gradient_norms(opened, needed)
-    norms = directed(norms)
-    together = max(1, DIRECTIONS_BYTES // (4 * opened.flat.vector.numel()))
-    parts = [_products(opened, samples, sets[i : i + together], norms) for i in range(0, len(sets), together)]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.concatenate(parts, 1) / norms[samples][:, None]
-
-
-def _products(opened: Opened, samples: np.ndarray, sets: list[np.ndarray], norms: np.ndarray) -> np.ndarray:
-    """Inner products of the samples' gradients with the mean unit gradient of each set, (M, G)."""
-    directions = [_mean_unit_gradient(opened, members, norms) for members in sets]
-    by_parameter = {
-        parameter: torch.stack([direction[number].reshape(-1) for direction in directions])
-        for number, parameter in enumerate(opened.flat.parameters)
-    }
-    del directions
-    return in_some_way(opened, len(samples), lambda plan: _products_with(opened, samples, by_parameter, plan))
-
-
-def _products_with(
-    opened: Opened, samples: np.ndarray, directions: dict[nn.Parameter, torch.Tensor], plan: captured.Plan
-) -> np.ndarray:
-    """Inner products of the samples' gradients with directions, (G, P) by parameter, (M, G)."""
-    model = opened.flat.model
-    sets = len(next(iter(directions.values())))
-    parts = []
-    for part in sample_batches(opened, samples):
-        total = torch.zeros(len(part), sets, dtype=torch.float64, device=opened.flat.vector.device)
-        for parameter in captured.capture(opened, part, plan, list(plan.covered)):
-            total += parameter.products(directions[parameter.parameter])
-        if plan.loose:
-            flat = torch.cat([directions[model.get_parameter(name)] for name in plan.loose], 1).double()
-            for chosen, rows in loose_blocks(opened, part, plan):
-                total[chosen] += rows @ flat.T
-        parts.append(total)
-    products = torch.cat(parts).cpu().numpy()
-    place = len(samples) // 2
-    direction = torch.cat([rows[0].double() for rows in directions.values()])
-    exact = _plain_gradient(opened, samples[place])
-    require_agreement(products[place, 0], float(exact @ direction), float(exact.norm() * direction.norm()))
-    return products
+    require_agreement(norms[place], float(plain_gradient(opened, samples[place]).norm()))
 
 
 def sample_batches(opened: Opened, samples: np.ndarray) -> Iterator[np.ndarray]:
@@ -157,19 +99,6 @@ def sample_batches(opened: Opened, samples: np.ndarray) -> Iterator[np.ndarray]:
     size = opened.inference_batch()
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
-
-
-def _mean_unit_gradient(opened: Opened, samples: np.ndarray, norms: np.ndarray) -> list[torch.Tensor]:
-    """Mean over the samples of their gradients of length one, for each parameter."""
-    parameters = opened.flat.parameters
-    total = [torch.zeros_like(parameter) for parameter in parameters]
-    for chosen in sample_batches(opened, samples):
-        losses = opened.batch_losses(opened.batches.take(chosen))
-        weights = torch.from_numpy(inverse(norms[chosen]) / len(samples)).to(losses)
-        gradients = plain.gradients(opened, (losses * weights).sum())
-        for sum_, gradient in zip(total, gradients, strict=True):
-            sum_ += gradient
-    return total
 
 
 def directed(norms: np.ndarray) -> np.ndarray:
@@ -217,7 +146,7 @@ def require_agreement(found: float, exact: float, scale: float = 0.0) -> None:
         raise ways.Disagrees(f"{found:.6g} is {exact:.6g} by plain autograd")
 
 
-def _plain_gradient(opened: Opened, sample: int) -> torch.Tensor:
+def plain_gradient(opened: Opened, sample: int) -> torch.Tensor:
     """A sample's gradient by plain autograd, alone in its batch, (P,) float64."""
     loss = plain.require_losses(opened.batch_losses(opened.batches.take([int(sample)])), 1)[0]
     return plain.flattened(plain.gradients(opened, loss)).double()

@@ -110,6 +110,13 @@ def _plan(opened: Opened) -> Plan:
     return Plan(covered, floats, loose)
 
 
+def is_once(opened: Opened, chosen: Plan, parameter: nn.Parameter) -> bool:
+    """Whether a covered parameter is used once, by a layer that sees one position a sample."""
+    two = np.unique([0, opened.samples - 1])
+    (found,) = capture(opened, two, chosen, [parameter])
+    return len(found.uses) == 1 and found.uses[0][0].inputs.ndim == 2
+
+
 def capture(opened: Opened, samples: np.ndarray, chosen: Plan, parameters: list[nn.Parameter]) -> Iterator[Captured]:
     """Gradients of these parameters for a batch, all of whose activations are held until the last is taken."""
     modules = list(dict.fromkeys(module for p in parameters for module, _ in chosen.covered[p]))

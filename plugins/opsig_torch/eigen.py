@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from opsig_torch.rows import PIECE, Rows
+
 LIMIT = 200
 """Products after which a solve gives up and says so."""
 ROOM = 40
 """Basis vectors, beyond four for each eigenpair, at which the basis is cut back to the best ones."""
-PIECE = 1 << 14
-"""Columns that are turned into float64 at a time: a basis of so many fits a processor's cache."""
 SMALLEST_TOLERANCE = 1e-5
 """A float32 product is good to about 5e-7; residuals below this would be noise."""
 LOOK_ABOUT = 3
@@ -108,7 +108,8 @@ def top_eigenpairs(
 class _Search:
     """A remembered model (Q, q), the basis V and its images W = H V, and the Gram matrix of them all in float64.
 
-    Rows lie in the order Q, v_1, w_1, v_2, w_2, ..., so that V and W are views.
+    Rows lie in the order Q, v_1, w_1, v_2, w_2, ... All that the search decides, it decides by the Gram matrix: long
+    vectors are only multiplied once, as they come, and combined into the next direction.
     """
 
     def __init__(self, like: torch.Tensor, memory: Memory | None, room: int):
@@ -116,9 +117,9 @@ class _Search:
         self._known = len(known)
         self._values = np.empty(0) if memory is None else memory.values
         self._room = room
-        self._rows = like.new_empty(len(known) + 16, like.numel())
-        self._rows[: len(known)] = known
+        self._rows = Rows(known)
         self._gram = np.eye(len(known))
+        self._precision = torch.finfo(like.dtype).eps
         self._generator = torch.Generator().manual_seed(2311)  # not one that a start is drawn from
         self.products = 0
 
@@ -141,18 +142,22 @@ class _Search:
             raise ValueError(
                 "the Hessian is not finite at this checkpoint: the run has diverged. Choose others with --steps"
             )
-        self._put(vector)
-        self._put(image)
+        self._put(vector, image)
         self.products += 1
         self._ritz_values, self._ritz = np.linalg.eigh((self._vw + self._vw.T) / 2)
 
     def pairs(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The largest Ritz values, decreasing, with their residuals, relative and absolute."""
+        """The largest Ritz values, decreasing, with their residuals, relative and absolute.
+
+        Lengths of combinations come from the Gram matrix, which is that of the rows as they are held.
+        """
         values, ritz = self._ritz_values[::-1][:count].copy(), self._ritz[:, ::-1][:, :count]
         coefficients = np.zeros((len(self._gram), len(values)))
         coefficients[self._known :: 2] = -values * ritz
         coefficients[self._known + 1 :: 2] = ritz
-        errors = np.array([_norm(row) for row in self._combine(coefficients)])
+        squares = np.einsum("nk,nm,mk->k", coefficients, self._gram, coefficients)
+        errors = np.sqrt(np.maximum(squares, 0))
+        errors = np.maximum(errors, self._precision * np.abs(values))  # what combining the rows in it would leave
         return values, errors / np.maximum(np.abs(values), 1e-300), errors
 
     def next_direction(self, ranks: np.ndarray) -> torch.Tensor:
@@ -162,19 +167,20 @@ class _Search:
         found = coordinates @ vectors[:, vectors.shape[1] - 1 - ranks]
         found[self._known :: 2] -= self._gram[self._known :: 2] @ found
         outside = np.einsum("nk,nm,mk->k", found, self._gram, found)
-        return self._combine(found[:, [outside.argmax()]])[0]
+        return self._rows.combine(found[:, [outside.argmax()]])[0]
 
     def vectors(self, count: int) -> torch.Tensor:
         """The largest Ritz vectors, (K, P), of unit length."""
-        found = self._lift(self._known, self._ritz[:, ::-1][:, :count])
+        found = self._rows.combine(self._ritz[:, ::-1][:, :count], self._known, 2)
         return found / torch.stack([torch.as_tensor(_norm(v)) for v in found]).to(found)[:, None]
 
     def remember(self) -> Memory:
         """The model's eigenpairs of largest size."""
         coordinates, values, vectors = self._model()
-        rank = max(1, min(REMEMBERED, REMEMBERED_BYTES // (self._rows.element_size() * self._rows.shape[1])))
+        size = self._rows.like.element_size() * self._rows.like.shape[1]
+        rank = max(1, min(REMEMBERED, REMEMBERED_BYTES // size))
         kept = np.argsort(-np.abs(values))[:rank]
-        return Memory(self._combine(coordinates @ vectors[:, kept]), values[kept])
+        return Memory(self._rows.combine(coordinates @ vectors[:, kept]), values[kept])
 
     @property
     def _vw(self) -> np.ndarray:
@@ -199,35 +205,24 @@ class _Search:
 
     def _apart(self, vector: torch.Tensor) -> torch.Tensor | None:
         """What of the vector is orthogonal to the basis, of unit length, or None where that is rounding."""
-        basis = self._rows[self._known : len(self._gram) : 2]
-        vector = vector - _products(basis, vector).to(vector) @ basis
+        if self.size:
+            along = self._rows.products(vector[None], self._known, 2)
+            vector = vector - self._rows.combine(along, self._known, 2)[0]
         length = _norm(vector)
-        return vector / length if length > ROUNDING * torch.finfo(vector.dtype).eps else None
+        return vector / length if length > ROUNDING * self._precision else None
 
     def _cut_back(self) -> None:
         """Keep the best half of the basis."""
         kept = self._ritz[:, ::-1][:, : self._room // 2]
-        pairs = list(zip(*(self._lift(self._known + i, kept) for i in (0, 1)), strict=True))
+        vectors, images = (self._rows.combine(kept, self._known + i, 2) for i in (0, 1))
         self._gram = self._gram[: self._known, : self._known]
-        for row in (row for pair in pairs for row in pair):
-            self._put(row)
+        self._rows.keep(self._known)
+        for vector, image in zip(vectors, images, strict=True):
+            self._put(vector, image)
 
-    def _put(self, row: torch.Tensor) -> None:
-        place = len(self._gram)
-        if place == len(self._rows):
-            self._rows = torch.cat([self._rows, self._rows.new_empty(16, self._rows.shape[1])])
-        self._rows[place] = row
-        products = _products(self._rows[: place + 1], self._rows[place]).cpu().numpy()
-        self._gram = np.block([[self._gram, products[:-1, None]], [products[None]]])
-
-    def _combine(self, coefficients: np.ndarray) -> torch.Tensor:
-        """Combinations of all rows, (k, P), by coefficients (n, k)."""
-        return torch.from_numpy(coefficients.T.copy()).to(self._rows) @ self._rows[: len(self._gram)]
-
-    def _lift(self, first: int, coefficients: np.ndarray) -> torch.Tensor:
-        """The same of every other row from `first` on: of V, or of W."""
-        rows = self._rows[first : len(self._gram) : 2]
-        return torch.from_numpy(coefficients.T.copy()).to(rows) @ rows
+    def _put(self, vector: torch.Tensor, image: torch.Tensor) -> None:
+        products = self._rows.products(self._rows.put(vector, image))
+        self._gram = np.block([[self._gram, products[:-2]], [products.T]])
 
 
 def lanczos_matrix(

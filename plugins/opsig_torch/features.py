@@ -11,6 +11,9 @@ from torch import nn
 
 from opsig_torch.opened import Opened
 
+HELD_BYTES = 256 << 20
+"""Bound on the features that are held to spare a pass."""
+
 
 def features(opened: Opened, samples: np.ndarray) -> np.ndarray | None:
     """Features of chosen samples, less the mean of all samples and of length one, (M, D) float32.
@@ -26,18 +29,31 @@ def features(opened: Opened, samples: np.ndarray) -> np.ndarray | None:
 def mean_feature_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray | None:
     """Mean cosine of each sample's centred features with those of each set of samples, (M, G) float64, or None.
 
-    Two forward passes over all samples, of which only the sets' features are held.
+    One forward pass over all samples where their features fit HELD_BYTES; elsewhere two, and only the sets' are held.
     """
     members = np.unique(np.concatenate(sets))
-    found = _centred(opened, members)
+    wanted = np.union1d(members, samples)
+    held = _fits(opened, len(wanted))
+    found = _centred(opened, wanted if held else members)
     if found is None:
         return None
     rows, centre = found
-    means_GD = torch.stack([rows[np.searchsorted(members, chosen)].double().mean(0) for chosen in sets])
+    place = np.searchsorted(wanted if held else members, np.arange(opened.samples))
+    means_GD = torch.stack([rows[place[chosen]].double().mean(0) for chosen in sets])
+    if held:
+        pieces = [rows[place[part]].double() @ means_GD.T for part in np.array_split(samples, 1 + len(samples) // 4096)]
+        return torch.cat(pieces).cpu().numpy()
     everybody = np.full((opened.samples, len(sets)), np.nan)
     for indices, rows in _everybody(opened):
         everybody[indices] = (_unit(rows.double() - centre) @ means_GD.T).cpu().numpy()
     return everybody[samples]
+
+
+def _fits(opened: Opened, count: int) -> bool:
+    """Whether the features of so many samples fit HELD_BYTES."""
+    with torch.inference_mode():
+        found = _features(opened, opened.batches.take(range(min(2, opened.samples))))
+    return found is not None and found.shape[1] * found.element_size() * count <= HELD_BYTES
 
 
 def _centred(opened: Opened, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | None:

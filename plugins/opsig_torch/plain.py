@@ -33,12 +33,16 @@ def require_losses(losses: torch.Tensor, samples: int) -> torch.Tensor:
     return losses
 
 
-def gradients(opened: Opened, loss: torch.Tensor, twice: bool = False, keep: bool = False) -> tuple[torch.Tensor, ...]:
-    """Gradient of a loss over each parameter; 0 of a loss that depends on none."""
+def gradients(
+    opened: Opened, loss: torch.Tensor, twice: bool = False, keep: bool = False,
+    over: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Gradient of a loss over each parameter, or those given by `over`; 0 of a loss that depends on none."""
+    parameters = opened.flat.parameters if over is None else over
     if not loss.requires_grad:
-        return tuple(torch.zeros_like(parameter) for parameter in opened.flat.parameters)
+        return tuple(torch.zeros_like(parameter) for parameter in parameters)
     found = torch.autograd.grad(
-        loss, opened.flat.parameters, create_graph=twice, retain_graph=keep or twice, materialize_grads=True
+        loss, parameters, create_graph=twice, retain_graph=keep or twice, materialize_grads=True
     )
     if twice and "twice" not in opened.kept:
         require_differentiable(found)

@@ -102,10 +102,10 @@ class TorchSession(Opened):
 
     def mean_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
         """Mean cosine of samples' gradients with those of each set, (M, G); where, see `gradient_cosines`."""
-        from opsig_torch import alignment, coupled
+        from opsig_torch import coupled, set_cosines
 
         with self.at(state):
-            return (coupled if self.couples_samples else alignment).mean_cosines(self, samples, sets)
+            return (coupled if self.couples_samples else set_cosines).mean_cosines(self, samples, sets)
 
     def gradient_sketch(self, state: State, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
         """Sketches of chosen samples' gradients of length one, (M, size) float32; see `opsig_torch.sketch`."""

@@ -101,13 +101,6 @@ class SharedSession(TorchSession):
         slopes, curvatures = np.concatenate(self._together("slopes", self._bare(state), directions), 1)
         return slopes, curvatures
 
-    def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-        if self.couples_samples:
-            return super().sample_sharpness(state, samples, tolerance)
-        found = self._together("sharpness", self._bare(state), samples, tolerance)
-        values, residuals = np.concatenate(found, 1)
-        return values, residuals
-
     def gradient(self, state: State) -> np.ndarray:
         return self._together("gradient", self._bare(state))[0]
 
@@ -245,16 +238,8 @@ class SharedSession(TorchSession):
             return gradient_norms(self, own) if len(own) else np.empty(0)
 
     def share_of_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
-        from opsig_torch import alignment
-
-        needed = np.unique(np.concatenate([samples, *sets]))
-        norms = np.full(self.samples, np.nan)
-        norms[needed] = np.concatenate(self.perform("norms", (state, needed)))
         own = samples[self.own(self.inference_batch(), len(samples))]
-        if not len(own):
-            return np.empty((0, len(sets)))
-        with self.at(state):
-            return alignment.mean_cosines(self, own, sets, norms)
+        return super().mean_cosines(state, own, sets) if len(own) else np.empty((0, len(sets)))
 
     def share_of_sketch(self, state: State, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
         own = samples[self.own(self.inference_batch(), len(samples))]
@@ -273,12 +258,6 @@ class SharedSession(TorchSession):
             return np.empty((2, 0, len(directions)))
         with self.batches.only(own):
             return np.stack(super().slopes_along(state, directions))[:, own]
-
-    def share_of_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> np.ndarray:
-        from opsig_torch.spectrum import block_size
-
-        own = samples[self.own(block_size(self), len(samples))]
-        return np.stack(super().sample_sharpness(state, own, tolerance)) if len(own) else np.empty((2, 0))
 
     def share_of_gradient(self, state: State) -> np.ndarray:
         with self._shared_sums():

@@ -5,7 +5,7 @@ P parameters, R probes, m Lanczos steps, b samples of a block.
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import torch
@@ -52,18 +52,19 @@ def sample_sharpness(opened: Opened, samples: np.ndarray, tolerance: float) -> L
     like = opened.flat.vector.detach()
     if like.dtype == torch.float32 and tolerance < SMALLEST_TOLERANCE:
         raise OpsigError(f"a tolerance of {tolerance:g} cannot be met in float32. Use {SMALLEST_TOLERANCE:g} or more")
-    block = block_size(opened)
-    start = random_start(like, 0)  # the same for all: a sample's value is its own, whatever the company
-
-    found = []
-    for first in range(0, len(samples), block):
-        chosen = samples[first : first + block]
-        products = sample_hessians(opened, chosen)
-        found.append(largest_eigenvalues(products, start.expand(len(chosen), -1), tolerance, SAMPLE_LIMIT))
+    floats = BLOCK_BYTES // (like.element_size() * (ROOM + 4))
+    found, first = [], 0
+    while first < len(samples):
+        hessians = sample_hessians(opened, samples[first:], floats)
+        block = largest_eigenvalues(hessians.products, hessians.start, tolerance, SAMPLE_LIMIT)
+        found.append(block if hessians.is_all else _or_zero(block, tolerance))
+        first += len(hessians.start)
     return Largest(*(np.concatenate(parts) for parts in zip(*map(astuple, found), strict=True)))
 
 
-def block_size(opened: Opened) -> int:
-    """How many samples are solved for at a time."""
-    like = opened.flat.vector
-    return max(1, BLOCK_BYTES // (like.element_size() * like.numel() * (ROOM + 4)))
+def _or_zero(found: Largest, tolerance: float) -> Largest:
+    """What was found, or 0, with no residual, where that is larger: an operator that is 0 somewhere else."""
+    negative = (found.values < 0) & (found.residuals <= tolerance)
+    return replace(
+        found, values=np.where(negative, 0.0, found.values), residuals=np.where(negative, 0.0, found.residuals)
+    )

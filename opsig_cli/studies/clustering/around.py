@@ -116,9 +116,11 @@ def with_opponents(
         return position
     everybody = np.arange(len(run.samples))
     sets = [run.samples[inside] for inside in members]
-    cosine_NG = gathering.group_cosines(
-        run, session, checkpoints_in(run, window), everybody, sets, advance
-    ).mean(0)  # fmt: skip
+    rows = []
+    for step in checkpoints_in(run, window).tolist():
+        rows.append(gathering.group_cosines(run, session, step, everybody, sets))
+        advance(note=f"step {step}")
+    cosine_NG = np.mean(rows, axis=0)
     opponents = []
     for inside, cosine_N in zip(members, cosine_NG.T, strict=True):
         most = np.argsort(cosine_N, kind="stable")[: 2 * len(inside)]

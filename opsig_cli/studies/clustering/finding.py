@@ -19,7 +19,8 @@ from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies import mining, tracking
 from opsig_cli.studies.clustering import gathering, silencing, slopes, weighing
-from opsig_cli.studies.clustering.clusters import Clusters, Joined, Tests
+from opsig_cli.studies.clustering.clusters import Clusters, Tests
+from opsig_cli.studies.clustering.joining import Candidates, candidates, cosines
 from opsig_cli.studies.clustering.sentences import caveat
 from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
 from opsig_cli.studies.filled import filled
@@ -28,6 +29,12 @@ from opsig_cli.trajectory.file import Trajectory
 
 BY = ("gradient", "slope", "loss", "both")
 TESTS = ("replay", "held-out", "none")
+MOST_GROUPED = 16_000
+"""M: samples that are compared two by two, which takes BYTES_A_PAIR M^2 of memory and time as M^2.1."""
+BYTES_A_PAIR = 20
+"""Similarity, likeness and their mean in float32, and the distances that a tree is made from."""
+MOST_CHANGES = 2048
+"""Steps by whose loss changes samples are grouped with --by loss: the null takes a transform of them a round."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,17 @@ def find(
         position = position[~np.isin(position, found.known.never)]
     if len(position) < 2:
         raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
+    whole = len(position) * (2 if samples is None and by != "loss" else 1)  # as many again by their gradients
+    if whole > MOST_GROUPED:
+        raise OpsigError(
+            f"{whole:,} samples cannot be compared two by two: {whole**2 * BYTES_A_PAIR >> 30:,} GB. Give at most "
+            f"{MOST_GROUPED * len(position) // whole:,}: those left out can still join the groups that are found"
+        )
     weighed = window_of(run, found)
     if by == "loss":
         clusters = judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
+        if len(weighed.steps_T) > MOST_CHANGES + 1:
+            warn(f"note: losses are compared over the last {MOST_CHANGES:,} changes alone. Choose others with --window")
     else:
         steps = checkpoints_in(run, weighed)
         if sketch is not None:
@@ -143,27 +158,22 @@ def by_gradient(
     alike_GG = None if likeness_MM is None else alike_between(likeness_MM, found.group_M)
     found = grouping.pair_anew(similarity_MM, found, _preferred(found, alike_GG, losses_TM, by == "both"))
     members = [found.members(group) for group in range(len(found.partner_G))]
-    everybody = np.arange(len(run.samples)) if joining else position
     sets = [run.samples[position[inside]] for inside in members]
     steps, held_out = checkpoints_in(run, window), held_out_in(run, window)
     tested_on = held_out if len(held_out) else steps
-    means_CNG = gathering.group_cosines(run, session, tested_on, everybody, sets, advance)
+    others = Candidates(position[:0], None)
+    if joining:
+        others = candidates(run, session, position, sets, window, looks=likeness_MM is not None)
+    means_CMG, joined = cosines(run, session, tested_on, position, others, found, sets, advance)
     labels = run.read("samples/label")[position] if run.has("samples/label") else None
     null = NOTHING
     if members:
         null = significance.gaussian_null(similarity_MM, likeness_MM, labels, smallest=smallest)
-    clusters = weighing.weigh(
-        run, Clusters(by, position, found, [], [], similarity_MM, losses_TM, window, evidence.period_two(losses_TM),
-                      alike_GG, tests=Tests(steps.tolist(), held_out.tolist(), []), sketch_error=sketch_error),
-        means_CNG[:, position if joining else np.arange(len(position))], null, likeness_MM,
+    clusters = Clusters(
+        by, position, found, [], [], similarity_MM, losses_TM, window, evidence.period_two(losses_TM), alike_GG, joined,
+        tests=Tests(steps.tolist(), held_out.tolist(), []), sketch_error=sketch_error,
     )  # fmt: skip
-    outside = np.setdiff1d(everybody, position)
-    if not members or not len(outside):
-        return clusters
-    likeness_NG = None if likeness_MM is None else gathering.mean_likeness_with(run, session, outside, sets, window)
-    group, alignment = grouping.join(means_CNG[:, outside].mean(0), found, likeness_NG)
-    inside = group >= 0
-    return replace(clusters, joined=Joined(outside[inside], group[inside], alignment[inside]))
+    return weighing.weigh(run, clusters, means_CMG, null, likeness_MM)
 
 
 def _preferred(found: Grouping, alike_GG: np.ndarray | None, losses_TM: np.ndarray, by_losses: bool) -> np.ndarray:
@@ -180,16 +190,17 @@ def _preferred(found: Grouping, alike_GG: np.ndarray | None, losses_TM: np.ndarr
 
 def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     """Group the samples by the correlation of their loss changes in the first half of the window, and test the groups
-    on the second."""
+    on the second; of a window longer than MOST_CHANGES its end is taken."""
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
-    half = (len(losses_TM) - 1) // 2
+    recent_TM = losses_TM[-MOST_CHANGES - 1 :]
+    half = (len(recent_TM) - 1) // 2
     first_MM, second_MM = (
-        grouping.known(grouping.change_correlation(part)) for part in (losses_TM[: half + 1], losses_TM[half:])
+        grouping.known(grouping.change_correlation(part)) for part in (recent_TM[: half + 1], recent_TM[half:])
     )
     smallest = weighing.smallest(position)
     found = grouping.group_by_similarity(first_MM, smallest)
     means = group_means(second_MM, found.group_M)[None]
-    null = significance.phase_null(losses_TM, smallest=smallest) if len(found.partner_G) else NOTHING
+    null = significance.phase_null(recent_TM, smallest=smallest) if len(found.partner_G) else NOTHING
     clusters = Clusters("loss", position, found, [], [], first_MM, losses_TM, window, evidence.period_two(losses_TM))
     return weighing.weigh(run, clusters, means, null, None)
 

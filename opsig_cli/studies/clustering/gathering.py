@@ -82,17 +82,10 @@ def sketch_band(run: Trajectory, window: Window, size: int) -> float:
 
 
 def group_cosines(
-    run: Trajectory, session: Session, steps: np.ndarray, everybody: np.ndarray, sets: list[np.ndarray],
-    advance: Callable[..., None],
-) -> np.ndarray:  # fmt: skip
-    """At each of these checkpoints everybody's mean gradient cosine with every group, (C, N, G)."""
-    if not sets:
-        return np.zeros((1, len(everybody), 0))
-    rows = []
-    for step in steps.tolist():
-        rows.append(session.mean_cosines(read_state(run, step), run.samples[everybody], sets))  # pyright: ignore[reportAttributeAccessIssue]
-        advance(note=f"step {step}")
-    return known(np.stack(rows))
+    run: Trajectory, session: Session, step: int, position: np.ndarray, sets: list[np.ndarray]
+) -> np.ndarray:
+    """Mean gradient cosine of the samples at these positions with every group at a checkpoint, (M, G)."""
+    return known(session.mean_cosines(read_state(run, step), run.samples[position], sets))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def mean_likeness(run: Trajectory, session: Session, position: np.ndarray, window: Window) -> np.ndarray | None:

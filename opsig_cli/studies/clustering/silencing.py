@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opsig_cli.analysis.evidence import period_two, swing
-from opsig_cli.analysis.verdicts import REPLAYS, Silenced
+from opsig_cli.analysis.verdicts import Silenced
 from opsig_cli.backends import Session, State
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
@@ -20,14 +20,15 @@ from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.weighing import related
 from opsig_cli.studies.missing import labels_of
 from opsig_cli.studies.replaying import replay
-from opsig_cli.studies.trained import settings_at, weights_of
+from opsig_cli.studies.trained import settings_at, weights_of, why_not_repeated
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
-LENGTH = 16
-"""Steps of a replay."""
-SETTLING = 4
-"""Its first steps, in which what was silenced goes over to its new course, do not count."""
+LENGTH = 5
+"""Steps of a replay. At the edge a swing neither grows nor dies, so that whatever takes a little off the curvature lets
+it die in the end: silent pairs and their controls differ in how fast, and that shows in the first steps."""
+SETTLING = 1
+"""Steps before a replay counts: the first is the last one that was made by all samples."""
 BUDGET = 400
 """Steps that are repeated by default, each at the cost of a training step: as many as train the demo's run."""
 SWINGS = 1.0
@@ -51,26 +52,26 @@ def replayable(run: Trajectory, session: Session) -> Settings | None:
         settings = Settings.stored(run.attributes, run.path)
     except OpsigError:
         return None
-    if settings.untold() or settings.optimizer not in session.optimizers:
-        return None
-    return settings
+    return settings if settings.optimizer in session.optimizers else None
 
 
 def silence(
     run: Trajectory, session: Session, clusters: Clusters, held_out: np.ndarray, budget: int,
     advance: Callable[..., None], seed: int = 0,
 ) -> Outcome:  # fmt: skip
-    """Silence each pair that swings, the family that it belongs to with it, at REPLAYS of the held-out checkpoints.
+    """Silence each pair that swings, the family that it belongs to with it, at the held-out checkpoints.
 
     Pairs that move most come first, and `budget` bounds the steps repeated. Controls are drawn anew at each checkpoint
     from samples outside of what is silenced, with the same labels where there are as many, those in no group first.
     """
     pairs = clusters.grouping.pairs()
+    steps = [int(step) for step in held_out]
     settings = replayable(run, session)
-    if settings is None:
-        return Outcome({}, dict.fromkeys(range(len(pairs)), "how it was trained is not known, to repeat it"), [])
-    places = np.unique(np.linspace(0, len(held_out), REPLAYS + 1).round().astype(int)[1:]) - 1
-    steps = [int(held_out[place]) for place in places if place >= 0]
+    lacking = [] if settings is None else [why_not_repeated(run, settings, step) for step in steps]
+    if settings is None or any(lacking):
+        why = "how it was trained is not known, to repeat it"
+        why = next((f"training cannot be repeated: {words}" for words in lacking if words), why)
+        return Outcome({}, dict.fromkeys(range(len(pairs)), why), [])
     outcome = Outcome({}, {}, steps)
     labels = strata_of(run)
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
