@@ -107,9 +107,11 @@ class Snapshot:
 class Session(Protocol):
     """A task opened on a device. Samples are named by their index in the task's dataset.
 
-    A session may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as with batch
-    norm by a chunk's statistics. Who opens one may set `tell`, which takes a line for a person: that a slower way is
-    taken, and why.
+    A session may say `targets`: (S,) bool, which samples have a loss, where some never have one (it is NaN then), as a
+    task's positions without a target; and `positions`: how many samples an item has, which share a forward pass but not
+    a backward pass. It may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as
+    with batch norm by a chunk's statistics. Who opens one may set `tell`, which takes a line for a person: that a
+    slower way is taken, and why.
     """
 
     samples: int
@@ -224,8 +226,8 @@ class Curvature(Protocol):
         """Products of the Hessian with vectors, (K, P)."""
         ...
 
-    def gradient_norms(self, state: State) -> np.ndarray:
-        """Norm of every sample's gradient, (S,) float64."""
+    def gradient_norms(self, state: State, samples: np.ndarray | None = None) -> np.ndarray:
+        """Norm of every sample's gradient, (S,) float64; of chosen ones, (M,), where a session has `positions`."""
         ...
 
     def gradient(self, state: State) -> np.ndarray:
@@ -306,6 +308,12 @@ class Meets(Protocol):
     def meeting(self, rank: int, size: int) -> AbstractContextManager[Callable[[], None]]:
         """Inside, sessions are shared by these processes; gives what all but the first do, which is to serve it."""
         ...
+
+
+def targets_of(session: Session) -> np.ndarray:
+    """Which samples have a loss, (S,) bool: what a mean is over."""
+    targets = getattr(session, "targets", None)
+    return np.ones(session.samples, bool) if targets is None else np.asarray(targets, bool)
 
 
 def load_backend(name: str) -> Backend:

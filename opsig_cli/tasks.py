@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 ENTRY_POINT_GROUP = "opsig.tasks"
-FILES = {"path", "root"}
+FILES = {"path", "root", "text"}
 """Options of tasks that name files or folders."""
 LARGE, LARGEST = 1_000_000, {"depth": 1000, "seed": 1 << 62}
 """The largest numbers that are taken from a file in a task's or a model's options."""
@@ -43,7 +43,7 @@ _own_places: set[str] = set()
 
 @runtime_checkable
 class Task(Protocol):
-    """A training problem whose samples have a loss of their own. B is a batch's size, D a feature's.
+    """A training problem whose samples have a loss of their own. B is a batch's size, D a feature's, T the positions.
 
     `model()` is called on the CPU after seeding torch with the run's seed. `dataset()` is map-style, of fixed
     length, and returns the same item for the same index every time: the index is the sample's id.
@@ -55,6 +55,10 @@ class Task(Protocol):
     by so much; `classes -> Sequence[str]`, the names behind the integers of `predictions`;
     `truth() -> (S,) integers`, planted sides; and for `probe`: `picture_shape`, (H, W, C), `inputs(pixels) -> batch's
     first part`, for pixels (B, H, W, C) with white at 1, and `logits(model, batch) -> (B, classes)`.
+
+    `positions`: how many samples an item has, T, as a sequence has tokens; 1 where it is not said. Sample i is then
+    position i % T of item i // T. Losses and predictions are (B, T), the losses NaN where there is no target, by
+    `masked_fill` or `where`, and features (B, T, D); `render`, `label` and `truth` go by sample.
     """
 
     def model(self) -> nn.Module: ...
@@ -306,6 +310,14 @@ def _own_place(module: types.ModuleType, place: str) -> str:
         return os.path.dirname(os.path.abspath(place))
     top = sys.modules[module.__name__.split(".")[0]]
     return os.path.abspath(next(iter(getattr(top, "__path__", ())), module.__file__ or ""))
+
+
+def positions_of(task: Task) -> int:
+    """How many samples an item of the task has. Raises OpsigError where that is no count."""
+    count = getattr(task, "positions", 1)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise OpsigError(f"the task's positions is {count!r}. It must be how many samples an item has, at least 1")
+    return count
 
 
 def labels(task: Task, count: int) -> Sequence[str] | None:

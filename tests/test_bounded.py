@@ -72,7 +72,7 @@ def test_a_batch_is_cut_where_its_graph_does_not_fit():
     whole, vector = session.gradient_norms(state), np.ones((1, len(state.params)), np.float32)
     product = session.hessian_vectors(state, vector)
     for order in (1, 2):
-        session.kept["sample bytes", order] = session.bound() // 40  # five samples are an eighth
+        session.kept["item bytes", order] = session.bound() // 40  # five samples are an eighth
     assert session.fitting_batch(1) == session.fitting_batch(2) == 4
     assert np.allclose(session.gradient_norms(state), whole, rtol=1e-5)
     assert np.allclose(session.hessian_vectors(state, vector), product, rtol=1e-4, atol=1e-6)

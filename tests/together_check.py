@@ -13,9 +13,9 @@ from opsig_torch.session import TorchSession
 from opsig_cli.backends import Training, load_backend
 from opsig_cli.tasks import load, parse_spec
 
-TASK = f"{Path(__file__).parent / 'tasks' / 'tiny.py'}:Tiny"
-CHUNK = int(os.environ.get("CHUNK", "7"))
-"""Samples of a batch: an odd number of batches, the last one smaller."""
+HERE = Path(__file__).parent
+TASKS = {f"{HERE / 'tasks' / 'tiny.py'}:Tiny": 7, f"{HERE / 'token_task.py'}:Digits:items=11": 3}
+"""Tasks, and how many items of each are a batch: the last one is smaller. Digits have several samples an item."""
 
 
 def same(name: str, shared, alone) -> None:
@@ -27,9 +27,9 @@ def same(name: str, shared, alone) -> None:
             print(f"{name} differs by {np.abs(np.asarray(left) - np.asarray(right)).max()}")
 
 
-def compare(backend) -> None:
-    task, _ = load(parse_spec(TASK))
-    shared, alone = backend.open(task, "cpu", CHUNK), TorchSession(task, "cpu", CHUNK)
+def compare(backend, name: str, chunk: int) -> None:
+    task, _ = load(parse_spec(name))
+    shared, alone = backend.open(task, "cpu", chunk), TorchSession(task, "cpu", chunk)
     start, again = shared.initial(3), alone.initial(3)
     same("initial", [start.params], [again.params])
     training = Training("momentum", 0.3, 6, wants_losses=lambda step: True, wants_state=lambda step: True)
@@ -80,7 +80,11 @@ def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = load_backend("torch")
     with backend.meeting(rank, size) as serve:
-        serve() if rank else compare(backend)
+        if rank:
+            serve()
+            return
+        for name, chunk in TASKS.items():
+            compare(backend, name, chunk)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ class Coverage:
         return self.gaps / max(1, rows * len(self.first_S))
 
 
-def coverage(blocks: Iterable[np.ndarray], samples: int) -> Coverage:
-    """Go once over consecutive (R, S) blocks of losses.
+def coverage(blocks: Iterable[np.ndarray], samples: int, targets_S: np.ndarray | None = None) -> Coverage:
+    """Go once over consecutive (R, S) blocks of losses. `targets_S`: which samples have a loss; None where all have.
 
     A sample ends where it has no finite loss for more than twice as long as it, or half of the samples, usually went
     without one. Where most samples end the run diverged; a sample that ends alone, never has a finite loss, or is
@@ -84,10 +84,14 @@ def coverage(blocks: Iterable[np.ndarray], samples: int) -> Coverage:
     end = row if diverged is None else diverged
     start_S = np.where(ended_S, last_S + 1, np.where(seen_S, row, 0))
     start_S = np.where((infinite_S >= 0) & (infinite_S < start_S), infinite_S, start_S)
+    if targets_S is not None:
+        start_S[~targets_S] = end  # there is nothing to miss
     broken = np.flatnonzero(start_S < end)
     broken = broken[np.argsort(start_S[broken], kind="stable")]
     whole = (ended_S | ~seen_S) & (start_S < end)
     lost = int(np.maximum(0, end - np.where(seen_S, last_S + 1, 0))[whole].sum())
+    if targets_S is not None:
+        lost += int((~targets_S).sum()) * end
     gaps = max(0, samples * end - sum(measured[:end]) - lost - within)
     return Coverage(row, gaps, first_S, first_row_S, broken, start_S[broken], diverged)
 

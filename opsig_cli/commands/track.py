@@ -62,6 +62,6 @@ def track(
                 return
             with options.progress("tracking", len(steps), quiet) as advance:
                 for step, losses in tracking.fill_losses(trajectory, session, steps, allow_changed_data):
-                    written.append({"trajectory": output or run, "step": step, "loss": losses.mean(dtype="f8")})
+                    written.append({"trajectory": output or run, "step": step, "loss": tracking.mean_loss(losses)})
                     advance(note=f"step {step}")
     records.write(written, format)

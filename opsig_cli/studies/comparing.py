@@ -12,6 +12,7 @@ from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.branching.lineage import is_branch_of
 from opsig_cli.studies.curvature import held_group
+from opsig_cli.studies.filled import targets_of
 from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
@@ -90,7 +91,8 @@ def tracked(run: Trajectory) -> dict[str, Series]:
     found["rising"] = Series(steps[near], np.array(shares)[near])
     label = label_numbers(run)
     if run.has("losses/prediction") and label is not None:
-        right = [_accuracy(rows, label) for _, rows in run.blocks("losses/prediction")]
+        targets = targets_of(run)
+        right = [_accuracy(rows[:, targets], label[targets]) for _, rows in run.blocks("losses/prediction")]
         found["accuracy"] = Series(steps, np.concatenate(right))
     return found
 

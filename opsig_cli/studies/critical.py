@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from opsig_cli.backends import Session, State
+from opsig_cli.backends import Session, State, targets_of
 from opsig_cli.settings import Settings
 
 QUANTILE = 0.1
@@ -85,11 +85,12 @@ def critical_sharpness(
         direction = -gradient
     if direction @ gradient > 0:
         return float("inf"), known
-    start = session.losses([state])[0][0].mean(dtype=np.float64)
+    counts = targets_of(session)
+    start = session.losses([state])[0][0][counts].mean(dtype=np.float64)
 
     def rises(rate: float) -> bool:
         moved = (state.params + rate * direction).astype(state.params.dtype)
-        losses = session.losses([replace(state, params=moved)])[0][0]
+        losses = session.losses([replace(state, params=moved)])[0][0][counts]
         return not losses.mean(dtype=np.float64) <= start
 
     low, high = 0.0, settings.learning_rate if settings is not None and known else 1e-3

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.backends import Eigenpairs, SampleLosses, Session, State
+from opsig_cli.backends import Eigenpairs, SampleLosses, Session, State, targets_of
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.critical import critical_sharpness
@@ -317,10 +317,10 @@ def slice_records(
     """
     state = read_state(run, step)
     direction = direction_at(run, session, step, state)
-    found = []
+    found, counts = [], targets_of(session)[run.samples]
     for position in np.linspace(-span, span, SLICE_POINTS):
         moved = replace(state, params=(state.params + position * direction).astype(np.float32))
         losses = session.losses([moved])[0][0][run.samples].astype(np.float64)
-        means = {"all samples": losses.mean()} | {name: losses[p].mean() for name, p in groups.items()}
+        means = {"all samples": losses[counts].mean()} | {name: losses[p].mean() for name, p in groups.items()}
         found.append({"trajectory": run.path, "step": step, "position": float(position), "losses": means})
     return found

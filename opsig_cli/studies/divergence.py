@@ -15,13 +15,13 @@ from opsig_cli.studies.missing import named
 from opsig_cli.trajectory.recorder import Recorder
 
 
-def not_finite(snapshot: Snapshot, tracked: np.ndarray | None = None) -> str | None:
+def not_finite(snapshot: Snapshot, session: Session, tracked: np.ndarray | None = None) -> str | None:
     """What of a step is not finite, "loss" (of the `tracked` samples, all by default) or "gradient"; None where both
-    are."""
+    are. Samples that never have a loss do not count."""
     if not math.isfinite(snapshot.train_loss):
         return "loss"
-    losses = snapshot.losses if snapshot.losses is None or tracked is None else snapshot.losses[tracked]
-    if losses is not None and not np.isfinite(losses).all():
+    broken = np.empty(0) if snapshot.losses is None else _broken(snapshot.losses, session)
+    if len(broken) and (tracked is None or np.isin(broken, tracked).any()):
         return "loss"
     return None if math.isfinite(snapshot.grad_norm) else "gradient"
 
@@ -57,7 +57,13 @@ def stop(recorder: Recorder, session: Session, training: Training, latest: State
 
 def _whose(session: Session, state: State) -> tuple[str, np.ndarray]:
     """The samples whose loss at a state is not finite, else those whose gradient is not."""
-    broken = np.flatnonzero(~np.isfinite(session.losses([state])[0][0]))
+    broken = _broken(session.losses([state])[0][0], session)
     if len(broken) or not isinstance(session, backends.Curvature):
         return "loss", broken
     return "gradient", np.flatnonzero(~np.isfinite(session.gradient_norms(state)))
+
+
+def _broken(losses: np.ndarray, session: Session) -> np.ndarray:
+    """The samples whose loss is not finite, among those that have one."""
+    broken = ~np.isfinite(losses)
+    return np.flatnonzero(broken & backends.targets_of(session)) if broken.any() else np.empty(0, np.int64)

@@ -19,6 +19,7 @@ from opsig_cli.studies.clustering.records import by_strength
 from opsig_cli.studies.clustering.sentences import describe, plus_minus
 from opsig_cli.studies.comparing import QUANTITIES, Series
 from opsig_cli.studies.curvature import SAMPLE_METRICS
+from opsig_cli.studies.filled import mean_losses
 from opsig_cli.studies.mining import Movers
 from opsig_cli.studies.sighted import Sighted
 from opsig_cli.trajectory import sightings
@@ -116,9 +117,7 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
             title += f", R {record['swing_ratio']:.2f}"
         title += clause(record["after"])
         panels.append(PairPanel(title, *sides))
-    whole = np.concatenate(
-        [rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss", window.first, window.stop)]
-    )
+    whole = mean_losses(run, window.first, window.stop)
     title = f"{Path(run.path).name}: opposing pairs"
     if len(pairs) > PANELS:
         title += f" ({PANELS} of {len(pairs)})"
@@ -300,7 +299,7 @@ def _curve_rows(run: Trajectory, movers: Movers, stop: int) -> tuple[int, int, n
     steps = run.steps("losses")
     if len(movers.movement.mean_T) > 2:
         return movers.first, stop, steps[movers.first : stop], movers.movement.mean_T
-    whole = np.concatenate([rows.mean(1, dtype=np.float64) for _, rows in run.blocks("losses/loss")])
+    whole = mean_losses(run)
     return 0, len(steps), steps, whole
 
 

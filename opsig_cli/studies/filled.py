@@ -21,11 +21,28 @@ def coverage_of(run: Trajectory) -> Coverage:
 
     Where training recorded those of a subset, as its settings say, others are not measured rather than broken.
     """
-    found = coverage((rows for _, rows in run.blocks(LOSS)), len(run.samples))
+    targets = targets_of(run)
+    blocks = (rows for _, rows in run.blocks(LOSS))
+    found = coverage(blocks, len(run.samples), None if targets.all() else targets)
     if not (run.attributes.get("settings_json") or {}).get("track_samples"):
         return found
     kept = ~np.isin(found.broken_N, found.never)
     return replace(found, broken_N=found.broken_N[kept], broken_row_N=found.broken_row_N[kept])
+
+
+def targets_of(run: Trajectory) -> np.ndarray:
+    """Which samples of a run have a loss, (S,) bool."""
+    if not run.has("samples/target"):
+        return np.ones(len(run.samples), bool)
+    return run.read("samples/target").astype(bool)
+
+
+def mean_losses(run: Trajectory, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Mean loss of the samples that have one at each of these rows, (T,) float64."""
+    targets = targets_of(run)
+    whole = targets.all()
+    blocks = (rows if whole else rows[:, targets] for _, rows in run.blocks(LOSS, start, stop))
+    return np.concatenate([rows.mean(1, dtype=np.float64) for rows in blocks])
 
 
 def filled(run: Trajectory, known: Coverage | None) -> Trajectory:

@@ -13,7 +13,7 @@ from opsig_cli.analysis.coverage import Coverage
 from opsig_cli.analysis.mining import Movement
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import missing
-from opsig_cli.studies.filled import coverage_of, filled, measured_before
+from opsig_cli.studies.filled import coverage_of, filled, measured_before, targets_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import Texts
 
@@ -223,9 +223,9 @@ def _shares(run: Trajectory, steps: np.ndarray, step: int, position: np.ndarray)
 
 def _rising(run: Trajectory, movers: Movers) -> dict[int, float]:
     """The share of all samples whose loss rose, for every row that a mined sample is placed at."""
-    found = {}
+    found, targets = {}, targets_of(run)
     for row in np.unique(movers.row).tolist():
-        before, after = run.rows("losses/loss", row - 1, row + 1)
+        before, after = run.rows("losses/loss", row - 1, row + 1)[:, targets]
         found[row] = float(np.mean(after > before))
     return found
 

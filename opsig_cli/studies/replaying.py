@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from opsig_cli.backends import Session, Snapshot, State
+from opsig_cli.backends import Session, Snapshot, State, targets_of
 from opsig_cli.settings import Settings
 from opsig_cli.studies.training import StopRequest, training_of
 
@@ -24,11 +24,14 @@ def replay(
     """
     plan = training_of(replace(settings, steps=start.step + steps), StopRequest(), weights)
     for snapshot in session.train(replace(plan, wants_losses=wants_losses, wants_state=wants_state), start):
-        if not is_finite(snapshot):
+        if not is_finite(snapshot, session):
             return
         yield snapshot
 
 
-def is_finite(snapshot: Snapshot) -> bool:
-    """Whether the losses of a step are finite."""
-    return math.isfinite(snapshot.train_loss) and (snapshot.losses is None or bool(np.isfinite(snapshot.losses).all()))
+def is_finite(snapshot: Snapshot, session: Session) -> bool:
+    """Whether the losses of a step are finite, of the samples that have one."""
+    if not math.isfinite(snapshot.train_loss):
+        return False
+    finite = True if snapshot.losses is None else np.isfinite(snapshot.losses)
+    return bool(np.all(finite)) or bool(np.all(finite | ~targets_of(session)))

@@ -211,7 +211,7 @@ def fill_losses(
     logged = {} if allow_changed_data else _logged_losses(run, steps)
     settings = run.attributes.get("settings_json") or {}
     agrees = AGREES_ROUNDED if settings.get("checkpoint_dtype") == "bfloat16" else AGREES
-    committed = time.monotonic()
+    committed, targets = time.monotonic(), backends.targets_of(session) if logged else slice(None)
     for start in range(0, len(steps), together):
         chosen = steps[start : start + together].tolist()
         try:
@@ -221,12 +221,18 @@ def fill_losses(
             raise
         for step, (losses, predictions) in zip(chosen, measured, strict=True):
             minimised = losses if weights is None else losses * weights
-            _check_mean(run, step, float(minimised.mean(dtype=np.float64)), logged, agrees)
+            _check_mean(run, step, float(minimised[targets].mean(dtype=np.float64)), logged, agrees)
             run.append("losses", step, loss=losses, **({} if predictions is None else {"prediction": predictions}))
             if time.monotonic() - committed > COMMIT_SECONDS:
                 run.commit()
                 committed = time.monotonic()
             yield step, losses
+
+
+def mean_loss(losses_S: np.ndarray) -> float:
+    """The mean of what was measured; NaN of nothing."""
+    measured = losses_S[~np.isnan(losses_S)]
+    return float(measured.mean(dtype=np.float64)) if len(measured) else float("nan")
 
 
 def _logged_losses(run: Trajectory, wanted: np.ndarray) -> dict[int, float]:

@@ -111,6 +111,16 @@ def check_optimizer(name: str, session: Session) -> None:
         raise UsageError(f"no optimizer is called '{name}'. Known: {', '.join(session.optimizers)}")
 
 
+def check_batch(settings: Settings, session: Session) -> None:
+    """Raise UsageError for a batch larger than the data. A batch is of items, each with all its samples."""
+    positions = getattr(session, "positions", 1)
+    if (settings.batch_size or 0) * positions > session.samples:
+        what = "samples" if positions == 1 else f"items of {positions} samples"
+        raise UsageError(
+            f"--batch-size {settings.batch_size} is more than the {session.samples // positions} {what} there are"
+        )
+
+
 def new_recorder(
     path: str, settings: Settings, session: Session, task: tasks.Task, spec: tasks.TaskSpec, replace: bool,
     commit_every: int,
@@ -120,8 +130,7 @@ def new_recorder(
     Raises UsageError, before there is a file, for a batch larger than the data.
     """
     count = session.samples
-    if (settings.batch_size or 0) > count:
-        raise UsageError(f"--batch-size {settings.batch_size} is more than the {count} samples there are")
+    check_batch(settings, session)
     check_new(path, replace)
     about = _description(session, task)
     recorder = Recorder(
@@ -159,6 +168,8 @@ def _description(session: Session, task: tasks.Task) -> dict[str, np.ndarray]:
         planted = getattr(task, name, None)
         if planted is not None:
             found[f"samples/{name}"] = np.asarray(planted())
+    if not (targets := backends.targets_of(session)).all():
+        found["samples/target"] = targets.astype(np.uint8)
     return found | _pictures(task, count)
 
 
@@ -191,7 +202,7 @@ def run(
     tracked = tracked_samples(settings, session.samples)
     training, latest = training_of(settings, stop, weights_of(trajectory), fork, tracked), start
     for snapshot in session.train(training, start):
-        if (what := divergence.not_finite(snapshot, tracked)) is not None:
+        if (what := divergence.not_finite(snapshot, session, tracked)) is not None:
             recorder.record(
                 snapshot.step, scalars=_scalars(snapshot), losses=snapshot.losses, predictions=snapshot.predictions
             )

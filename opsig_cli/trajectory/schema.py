@@ -105,6 +105,7 @@ FIELDS = _fields(
     Field("samples/thumbnail", ("sample", "row", "column", "channel"), "u1", "1", "small picture of the sample"),
     Field("samples/weight", ("sample",), "f8", "1", "weight of the sample's loss in what a branch minimises"),
     Field("samples/text", ("sample",), "S*", "1", "the sample as text"),
+    Field("samples/target", ("sample",), "u1", "1", "1 where the sample has a loss; where it never has, it is NaN"),
     Field("samples/truth", ("sample",), "i4", "1", "planted side: 2*pair + side, or -1 outside every group"),
     Field("samples/feature", ("sample",), "i4", "1", "planted feature, which two pairs may share, or -1 for none"),
     Field("scalars/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),

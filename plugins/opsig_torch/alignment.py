@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_map
 from opsig_torch import captured, layer_gradients, plain, ways
 from opsig_torch.flat import replaced
 from opsig_torch.held_statistics import Frozen, frozen_statistics
+from opsig_torch.item_passes import grouped
 from opsig_torch.naming import is_vmapped
 from opsig_torch.opened import Opened
+from opsig_torch.positions import one_of
 
 VANISHES = 1e-15
 """Norm up to which a gradient has no direction: products of such gradients leave the normal numbers of float32."""
@@ -33,7 +35,9 @@ def gradient_gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
     Memory: M x M in float64, layer_gradients.MEMORY_BYTES for a group of layers, and layer_gradients.BLOCK_BYTES;
     where parameters are loose, a quarter of the former for their gradients.
     """
-    return in_some_way(opened, len(samples), lambda plan: _checked_gram(opened, samples, plan))
+    order = grouped(opened, samples)
+    gram = in_some_way(opened, len(samples), lambda plan: _checked_gram(opened, samples[order], plan))
+    return gram if opened.positions == 1 else gram[np.ix_(inverse_order(order), inverse_order(order))]
 
 
 def _checked_gram(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> np.ndarray:
@@ -67,13 +71,20 @@ def gradient_norms(opened: Opened, samples: np.ndarray | None = None) -> np.ndar
     With batch norm by chunks a proxy: the chunks' statistics are held fixed, and all samples must be asked for.
     """
     everybody = np.arange(opened.samples) if samples is None else samples
-    return in_some_way(opened, len(everybody), lambda plan: _norms(opened, everybody, plan))
+    order = grouped(opened, everybody)
+    norms = in_some_way(opened, len(everybody), lambda plan: _norms(opened, everybody[order], plan))
+    return norms[inverse_order(order)]
+
+
+def inverse_order(order: np.ndarray) -> np.ndarray:
+    """The places that what stands in this order comes from: `x[order][inverse_order(order)]` is x."""
+    return np.argsort(order, kind="stable")
 
 
 def _norms(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> np.ndarray:
     squares = []
     with frozen_statistics(opened) as frozen:
-        parts = list(sample_batches(opened, samples))
+        parts = list(sample_batches(opened, samples, plan))
         for part in parts:
             total = torch.zeros(len(part), dtype=torch.float64, device=opened.flat.vector.device)
             for parameter in captured.capture(opened, part, plan, list(plan.covered)):
@@ -83,7 +94,8 @@ def _norms(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> np.ndarr
                     total[chosen] += rows.square().sum(1)
             squares.append(total)
         norms = torch.cat(squares).sqrt().cpu().numpy()
-        with frozen.held(parts[largest(norms) // len(parts[0])]):
+        ends = np.cumsum([len(part) for part in parts])
+        with frozen.held(parts[int(np.searchsorted(ends, largest(norms), side="right"))]):
             require_norm(opened, samples, norms)
     return norms
 
@@ -94,11 +106,10 @@ def require_norm(opened: Opened, samples: np.ndarray, norms: np.ndarray) -> None
     require_agreement(norms[place], float(plain_gradient(opened, samples[place]).norm()))
 
 
-def sample_batches(opened: Opened, samples: np.ndarray) -> Iterator[np.ndarray]:
-    """Chosen samples in pieces that go through the network at a time."""
-    size = opened.inference_batch()
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
+def sample_batches(opened: Opened, samples: np.ndarray, plan: captured.Plan | None = None) -> Iterator[np.ndarray]:
+    """Chosen samples in pieces that go through the network at a time; see `captured.pieces`."""
+    for _, part in captured.pieces(opened, samples, plan):
+        yield part
 
 
 def directed(norms: np.ndarray) -> np.ndarray:
@@ -148,7 +159,7 @@ def require_agreement(found: float, exact: float, scale: float = 0.0) -> None:
 
 def plain_gradient(opened: Opened, sample: int) -> torch.Tensor:
     """A sample's gradient by plain autograd, alone in its batch, (P,) float64."""
-    loss = plain.require_losses(opened.batch_losses(opened.batches.take([int(sample)])), 1)[0]
+    loss = plain.require_losses(opened.losses_of([int(sample)]), 1)[0]
     return plain.flattened(plain.gradients(opened, loss)).double()
 
 
@@ -178,16 +189,23 @@ def _vmapped(opened: Opened, samples: np.ndarray, names: list[str], frozen: Froz
     loose = {name: model.get_parameter(name) for name in names}
     constants = {parameter: parameter.detach() for parameter in opened.flat.parameters}
 
-    def loss(parameters: dict[str, torch.Tensor], item: Any) -> torch.Tensor:
-        batch = tree_map(lambda leaf: leaf.unsqueeze(0), item)
+    items, places = opened.placed(samples)
+    numbers, positions = (torch.from_numpy(part).to(opened.device) for part in divmod(places, opened.positions))
+    batch = opened.batches.take(items)
+    if opened.positions > 1:
+        batch = tree_map(lambda leaf: leaf[numbers], batch)
+
+    def loss(parameters: dict[str, torch.Tensor], item: Any, position: torch.Tensor) -> torch.Tensor:
+        one = tree_map(lambda leaf: leaf.unsqueeze(0), item)
         with replaced(model, constants | {loose[name]: tensor for name, tensor in parameters.items()}):
-            return opened.batch_losses(batch)[0]
+            losses = opened.batch_losses(one)
+        return losses[0] if opened.positions == 1 else one_of(losses, position)
 
     if frozen is not None:
         frozen.rewind()
     values = {name: parameter.detach() for name, parameter in loose.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be vmapped
-        per_sample = vmap(grad(loss), (None, 0))(values, opened.batches.take(samples))
+        per_sample = vmap(grad(loss), (None, 0, 0))(values, batch, positions)
     return torch.cat([per_sample[name].reshape(len(samples), -1) for name in names], 1).double()
 
 
@@ -198,7 +216,7 @@ def _one_by_one(opened: Opened, samples: np.ndarray, names: list[str], frozen: F
     for row, sample in zip(rows, samples.tolist(), strict=True):
         if frozen is not None:
             frozen.rewind()
-        loss = opened.batch_losses(opened.batches.take([sample]))[0]
+        loss = opened.losses_of([sample])[0]
         if loss.requires_grad:
             row.copy_(plain.flattened(torch.autograd.grad(loss, parameters, materialize_grads=True)))
     return rows

@@ -1,7 +1,8 @@
 """Which parameters' per-sample gradients are had from layers' inputs and outputs, and passes that capture these.
 
-M samples, P parameters. One backward pass to the layers' outputs is all that is taken from autograd. `plan` finds the
-parameters for which `opsig_torch.layer_gradients` holds, and holds each against autograd.
+M samples, P parameters, T positions of a layer. One backward pass to the layers' outputs is all that is taken from
+autograd; where items have several samples, one for each of an item's chosen samples, from a forward pass that they
+share. `plan` finds the parameters for which `opsig_torch.layer_gradients` holds, and holds each against autograd.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from opsig_torch import layer_gradients, plain
 from opsig_torch.eigen import random_start
 from opsig_torch.held_statistics import frozen_statistics
+from opsig_torch.item_passes import at_its_position, sees_one, uses_by_position
 from opsig_torch.layer_gradients import NORMS, Captured, Use, is_transposed
 from opsig_torch.opened import Opened
 
@@ -30,12 +32,14 @@ SHAKEN = 0.01
 class Plan:
     """`covered`: parameters with captured gradients, each with the (module, name)s that use it and what one sample's
     activations take in floats. `loose`: names of all other parameters, whose gradients are had by vmap, or, where that
-    does not hold, one sample after the other."""
+    does not hold, one sample after the other. `single`: modules of which a sample's loss sees one position alone, as it
+    does of a language model's last layer."""
 
     covered: dict[nn.Parameter, list[tuple[nn.Module, str]]]
     floats: dict[nn.Parameter, int]
     loose: list[str]
     vmapped: bool = True
+    single: frozenset[nn.Module] = frozenset()
 
     def groups(self, samples: int) -> list[list[nn.Parameter]]:
         """Consecutive parameters of which what is held of so many samples fits the budget."""
@@ -90,24 +94,41 @@ def _plan(opened: Opened) -> Plan:
             holders.setdefault(parameter, []).append((module, name))
     known = {p: places for p, places in holders.items() if len({_kind(m, n) for m, n in places} - {None}) == 1}
     known = {p: places for p, places in known.items() if all(_kind(m, n) for m, n in places)}
-    known = {p: places for p, places in known.items() if len({is_transposed(m) for m, _ in places}) == 1}
-    two = np.unique([0, opened.samples - 1])
+    two = _two(opened)
     modules = list(dict.fromkeys(module for places in known.values() for module, _ in places))
     uses = _captured_uses(opened, two, modules)
+    single = frozenset(m for m in modules if opened.positions > 1 and uses[m] and all(map(sees_one, uses[m])))
+    uses |= {module: [at_its_position(use) for use in uses[module]] for module in single}
     known = {p: places for p, places in known.items() if all(_separate(uses[m], len(two)) for m, _ in places)}
-    losses = opened.batch_losses(opened.batches.take(two))
+    losses = opened.losses_of(two)
     parameters = opened.flat.parameters
     exact = [plain.gradients(opened, loss, keep=True) for loss in losses]
     covered = {}
     for number, parameter in enumerate(parameters):
         if parameter in known:
             found = _collect(parameter, known[parameter], uses)
-            if all(_agree(found.sample_gradient(i), gradients[number]) for i, gradients in enumerate(exact)):
+            if _is_exact(found, [gradients[number] for gradients in exact]):
                 covered[parameter] = known[parameter]
     sizes = {m: sum(use.inputs.numel() + use.gradients.numel() for use in uses[m]) // len(two) for m in modules}
     floats = {p: sum(sizes[m] for m in {m for m, _ in places}) for p, places in covered.items()}
     loose = [name for name, p in model.named_parameters() if p.requires_grad and p not in covered]
-    return Plan(covered, floats, loose)
+    return Plan(covered, floats, loose, single=single)
+
+
+def _two(opened: Opened) -> np.ndarray:
+    """The first and the last sample; of items that have several, the last with a target of each and one in the middle.
+
+    What comes early in a sequence sees little, and would let a layer pass for one that sees a single position.
+    """
+    if opened.positions == 1:
+        return np.unique([0, opened.samples - 1])
+    found = []
+    for item in (0, opened.items - 1):
+        samples = item * opened.positions + np.arange(opened.positions)
+        with torch.no_grad():
+            counted = samples[opened.losses_of(samples).isfinite().cpu().numpy()]
+        found += [counted[len(counted) // 2], counted[-1]] if len(counted) else [samples[-1]]
+    return np.unique(found)
 
 
 def is_once(opened: Opened, chosen: Plan, parameter: nn.Parameter) -> bool:
@@ -120,7 +141,7 @@ def is_once(opened: Opened, chosen: Plan, parameter: nn.Parameter) -> bool:
 def capture(opened: Opened, samples: np.ndarray, chosen: Plan, parameters: list[nn.Parameter]) -> Iterator[Captured]:
     """Gradients of these parameters for a batch, all of whose activations are held until the last is taken."""
     modules = list(dict.fromkeys(module for p in parameters for module, _ in chosen.covered[p]))
-    uses = _captured_uses(opened, samples, modules)
+    uses = _captured_uses(opened, samples, modules, chosen.single)
     for parameter in parameters:
         yield _collect(parameter, chosen.covered[parameter], uses)
 
@@ -132,11 +153,10 @@ def gather(
     small = [p for p in parameters if chosen.is_small(p)]
     rows = opened.flat.vector.new_empty(len(samples), sum(p.numel() for p in small))
     weights: list[Captured] = []
-    size = opened.inference_batch()
-    for start in range(0, len(samples), size):
-        batch = slice(start, start + size)
+    for start, part in pieces(opened, samples, chosen):
+        batch = slice(start, start + len(part))
         left = number = 0
-        for parameter in capture(opened, samples[batch], chosen, parameters):
+        for parameter in capture(opened, part, chosen, parameters):
             if chosen.is_small(parameter.parameter):
                 right = left + parameter.parameter.numel()
                 rows[batch, left:right] = parameter.gradients()
@@ -153,37 +173,73 @@ def gather(
 def _collect(
     parameter: nn.Parameter, places: list[tuple[nn.Module, str]], uses: dict[nn.Module, list[Use]]
 ) -> Captured:
-    found = [
-        (use.turned() if is_transposed(module) and name == "weight" else use, name)
-        for module, name in places
-        for use in uses[module]
-    ]
-    return Captured(parameter, found, _kind(*places[0]) == "weight")
+    is_weight = _kind(*places[0]) == "weight"
+    found = [(use, name) for module, name in places for use in uses[module]]
+    if is_weight:
+        found = [(use.transposed() if is_transposed(use.module) else use, name) for use, name in found]
+    return Captured(parameter, found, is_weight)
 
 
-def _captured_uses(opened: Opened, samples: np.ndarray, modules: list[nn.Module]) -> dict[nn.Module, list[Use]]:
-    """Every entry of these layers for a batch."""
+def pieces(opened: Opened, samples: np.ndarray, plan: Plan | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """Chosen samples, in their order, in pieces whose items go through the network at a time; each with its start.
+
+    `plan`: all of whose layers' activations are then held, so that a piece has no more samples than memory allows for.
+    """
+    size = opened.inference_batch()
+    if opened.positions == 1:
+        for start in range(0, len(samples), size):
+            yield start, samples[start : start + size]
+        return
+    held = sum(plan.floats.values()) if plan is not None else 0
+    most = max(1, layer_gradients.MEMORY_BYTES // (8 * held)) if held else len(samples)
+    items = samples // opened.positions
+    start = 0
+    while start < len(samples):
+        _, first = np.unique(items[start : start + most], return_index=True)
+        first = np.sort(first)
+        stop = start + int(first[size]) if len(first) > size else min(start + most, len(samples))
+        yield start, samples[start:stop]
+        start = stop
+
+
+def _captured_uses(
+    opened: Opened, samples: np.ndarray, modules: list[nn.Module], single: frozenset[nn.Module] = frozenset()
+) -> dict[nn.Module, list[Use]]:  # fmt: skip
+    """Every entry of these layers for a batch. Raises Disagrees where one of the `single` ones sees more positions."""
     seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor, GradientEdge]]] = {module: [] for module in modules}
+    others: set[nn.Module] = set()  # not one tensor to one tensor
 
     def keep(module: nn.Module, inputs: tuple, named: dict[str, torch.Tensor], output: torch.Tensor) -> None:
-        if output.requires_grad:  # nothing comes back through a layer that is entered without gradients
+        if len(inputs) + len(named) != 1 or not isinstance(output, torch.Tensor):
+            others.add(module)
+        elif output.requires_grad:  # nothing comes back through a layer that is entered without gradients
             # The edge is taken now: an in-place ReLU that follows would shift the gradient past itself.
             entering = inputs[0] if inputs else next(iter(named.values()))
             seen[module].append((entering.detach(), output, get_gradient_edge(output)))
 
+    items, places = opened.placed(samples)
     handles = [module.register_forward_hook(keep, prepend=True, with_kwargs=True) for module in modules]
     try:
-        losses = opened.batch_losses(opened.batches.take(samples))
+        losses = opened.batch_losses(opened.batches.take(items))
     finally:
         for handle in handles:
             handle.remove()
-    edges = [edge for entries in seen.values() for *_, edge in entries]
-    known = edges and losses.requires_grad
-    gradients = iter(torch.autograd.grad(losses.sum(), edges, allow_unused=True) if known else [None] * len(edges))
-    return {
-        module: [Use(module, a, torch.zeros_like(o) if (d := next(gradients)) is None else d) for a, o, _ in entries]
-        for module, entries in seen.items()
-    }
+    entries = [(module, a, o, edge) for module, several in seen.items() for a, o, edge in several]
+    edges = [edge for *_, edge in entries]
+    if opened.positions == 1:
+        known = edges and losses.requires_grad
+        gradients = torch.autograd.grad(losses.sum(), edges, allow_unused=True) if known else [None] * len(edges)
+        made = [
+            Use(module, a, torch.zeros_like(o) if d is None else d)
+            for (module, a, o, _), d in zip(entries, gradients, strict=True)
+        ]
+    else:
+        made = uses_by_position(losses, edges, entries, places, places // opened.positions, len(items), single)
+    uses: dict[nn.Module, list[Use]] = {module: [] for module in modules}
+    for use in made:
+        if use.module not in others:
+            uses[use.module].append(use)
+    return uses
 
 
 def _kind(module: nn.Module, name: str) -> str | None:
@@ -199,17 +255,26 @@ def _kind(module: nn.Module, name: str) -> str | None:
         plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return None if not plain else "weight" if name == "weight" else "rows"
     if type(module) is nn.Embedding:
-        plain = module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
+        plain = module.max_norm is None and not module.scale_grad_by_freq
         return "weight" if plain else None
     if type(module) in NORMS:
         batch_norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
         return None if batch_norm and (module.training or module.running_mean is None) else "rows"
-    return None
+    leaf = next(module.children(), None) is None
+    return "rows" if leaf and module.get_parameter(name).ndim == 1 else None  # as a norm of a person's own
 
 
 def _separate(uses: list[Use], samples: int) -> bool:
     """Whether a layer was entered, each time with the samples along the first axis."""
     return bool(uses) and all(len(use.inputs) == len(use.gradients) == samples for use in uses)
+
+
+def _is_exact(found: Captured, exact: list[torch.Tensor]) -> bool:
+    """Whether the gradients are these, those of autograd."""
+    try:
+        return all(_agree(found.sample_gradient(i), gradient) for i, gradient in enumerate(exact))
+    except Exception:  # a layer of a person's own, in a transformation that it was not written for
+        return False
 
 
 def _agree(found: torch.Tensor, exact: torch.Tensor) -> bool:

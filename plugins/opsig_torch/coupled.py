@@ -64,10 +64,8 @@ def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) ->
     gradients and a forward derivative along it, which is every sample's inner product with it.
     """
     norms = np.full(opened.samples, np.nan)
-    with ways.refusing(opened, "gradients of single samples", 1):
-        for _, sample, gradient in _gradients(opened, np.unique(np.concatenate([samples, *sets]))):
-            norms[sample] = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
-    norms = directed(norms)
+    needed = np.unique(np.concatenate([samples, *sets]))
+    norms[needed] = directed(gradient_norms(opened, needed))
     products = np.empty((len(samples), len(sets)))
     together = max(1, DIRECTIONS_BYTES // (opened.flat.vector.element_size() * opened.flat.vector.numel()))
     for first in range(0, len(sets), together):
@@ -80,6 +78,15 @@ def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) ->
                 products[place, some] = np.stack(slopes, 1)[samples[place] - indices.start]
     with np.errstate(invalid="ignore", divide="ignore"):
         return products / norms[samples][:, None]
+
+
+def gradient_norms(opened: Opened, samples: np.ndarray) -> np.ndarray:
+    """Norms of the chosen samples' gradients, (M,) float64, each through its whole chunk."""
+    norms = np.empty(len(samples))
+    with ways.refusing(opened, "gradients of single samples", 1):
+        for place, _, gradient in _gradients(opened, samples):
+            norms[place] = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    return norms
 
 
 def _inside(samples: np.ndarray, indices: slice) -> np.ndarray:

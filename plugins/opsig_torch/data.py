@@ -1,4 +1,4 @@
-"""The dataset in fixed, unshuffled batches on the device."""
+"""The dataset in fixed, unshuffled batches of items on the device. An item has one sample, or T, one a position."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import TensorDataset, default_collate
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.tasks import Task
+from opsig_cli.tasks import Task, positions_of
 
 CACHE_BYTES = 1 << 30
 """Batches are kept on the device up to this total; the rest are made again on every pass."""
 
 
 class Batches:
-    """The task's samples as collated batches. Iterating yields (slice of sample indices, batch) in order.
+    """The task's items as collated batches. Iterating yields (slice of sample indices, batch) in order.
 
     Raises OpsigError where the dataset has no length, is empty, or returns another item when asked again.
     """
@@ -30,7 +30,8 @@ class Batches:
             raise OpsigError("the task's dataset must be map-style: it needs a length and items by index")
         if len(dataset) == 0:
             raise OpsigError("the task's dataset is empty")
-        self.count = len(dataset)
+        self.items, self.positions = len(dataset), positions_of(task)
+        self.count = self.items * self.positions
         self.batch_size = batch_size
         self._dataset = dataset
         self._collate = getattr(task, "collate", None) or default_collate
@@ -39,7 +40,7 @@ class Batches:
         self._cache: dict[int, Any] = {}
         self._cached_bytes = 0
         self._tensors = dataset.tensors if type(dataset) is TensorDataset else None
-        self._within = slice(0, self.count)
+        self._within = slice(0, self.items)
         if self._tensors is None:
             self._check_repeatable()
         elif sum(t.nbytes for t in self._tensors) <= CACHE_BYTES:
@@ -48,12 +49,11 @@ class Batches:
     @property
     def resident(self) -> bool:
         """Whether every batch stays on the device, so that another pass costs no loading."""
-        return self._tensors is not None or all(indices.start in self._cache for indices in self.slices())
+        return self._tensors is not None or all(items.start in self._cache for items in self._cut(self.batch_size))
 
     def slices(self, size: int | None = None) -> list[slice]:
-        """The samples of every batch, or of every piece of `size`; the last may be smaller."""
-        size, (first, last) = size or self.batch_size, (self._within.start, self._within.stop)
-        return [slice(i, min(i + size, last)) for i in range(first, last, size)]
+        """The samples of every batch, or of every piece of `size` items; the last may be smaller."""
+        return [self._samples(items) for items in self._cut(size or self.batch_size)]
 
     @property
     def divisible(self) -> bool:
@@ -61,47 +61,55 @@ class Batches:
         return self._tensors is not None
 
     def piece(self, size: int) -> int:
-        """The size of the pieces that `in_pieces(size)` gives."""
+        """The size, in items, of the pieces that `in_pieces(size)` gives."""
         return self.batch_size if self._tensors is None else size
 
     @contextmanager
     def only(self, samples: slice) -> Iterator[None]:
-        """Inside, the batches, or pieces, that these samples are made of, and no others."""
-        before, self._within = self._within, samples
+        """Inside, the batches, or pieces, that these samples, which are of whole items, are made of, and no others."""
+        before = self._within
+        self._within = slice(samples.start // self.positions, samples.stop // self.positions)
         try:
             yield
         finally:
             self._within = before
 
     def in_pieces(self, size: int) -> Iterator[tuple[slice, Any]]:
-        """The same data in batches of `size` where it can be cut; in the usual batches elsewhere."""
+        """The same data in batches of `size` items where it can be cut; in the usual batches elsewhere."""
         if self._tensors is None:
             yield from self
             return
-        for indices in self.slices(size):
-            yield indices, [self._place(t[indices]) for t in self._tensors]
+        for items in self._cut(size):
+            yield self._samples(items), [self._place(t[items]) for t in self._tensors]
+
+    def _cut(self, size: int) -> list[slice]:
+        first, last = self._within.start, self._within.stop
+        return [slice(i, min(i + size, last)) for i in range(first, last, size)]
+
+    def _samples(self, items: slice) -> slice:
+        return slice(items.start * self.positions, items.stop * self.positions)
 
     def __iter__(self) -> Iterator[tuple[slice, Any]]:
         if self._tensors is not None:
             yield from self.in_pieces(self.batch_size)
             return
-        for indices in self.slices():
-            batch = self._cache.get(indices.start)
+        for items in self._cut(self.batch_size):
+            batch = self._cache.get(items.start)
             if batch is None:
-                batch = self.take(range(indices.start, indices.stop))
+                batch = self.take(range(items.start, items.stop))
                 size = sum(leaf.nbytes for leaf in tree_flatten(batch)[0] if isinstance(leaf, torch.Tensor))
                 if self._cached_bytes + size <= CACHE_BYTES:
-                    self._cache[indices.start] = batch
+                    self._cache[items.start] = batch
                     self._cached_bytes += size
-            yield indices, batch
+            yield self._samples(items), batch
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> Any:
-        """A batch of the samples with these indices, in this order."""
+    def take(self, items: Sequence[int] | np.ndarray) -> Any:
+        """A batch of the items with these indices, in this order."""
         if self._tensors is not None:
-            chosen = torch.as_tensor(np.asarray(indices))
+            chosen = torch.as_tensor(np.asarray(items))
             return [self._place(t[chosen.to(t.device)]) for t in self._tensors]
         with torch.inference_mode(False):  # a cached batch must serve training as well
-            return tree_map(self._place, self._collate([self._dataset[int(i)] for i in indices]))
+            return tree_map(self._place, self._collate([self._dataset[int(i)] for i in items]))
 
     def _place(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -110,7 +118,7 @@ class Batches:
         return leaf.to(self._device, dtype)
 
     def _check_repeatable(self) -> None:
-        ends = [0, self.count - 1]
+        ends = [0, self.items - 1]
         first, second = (tree_flatten(self.take(ends))[0] for _ in range(2))
         same = all(
             torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second, strict=True)

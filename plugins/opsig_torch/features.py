@@ -20,7 +20,7 @@ def features(opened: Opened, samples: np.ndarray) -> np.ndarray | None:
 
     The product of two rows is the cosine of centred features. Features are the task's own, else what enters the last
     linear layer; None where a task has neither, or a layer that sees several positions a sample. One forward pass over
-    all samples.
+    all samples. Samples without a target have no part in the mean.
     """
     found = _centred(opened, samples)
     return None if found is None else found[0].cpu().numpy()
@@ -52,7 +52,7 @@ def mean_feature_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndar
 def _fits(opened: Opened, count: int) -> bool:
     """Whether the features of so many samples fit HELD_BYTES."""
     with torch.inference_mode():
-        found = _features(opened, opened.batches.take(range(min(2, opened.samples))))
+        found = _features(opened, opened.batches.take(range(min(2, opened.items))))
     return found is not None and found.shape[1] * found.element_size() * count <= HELD_BYTES
 
 
@@ -60,13 +60,15 @@ def _centred(opened: Opened, samples: np.ndarray) -> tuple[torch.Tensor, torch.T
     """Centred features of length one of the samples, (M, D) float32, and the mean of all samples, (D,) float64."""
     place = np.full(opened.samples, -1)
     place[samples] = np.arange(len(samples))
-    kept, total, count = None, 0.0, 0
+    kept, total, count, targets = None, 0.0, 0, opened.counts_S
     for indices, rows in _everybody(opened):
         if kept is None:
             kept = rows.new_empty(len(samples), rows.shape[1])
         here = place[indices]
         kept[here[here >= 0]] = rows[np.flatnonzero(here >= 0)]
         finite = rows.isfinite().all(1)  # one sample that is not must not move the centre of the others
+        if targets is not None:
+            finite &= targets[indices]
         total = total + torch.where(finite[:, None], rows.double(), 0).sum(0)
         count += int(finite.sum())
     if kept is None or not isinstance(total, torch.Tensor):
@@ -109,4 +111,9 @@ def _features(opened: Opened, batch: Any) -> torch.Tensor | None:
     finally:
         for handle in handles:
             handle.remove()
-    return entered[-1] if entered and entered[-1].ndim == 2 and len(entered[-1]) == len(losses) else None
+    if not entered:
+        return None
+    last = entered[-1]
+    if opened.positions > 1 and last.ndim == 3 and last.shape[1] == opened.positions:
+        last = last.flatten(0, 1)
+    return last if last.ndim == 2 and len(last) == len(losses) else None

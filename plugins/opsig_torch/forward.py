@@ -68,10 +68,10 @@ class LossRow:
             self._predictions = predictions.new_full((self._samples,), -1, dtype=torch.int32)
         self._predictions[indices] = predictions.to(torch.int32)
 
-    def mean(self) -> float:
-        """Mean loss, summed in float64."""
+    def mean(self, targets: torch.Tensor | None = None) -> float:
+        """Mean loss, of the samples that have one where that is not all of them, summed in float64."""
         assert self._losses is not None
-        return self._losses.mean().item()
+        return (self._losses if targets is None else self._losses[targets]).mean().item()
 
     def raw(self, indices: slice) -> tuple[np.ndarray, np.ndarray | None]:
         """Losses of some samples as they were put in, (B,) float64, and predictions (B,) or None."""

@@ -36,7 +36,7 @@ class Frozen:
         self._noted = {layer: [] for layer in self.layers}
         try:
             with torch.no_grad():
-                self._opened.batch_losses(self._opened.batches.take(samples))
+                self._opened.losses_of(samples)
             self.rewind()
             yield
         finally:

@@ -78,10 +78,11 @@ class Hessian:
         count = len(opened.batches.slices(size if cut else None))
         keep: bool | None = False if cut else None
         kept = []
-        for _, batch in opened.batches.in_pieces(size) if cut else opened.batches:
+        for indices, batch in opened.batches.in_pieces(size) if cut else opened.batches:
             with saved_bytes() as saved:
                 with ChannelScales():
-                    loss = opened.batch_losses(batch, 2).sum() / opened.samples
+                    losses = opened.batch_losses(batch, 2)
+                loss = opened.counted(losses, indices).sum() / opened.target_count
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
                 keep = saved.total * count <= GRAPH_BYTES
@@ -95,7 +96,7 @@ class Hessian:
         opened = self._opened
         with torch.no_grad():
             indices, batch = next(iter(opened.batches))
-            first, second = (opened.batch_losses(batch) for _ in range(2))
+            first, second = (opened.counted(opened.batch_losses(batch), indices) for _ in range(2))
         broken = torch.nonzero(~torch.isfinite(first)).flatten()
         if 0 < len(broken) <= len(first) / 2:
             raise OpsigError(
@@ -160,5 +161,5 @@ def vectors_that_fit(opened: Opened) -> int:
     size = opened.flat.vector.element_size() * opened.flat.vector.numel()
     if 2 * ROOM * size > LARGE_BYTES:
         gc.collect()  # graphs that were differentiated twice hold on to each other
-    graph = min(opened.fitting_batch(2), opened.samples) * opened.kept.get(("sample bytes", 2), 0)
+    graph = min(opened.fitting_batch(2), opened.items) * opened.kept.get(("item bytes", 2), 0)
     return int((opened.room() - graph) // size) - PRODUCT_VECTORS

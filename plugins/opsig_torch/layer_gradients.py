@@ -15,9 +15,10 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
-MEMORY_BYTES = 5 << 28
+MEMORY_BYTES = 6 << 28
 """Bound on what is held of all samples at a time: activations, or gradients where these are smaller."""
 BLOCK_BYTES = 64 << 20
 """Bound on the gradients that are made from held activations at a time."""
@@ -32,9 +33,9 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether this is GPT-2's `Conv1D` of Hugging Face: a linear layer whose weight is (inputs, outputs)."""
+    """Whether a layer is the linear one of transformers, whose weight is (F, O)."""
     kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -64,10 +65,6 @@ class Use:
             return unfolded.transpose(1, 2)
         return inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None]
 
-    def turned(self) -> Use:
-        """With inputs and outputs exchanged: the same outer products of a weight that is transposed."""
-        return Use(self.module, self.gradients, self.inputs)
-
     def room(self, samples: int) -> Use:
         """An empty one for so many samples."""
         inputs, gradients = (part.new_empty(samples, *part.shape[1:]) for part in (self.inputs, self.gradients))
@@ -87,7 +84,7 @@ class Use:
             ids = self.inputs[chosen].flatten(1)
             for rows in heights:
                 height = rows.stop - rows.start
-                inside = (ids >= rows.start) & (ids < rows.stop)
+                inside = (ids >= rows.start) & (ids < rows.stop) & self._counts(ids)
                 place = (ids - rows.start + height * torch.arange(len(ids), device=ids.device)[:, None])[inside]
                 block = outputs.new_zeros(len(ids), height, outputs.shape[2]) if out is None else out.zero_()
                 block.flatten(0, 1).index_add_(0, place, outputs[inside])
@@ -101,13 +98,20 @@ class Use:
         """Inner products of the inputs at every two positions of each sample."""
         if isinstance(self.module, nn.Embedding):
             ids = self.inputs[chosen].flatten(1)
-            return ids[:, :, None] == ids[:, None]
+            return (ids[:, :, None] == ids[:, None]) & self._counts(ids)[:, None]
         inputs = self.inputs_mTF(chosen)
         return torch.bmm(inputs, inputs.transpose(1, 2))
+
+    def _counts(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where an embedding's row has a gradient: not that of padding."""
+        padding = self.module.padding_idx
+        return torch.ones_like(ids, dtype=torch.bool) if padding is None else torch.ne(ids, padding)  # pyright: ignore
 
     def rows(self, name: str) -> torch.Tensor:
         """Gradients of a bias, or of a normalisation's scale or shift, (M, its size)."""
         module, gradients = self.module, self.gradients
+        if not (_is_linear(module) or isinstance(module, (nn.Conv2d, *NORMS))):
+            return self._rows_by_differentiating(name)
         if isinstance(module, NORMS) and name == "weight":
             gradients = gradients * _normalised(module, self.inputs)
         if isinstance(module, nn.LayerNorm):
@@ -116,6 +120,22 @@ class Use:
         if gradients.ndim > 2:
             return gradients.flatten(2).sum(2) if channel_first else gradients.flatten(1, -2).sum(1)
         return gradients
+
+    def _rows_by_differentiating(self, name: str) -> torch.Tensor:
+        """Gradients of a parameter of a layer that sees each sample alone, by the layer's own derivative, (M, size)."""
+
+        def one(entering: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+            def layer(value: torch.Tensor) -> torch.Tensor:
+                return functional_call(self.module, {name: value}, (entering[None],))
+
+            return vjp(layer, self.module.get_parameter(name).detach())[1](gradient[None])[0]
+
+        return vmap(one)(self.inputs, self.gradients).flatten(1)
+
+    def transposed(self) -> Use:
+        """The use of a layer whose weight is stored the other way round, (F, O): what goes in and what comes back
+        change places."""
+        return Use(self.module, self.gradients, self.inputs)
 
 
 @dataclass

@@ -57,7 +57,7 @@ def _calls(opened: Opened) -> dict[nn.Module, Call]:
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
     try:
         with torch.no_grad():
-            opened.batch_losses(opened.batches.take(range(min(2, opened.samples))), 2)
+            opened.batch_losses(opened.batches.take(range(min(2, opened.items))), 2)
     finally:
         for handle in handles:
             handle.remove()

@@ -18,8 +18,8 @@ def needs(opened: Opened, what: str, count: int) -> Need:
     """Bytes and passes of "losses", "eigenpairs" or "gradients" at the loaded parameters."""
     vector = opened.flat.vector.element_size() * opened.flat.vector.numel()
     order = 2 if what == "eigenpairs" else 1
-    batch = min(opened.fitting_batch(order), opened.batch_size, opened.samples)
-    base = held(opened.device) + opened.kept.get(("sample bytes", order), 0) * batch
+    batch = min(opened.fitting_batch(order), opened.batch_size, opened.items)
+    base = held(opened.device) + opened.kept.get(("item bytes", order), 0) * batch
     if what == "losses":
         return Need(base, base, opened.bound(), 1 / 3)
     if what == "eigenpairs":
@@ -27,4 +27,4 @@ def needs(opened: Opened, what: str, count: int) -> Need:
         most = base + (PRODUCT_VECTORS + 2 * basis_room(count, opened.flat.vector.numel())) * vector
         return Need(least, max(least, most), opened.bound(), PRODUCT_PASSES * (PRODUCTS + MORE * (count - 1)))
     room = layer_gradients.MEMORY_BYTES + layer_gradients.BLOCK_BYTES + 8 * count**2
-    return Need(base + 3 * vector, base + 3 * vector + room, opened.bound(), 2 + 2 * count / opened.samples)
+    return Need(base + 3 * vector, base + 3 * vector + room, opened.bound(), 2 + 2 * count / opened.items)

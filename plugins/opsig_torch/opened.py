@@ -5,7 +5,7 @@ The ground that every measurement of this package stands on; it knows none of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import nn
 
 from opsig_cli.backends import State
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.tasks import Task
+from opsig_cli.tasks import Task, positions_of
 from opsig_torch.data import Batches
 from opsig_torch.flat import FlatModel
 from opsig_torch.forward import forward
 from opsig_torch.memory import bound_of, held
+from opsig_torch.positions import by_sample
 from opsig_torch.running import Running
 from opsig_torch.saved import saved_bytes
 
@@ -29,6 +30,8 @@ GRAPH_SHARE = 0.125
 """Part of the memory that the graph of a batch may take."""
 GRAPH_FACTOR = 3
 """What a pass needs besides what autograd saves: gradients of the same, and temporaries."""
+TOGETHER = 4096
+"""Samples of a batch by default where an item has several: what they take grows with their number, too."""
 STATISTICS = ("chunk", "running")
 
 
@@ -36,7 +39,7 @@ class Opened:
     """A task on a device, ready to be measured.
 
     `statistics` is the batch-norm convention: "chunk" normalises by each fixed batch of `batch_size` consecutive
-    samples, as full-batch training that accumulates over those batches does; "running" uses the running statistics,
+    items, as full-batch training that accumulates over those batches does; "running" uses the running statistics,
     as evaluation does. Dropout is off except while training on minibatches. `double` computes in float64.
     """
 
@@ -50,14 +53,15 @@ class Opened:
     ):
         if statistics not in (None, *STATISTICS):
             raise UsageError(f"batch-norm statistics are {' or '.join(STATISTICS)}, not '{statistics}'")
-        self.task = task
+        self.task = by_sample(task)
         self.device = _choose_device(device)
         _make_deterministic(self.device)
-        self.batch_size = batch_size or BATCH_SIZE
+        self.positions = positions_of(task)
+        self.batch_size = batch_size or (BATCH_SIZE if self.positions == 1 else max(1, TOGETHER // self.positions))
         self.statistics = statistics or "chunk"
         self.double = double
         self.batches = Batches(task, torch.device(self.device), self.batch_size, double)
-        self.samples = self.batches.count
+        self.items, self.samples = self.batches.items, self.batches.count
         self.kept: dict[Any, Any] = {}
         """What measurements find out once for the model: traces by batch shape, how gradients are had."""
         self.tell: Callable[[str], None] = lambda words: None
@@ -66,6 +70,8 @@ class Opened:
         """Bytes that this process may take of the device's memory; None for what is free, less a margin."""
         self._flat: FlatModel | None = None
         self._running: Running | None = None
+        self._targets: torch.Tensor | None = None
+        self._all_targets: bool | None = True if self.positions == 1 else None
 
     def total(self, terms: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """The sum of what batches contribute, shaped like a tensor, one after the other."""
@@ -189,24 +195,24 @@ class Opened:
         return min(self.batch_size, self.fitting_batch())
 
     def fitting_batch(self, order: int = 1) -> int:
-        """How many samples' graphs, to be differentiated `order` times, fit an eighth of the memory: a power of two.
+        """How many items' graphs, to be differentiated `order` times, fit an eighth of the memory: a power of two.
 
         The batch's own size wherever that fits, and where samples are coupled, whose batches cannot be cut.
         """
         if self.couples_samples:
             return self.batch_size
-        if ("sample bytes", order) not in self.kept:
+        if ("item bytes", order) not in self.kept:
             one, two = (self._graph_bytes([0] * count, order) for count in (1, 2))
-            self.kept["sample bytes", order] = max(1, GRAPH_FACTOR * (two - one))
-        fits = int(self.bound() * GRAPH_SHARE) // self.kept["sample bytes", order]
+            self.kept["item bytes", order] = max(1, GRAPH_FACTOR * (two - one))
+        fits = int(self.bound() * GRAPH_SHARE) // self.kept["item bytes", order]
         if fits >= self.batch_size:
             return self.batch_size
         return 1 << (max(1, fits).bit_length() - 1)
 
-    def _graph_bytes(self, samples: list[int], order: int) -> int:
-        """What autograd saves of these samples' losses, to be differentiated so often."""
+    def _graph_bytes(self, items: list[int], order: int) -> int:
+        """What autograd saves of these items' losses, to be differentiated so often."""
         with torch.enable_grad(), saved_bytes() as saved:
-            losses = self.batch_losses(self.batches.take(samples), order)
+            losses = self.batch_losses(self.batches.take(items), order)
             if order > 1 and losses.requires_grad:
                 torch.autograd.grad(losses.sum(), self.flat.parameters, create_graph=True, allow_unused=True)
         return saved.total
@@ -227,9 +233,60 @@ class Opened:
             return forward(self.task, self.flat.model, batch)
 
     def batch_losses(self, batch: Any, order: int = 1) -> torch.Tensor:
-        """Losses (B,) of one batch, which can be differentiated `order` times; see `opsig_torch.running`."""
+        """Losses (B,) of one batch's samples, which can be differentiated `order` times; see `opsig_torch.running`."""
         with self.running.differentiable(order):
             return self.task.losses(self.flat.model, batch)
+
+    def losses_of(self, samples: Sequence[int] | np.ndarray, order: int = 1) -> torch.Tensor:
+        """Losses (M,) of chosen samples in this order, from one forward pass of their items; see `batch_losses`."""
+        items, places = self.placed(samples)
+        losses = self.batch_losses(self.batches.take(items), order)
+        return losses if self.positions == 1 else losses[torch.from_numpy(places).to(losses.device)]
+
+    def placed(self, samples: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The items of these samples, and the samples' places among the losses of these items, (M,).
+
+        Samples of one item share it; where an item is a sample, they are the samples in their order.
+        """
+        samples = np.asarray(samples)
+        if self.positions == 1:
+            return samples, np.arange(len(samples))
+        items, number = np.unique(samples // self.positions, return_inverse=True)
+        return items, number * self.positions + samples % self.positions
+
+    def samples_of(self, items: np.ndarray) -> np.ndarray:
+        """The samples of these items, in order."""
+        return (items[:, None] * self.positions + np.arange(self.positions)).ravel()
+
+    @property
+    def counts_S(self) -> torch.Tensor | None:
+        """Which samples have a loss, (S,) bool; None where all have. Positions without a target have none (NaN).
+
+        Found by a pass over the data at the loaded parameters, at the first call. Where no loss is a number, all count.
+        """
+        if self._all_targets is None:
+            everything = self.batches.only(slice(0, self.samples))
+            with torch.inference_mode(False), torch.no_grad(), self.running.as_trained(), everything:
+                missing = [self.task.losses(self.flat.model, b).isnan() for _, b in self.batches]
+            targets = ~torch.cat(missing)
+            self._all_targets = bool(targets.all())
+            if not targets.any():  # the parameters are not finite: another state will tell
+                self._all_targets = None
+                return None
+            self._targets = None if self._all_targets else targets
+        return self._targets
+
+    @property
+    def target_count(self) -> int:
+        """How many samples have a loss: what the mean is over."""
+        return self.samples if self.counts_S is None else int(self.counts_S.sum())
+
+    def counted(self, losses: torch.Tensor, samples: slice | np.ndarray) -> torch.Tensor:
+        """The losses (B,) of these samples, 0 for those that have none."""
+        if self.counts_S is None:
+            return losses
+        chosen = samples if isinstance(samples, slice) else torch.from_numpy(samples).to(losses.device)
+        return torch.where(self.counts_S[chosen], losses, torch.zeros_like(losses))
 
 
 def _choose_device(name: str | None) -> str:

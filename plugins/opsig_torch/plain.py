@@ -16,10 +16,10 @@ from opsig_torch.opened import Opened
 def sample_loss(opened: Opened, sample: int, order: int = 1) -> torch.Tensor:
     """The loss of one sample, with its graph, to be differentiated `order` times."""
     if not opened.couples_samples:
-        return require_losses(opened.batch_losses(opened.batches.take([sample]), order), 1)[0]
-    start = sample // opened.batch_size * opened.batch_size
-    chunk = range(start, min(start + opened.batch_size, opened.samples))
-    return opened.batch_losses(opened.batches.take(chunk), order)[sample - start]
+        return require_losses(opened.losses_of([sample], order), 1)[0]
+    start = sample // opened.positions // opened.batch_size * opened.batch_size
+    chunk = range(start, min(start + opened.batch_size, opened.items))
+    return opened.batch_losses(opened.batches.take(chunk), order)[sample - start * opened.positions]
 
 
 def require_losses(losses: torch.Tensor, samples: int) -> torch.Tensor:

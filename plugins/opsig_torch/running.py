@@ -55,7 +55,7 @@ class Running:
         """For losses that training or a person sees."""
         with ExitStack() as conditions:
             if self.kept_half:
-                conditions.enter_context(_FullPrecision(self._dtype))
+                conditions.enter_context(FullPrecision(self._dtype))
             if self._recurrent and self._device == "cuda":  # its kernels have a gradient in training mode alone
                 conditions.enter_context(_without("cudnn"))
             if self._normalises:
@@ -67,8 +67,8 @@ class Running:
         """For losses that are differentiated once or twice: in full precision, and by kernels that can be."""
         with ExitStack() as conditions:
             precision = None
-            if self._casts is not False or self.kept_half:
-                precision = conditions.enter_context(_FullPrecision(self._dtype))
+            if self._casts is not False or self.kept_half or self._dtype is torch.float64:
+                precision = conditions.enter_context(FullPrecision(self._dtype))
             if self._recurrent:
                 conditions.enter_context(_without("mkldnn"))
                 conditions.enter_context(_without("cudnn"))
@@ -96,13 +96,15 @@ class Running:
             self._tell("note: compiled layers are run as they were before compilation")
 
 
-class _FullPrecision(TorchFunctionMode):
-    """Inside, autocast does nothing and nothing is cast to half precision; `met`: whether something would have been."""
+class FullPrecision(TorchFunctionMode):
+    """Inside, autocast does nothing and nothing is cast to a lower precision than `dtype`; `met`: whether something
+    would have been to half precision."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.met = False
         self._dtype = dtype
+        self._lower = HALF if dtype is torch.float32 else (*HALF, torch.float32)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -113,14 +115,19 @@ class _FullPrecision(TorchFunctionMode):
         if function in (torch.Tensor.bfloat16, torch.Tensor.half):
             self.met = True
             return args[0].to(self._dtype)
-        if any(isinstance(value, torch.dtype) and value in HALF for value in (*args, *kwargs.values())):
-            self.met = True
+        if function is torch.Tensor.float and args[0].dtype is torch.float64:
+            return args[0].to(self._dtype)
+        if any(self._is_lower(value) for value in (*args, *kwargs.values())):
+            self.met |= any(isinstance(value, torch.dtype) and value in HALF for value in (*args, *kwargs.values()))
             args = tuple(self._full(value) for value in args)
             kwargs = {name: self._full(value) for name, value in kwargs.items()}
         return function(*args, **kwargs)
 
+    def _is_lower(self, value: Any) -> bool:
+        return isinstance(value, torch.dtype) and value in self._lower
+
     def _full(self, value: Any) -> Any:
-        return self._dtype if isinstance(value, torch.dtype) and value in HALF else value
+        return self._dtype if self._is_lower(value) else value
 
 
 @contextmanager

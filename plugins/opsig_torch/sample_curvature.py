@@ -38,7 +38,9 @@ def curvature_along(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray
         ways.Way("reverse derivatives of batches", lambda: _checked(opened, direction, _reversed)),
         ways.Way("reverse derivatives of single samples", lambda: _one_by_one(opened, direction)),
     ]
-    return tuple(ways.first_that_holds(opened, "curvature of samples", found, opened.samples))
+    losses, slopes, curvatures = ways.first_that_holds(opened, "curvature of samples", found, opened.samples)
+    slopes, curvatures = (np.where(np.isnan(losses), np.nan, values) for values in (slopes, curvatures))
+    return losses, slopes, curvatures
 
 
 def slopes_along(opened: Opened, directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

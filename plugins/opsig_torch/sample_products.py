@@ -21,6 +21,7 @@ from opsig_torch.hessian import NOVELTY
 from opsig_torch.naming import curves_forward, is_vmapped
 from opsig_torch.opened import Opened
 from opsig_torch.outer_products import OuterProducts
+from opsig_torch.positions import one_of
 from opsig_torch.primitives import Primitives
 from opsig_torch.second import tell_of_second_derivative
 
@@ -57,7 +58,7 @@ def sample_hessians(opened: Opened, samples: np.ndarray, floats: int) -> Hessian
         ways.Way("vmap", lambda: _checked(opened, few, _vmapped(opened, few)), holds),
         ways.Way("a loop over samples", lambda: _one_by_one(opened, few)),
     ]
-    if outer_products.shape_of(opened).layers:
+    if opened.positions == 1 and outer_products.shape_of(opened).layers:
         found.insert(0, ways.Way("outer products", lambda: _by_outer_products(opened, samples, floats), holds))
     return ways.first_that_holds(opened, "products with samples' Hessians", found, len(few))
 
@@ -103,24 +104,30 @@ def _checked(
 def _vmapped(opened: Opened, samples: np.ndarray) -> Hessians:
     model, parameters = opened.flat.model, opened.flat.parameters
     values = [parameter.detach() for parameter in parameters]
-    batch = opened.batches.take(samples)
+    items, places_of = opened.placed(samples)
+    batch = opened.batches.take(items)
+    number_M, position_M = (torch.from_numpy(part) for part in divmod(places_of, opened.positions))
 
-    def loss(at: list[torch.Tensor], item: Any) -> torch.Tensor:
+    def loss(at: list[torch.Tensor], item: Any, position: torch.Tensor) -> torch.Tensor:
         one = tree_map(lambda leaf: leaf.unsqueeze(0), item)
         with replaced(model, dict(zip(parameters, at, strict=True))):
-            return opened.batch_losses(one, 2)[0]
+            losses = opened.batch_losses(one, 2)
+        return losses[0] if opened.positions == 1 else one_of(losses, position)
 
-    def product(vector: torch.Tensor, item: Any) -> torch.Tensor:
+    def product(vector: torch.Tensor, item: Any, position: torch.Tensor) -> torch.Tensor:
         pieces = plain.pieces(opened, vector)
-        return plain.flattened(jvp(lambda at: grad(loss)(at, item), (values,), (pieces,))[1])
+        return plain.flattened(jvp(lambda at: grad(loss)(at, item, position), (values,), (pieces,))[1])
 
     def products(vectors: torch.Tensor, places: np.ndarray) -> torch.Tensor:
-        chosen = torch.from_numpy(places)
+        chosen = number_M[places]
+        entering = tree_map(lambda leaf: leaf[chosen.to(leaf.device)], batch)
         with Primitives():
-            return vmap(product)(vectors, tree_map(lambda leaf: leaf[chosen.to(leaf.device)], batch))
+            return vmap(product)(vectors, entering, position_M[places].to(vectors.device))
 
     with Primitives():
-        gradients = vmap(lambda item: plain.flattened(grad(loss)(values, item)))(batch)
+        entering = tree_map(lambda leaf: leaf[number_M.to(leaf.device)], batch)
+        where = position_M.to(values[0].device)
+        gradients = vmap(lambda item, position: plain.flattened(grad(loss)(values, item, position)))(entering, where)
     return Hessians(products, _started(gradients))
 
 

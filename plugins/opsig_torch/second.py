@@ -16,6 +16,7 @@ from opsig_torch.flat import held_buffers, replaced
 from opsig_torch.naming import Call, as_function, culprit
 from opsig_torch.opened import Opened
 from opsig_torch.plain import require_differentiable
+from opsig_torch.running import FullPrecision
 
 STEP = 1e-7
 """Length of a difference relative to the values': short, so that hardly any ReLU has its kink within it."""
@@ -91,12 +92,13 @@ def _outcome(opened: Opened, sample: int) -> bool | None:
     parameters = opened.flat.parameters
     frozen = {parameter: _double(parameter.detach()) for parameter in opened.flat.frozen}
     buffers = [b.double() if b.is_floating_point() else b for _, b in opened.flat.buffers]
-    batch = tree_map(_double, opened.batches.take([sample]))
+    items, (place,) = opened.placed([sample])
+    batch = tree_map(_double, opened.batches.take(items))
 
     def loss(*at: torch.Tensor) -> torch.Tensor:
         new: dict = frozen | dict(zip(parameters, at, strict=True))
-        with replaced(opened.flat.model, new), held_buffers(opened.flat, buffers):
-            return opened.batch_losses(batch, 2)[0]
+        with FullPrecision(torch.float64), replaced(opened.flat.model, new), held_buffers(opened.flat, buffers):
+            return opened.batch_losses(batch, 2)[place]
 
     try:
         return _agree(loss, [parameter.detach().double() for parameter in parameters])
@@ -141,5 +143,6 @@ def _agree(number: Callable[..., torch.Tensor], values: Sequence[torch.Tensor]) 
 
 def _is_consistent(module: nn.Module, call: Call) -> None:
     number, values = as_function(module, tree_map(_double, call))
-    if values and _agree(number, [value.double() for value in values]) is False:
-        raise ValueError
+    with FullPrecision(torch.float64):
+        if values and _agree(number, [value.double() for value in values]) is False:
+            raise ValueError

@@ -36,6 +36,13 @@ class TorchSession(Opened):
         with self.at(state):
             return needs(self, what, count)
 
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Which samples have a loss, (S,) bool; None where all have. See `opsig_torch.opened`."""
+        if self.positions == 1 or self.counts_S is None:
+            return None
+        return self.counts_S.cpu().numpy()
+
     def initial(self, seed: int) -> State:
         """The run's first state, from the task's model built after seeding torch. Raises OpsigError where the model
         couples samples: before hours are spent on it."""
@@ -82,7 +89,9 @@ class TorchSession(Opened):
         with self.at(state), torch.inference_mode(), self.running.as_trained():
             for chunk in chunks:
                 if np.isin(chunk, samples).any():
-                    found[chunk] = self.task.losses(self.flat.model, self.batches.take(chunk)).double().cpu().numpy()
+                    items, places = self.placed(chunk)
+                    losses = self.task.losses(self.flat.model, self.batches.take(items))
+                    found[chunk] = losses.double().cpu().numpy()[places]
         return found[samples]
 
     def gradient_cosines(self, state: State, samples: np.ndarray) -> np.ndarray:
@@ -175,8 +184,10 @@ class TorchSession(Opened):
         """Gradient of the mean training loss, (P,)."""
         with self.at(state), refusing(self, "the gradient", 1):
             terms = (
-                plain.flattened(plain.gradients(self, self.batch_losses(batch).sum() / self.samples))
-                for _, batch in self.batches
+                plain.flattened(
+                    plain.gradients(self, self.counted(self.batch_losses(batch), indices).sum() / self.target_count)
+                )
+                for indices, batch in self.batches
             )
             return self.total(terms, self.flat.vector.detach()).cpu().numpy()
 
@@ -200,12 +211,15 @@ class TorchSession(Opened):
         with self.at(state):
             return spectral_density(self)
 
-    def gradient_norms(self, state: State) -> np.ndarray:
-        """Norm of every sample's gradient, (S,) float64, a proxy if coupled; see `opsig_torch.alignment`."""
-        from opsig_torch.alignment import gradient_norms
+    def gradient_norms(self, state: State, samples: np.ndarray | None = None) -> np.ndarray:
+        """Norm of every sample's gradient, (S,) float64, a proxy if coupled, or of chosen ones', (M,); see
+        `opsig_torch.alignment`."""
+        from opsig_torch import alignment, coupled
 
         with self.at(state):
-            return gradient_norms(self)
+            if self.couples_samples and (self.positions > 1 or samples is not None):
+                return coupled.gradient_norms(self, np.arange(self.samples) if samples is None else samples)
+            return alignment.gradient_norms(self, samples)
 
     def curvature_along(self, state: State, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Loss, slope and curvature of every sample along a direction; see `opsig_torch.sample_curvature`."""

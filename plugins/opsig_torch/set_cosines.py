@@ -21,12 +21,14 @@ from opsig_torch.alignment import (
     gradient_norms,
     in_some_way,
     inverse,
+    inverse_order,
     loose_blocks,
     plain_gradient,
     require_agreement,
     require_norm,
     sample_batches,
 )  # fmt: skip
+from opsig_torch.item_passes import grouped
 from opsig_torch.layer_gradients import Captured, inner
 from opsig_torch.opened import Opened
 
@@ -56,6 +58,8 @@ def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) ->
     A gradient that vanishes has no direction: as a member it counts as 0, as a sample it is NaN. One pass gives the
     products and the norms, unless the sets' means do not fit DIRECTIONS_BYTES.
     """
+    order = grouped(opened, samples)
+    samples = samples[order]
     norms = np.full(opened.samples, np.nan)
     members = np.unique(np.concatenate(sets))
     norms[members] = directed(gradient_norms(opened, members))
@@ -67,7 +71,8 @@ def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) ->
         first += rows.shape[1] - 1
     with np.errstate(invalid="ignore", divide="ignore"):
         lengths = directed(np.sqrt(parts[0][:, -1]))
-        return np.concatenate([part[:, :-1] for part in parts], 1) / lengths[:, None]
+        cosines = np.concatenate([part[:, :-1] for part in parts], 1) / lengths[:, None]
+    return cosines[inverse_order(order)]
 
 
 def _products(
@@ -84,7 +89,7 @@ def _products(
     directions = _mean_unit_gradients(opened, dense, sets, norms)
     model, groups = opened.flat.model, len(sets)
     parts = []
-    for part in sample_batches(opened, samples):
+    for part in sample_batches(opened, samples, plan):
         total = torch.zeros(len(part), groups + 1, dtype=torch.float64, device=opened.flat.vector.device)
         for found in captured.capture(opened, part, plan, list(plan.covered)):
             known = by_members.get(found.parameter)
@@ -110,6 +115,8 @@ def _products(
 def _outer(opened: Opened, plan: captured.Plan, sets: list[np.ndarray]) -> list[nn.Parameter]:
     """Weights of linear layers with one position for which outer products cost less than means."""
     count = sum(len(members) for members in sets)
+    if opened.positions > 1:
+        return []
     return [
         parameter
         for parameter, places in plan.covered.items()
@@ -151,8 +158,8 @@ def _mean_unit_gradients(
     """Mean over each set of its members' gradients of length one, (G, size) for each of these parameters."""
     found = {p: p.detach().new_zeros(len(sets), p.numel()) for p in parameters}
     for group, members in enumerate(sets if parameters else []):
-        for chosen in sample_batches(opened, members):
-            losses = opened.batch_losses(opened.batches.take(chosen))
+        for chosen in sample_batches(opened, members[grouped(opened, members)]):
+            losses = opened.losses_of(chosen)
             weights = torch.from_numpy(inverse(norms[chosen]) / len(members)).to(losses)
             for parameter, gradient in zip(
                 parameters, plain.gradients(opened, (losses * weights).sum(), over=parameters), strict=True

@@ -44,6 +44,7 @@ class SharedSession(TorchSession):
         self.group = group
         self._number = number
         self._known_frozen: np.ndarray | None = None
+        self._told_targets = self.positions == 1
 
     @property
     def device_name(self) -> str:
@@ -80,16 +81,18 @@ class SharedSession(TorchSession):
                 )
         return [row.arrays() for row in rows]
 
-    def gradient_norms(self, state: State) -> np.ndarray:
-        return np.concatenate(self._together("norms", self._bare(state), None))
+    def gradient_norms(self, state: State, samples: np.ndarray | None = None) -> np.ndarray:
+        if self.positions > 1 or (self.couples_samples and samples is not None):
+            return super().gradient_norms(state, samples)
+        return np.concatenate(self._together("norms", self._bare(state), samples))
 
     def mean_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
-        if self.couples_samples:
+        if self.couples_samples or self.positions > 1:
             return super().mean_cosines(state, samples, sets)
         return np.concatenate(self._together("cosines", self._bare(state), samples, sets))
 
     def gradient_sketch(self, state: State, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
-        if self.couples_samples:
+        if self.couples_samples or self.positions > 1:
             return super().gradient_sketch(state, samples, size, seed)
         return np.concatenate(self._together("sketch", self._bare(state), samples, size, seed))
 
@@ -147,8 +150,15 @@ class SharedSession(TorchSession):
         return self.perform(name, arguments)
 
     def _bare(self, state: State) -> State:
-        """What of a state the others need: they have the frozen parameters, which are those of the run."""
+        """What of a state the others need: they have the frozen parameters, which are those of the run, and know from
+        the first state on which samples have a loss."""
         self.adopt(state.frozen)
+        if not self._told_targets:
+            with self.at(state):
+                counts = self.counts_S
+            if self._all_targets is not None:
+                self._tell("targets", None if counts is None else counts.cpu().numpy())
+                self._told_targets = True
         return replace(state, optimizer={}, frozen=np.empty(0, np.float32))
 
     @contextmanager
@@ -179,7 +189,7 @@ class SharedSession(TorchSession):
         """Do what the first process tells the others."""
         alone: dict[str, Callable[..., Any]] = {
             "begin": super().initial, "take": super().adopt, "load": self.load, "hessian": self.serve_hessian,
-            "bound": super().bound_by,
+            "bound": super().bound_by, "targets": self.know_targets,
         }  # fmt: skip
         if name in alone:
             alone[name](*arguments)
@@ -188,9 +198,18 @@ class SharedSession(TorchSession):
         else:
             self.perform(name, arguments)
 
-    def own(self, size: int, count: int | None = None) -> slice:
-        """This process's share of `count` things, all samples by default, that are taken in pieces of `size`."""
-        count = self.samples if count is None else count
+    def know_targets(self, counts_S: np.ndarray | None) -> None:
+        """Take the first process's word for which samples have a loss."""
+        self._all_targets = counts_S is None
+        self._targets = None if counts_S is None else torch.from_numpy(counts_S).to(self.device)
+
+    def own(self, size: int) -> slice:
+        """The samples of this process's share of all items, which are taken in pieces of `size`."""
+        items = self.share_of(self.items, size)
+        return slice(items.start * self.positions, items.stop * self.positions)
+
+    def share_of(self, count: int, size: int) -> slice:
+        """This process's share of `count` things in a row that are taken in pieces of `size`."""
         pieces = self.group.share(-(-count // size))
         return slice(min(pieces.start * size, count), min(pieces.stop * size, count))
 
@@ -233,16 +252,16 @@ class SharedSession(TorchSession):
         from opsig_torch.alignment import gradient_norms
 
         samples = np.arange(self.samples) if samples is None else samples
-        own = samples[self.own(self.inference_batch(), len(samples))]
+        own = samples[self.share_of(len(samples), self.inference_batch())]
         with self.at(state):
             return gradient_norms(self, own) if len(own) else np.empty(0)
 
     def share_of_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
-        own = samples[self.own(self.inference_batch(), len(samples))]
+        own = samples[self.share_of(len(samples), self.inference_batch())]
         return super().mean_cosines(state, own, sets) if len(own) else np.empty((0, len(sets)))
 
     def share_of_sketch(self, state: State, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
-        own = samples[self.own(self.inference_batch(), len(samples))]
+        own = samples[self.share_of(len(samples), self.inference_batch())]
         return super().gradient_sketch(state, own, size, seed) if len(own) else np.empty((0, size), np.float32)
 
     def share_of_curvature(self, state: State, direction: np.ndarray) -> np.ndarray:
@@ -308,7 +327,8 @@ class SharedSession(TorchSession):
                 self.flat.gradient.zero_()
                 counted, losses, predictions = descent.counted_losses(self, training, indices, batch)
                 row.put(indices, losses, predictions)
-                (counted.sum() / self.samples).backward()
+                counted = self.counted(counted, indices)
+                (counted.sum() / self.target_count).backward()
                 sums.append(counted.detach().double().sum().item())
                 yield self.flat.gradient.clone()
 
@@ -322,7 +342,7 @@ class SharedSession(TorchSession):
             for part in its_sums:
                 total += part
         whole = training.weights is None and training.label_smoothing is None
-        return (row.mean() if whole else total / self.samples), row
+        return (row.mean(self.counts_S) if whole else total / self.target_count), row
 
 
 def opened(group: Group, task: Any, options: Options) -> SharedSession:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from opsig_torch import captured
-from opsig_torch.alignment import directed, in_some_way, loose_blocks, require_norm, sample_batches
+from opsig_torch.alignment import directed, in_some_way, inverse_order, loose_blocks, require_norm, sample_batches
+from opsig_torch.item_passes import grouped
 from opsig_torch.layer_gradients import Captured
 from opsig_torch.opened import Opened
 
@@ -24,7 +25,9 @@ def gradient_sketch(opened: Opened, samples: np.ndarray, size: int, seed: int) -
     (M, size) float32, NaN where a gradient is 0. Memory: the sketches, a batch's activations, and a block of its
     gradients; never M x P.
     """
-    return in_some_way(opened, len(samples), lambda plan: _sketch(opened, samples, size, seed, plan))
+    order = grouped(opened, samples)
+    found = in_some_way(opened, len(samples), lambda plan: _sketch(opened, samples[order], size, seed, plan))
+    return found[inverse_order(order)]
 
 
 def _sketch(opened: Opened, samples: np.ndarray, size: int, seed: int, plan: captured.Plan) -> np.ndarray:
@@ -35,7 +38,7 @@ def _sketch(opened: Opened, samples: np.ndarray, size: int, seed: int, plan: cap
         name: _Places(1, parameter.numel(), size, [seed, number_of[parameter]]) for name, parameter in loose.items()
     }
     parts, norms = [], []
-    for part in sample_batches(opened, samples):
+    for part in sample_batches(opened, samples, plan):
         sketch = torch.zeros(len(part), size, device=opened.flat.vector.device)
         squares = torch.zeros(len(part), dtype=torch.float64, device=sketch.device)
         for parameter in captured.capture(opened, part, plan, list(plan.covered)):

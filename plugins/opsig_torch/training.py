@@ -44,6 +44,8 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
             "--track-samples out"
         )
     optimizer = _optimizer(opened, training)
+    with opened.at(start):
+        assert opened.target_count  # found now: later it would cost draws of dropout, and move running statistics
     opened.load(start)
     _restore(optimizer, opened, start, training.began)
     gradient = (full_batch or _full_batch_gradient) if training.batch_size is None else _minibatch_gradient
@@ -80,10 +82,11 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
     for indices, batch in opened.batches:
         counted, losses, predictions = counted_losses(opened, training, indices, batch)
         row.put(indices, losses, predictions)
-        (counted.sum() / opened.samples).backward()
+        counted = opened.counted(counted, indices)
+        (counted.sum() / opened.target_count).backward()
         if not plain:
             total += counted.detach().double().sum().item()
-    return row.mean() if plain else total / opened.samples, row
+    return row.mean(opened.counts_S) if plain else total / opened.target_count, row
 
 
 def counted_losses(
@@ -122,36 +125,42 @@ def _minibatch_gradient(
     opened.flat.model.train()
     torch.manual_seed(int(np.random.SeedSequence([training.seed, step]).generate_state(1)[0]))
     opened.flat.gradient.zero_()
-    chosen = minibatch(opened.samples, training.batch_size, training.seed, step)
-    batch = opened.batches.take(chosen)
+    items = minibatch(opened.items, training.batch_size, training.seed, step)
+    chosen = opened.samples_of(items)
+    batch = opened.batches.take(items)
     with opened.running.as_trained():
         if training.label_smoothing is None:
             losses = opened.task.losses(opened.flat.model, batch)
         else:
             losses = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)[0]
-    mean = _weighted(losses, training, chosen).mean()
+    weighted = _weighted(losses, training, chosen)
+    if opened.counts_S is None:
+        mean = weighted.mean()
+    else:
+        mean = opened.counted(weighted, chosen).sum() / opened.counts_S.cpu()[chosen].sum().clamp_min(1)
     mean.backward()
     return mean.item(), row
 
 
 def _measured(opened: Opened, tracked: np.ndarray | None) -> Iterator[tuple[slice | np.ndarray, Any]]:
-    """The samples whose losses are measured beside a minibatch, in batches."""
+    """The samples whose losses are measured beside a minibatch, in batches, with the others of their items."""
     if tracked is None:
         yield from opened.batches
         return
-    for start in range(0, len(tracked), opened.batch_size):
-        chosen = tracked[start : start + opened.batch_size]
-        yield chosen, opened.batches.take(chosen)
+    items, _ = opened.placed(tracked)
+    for start in range(0, len(items), opened.batch_size):
+        chosen = items[start : start + opened.batch_size]
+        yield opened.samples_of(chosen), opened.batches.take(chosen)
 
 
-def minibatch(samples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Indices of the minibatch of a step; an epoch is a permutation drawn from (seed, epoch), its last batch smaller.
+def minibatch(items: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Items of the minibatch of a step; an epoch is a permutation drawn from (seed, epoch), its last batch smaller.
 
     >>> sorted(np.concatenate([minibatch(5, 2, 0, step) for step in range(3)]).tolist())
     [0, 1, 2, 3, 4]
     """
-    epoch, position = divmod(step, -(-samples // batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(samples)
+    epoch, position = divmod(step, -(-items // batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(items)
     return order[position * batch_size : (position + 1) * batch_size]
 
 

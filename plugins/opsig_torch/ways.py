@@ -115,8 +115,8 @@ def _said(opened: Opened, what: str, failed: Way, taken: Way, seconds: float) ->
 
 def _pace(opened: Opened) -> float:
     """Seconds a sample of a forward and a backward pass."""
-    count = min(PACE, opened.samples)
+    count = min(PACE, opened.items)
     begin = time.perf_counter()
     with torch.enable_grad():
-        plain.gradients(opened, opened.batch_losses(opened.batches.take(range(count))).sum())
+        plain.gradients(opened, opened.batch_losses(opened.batches.take(range(count))).nansum())
     return (time.perf_counter() - begin) / count

@@ -1,6 +1,6 @@
 """Next-token prediction over a text of one's own: every sample is a token with the context before it (App. B).
 
-S samples, B a batch's size, N tokens of the text.
+B sequences of a batch, T their length, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -10,22 +10,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.tasks import build, parse_spec
 from opsig_zoo.tokens import BYTES, quoted, split
 from opsig_zoo.transformers import GPT
+from opsig_zoo.windows import Windows, token_losses
 
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".tex")
 MAX_BYTES, MAX_FILES = 1 << 30, 100_000
 """Of a text, and entries of a folder that are looked at."""
-SHOWN = 80
-"""Characters of a context that a person is shown, its last ones."""
 
 
 def _gpt(
@@ -35,10 +32,11 @@ def _gpt(
 
 
 class Text:
-    """Tokens of a file, or of a folder's text files in order of name, predicted from the `context` tokens before them.
+    """Tokens of a file, or of a folder's text files in order of name, each predicted from those before it.
 
-    `vocabulary`: 256 for bytes, more for a byte-pair encoding of so many tokens, trained on the text. `samples` targets
-    are spread evenly over the text; 0 means every token. A sample's loss is that of its target, in nats.
+    The text is cut into sequences of `context` tokens; a sample is a position of one, with a context of 1 to `context`
+    tokens. `vocabulary`: 256 for bytes, more for a byte-pair encoding of so many tokens, trained on the text. `samples`
+    targets, in whole sequences, are spread evenly over the text; 0 means every token. Losses are in nats.
     """
 
     def __init__(
@@ -46,60 +44,44 @@ class Text:
     ):  # fmt: skip
         if context < 1 or samples < 0:
             raise ValueError("context must be at least 1, and samples too, or 0 for all")
-        self.tokens, self._pieces = split(_read(Path(path)), vocabulary)
-        if len(self.tokens) <= context:
-            raise OpsigError(f"{path} holds {len(self.tokens)} tokens, too few for a context of {context}")
+        self.positions = context
+        self.tokens, self._pieces = split(read_text(Path(path)), vocabulary)
+        self.windows = Windows(self.tokens, lambda n: self._pieces[self.tokens[n]], context, samples, path)
+        self.render, self.label = self.windows.render, self.windows.label
         spec = parse_spec(model)
         if spec.name != "gpt":
             raise UsageError(f"task text has no model '{spec.name}'. Known: gpt")
-        self._options, self._context = spec.options, context
+        self._options = spec.options
         self.classes = tuple(quoted(piece) for piece in self._pieces)
-        last = len(self.tokens) - 1
-        count = min(samples or last, last - context + 1)
-        self.targets = np.linspace(context, last, count).round().astype(np.int64)
         with torch.device("meta"):
             self.model()  # without its memory: an unknown option is an error now, before a file is made
 
     def model(self) -> nn.Module:
         """A GPT over the vocabulary."""
-        return build(partial(_gpt, len(self._pieces), self._context), self._options, "model gpt")
+        return build(partial(_gpt, len(self._pieces), self.positions), self._options, "model gpt")
 
     def dataset(self) -> TensorDataset:
-        """Contexts (S, context) and targets (S,)."""
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, self._context)
-        contexts = windows[self.targets - self._context]
-        return TensorDataset(torch.from_numpy(contexts), torch.from_numpy(self.tokens[self.targets]))
+        """Tokens, targets and places, (I, T) each of I sequences."""
+        return self.windows.dataset()
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
-        """Loss of every target, (B,)."""
-        return cross_entropy(model(batch[0], last=True).double(), batch[1], reduction="none")
+        """Loss of every position, (B, T), NaN without a target."""
+        return token_losses(model(batch[0]), batch)
 
     def predictions(self, model: nn.Module, batch: Any) -> Tensor:
-        """The likeliest next token, (B,)."""
-        return model(batch[0], last=True).argmax(1)
-
-    def label(self, i: int) -> str:
-        """The target, in quotes."""
-        return self.classes[self.tokens[self.targets[i]]]
-
-    def render(self, i: int) -> str:
-        """The end of the context, its line breaks visible, and the target in brackets."""
-        place = int(self.targets[i])
-        before = b"".join(self._pieces[token] for token in self.tokens[max(0, place - self._context) : place])
-        shown = before.decode(errors="backslashreplace")[-SHOWN:].replace(
-            "\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
-        )
-        return f"{shown}[{self.label(i).removeprefix('b')[1:-1]}]"
+        """The likeliest next token, (B, T)."""
+        return model(batch[0]).argmax(2)
 
 
-def _read(path: Path) -> bytes:
+def read_text(path: Path) -> bytes:
+    """A file's bytes, or those of a folder's text files in order of name. Raises OpsigError where there are none."""
     files = [path]
     if path.is_dir():
         files = sorted(p for p in islice(path.rglob("*"), MAX_FILES) if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise OpsigError(f"{path} holds no text files ({', '.join(SUFFIXES)})")
     elif not path.is_file():
-        raise OpsigError(f"{path} does not exist. Give text:path=FILE or a folder")
+        raise OpsigError(f"{path} does not exist. Give a text file or a folder of them")
     try:
         sizes = [file.stat().st_size for file in files]
         if sum(sizes) > MAX_BYTES:

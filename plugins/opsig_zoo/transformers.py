@@ -28,18 +28,15 @@ class Attention(nn.Module):
         self.mix = nn.Linear(width, 3 * width, bias)
         self.out = nn.Linear(width, width, bias)
 
-    def forward(self, x: torch.Tensor, last: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, width = x.shape
         query, key, value = self.mix(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        if last:  # the last token sees every other, so that its row needs no mask
-            query = query[:, :, -1:]
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal and not last)
-        return self.out(y.transpose(1, 2).reshape(batch, -1, width))
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class Layer(nn.Module):
-    """A transformer layer, norm first: attention, then a perceptron four times as wide. With `last` it is worked out
-    for the last token only, (B, 1, D)."""
+    """A transformer layer, norm first: attention, then a perceptron four times as wide."""
 
     def __init__(self, width: int, heads: int, causal: bool, bias: bool = True):
         super().__init__()
@@ -47,9 +44,8 @@ class Layer(nn.Module):
         self.attention = Attention(width, heads, causal, bias)
         self.expand, self.contract = nn.Linear(width, 4 * width, bias), nn.Linear(4 * width, width, bias)
 
-    def forward(self, x: torch.Tensor, last: bool = False) -> torch.Tensor:
-        mixed = self.attention(self.norm1(x), last)
-        x = (x[:, -1:] if last else x) + mixed
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
         return x + self.contract(F.gelu(self.expand(self.norm2(x))))
 
 
@@ -103,15 +99,9 @@ class GPT(nn.Module):
                 residual = name.endswith(("attention.out.weight", "contract.weight"))
                 nn.init.normal_(parameter, std=STD / math.sqrt(2 * depth) if residual else STD)
 
-    def forward(self, tokens: torch.Tensor, last: bool = False) -> torch.Tensor:
-        """Logits of the token after every one of (B, N) token ids, (B, N, vocabulary); with `last` after the last of
-        them only, (B, vocabulary), for which the last layer works on one token of a window."""
-        x = self.embed(tokens) + self.place(_places(tokens))
-        *layers, top = self.layers.children()
-        for layer in layers:
-            x = layer(x)
-        x = top(x, last)
-        return self.head(self.norm(x[:, -1] if last else x))
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits of the token after every one of (B, N) token ids, (B, N, vocabulary)."""
+        return self.head(self.norm(self.layers(self.embed(tokens) + self.place(_places(tokens)))))
 
 
 def _places(tokens: torch.Tensor) -> torch.Tensor:

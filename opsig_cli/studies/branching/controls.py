@@ -23,13 +23,17 @@ class Control:
         return np.flatnonzero(self.weights_S != 1)
 
 
-def drawn(weights_S: np.ndarray, labels_S: np.ndarray | None, draws: int) -> tuple[list[Control], list[str]]:
+def drawn(
+    weights_S: np.ndarray, labels_S: np.ndarray | None, draws: int, targets_S: np.ndarray | None = None
+) -> tuple[list[Control], list[str]]:
     """Draws of as many other samples as the branch weights, any and of the same labels, and what could not be drawn.
+
+    `targets_S`: which samples have a loss, and can be drawn; None where all have.
 
     Each sample drawn takes the weight of one that it stands for. A draw is the same for the same branch and number.
     """
     changed = np.flatnonzero(weights_S != 1)
-    outside = np.flatnonzero(weights_S == 1)
+    outside = np.flatnonzero((weights_S == 1) if targets_S is None else (weights_S == 1) & targets_S)
     found: list[Control] = []
     lacks: list[str] = []
     if not len(changed) or not draws:

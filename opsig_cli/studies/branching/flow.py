@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli import tasks
-from opsig_cli.backends import Session
+from opsig_cli.backends import Session, targets_of
 from opsig_cli.errors import UsageError
 from opsig_cli.studies import comparing, training
 from opsig_cli.studies.branching import controls, effects, writing
@@ -90,7 +90,7 @@ def _branch(asked: Asked, fork: Fork, change: Change, path: str) -> Branch:
     weights = fork.weighted(factors) if len(changed) else fork.weights
     plan = Plan(asked.request.schedule(settings, fork.step), start, weights)
     labels = asked.run.read("samples/label")[np.argsort(ids)] if asked.run.has("samples/label") else None
-    found, lacks = controls.drawn(factors, labels, asked.request.draws)
+    found, lacks = controls.drawn(factors, labels, asked.request.draws, targets_of(asked.session))
     for words in lacks:
         asked.note(f"note: {change.words}: {words}")
     return Branch(path, change, plan, changed, found)
@@ -102,7 +102,7 @@ class _Stretch:
     def __init__(self, asked: Asked, fork: Fork, branches: list[Branch]):
         self._asked, self._fork, self._branches = asked, fork, branches
         self._base = Plan(asked.request.schedule(fork.settings, fork.step), fork.state, fork.weights)
-        self._sets: list[np.ndarray] = [np.arange(asked.session.samples), np.empty(0, np.int64)]
+        self._sets: list[np.ndarray] = [np.flatnonzero(targets_of(asked.session)), np.empty(0, np.int64)]
         self._places = [[self._tally(one.changed, control) for control in [None, *one.controls]] for one in branches]
         self._groups: dict[int, int] = {}
         if any(one.change.edge for one in branches):
@@ -112,7 +112,7 @@ class _Stretch:
 
     def _tally(self, changed: np.ndarray, control: Control | None) -> Places:
         """Tally those that a branch changes and those that neither it nor the control touches."""
-        untouched = np.ones(self._asked.session.samples, bool)
+        untouched = targets_of(self._asked.session).copy()
         untouched[changed] = False
         if control is not None:
             untouched[control.changed] = False

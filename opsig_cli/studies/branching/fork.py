@@ -13,11 +13,10 @@ from opsig_cli import backends
 from opsig_cli.backends import Session, State
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import OTHER, UNKNOWN_BATCH, Settings
-from opsig_cli.studies import floor
+from opsig_cli.studies import floor, training
 from opsig_cli.studies.branching.changes import EDGES, Change
 from opsig_cli.studies.curvature import group_of, scale_of
 from opsig_cli.studies.trained import settings_at, weights_of
-from opsig_cli.studies.training import SHARPNESS_TOLERANCE
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
@@ -66,8 +65,7 @@ class Fork:
             raise UsageError(f"--momentum: {settings.optimizer} has none. Give --optimizer momentum")
         if "seed" in given and settings.batch_size is None:
             raise UsageError("--seed orders batches, and this is full batch. Leave it out")
-        if (settings.batch_size or 0) > session.samples:
-            raise UsageError(f"--batch-size {settings.batch_size} is more than the {session.samples} samples there are")
+        training.check_batch(settings, session)
         if settings.optimizer == self.settings.optimizer:
             return settings, self.state
         return replace(settings, began=self.step), replace(self.state, optimizer={})
@@ -167,4 +165,4 @@ def sharpness_at(session: Session, settings: Settings, state: State) -> float:
     """The top eigenvalue, of the preconditioned Hessian for Adam, of the mean loss of all samples."""
     backends.require(session, backends.Curvature, "of this run", "sharpness")
     scale = scale_of(settings, state)
-    return float(session.top_eigenpairs(state, 1, SHARPNESS_TOLERANCE, None, scale).values[0])  # pyright: ignore
+    return float(session.top_eigenpairs(state, 1, training.SHARPNESS_TOLERANCE, None, scale).values[0])  # pyright: ignore

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opsig_cli.analysis.courses import Course, Tally
-from opsig_cli.backends import Session, State
+from opsig_cli.backends import Session, State, targets_of
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import training
@@ -114,10 +114,10 @@ class Futures:
         steps = branch.steps("losses").tolist()
         logged = branch.steps("scalars")
         train_loss = dict(zip(logged.tolist(), branch.rows("scalars/train_loss", 0, len(logged)).tolist(), strict=True))
-        row, last = -1, plan.start.step - 1
+        row, last, targets = -1, plan.start.step - 1, targets_of(self._session)
         for first, rows in branch.blocks("losses/loss") if branch.has("losses/loss") else ():
             for row, losses in enumerate(rows, first):
-                if not np.isfinite(losses).all():
+                if not np.isfinite(losses[targets]).all():
                     break
                 last = steps[row]
                 tally.add(last, losses)
@@ -134,7 +134,7 @@ class Futures:
     ) -> Future:
         accuracy = sharpness = None
         if predicted is not None and self._labels is not None:
-            accuracy = float(np.mean(predicted == self._labels))
+            accuracy = float(np.mean((predicted == self._labels)[targets_of(self._session)]))
         if last is not None:
             sharpness = sharpness_at(self._session, plan.settings, last)
         return Future(tally.course(), accuracy, sharpness, stopped)

@@ -18,7 +18,7 @@ from opsig_cli.tasks import TaskSpec
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
 from opsig_cli.trajectory.recorder import Recorder
 
-TAKEN_OVER = ("samples/label", "samples/thumbnail", "samples/text", "samples/truth", "samples/feature")
+TAKEN_OVER = tuple(f"samples/{name}" for name in ("label", "target", "thumbnail", "text", "truth", "feature"))
 """What the samples are, which every command reads in the branch's file alone; of the past nothing is copied."""
 
 

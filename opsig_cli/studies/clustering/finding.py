@@ -92,8 +92,9 @@ def find(
         if sketch is not None:
             gathering.sketch_band(run, weighed, sketch)  # refused before anything is loaded
         session, _ = tracking.open_session(run, task, device, backend, warn, allow_changed_data)
-        if join is None and not (join := not getattr(session, "couples_samples", False)):
-            warn("note: nobody joins: with batch norm in chunks each costs a chunk; see --join")
+        if join is None and (why := gathering.why_nobody_joins(session)):
+            warn(f"note: nobody joins: {why}; see --join")
+            join = False
         coordinates = None
         if by == "slope":
             with progress("eigenvectors", len(slopes.checkpoints_of(run, weighed))) as advance:
@@ -101,7 +102,7 @@ def find(
         with progress("gradients", (3 if samples is None else 2) * len(steps)) as advance:
             clusters = by_gradient(
                 run, session, backend, position, by, weighed, advance,
-                widen=samples is None, joining=join, sketch=sketch, coordinates=coordinates,
+                widen=samples is None, joining=join is not False, sketch=sketch, coordinates=coordinates,
             )  # fmt: skip
         outcome = silencing.Outcome({}, {}, [])
         if test == "replay" and clusters.pairs:

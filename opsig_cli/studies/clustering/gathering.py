@@ -19,6 +19,27 @@ from opsig_cli.studies.clustering.window import Window, checkpoints_in
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
+DEAR = 250_000
+"""Positions that backward passes for all samples may go through, all in all."""
+POOL = 2
+"""Samples with large losses whose gradients are looked at, for each that was mined."""
+
+
+def gradients_are_dear(session: Session) -> bool:
+    """Whether the gradients of all samples take far longer than a few passes over the data, as where an item has many,
+    each with a backward pass of its own through the item."""
+    positions = getattr(session, "positions", 1)
+    return positions > 1 and positions * session.samples > DEAR
+
+
+def why_nobody_joins(session: Session) -> str | None:
+    """Why samples that were not mined do not join groups unless a person asks for it, in words."""
+    if getattr(session, "couples_samples", False):
+        return "with batch norm in chunks each costs a chunk"
+    if gradients_are_dear(session):
+        return "each costs a backward pass through its whole item"
+    return None
+
 
 def with_largest_gradients(
     run: Trajectory, session: Session, position: np.ndarray, window: Window, advance: Callable[..., None]
@@ -27,13 +48,21 @@ def with_largest_gradients(
 
     Groups whose loss does not swing yet, as where a network gives both sides even odds, are found by their gradients
     alone; outliers are outliers by either (the paper's Fig. 2). At each checkpoint norms count relative to their root
-    mean square. Positions alone for a backend without gradient norms.
+    mean square. Positions alone for a backend without gradient norms. Where gradients are dear, those of the samples
+    with the largest losses are looked at, POOL times as many as positions.
     """
     if not isinstance(session, backends.Curvature):
         return position
-    score = np.zeros(len(run.samples))
+    score, dear = np.zeros(len(run.samples)), gradients_are_dear(session)
     for step in checkpoints_in(run, window).tolist():
-        norms = known(session.gradient_norms(read_state(run, step)))
+        state = read_state(run, step)
+        if dear:
+            losses = known(session.losses([state])[0][0][run.samples])
+            pool = np.argsort(-losses, kind="stable")[: POOL * len(position)]
+            norms = np.zeros(len(score))
+            norms[pool] = known(session.gradient_norms(state, run.samples[pool]))
+        else:
+            norms = known(session.gradient_norms(state)[run.samples])
         score += norms / (np.sqrt(np.mean(norms**2)) or 1.0)
         advance(note=f"step {step}")
     largest = np.argsort(-score, kind="stable")[: len(position)]

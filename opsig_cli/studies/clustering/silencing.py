@@ -18,6 +18,7 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.weighing import related
+from opsig_cli.studies.filled import targets_of
 from opsig_cli.studies.missing import labels_of
 from opsig_cli.studies.replaying import replay
 from opsig_cli.studies.trained import settings_at, weights_of, why_not_repeated
@@ -112,7 +113,9 @@ def silence(
 def strata_of(run: Trajectory) -> np.ndarray:
     """What controls are drawn within, (S,): the samples' labels, or one stratum for all where there are none."""
     labels = labels_of(run)
-    return np.zeros(len(run.samples), np.int64) if labels is None else labels
+    if labels is not None:
+        return labels
+    return np.where(targets_of(run), 0, -1)  # a sample without a loss stands for none that has one
 
 
 def compared(step: int, sides: list[np.ndarray], *losses_TS: np.ndarray) -> Silenced:
@@ -194,7 +197,8 @@ def _swing(losses_TM: np.ndarray) -> float:
 
 def _swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
     """Whether both sides turn back and forth, and more than samples do on average."""
-    return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(plain) for side in sides)
+    everybody = plain[:, np.isfinite(plain[:1]).all(0)]  # a sample without a target has no loss
+    return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(everybody) for side in sides)
 
 
 def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:

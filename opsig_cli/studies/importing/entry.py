@@ -280,7 +280,7 @@ def _write(
         tracked = {}
         with bar("tracking", len(missing)) as advance:
             for step, values in tracking.fill_losses(kept, session, missing, request.allow_changed_data):
-                tracked[step] = float(values.mean(dtype="f8"))
+                tracked[step] = tracking.mean_loss(values)
                 advance(note=f"step {step}")
         records = [record | {"loss": tracked.get(record["step"])} for record in records]
     kept.set_attributes(state="imported")
