@@ -13,7 +13,6 @@ demo: $(VENV)/.installed
 	$(BIN)/opsig mine $(DEMO)/run.h5 --figure $(DEMO)/movers.png --top 10 --format table
 	$(BIN)/opsig cluster $(DEMO)/run.h5 --figure $(DEMO)/pairs.png --format table
 	$(BIN)/opsig report $(DEMO)/run.h5 -o $(DEMO)/report.html --format table
-	@echo "The run is $(DEMO)/run.h5. Open $(DEMO)/report.html in a browser; the pictures alone are beside it."
 
 test: $(VENV)/.tools
 	$(BIN)/python -m pytest -q

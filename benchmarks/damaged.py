@@ -193,7 +193,11 @@ def judge(
     clear(folder)
     shutil.copy(damaged, run)
     code, out, err = call(COMMANDS[name], run, new)
-    said = [line for line in err.splitlines() if not line.startswith(("note:", "device:", "measured", "resuming"))]
+    said = [
+        line
+        for line in err.splitlines()
+        if not line.startswith(("note:", "device:", "measured", "resuming", "wrote:", "found:", "next:"))
+    ]
     if code < 0:
         return ("HANG" if code == -2 else "TRACEBACK"), err
     if name not in CHANGES_FILE and run.read_bytes() != damaged.read_bytes():

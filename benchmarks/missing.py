@@ -69,7 +69,9 @@ def call(*arguments: object) -> str | None:
         code = end.code
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    lines = [line for line in err.getvalue().splitlines() if not line.startswith("note: ")]
+    lines = [
+        line for line in err.getvalue().splitlines() if not line.startswith(("note: ", "wrote: ", "found: ", "next: "))
+    ]
     if code == 0 and not lines:
         return None
     return None if code == 1 and len(lines) == 1 else f"code {code}: {lines}"

@@ -4,7 +4,8 @@
         [--json FILE | --from FILES]
 
 Every run is trained, or taken from the folder, and clustered with the defaults. Each pair with a verdict by silence is
-silenced again, with controls drawn anew, at the checkpoint farthest from all that were used. A row a run: pairs called
+silenced again, with controls drawn anew, at the checkpoint farthest from all that were used, unless it does not swing
+there, where silence says nothing. A row a run: pairs called
 established and how many of them have R below a half there; the same of those called refuted; and each pair's R's.
 """
 
@@ -62,6 +63,8 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
             without, controlled = replay(silent), replay(controls)
             for n in decided:
                 sides = [members[g] for g in clusters.grouping.pairs()[n]]
+                if not silencing.swings(plain, sides):
+                    continue
                 anew = silencing.compared(step, sides, plain, without, controlled)
                 pair = clusters.pairs[n]
                 rows.append((pair.verdict, [one.ratio for one in pair.silenced], anew.ratio))

@@ -1,5 +1,6 @@
 """Write the reference pages that come from the code: docs/commands/*.md and docs/python.md.
 
+    python docs/make_examples.py    # what the examples print, in docs/outputs
     python docs/make_reference.py
 
 A test runs this and fails where a page differs from what the code says.
@@ -42,6 +43,15 @@ def command_page(words: str, command: Any) -> str:
     context = command.make_context(words, [], resilient_parsing=True)
     about, _, example = inspect.cleandoc(command.help).partition("\nExample: ")
     lines = [f"# {words}", "", about.strip(), "", "```sh", example.strip(), "```", ""]
+    if (output := DOCS / "outputs" / f"{page_name(words)}.txt").exists():
+        lines += [
+            "On a small run this prints, and on stderr ends with:",
+            "",
+            "```text",
+            output.read_text().rstrip(),
+            "```",
+            "",
+        ]
     arguments, options = [], []
     for parameter in command.get_params(context):
         kind = parameter.metavar or ""
@@ -56,6 +66,11 @@ def command_page(words: str, command: Any) -> str:
             lines += [f"| {cell(name)} | {cell(meaning(parameter))} |" for name, parameter in rows]
             lines.append("")
     return "\n".join(lines)
+
+
+def page_name(words: str) -> str:
+    """The name of a command's page, given the words that call it."""
+    return words.removeprefix("opsig ").replace(" ", "-")
 
 
 def meaning(parameter: Any) -> str:
@@ -130,8 +145,7 @@ def text_of(thing: Any) -> str:
 def pages() -> dict[str, str]:
     """Every generated page by its path below docs/."""
     found = list(commands(typer.main.get_command(app)))
-    made = {f"commands/{words.removeprefix('opsig ').replace(' ', '-')}.md": command_page(*pair)
-            for pair in found for words in [pair[0]]}  # fmt: skip
+    made = {f"commands/{page_name(words)}.md": command_page(words, command) for words, command in found}
     made["python.md"] = python_page()
     return made
 

@@ -54,4 +54,24 @@ def __getattr__(name: str) -> Any:
 
     if name not in _HOMES:
         raise AttributeError(f"module 'opsig_cli' has no attribute '{name}'")
-    return getattr(import_module(f"opsig_cli.{_HOMES[name]}"), name)
+    found = getattr(import_module(f"opsig_cli.{_HOMES[name]}"), name)
+    if _HOMES[name] == "studies.door":
+        found = globals()[name] = _spoken(found)
+    return found
+
+
+def _spoken(study: Any) -> Any:
+    """A study that a command calls, too, whose errors speak of arguments instead of options."""
+    from functools import wraps
+
+    from opsig_cli.errors import OpsigError, in_python
+
+    @wraps(study)
+    def called(*arguments: Any, **options: Any) -> Any:
+        try:
+            return study(*arguments, **options)
+        except OpsigError as error:
+            error.args = (in_python(str(error)),)
+            raise
+
+    return called

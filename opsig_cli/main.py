@@ -15,6 +15,7 @@ import typer
 
 from opsig_cli.backends import Meets, load_backend
 from opsig_cli.commands import (
+    analyse,
     branch,
     cluster,
     compare,
@@ -50,6 +51,7 @@ app.command(cls=Command)(train.train)
 app.command("import", cls=Command)(import_.import_)
 app.command(cls=Command)(track.track)
 app.command(cls=Command)(sharpness.sharpness)
+app.command(cls=Command)(analyse.analyse)
 app.command(cls=Command)(mine.mine)
 app.command(cls=Command)(probe.probe)
 app.command(cls=Command)(cluster.cluster)
@@ -145,6 +147,13 @@ def _checked_stdout() -> Iterator[None]:
         sys.stdout = stream
 
 
+PLAIN = str.maketrans({
+    "\u2212": "-", "\u00b1": "+-", "\u2026": "...", "\u2192": "->", "\u00d7": "x", "\u2264": "<=", "\u2265": ">=",
+    "\u2013": "-", "\u2423": "_", "\ufffd": "?",
+})  # fmt: skip
+"""What signs are on a terminal that does not have them; of what is not here, its code is shown."""
+
+
 class _Checked:
     """A stream whose errors name it; after one, what is left to print is dropped: the interpreter tries again."""
 
@@ -152,7 +161,11 @@ class _Checked:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._try(lambda: self._stream.write(text))
+        try:
+            return self._try(lambda: self._stream.write(text))
+        except UnicodeEncodeError:  # a terminal without UTF-8
+            plain, encoding = text.translate(PLAIN), self._stream.encoding
+            return self._try(lambda: self._stream.write(plain.encode(encoding, "backslashreplace").decode(encoding)))
 
     def flush(self) -> None:
         self._try(self._stream.flush)

@@ -17,6 +17,8 @@ from opsig_cli.errors import OpsigError, UsageError
 Record = Mapping[str, Any]
 FORMATS = ("table", "json", "csv")
 NUMBER = re.compile(r"-|[-+]?\d[\d.]*(e[-+]?\d+)?%?")
+ALIGNED = re.compile(rf"((<=|<|>) )?({NUMBER.pattern})")
+"""What stands at the right of a column and is never broken: a number, or a bound of one."""
 FORMULA = tuple("=+-@\t\n")
 """What a cell begins with that spreadsheets take for a formula, or skip before one."""
 GAP = 2
@@ -135,7 +137,7 @@ def _print_table(table: Table, out: TextIO) -> None:
     if not table.rows:
         return
     names = list(dict.fromkeys(key for record in table.rows for key in record))
-    cells = {name: [_human(plain(record.get(name))) for record in table.rows] for name in names}
+    cells = {name: [_shown(_human(plain(record.get(name))), out) for record in table.rows] for name in names}
     widths = _widths({name: (printable(name.replace("_", " ")), cells[name]) for name in names}, console.width)
     drawn = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, width in widths.items():
@@ -147,6 +149,12 @@ def _print_table(table: Table, out: TextIO) -> None:
     if left_out := [name.replace("_", " ") for name in names if name not in widths]:
         console.print(Text(f"too narrow for: {', '.join(left_out)} (--format json has them)", style="italic"))
     console.print()
+
+
+def _shown(text: str, out: TextIO) -> str:
+    """Text as a stream without UTF-8 shows it: what it does not have by its code, so that columns stay in line."""
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    return text if encoding.lower().startswith("utf") else text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _widths(columns: Mapping[str, tuple[str, Sequence[str]]], available: int) -> dict[str, int]:
@@ -176,7 +184,7 @@ def _widths(columns: Mapping[str, tuple[str, Sequence[str]]], available: int) ->
 
 
 def _numeric(cells: Sequence[str]) -> bool:
-    return all(NUMBER.fullmatch(cell) for cell in cells)
+    return all(ALIGNED.fullmatch(cell) for cell in cells)
 
 
 def _human(value: Any) -> str:

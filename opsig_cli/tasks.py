@@ -53,8 +53,10 @@ class Task(Protocol):
     the input of the last linear layer; `render(i) -> PIL.Image | str`, what a person looks at;
     `label(i) -> str`; `smoothed_losses(model, batch, smoothing) -> (B,)`, for `branch`, the losses with labels smoothed
     by so much; `classes -> Sequence[str]`, the names behind the integers of `predictions`;
-    `truth() -> (S,) integers`, planted sides; and for `probe`: `picture_shape`, (H, W, C), `inputs(pixels) -> batch's
-    first part`, for pixels (B, H, W, C) with white at 1, and `logits(model, batch) -> (B, classes)`.
+    `truth() -> (S,) integers`, planted sides; `loss_unit`, the unit of the losses, such as "squared error": without it
+    they are said to be in nats where the task has `classes` or `predictions`, and in no unit elsewhere;
+    and for `probe`: `picture_shape`, (H, W, C), `inputs(pixels) -> batch's first part`, for pixels (B, H, W, C) with
+    white at 1, and `logits(model, batch) -> (B, classes)`.
 
     `positions`: how many samples an item has, T, as a sequence has tokens; 1 where it is not said. Sample i is then
     position i % T of item i // T. Losses and predictions are (B, T), the losses NaN where there is no target, by
@@ -66,7 +68,7 @@ class Task(Protocol):
     def dataset(self) -> Dataset: ...
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
-        """Unreduced loss of every sample in the batch, (B,), in nats."""
+        """Unreduced loss of every sample in the batch, (B,), in `loss_unit`."""
         ...
 
 
@@ -251,7 +253,7 @@ def _load_own(spec: TaskSpec) -> tuple[Any, TaskSpec]:
         if place.endswith(".py"):
             module, path = _import_file(place), place
         else:
-            module = importlib.import_module(place)
+            module = _import_module(place)
             path = module.__file__
     except OpsigError:
         raise
@@ -267,6 +269,19 @@ def _load_own(spec: TaskSpec) -> tuple[Any, TaskSpec]:
     return getattr(module, attribute), dataclasses.replace(
         spec, source=os.path.abspath(path) if path else None, digest=digest
     )
+
+
+def _import_module(place: str) -> types.ModuleType:
+    """A module by its name, first from the current folder, as `python -m` does; that stays last on the path, for what
+    the module imports later."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(place)
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)
 
 
 def _import_file(path: str) -> types.ModuleType:
@@ -318,6 +333,16 @@ def positions_of(task: Task) -> int:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise OpsigError(f"the task's positions is {count!r}. It must be how many samples an item has, at least 1")
     return count
+
+
+def loss_unit(task: Task) -> str | None:
+    """The unit of the task's losses as it states it; nats of classes, whose losses are log-likelihoods; else None."""
+    stated = getattr(task, "loss_unit", None)
+    if stated is None:
+        return "nat" if hasattr(task, "classes") or hasattr(task, "predictions") else None
+    if not isinstance(stated, str) or not 0 < len(stated) <= 40 or not stated.isprintable():
+        raise OpsigError(f"the task's loss_unit is {stated!r:.60}. It is a short text, such as 'nat'")
+    return stated
 
 
 def labels(task: Task, count: int) -> Sequence[str] | None:

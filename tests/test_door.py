@@ -6,8 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import TASKS
+from opsig_torch import TorchBackend
+from tasks import tiny
 
 import opsig_cli
+from opsig_cli import backends
+from opsig_cli.studies import tracking
 
 OWN = f"{TASKS}:Tiny"
 
@@ -110,3 +114,11 @@ def test_what_is_not_there_is_one_line(tiny_run):
 @pytest.mark.parametrize("name", opsig_cli.__all__)
 def test_every_public_name_is_there_and_documented(name):
     assert getattr(opsig_cli, name).__doc__
+
+
+def test_a_session_that_is_opened_later_has_the_capabilities_of_the_real_one():
+    """`isinstance` with a protocol asks the class alone from Python 3.12 on."""
+    session = TorchBackend().open(tiny.Tiny(), "cpu")
+    later = tracking.opened_later(lambda: session)
+    assert later.__class__ is type(session)
+    assert isinstance(later, backends.Slopes)

@@ -6,6 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NET = 0.1
+"""Part of all movement below which a net change is close to zero, and no part of it says anything."""
+
+
+def of_net(part: float, net: float, movement: float) -> float | None:
+    """The part of a net change, None where that is close to zero beside all movement.
+
+    >>> of_net(2.0, 4.0, 8.0), of_net(2.0, 0.4, 8.0)
+    (0.5, None)
+    """
+    return part / net if net and abs(net) >= NET * movement else None
+
 
 @dataclass(frozen=True)
 class Rise:
@@ -17,8 +29,10 @@ class Rise:
     movement: float
 
     def share(self, members: np.ndarray) -> float:
-        """The part of the rise that the members carry: below 0 or above 1 where others make up for it; NaN without."""
-        return float(self.changes_M[members].sum()) / self.whole if self.whole > 0 else float("nan")
+        """The part of the rise that the members carry: below 0 or above 1 where others make up for it; NaN without, or
+        where it is close to zero beside all movement."""
+        part = of_net(float(self.changes_M[members].sum()), self.whole, self.movement) if self.whole > 0 else None
+        return float("nan") if part is None else part
 
     def share_of_movement(self, members: np.ndarray) -> float:
         """The part of all samples' movement, up or down, that the members carry, 0 to 1."""

@@ -23,6 +23,10 @@ REPLAYS = 3
 """Held-out checkpoints at which this must be seen, each with controls of its own, with at most one at which it is not,
 for silence alone to decide: at one it often is by chance."""
 
+RELATED = 0.6
+"""Least likeness of sides for silence to establish a pair: sides that share no look and oppose by their labels alone
+are at 0.2 to 0.6, true pairs of a regression, the loosest, from 0.65 on."""
+
 
 @dataclass(frozen=True)
 class Silenced:
@@ -41,8 +45,9 @@ class Silenced:
 class Evidence:
     """What is known of a pair. `opposition` over held-out checkpoints, and the upper end `high` of its interval;
     `p_value` of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced`
-    where it swings and training was repeated, else `untested` says why it was not. `at_ends`: it was found at the ends
-    of leading eigenvectors, along which everything swings: silence alone then says nothing new of it."""
+    where it swings and training was repeated, else `untested` says why it was not. `still`: the run swings where
+    training was repeated, and the pair does not. `at_ends`: it was found at the ends of leading eigenvectors, along
+    which everything swings: silence alone then says nothing new of it."""
 
     opposition: float
     high: float
@@ -50,6 +55,7 @@ class Evidence:
     alike: float
     silenced: Sequence[Silenced] = ()
     untested: str = ""
+    still: bool = False
     at_ends: bool = False
 
 
@@ -83,7 +89,7 @@ def judge(found: Evidence) -> tuple[str, str]:
         if found.at_ends and lacks:
             why += ", as at any two ends of an eigenvector"
             return ("unclear" if chance else "likely"), f"{why}, but {lacks}"
-        return ("likely", f"{why}, but {looks}") if math.isnan(found.alike) else ("established", why)
+        return ("established", why) if found.alike >= RELATED else ("likely", f"{why}, but {looks}")
     if not goes and stays >= 2:
         if looks:
             return "refuted", "the sides swing on when they are silent: others swing them"
@@ -101,7 +107,9 @@ def judge(found: Evidence) -> tuple[str, str]:
     swings = f"the swing of both sides goes when they are silent, at {where} where they swing; "
     why = (swings if ratios else f"{found.untested}; " if found.untested else "") + "on held-out checkpoints "
     if not lacks:
-        return "established", why + "the sides pull apart, look alike, and are stronger than chance"
+        sure = not stays and not found.still
+        apart = "the sides pull apart, look alike, and are stronger than chance"
+        return ("established" if sure else "likely"), why + apart
     if ratios or (math.isnan(found.alike) and not chance):
         return "likely", why + f"the sides pull apart, but {lacks}"
     return "unclear", why + f"the sides pull apart, but {lacks}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
+from opsig_cli.commands import completions, options
 
 
 def branch(
@@ -15,7 +15,7 @@ def branch(
     from_step: Annotated[
         list[int], typer.Option("--from", metavar="STEP", min=0, help="Checkpoint to branch from. May be given again.")
     ],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each branch.")],
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps of each branch.")],
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="BRANCH", help="File to write; of several, names tell the change.")
     ],
@@ -25,14 +25,27 @@ def branch(
             metavar="NAME",
             help="Leave samples out: pair:N, group:N, label:TEXT, indices as 17,18, or - for the records on stdin.",
             show_default=False,
+            autocompletion=completions.names_of_samples,
         ),
     ] = None,
     weight: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=W", help="Weigh samples: group:3=0.5. Others count as before.", show_default=False),
+        typer.Option(
+            metavar="NAME=W",
+            help="Weigh samples: group:3=0.5. Others count as before.",
+            show_default=False,
+            autocompletion=completions.names_of_samples,
+        ),
     ] = None,
     each: Annotated[bool, typer.Option("--each", help="A branch for each change, instead of one for all.")] = False,
-    optimizer: Annotated[str | None, typer.Option(metavar="NAME", help="As of opsig train; it begins anew.")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="As of opsig train; it begins anew.",
+            autocompletion=completions.among(*completions.OPTIMIZERS),
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Instead of the run's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Instead of the run's.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Instead of the run's.")] = None,
@@ -92,7 +105,7 @@ def branch(
         clip_norm=clip_norm, label_smoothing=label_smoothing, seed=seed, into_edge=into_edge, out_of_edge=out_of_edge,
         draws=draws, sharpness=sharpness, track_every=track_every, assume=assume or (), replace=replace, records=piped,
         task=task, device=device, backend=backend, allow_changed_data=allow_changed_data,
-        note=partial(options.note, quiet=quiet),
+        note=options.once(quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
@@ -100,5 +113,9 @@ def branch(
     options.say(found.notes, quiet)
     tables = [records.Table(found.title, effects.table(found))]
     if gains := effects.group_table(found):
-        tables.append(records.Table("groups' losses against the unchanged future, in nats", gains))
+        tables.append(
+            records.Table(f"groups' losses against the unchanged future{found.unit and ', in ' + found.unit}", gains)
+        )
     records.write(found, format, tables)
+    paths = dict.fromkeys(r["trajectory"] for r in found if r.get("control") != "unchanged")
+    options.conclude(found.answer, quiet, *paths, figure)

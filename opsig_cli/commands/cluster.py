@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
+from opsig_cli.commands import completions, options
+
+ERROR = " (+-: standard error over held-out checkpoints)"
 
 
 def cluster(
@@ -31,12 +33,19 @@ def cluster(
     explain: Annotated[
         int | None, typer.Option("--explain", metavar="STEP", help="Take the change at this step apart into groups.")
     ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", metavar="N", min=0, help="Who opposes this sample: groups, nearest opponents and allies."
+        ),
+    ] = None,
     truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
     test: Annotated[
         str,
         typer.Option(
             metavar="replay|held-out|none",
             help="Try pairs by repeating training with their samples silent, or on held-out checkpoints alone.",
+            autocompletion=completions.among("replay", "held-out", "none"),
         ),
     ] = "replay",
     budget: Annotated[
@@ -59,36 +68,50 @@ def cluster(
     the records of `opsig mine` on stdin.
 
     The table has of each pair: the verdict, the mean cosine across on checkpoints that had no part in finding it, how
-    alike its sides look against within, R (its swing when it is silent, over that when as many others are), its part
-    of all movement, the p-value, and how well it comes back when samples are left out.
+    alike its sides look against within, R (its swing when it is silent, over that when as many others are), the part of
+    all samples' movement that it makes up at the step where its sides move apart most, and the p-value. Pairs are
+    numbered by that part, the strongest first; after +- stands a standard error over held-out checkpoints.
 
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import door
-    from opsig_cli.studies.clustering import explaining
+    from opsig_cli.studies import answers, door
+    from opsig_cli.studies.clustering import explaining, neighbours
     from opsig_cli.studies.clustering import tables as shortened
 
     path, piped = options.records_of(run)
     found = door.cluster(
         path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, test=test,
-        budget=budget, replace=replace, records=piped, task=task, device=device, backend=backend,
-        allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
+        budget=budget, sample=sample, replace=replace, records=piped, task=task, device=device, backend=backend,
+        allow_changed_data=allow_changed_data, note=options.once(quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)
     tables = options.not_finite_tables(found)
+    if sample is not None:
+        tables.append(records.Table(f"{found.title}: sample {sample}", neighbours.sample_table(found)))
+        for relation, name in (("opponent", "nearest opponents"), ("ally", "nearest allies")):
+            tables.append(records.Table(name, neighbours.neighbour_table(found, relation)))
+        records.write(found, format, tables)
+        near = found.answer if figure is None or found.answer is None else answers.Answer(found.answer.found)
+        options.conclude(near, quiet, figure)
+        return
     tables.append(records.Table(f"{found.title}: {shortened.headline(found)}", shortened.pair_table(found)))
     if said := shortened.sentence_table(found):
-        tables.append(records.Table("in words", said))
+        tables.append(records.Table(f"in words{ERROR}", said))
     if alone := shortened.alone_table(found):
-        tables.append(records.Table("groups that no other opposes", alone))
+        tables.append(records.Table(f"groups that no other opposes{ERROR}", alone))
     if explained := found.of("explain"):
         shown = explaining.explain_table(explained)
-        tables.append(records.Table(f"the change at step {explain}, summed over samples, in nats", shown))
+        tables.append(
+            records.Table(
+                f"the change at step {explain}, summed over samples{found.unit and ', in ' + found.unit}", shown
+            )
+        )
     for agreed in found.of("agreement"):
         shown = [{"measure": key.replace("_", " "), "value": value} for key, value in list(agreed.items())[2:]]
         tables.append(records.Table("agreement with the planted truth", shown))
     records.write(found, format, tables)
+    options.conclude(found.answer, quiet, figure)

@@ -30,7 +30,7 @@ def compare(
     Example: opsig compare gd.h5 adam.h5 --figure compared.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import comparing, drawing
+    from opsig_cli.studies import answers, comparing, drawing
     from opsig_cli.trajectory.file import open_trajectory
 
     with ExitStack() as stack:
@@ -54,6 +54,7 @@ def compare(
     if span:
         options.note(f"note: compared from the fork on, steps {span[0]} to {span[1]}", quiet)
     records.write(written, format, [records.Table("", _rows(written))])
+    options.conclude(answers.compared(written), quiet, figure)
 
 
 def _rows(written: list[dict]) -> list[dict]:

@@ -28,7 +28,7 @@ def import_(
         str | None, typer.Option(metavar="NAME[:key=value,...]", help="For an installed task: see opsig train.")
     ] = None,
     steps: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Step of each checkpoint, in the order given.")
+        str | None, typer.Option(metavar="N,N,...", help="The step that each checkpoint is of, in the order given.")
     ] = None,
     steps_from: Annotated[
         str | None,
@@ -102,6 +102,7 @@ def import_(
     Example: opsig import checkpoints/*.pt --task mytask.py:MyTask --learning-rate 0.1 --track -o run.h5
     """
     from opsig_cli import records
+    from opsig_cli.studies import answers
     from opsig_cli.studies.importing import entry
 
     given = dict(
@@ -120,3 +121,8 @@ def import_(
     written = entry.run(request, partial(options.note, quiet=quiet), bar)
     rows = [{key: value for key, value in each.items() if key not in ("trajectory", "sha256")} for each in written]
     records.write(written, format, [records.Table(output, rows)])
+    tracked = losses is not None or any(r.get("loss") is not None for r in written)
+    found = f"{len(written)} {'steps' if paths is None or not paths else 'checkpoints'}"
+    found += f", steps {written[0]['step']} to {written[-1]['step']}" if written else " that were not there"
+    follow = answers.command("analyse" if tracked else "track", output, task=task)
+    options.conclude(answers.Answer(found, follow), quiet, output)

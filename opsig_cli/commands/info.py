@@ -23,6 +23,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
     import os
 
     from opsig_cli import records
+    from opsig_cli.studies import answers
     from opsig_cli.trajectory import external, sightings
     from opsig_cli.trajectory.file import open_trajectory
     from opsig_cli.trajectory.schema import ROW_GROUPS
@@ -36,6 +37,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
 
     with open_trajectory(run) as trajectory:
         attributes = trajectory.attributes
+        own = answers.task_of(trajectory, None)
         rows = options.without_damage(lambda: recorded(trajectory))
         seen = options.without_damage(lambda: sightings.extent(trajectory))
         ends = [int(steps[-1]) for steps in rows.values() if len(steps)] + ([seen[1]] if seen else [])
@@ -66,3 +68,4 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
             rows_recorded.append(counted)
     about = [{"what": key, "value": value} for key, value in (record | settings).items() if value is not None]
     records.write([record], format, [records.Table("", about), records.Table("rows", rows_recorded)])
+    options.conclude(answers.described(record, own), False)

@@ -23,6 +23,7 @@ def merge(
     Example: opsig merge run.h5 part1.h5 part2.h5
     """
     from opsig_cli import records
+    from opsig_cli.studies import answers
     from opsig_cli.studies.parts import merging
     from opsig_cli.trajectory.file import open_trajectory
 
@@ -30,3 +31,8 @@ def merge(
         found, missing = merging.merge(trajectory, parts)
     records.write(found, format)
     options.say(missing, quiet)
+    taken = sum(record["taken"] for record in found)
+    words = (
+        f"{taken:,} rows of {len(found)} parts are new in the run" if taken else "the run has all rows of these parts"
+    )
+    options.conclude(answers.Answer(words, answers.command("info", run)), quiet, run if taken else None)

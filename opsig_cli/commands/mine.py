@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
-
-TEXT = 40
-"""Characters of a text sample that fit into a table."""
+from opsig_cli.commands import completions, options
 
 
 def mine(
@@ -20,7 +16,11 @@ def mine(
     window: options.WindowOption = None,
     score: Annotated[
         str | None,
-        typer.Option(metavar="change|oscillation|variation|surprise", help="Default: chosen by the run, and said."),
+        typer.Option(
+            metavar="change|oscillation|variation|surprise",
+            help="Default: chosen by the run, and said.",
+            autocompletion=completions.scores,
+        ),
     ] = None,
     direction: Annotated[
         str, typer.Option(metavar="up|down|both", help="Count only rises, only falls, or both by their size.")
@@ -37,6 +37,8 @@ def mine(
     `change` ranks by the largest one-step change of the loss, `oscillation` by its amplitude at period two,
     `variation` by the sum of all changes, and `surprise` by the largest change against the sample's own history.
 
+    The table has of each sample its part of all samples' movement, the sizes of their loss changes summed, at its step.
+
     Of a run that saw its samples batch by batch, a change is what a loss exceeds the trend of all samples and the
     sample's own level by, and `--step N` says which rows of that batch made its loss jump: their shares add up to 1.
 
@@ -49,32 +51,6 @@ def mine(
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)
-    shown = [_row(r) for r in found if r.get("kind") != "not_finite"]
     broken = options.not_finite_tables(found)
-    records.write(found, format, [*broken, records.Table(found.title, shown)])
-
-
-def _row(r: dict[str, Any]) -> dict[str, Any]:
-    """What a table has room for of a record."""
-    if "text" in r:
-        what = {"text": r["text"][-TEXT:]}
-    else:
-        what = {"name": r["name"][-TEXT:]} if "name" in r else {}
-        what |= {"label": r["label"]} if r["label"] is not None or not what else {}
-    share = {"share": None if r["share"] is None or math.isnan(r["share"]) else f"{r['share']:.1%}"}
-    if r.get("seen") == "sighting":
-        return {
-            "rank": r["rank"], "sample": r["sample"], **what, "step": r["step"], "loss": r["loss_after"],
-            "expected": r["loss_before"], "excess": r["change"], **share, "seen_before": r["previous_step"],
-            "loss_then": r["loss_last"],
-        }  # fmt: skip
-    return {
-        "rank": r["rank"],
-        "sample": r["sample"],
-        **what,
-        "predicted": f"{r['prediction_before']} -> {r['prediction_after']}",
-        "step": r["step"],
-        "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
-        "score": r["score"],
-        **share,
-    }
+    records.write(found, format, [*broken, records.Table(found.title, options.mover_rows(found))])
+    options.conclude(found.answer, quiet, figure)

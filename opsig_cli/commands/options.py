@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -9,13 +10,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
+from opsig_cli.commands import completions
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.figures.canvas import SUFFIXES
+
+if TYPE_CHECKING:
+    from opsig_cli.studies.answers import Answer
 
 
 def use_threads(context: typer.Context, threads: int | None) -> int | None:
@@ -55,6 +60,8 @@ def _check_writable(option: str, path: Path) -> None:
         raise OpsigError(f"{option} {path}: {error.strerror or error}") from error
 
 
+TEXT = 40
+"""Characters of a text sample that fit into a table."""
 Result = TypeVar("Result")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
@@ -68,6 +75,7 @@ TaskOption = Annotated[
         metavar="TASK",
         help="NAME[:key=value,...] of an installed task, or file.py:Name of your own. Default: the run's.",
         show_default=False,
+        autocompletion=completions.tasks,
     ),
 ]
 AllowOption = Annotated[
@@ -75,18 +83,33 @@ AllowOption = Annotated[
 ]
 FormatOption = Annotated[
     str | None,
-    typer.Option("--format", metavar="table|json|csv", help="Default: table on a terminal, JSON lines in a pipe."),
+    typer.Option(
+        "--format",
+        metavar="table|json|csv",
+        help="Default: table on a terminal, JSON lines in a pipe.",
+        autocompletion=completions.among("table", "json", "csv"),
+    ),
 ]
 FigureOption = Annotated[
     Path | None,
     typer.Option("--figure", metavar="PATH", callback=check_figure, help="Save the picture (.png, .pdf or .svg)."),
 ]
-DeviceOption = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: the best.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="cpu|cuda",
+        help="Default: the best.",
+        autocompletion=completions.among("cpu", "cuda"),
+    ),
+]
+BackendOption = Annotated[
+    str, typer.Option("--backend", metavar="NAME", help="Installed backend.", autocompletion=completions.backends)
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, callback=use_threads, help="Of the CPU. Default: one for each core."),
 ]
-BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="Installed backend.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
 PartOption = Annotated[
     str | None,
@@ -146,8 +169,30 @@ BatchSizeOption = Annotated[
 ]
 
 
+CALLED = {
+    "--lr": "--learning-rate", "--batch": "--batch-size", "--bs": "--batch-size", "--wd": "--weight-decay",
+    "--epochs": "--steps", "--iterations": "--steps", "--num-steps": "--steps", "--max-steps": "--steps",
+    "--gpu": "--device", "--cuda": "--device", "--out": "--output", "--plot": "--figure", "--save": "--figure",
+    "--n": "--top", "--overwrite": "--replace", "--force": "--replace", "--opt": "--optimizer",
+}  # fmt: skip
+"""What options are called elsewhere, and here."""
+
+
 class Command(TyperCommand):
-    """A command whose help shows no type for a flag, and N or X for a number, as the rest of the help has names."""
+    """A command whose help shows no type for a flag, and N or X for a number, as the rest of the help has names; an
+    option by the name that it has elsewhere is answered with ours."""
+
+    def parse_args(self, ctx, args):
+        """Parse, but first look for options that are called something else here. Raises UsageError for one."""
+        known = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
+        for arg in args:
+            if arg == "--":
+                break
+            name = arg.partition("=")[0]
+            ours = CALLED.get(name)
+            if name not in known and ours in known and not ctx.resilient_parsing:
+                raise UsageError(f"{ctx.command_path} has no option {name}. It is called {ours}")
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
         """All parameters, with what stands for their values."""
@@ -169,11 +214,16 @@ ByOption = Annotated[
         metavar="gradient|slope|loss|both",
         help="What must align: gradients, slopes along the Hessian's leading eigenvectors, loss changes, or gradients "
         "and losses both. Default: both; without checkpoints, loss.",
+        autocompletion=completions.among("gradient", "slope", "loss", "both"),
     ),
 ]
 WindowOption = Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")]
 StepsOption = Annotated[
-    str | None, typer.Option(metavar="A:B:C", help="Checkpoints of steps A to B, every C-th of them. Default: all.")
+    str | None,
+    typer.Option(
+        metavar="A:B[:C]",
+        help="Checkpoints of steps A to B, both included, of these every C-th; or one step. Default: all.",
+    ),
 ]
 
 
@@ -183,6 +233,18 @@ def note(text: str, quiet: bool = False) -> None:
         from opsig_cli.records import printable
 
         print(printable(text), file=sys.stderr)
+
+
+def once(quiet: bool) -> Callable[[str], None]:
+    """A note that says nothing twice, for commands that open a run more than once."""
+    said: set[str] = set()
+
+    def say_once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            note(text, quiet)
+
+    return say_once
 
 
 def without_damage(work: Callable[[], Result]) -> Result:
@@ -248,12 +310,60 @@ def records_of(run: str) -> tuple[str, list[dict[str, Any]] | None]:
     return trajectory_of(piped), piped
 
 
+def mover_rows(found: Any) -> list[dict[str, Any]]:
+    """Records of `mine`, shortened to what a person reads in a row."""
+    return [_mover_row(r) for r in found if r.get("kind") != "not_finite"]
+
+
+def _mover_row(r: dict[str, Any]) -> dict[str, Any]:
+    if "text" in r:
+        what = {"text": " ".join(r["text"].split())[-TEXT:]}
+    else:
+        what = {"name": r["name"][-TEXT:]} if "name" in r else {}
+        what |= {"label": _short(r["label"])} if r["label"] is not None or not what else {}
+    if r.get("seen") == "sighting":
+        share = r["share"]
+        return {
+            "rank": r["rank"], "sample": r["sample"], **what, "step": r["step"], "loss": r["loss_after"],
+            "expected": r["loss_before"], "excess": r["change"],
+            "share": None if share is None or math.isnan(share) else f"{share:.1%}",
+            "seen_before": r["previous_step"], "loss_then": r["loss_last"],
+        }  # fmt: skip
+    return {
+        "rank": r["rank"],
+        "sample": r["sample"],
+        **what,
+        "predicted": f"{_short(r['prediction_before'])} -> {_short(r['prediction_after'])}",
+        "step": r["step"],
+        "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
+        "score": r["score"],
+        "of movement": "-" if r["movement"] is None else f"{r['movement']:.1%}",
+    }
+
+
+def _short(name: Any) -> Any:
+    from opsig_cli.studies.numbers import short
+
+    return short(name, 20) if isinstance(name, str) else name
+
+
 def not_finite_tables(found: Any) -> list[Any]:
     """The table that comes first where samples are not finite while the others are."""
     from opsig_cli.records import Table
 
     rows = [{name: r[name] for name in ("sample", "label", "step")} for r in found.of("not_finite")]
     return [Table("samples whose loss is not finite, from this step on", rows)] if rows else []
+
+
+def conclude(answer: Answer | None, quiet: bool, *wrote: Path | str | None) -> None:
+    """End a command on stderr: which files it wrote, what it found, and what to do next."""
+    sys.stdout.flush()  # what was found stands above
+    for path in filter(None, wrote):
+        note(f"wrote: {path}", quiet)
+    if answer is not None:
+        note(f"found: {answer.found}", quiet)
+        if answer.next is not None:
+            note(f"next:  {answer.next}", quiet)
 
 
 def say(notes: list[str], quiet: bool) -> None:

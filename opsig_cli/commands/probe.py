@@ -41,7 +41,7 @@ def probe(
     Example: opsig probe run.h5 --input color:white --input color:black --figure probe.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import drawing
+    from opsig_cli.studies import answers, drawing
     from opsig_cli.trajectory.file import open_trajectory
 
     if projection == bool(inputs):
@@ -71,6 +71,7 @@ def probe(
             rows = [{key: value for key, value in record.items() if key not in hidden} for record in written]
             tables = [records.Table(run, rows)]
     records.write(written, format, tables)
+    options.conclude(answers.probed(written, run), quiet, figure)
 
 
 def _inputs(runs, names: list[str], steps, task, device, backend, quiet: bool, allow_changed_data: bool):

@@ -24,6 +24,10 @@ def repack(
     Example: opsig repack run.h5
     """
     from opsig_cli import records
+    from opsig_cli.studies import answers
     from opsig_cli.trajectory import integrity
 
-    records.write([integrity.repack(run, output or run)], format)
+    made = integrity.repack(run, output or run)
+    records.write([made], format)
+    smaller = f"{made['bytes_before']:,} bytes before, {made['bytes']:,} now, every number the same"
+    options.conclude(answers.Answer(smaller, answers.command("verify", made["trajectory"])), False, made["trajectory"])

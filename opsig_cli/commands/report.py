@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from opsig_cli.commands import options
-from opsig_cli.errors import UsageError
 
 
 def report(
@@ -48,55 +47,20 @@ def report(
     Example: opsig report run.h5 -o report.html
     """
     from opsig_cli import records
-    from opsig_cli.report import content, page
-    from opsig_cli.studies.branching import lineage
-    from opsig_cli.studies.clustering import finding, keeping
-    from opsig_cli.studies.clustering import records as clustered
-    from opsig_cli.trajectory.checking import without_damage
+    from opsig_cli.report import making
+    from opsig_cli.studies import answers
     from opsig_cli.trajectory.file import open_trajectory
 
-    if by not in (None, *finding.BY):
-        raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
     path = output or Path(run).with_suffix(".html")
-    said: list[str] = []
-    damage: list[str] = []
-
-    def warn(text: str) -> None:
-        if not text.startswith("device:"):
-            said.append(text.removeprefix("note: "))
-        options.note(text, quiet)
-
-    keeper = keeping.Keeper()
     with open_trajectory(run) as trajectory:
-        page.check_output(path, run, replace)
-        progress = partial(options.progress, quiet=quiet)
-        branches = (
-            lineage.branches_beside(trajectory) if branch is None
-            else lineage.branches_among(branch, trajectory, strict=True)
+        made = making.make(
+            trajectory, path, shlex.join(["opsig", *sys.argv[1:]]), by=by, top=top, branches=branch, task=task,
+            device=device, backend=backend, allow_changed_data=allow_changed_data, replace=replace,
+            note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
         )  # fmt: skip
-
-        def work():
-            said.clear()
-            found = keeper.find(
-                trajectory, by, top, task, device, backend, warn, progress, partial(options.note, quiet=quiet),
-                allow_changed_data=allow_changed_data,
-            )  # fmt: skip
-            written = clustered.records(trajectory, found.clusters)
-            return (
-                found,
-                written,
-                content.gather(found.whole(trajectory), found, written, task, [*damage, *said], branches),
-            )
-
-        found, written, shown = without_damage(work, damage.append)
-    keeper.keep(trajectory.path)
-    options.say(damage, False)
-    size = page.write(path, page.render(shown, shlex.join(["opsig", *sys.argv[1:]])))
-    for words in found.notes:
-        options.note(f"note: {words}", quiet)
-    pairs = [record for record in written if record["kind"] == "pair"]
-    made = {
-        "kind": "report", "trajectory": run, "path": str(path), "pairs": len(pairs),
-        "established": len(clustered.established(pairs)), "bytes": size,
-    }  # fmt: skip
-    records.write([made], format)
+        answer = answers.of_clusters(trajectory, made.found, made.records, task)
+    made.keeper.keep(run)
+    options.say(made.damage, False)
+    options.say(made.found.notes, quiet)
+    records.write([made.page], format)
+    options.conclude(answers.Answer(answer.found, answers.opened(path, answer.next)), quiet, path)

@@ -86,6 +86,7 @@ def sharpness(
     records.write(found, format, [records.Table(found.title, ends.rows(found) if name else _rows(found))])
     options.say(found.damage, False)
     options.say(found.notes, quiet)
+    options.conclude(found.answer, quiet, figure)
 
 
 def _rows(records: list[dict]) -> list[dict]:

@@ -50,7 +50,7 @@ def linear(
     Example: opsig simulate linear --dynamics gd --learning-rate 0.0048 --figure linear.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import simulating
+    from opsig_cli.studies import answers, simulating
 
     _check_new(output, replace)
     run = simulating.linear(dynamics, d1, d2, alpha, beta_norm, learning_rate, steps, loss, seed)
@@ -58,6 +58,7 @@ def linear(
     _save(run, output, replace, figure)
     tables = [records.Table(run.title, _rows(run.record)), records.Table("at", _states(written[1:]))]
     records.write([{"trajectory": output, **record} for record in written], format, tables[: len(written)])
+    options.conclude(answers.simulated(run.record, "linear", output), False, output, figure)
 
 
 @app.command(cls=options.Command)
@@ -75,7 +76,7 @@ def valley(
     Example: opsig simulate valley --figure valley.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import simulating
+    from opsig_cli.studies import answers, simulating
 
     _check_new(output, replace)
     run = simulating.valley(learning_rate, steps)
@@ -83,6 +84,7 @@ def valley(
     _save(run, output, replace, figure)
     tables = [records.Table(run.title, _rows(run.record)), records.Table("at", _states(written[1:]))]
     records.write([{"trajectory": output, **record} for record in written], format, tables[: len(written)])
+    options.conclude(answers.simulated(run.record, "valley", output), False, output, figure)
 
 
 def _check_new(output: str | None, replace: bool) -> None:

@@ -31,7 +31,7 @@ def track(
     Example: opsig track run.h5
     """
     from opsig_cli import records
-    from opsig_cli.studies import planning, tracking
+    from opsig_cli.studies import answers, planning, tracking
     from opsig_cli.studies.parts import share
     from opsig_cli.trajectory.file import open_trajectory
 
@@ -49,7 +49,7 @@ def track(
         steps = steps[np.isin(steps, mine)]
         if skipped := len(mine) - len(steps):
             options.note(f"note: {skipped} checkpoints have losses already and are skipped", quiet)
-        written = []
+        written, samples = [], len(trajectory.samples)
         if len(steps):
             note = partial(options.note, quiet=quiet)
             session, _ = options.without_damage(
@@ -65,3 +65,7 @@ def track(
                     written.append({"trajectory": output or run, "step": step, "loss": tracking.mean_loss(losses)})
                     advance(note=f"step {step}")
     records.write(written, format)
+    losses = f"the losses of {samples:,} samples at {len(written)} more checkpoints"
+    found = f"{losses}, {len(written) + skipped} in all" if written else f"all {skipped} checkpoints had losses"
+    follow = answers.command("merge", run, str(output)) if part else answers.command("analyse", run, task=task)
+    options.conclude(answers.Answer(found, follow), quiet, (output or run) if written else None)

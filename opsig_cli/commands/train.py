@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
+from opsig_cli.commands import completions, options
 from opsig_cli.errors import OpsigError, UsageError
 
 
@@ -23,13 +23,19 @@ def train(
         typer.Option(
             metavar="NAME[:key=value,...]",
             help="mlp, cnn, resnet18, resnet20|56|110, vgg11, vgg11-bn, vit; gpt for text. With options.",
+            autocompletion=completions.among(*completions.MODELS),
         ),
     ] = None,
     optimizer: Annotated[
-        str | None, typer.Option(metavar="gd|sgd|momentum|adam|splitsgd|signsgd", help="Default: gd, full batch.")
+        str | None,
+        typer.Option(
+            metavar="gd|sgd|momentum|adam|splitsgd|signsgd",
+            help="Default: gd, full batch.",
+            autocompletion=completions.among(*completions.OPTIMIZERS),
+        ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Default: 0.1.")] = None,
-    steps: Annotated[int | None, typer.Option(min=0, help="Optimizer steps in all. Default: 1000.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Number of optimizer steps in all. Default: 1000.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Minibatch; without it momentum and adam are full batch.")
     ] = None,
@@ -92,7 +98,7 @@ def train(
     from opsig_cli import records, tasks
     from opsig_cli.backends import State, load_backend
     from opsig_cli.settings import Settings
-    from opsig_cli.studies import tracking, training
+    from opsig_cli.studies import answers, tracking, training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import check_new, cut_off_at_birth, open_trajectory
     from opsig_cli.trajectory.states import check_trained, read_state
@@ -182,5 +188,9 @@ def train(
         with options.progress("training", settings.steps + 1 - start.step, quiet) as advance, stop.listening():
             written.extend(training.run(recorder, session, settings, start, stop, advance))
     records.write(written, format)
+    tracked = settings.track_every is not None
+    options.conclude(
+        answers.trained(written, output, task if tasks.is_own(spec) else None, session.samples, tracked), quiet, output
+    )
     if stop.asked:
         raise OpsigError(f"interrupted. Continue with: opsig train -o {output} --resume", exit_code=130)

@@ -14,6 +14,7 @@ def verify(run: options.RunArgument, format: options.FormatOption = None) -> Non
     Example: opsig verify run.h5
     """
     from opsig_cli import records
+    from opsig_cli.studies import answers
     from opsig_cli.trajectory import integrity
     from opsig_cli.trajectory.file import open_trajectory
 
@@ -29,7 +30,7 @@ def verify(run: options.RunArgument, format: options.FormatOption = None) -> Non
         for r in found
     ]
     records.write(found, format, [records.Table(run, shown)])
-    options.note(integrity.verdict(run, found))
+    options.conclude(answers.Answer(integrity.verdict(run, found), answers.command("info", run)), False)
 
 
 def _shortened(steps: list[int]) -> str | None:

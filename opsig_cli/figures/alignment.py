@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opsig_cli.figures.canvas import MARGIN, WIDTH, Area, Block, heading, visible
+from opsig_cli.figures.canvas import MARGIN, SIDES, WIDTH, Area, Block, cut, heading, typeset, visible
 
 SIDE = 4.1
 LINE = 0.12
@@ -16,8 +16,9 @@ MOST_NUMBERS = 20
 
 
 def alignment_block(
-    similarity_MM: np.ndarray, group_M: np.ndarray, names: Sequence[str], pairs: Sequence[tuple[int, int]]
-) -> list[Block]:
+    similarity_MM: np.ndarray, group_M: np.ndarray, names: Sequence[str], pairs: Sequence[tuple[int, int]],
+    measure: str = "cosine",
+) -> list[Block]:  # fmt: skip
     """The matrix of similarities ordered by group, and the mean similarity of every two groups with pairs framed.
 
     `group_M`: group of every sample, -1 for none (left out); `names` (G,).
@@ -33,9 +34,11 @@ def alignment_block(
     )  # fmt: skip
 
     def draw(area: Area) -> None:
+        from matplotlib.colors import LinearSegmentedColormap
         from matplotlib.patches import Rectangle
 
-        style = {"cmap": "RdBu", "vmin": -1, "vmax": 1, "interpolation": "nearest", "aspect": "equal"}
+        colours = LinearSegmentedColormap.from_list("sides", [SIDES[1], "white", SIDES[0]])  # as on the page
+        style = {"cmap": colours, "vmin": -1, "vmax": 1, "interpolation": "nearest", "aspect": "equal"}
         left = area.axes(MARGIN + 0.9, 0.1, SIDE, SIDE)
         left.imshow(similarity_MM[np.ix_(order, order)], **style)
         edges = np.cumsum(sizes) - 0.5
@@ -51,17 +54,26 @@ def alignment_block(
             for x, y in ((a, b), (b, a)):
                 right.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
                 if groups <= MOST_NUMBERS:
-                    right.text(x, y, f"{means[a, b]:.1f}".replace("0.", "."), ha="center", va="center", fontsize=6)
-        right.set(yticks=range(groups), xticks=[], xlabel="mean over two groups; opposing pairs are framed")
+                    right.text(
+                        x, y, typeset(f"{means[a, b]:.1f}".replace("0.", ".")), ha="center", va="center", fontsize=6
+                    )
+        right.set(
+            yticks=range(groups),
+            xticks=[],
+            xlabel="mean over every two groups, in the same order; opposing pairs are framed",
+        )
         _tick_names(right, names)
         bar = area.axes(WIDTH - MARGIN - 0.45, 0.1, 0.15, SIDE)
         area.figure.colorbar(image, cax=bar)
         bar.tick_params(labelsize=7)
 
-    return [heading("who aligns with whom, and who opposes whom (cosine)", 10), (SIDE + 0.5, draw)]
+    return [
+        heading(f"who aligns with whom (blue), and who opposes whom (vermilion): {measure}", 10),
+        (SIDE + 0.5, draw),
+    ]
 
 
 def _tick_names(axes, names: Sequence[str]) -> None:
-    axes.set_yticklabels([visible(name) for name in names], fontsize=7)
+    axes.set_yticklabels([visible(cut(name, 16)) for name in names], fontsize=7)
     for text in axes.get_yticklabels():
         text.set_parse_math(False)

@@ -10,7 +10,6 @@ import numpy as np
 from opsig_cli.figures.canvas import (
     FAINT,
     MARGIN,
-    SIDES,
     WHOLE,
     WIDTH,
     Area,
@@ -20,40 +19,44 @@ from opsig_cli.figures.canvas import (
     page,
     quiet_axes,
     sentence,
+    typeset,
+    visible,
 )
+from opsig_cli.figures.curvature import PALETTE
+from opsig_cli.figures.curves import legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HEIGHT = 2.4
+HEIGHT = 2.6
+CHANGED = PALETTE[2]
+"""What was changed; blue and vermilion are a pair's sides."""
 
 Line = tuple[str, np.ndarray, np.ndarray]
 """What it is of, steps (T,) and values (T,)."""
 
 
-def branches_page(panels: Sequence[tuple[str, Line, Line, Sequence[Line]]], title: str) -> Figure:
+def branches_page(panels: Sequence[tuple[str, Line, Line, Sequence[Line]]], title: str, axis: str = "loss") -> Figure:
     """A panel a branch: its title, its own line, the unchanged one, and those of controls. All panels share an axis."""
-    return page([heading(title), sentence("mean loss of the samples that were not touched (nats)"),
-                 *(_panel(*panel, _range(panels)) for panel in panels)])  # fmt: skip
+    said = sentence(f"mean {axis} of the samples that neither the branch nor its controls touched")
+    return page([heading(title), said, *(_panel(*panel, _range(panels)) for panel in panels)])
 
 
 def _panel(title: str, branch: Line, unchanged: Line, controls: Sequence[Line], limits: tuple[float, float]) -> Block:
     def draw(area: Area) -> None:
-        axes = area.axes(MARGIN + 0.6, 0.4, WIDTH - 2 * MARGIN - 0.8, HEIGHT - 0.85)
+        axes = area.axes(MARGIN + 0.6, 0.55, WIDTH - 2 * MARGIN - 0.8, HEIGHT - 1.05)
         for number, (name, steps, values) in enumerate(controls):
             known = name in [other for other, *_ in controls[:number]]
             dashes = "-" if name == controls[0][0] else "--"
             axes.plot(steps, values, color=FAINT, linewidth=0.7, alpha=0.7, linestyle=dashes,
                       label=None if known else f"{name} instead")  # fmt: skip
         axes.plot(*unchanged[1:], color=WHOLE, linewidth=1.1, label=unchanged[0])
-        axes.plot(*branch[1:], color=SIDES[1], linewidth=1.4, label=branch[0])
+        axes.plot(*branch[1:], color=CHANGED, linewidth=1.4, label=visible(typeset(branch[0])))
         over_steps(axes)
         axes.set(ylim=limits)
         quiet_axes(axes)
-        legend = axes.legend(loc="upper right", ncols=2, frameon=False, fontsize=8)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-        area.text(MARGIN, 0.1, title, fontsize=10, fontweight="bold")
+        legend(axes, 5)
+        area.text(MARGIN, 0.02, typeset(title), fontsize=10, fontweight="bold")
 
     return HEIGHT, draw
 

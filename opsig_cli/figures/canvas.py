@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import re
 import tempfile
 import unicodedata
 import warnings
@@ -17,13 +20,43 @@ if TYPE_CHECKING:
 WIDTH = 11.6
 MARGIN = 0.3
 SUFFIXES = (".png", ".pdf", ".svg")
-STYLE: dict[Any, Any] = {"svg.hashsalt": "opsig", "svg.fonttype": "none", "font.size": 9}
-
 SIDES = ("#0072b2", "#d55e00")
-"""Blue and vermilion: told apart by colour-blind readers and in grey."""
+"""Blue and vermilion, of a pair's two sides: told apart by colour-blind readers and in grey."""
+UP, DOWN = "#8e3a9e", "#1b7837"
+"""Purple and green, of losses that rise and that fall."""
 WHOLE = "#222222"
 FAINT = "#777777"
 WRONG = "#c40233"
+
+FALLBACKS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK KR", "Source Han Sans SC",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo",
+    "Microsoft YaHei", "Malgun Gothic", "Noto Sans", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari",
+    "Noto Sans Thai", "Noto Sans Symbols2", "Noto Emoji",
+)  # fmt: skip
+"""Fonts for scripts that the first font lacks, those of them that are installed."""
+WIDE = ("SansCJK", "SourceHanSans", "wqy-", "PingFang", "Hiragino", "msyh", "malgun")
+"""Parts of the names of files that hold such fonts."""
+
+
+@functools.cache
+def fonts(first: str = "DejaVu Sans") -> list[str]:
+    """The font and, behind it, the installed ones for what it lacks."""
+    from matplotlib import font_manager
+
+    known = font_manager.fontManager
+    if not any(font.name in FALLBACKS for font in known.ttflist):  # its list can be older than the fonts
+        for path in font_manager.findSystemFonts():
+            if any(part in os.path.basename(path) for part in WIDE):
+                with contextlib.suppress(Exception):  # a file that is no font
+                    known.addfont(path)
+    installed = {font.name for font in known.ttflist}
+    return [first, *(name for name in FALLBACKS if name in installed)]
+
+
+def style() -> dict[Any, Any]:
+    """What every page is drawn and saved with."""
+    return {"svg.hashsalt": "opsig", "svg.fonttype": "none", "font.size": 9, "font.family": fonts()}
 
 
 class Area:
@@ -57,7 +90,7 @@ def page(blocks: Sequence[Block]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style()):
         figure = Figure(figsize=(WIDTH, 2 * MARGIN + sum(height for height, _ in blocks)), facecolor="white")
         FigureCanvasAgg(figure)
         top = MARGIN
@@ -84,8 +117,8 @@ def save(figure: Figure, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
     os.close(handle)
     try:
-        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # a label in a script that the font lacks
+        with matplotlib.rc_context(style()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # in a script that no installed font has
             figure.savefig(temporary, format=kind[1:], dpi=120, metadata=undated[kind])
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
@@ -101,25 +134,82 @@ def _umask() -> int:
 
 
 def heading(words: str, size: float = 13) -> Block:
-    """A line of text as a block."""
-    return size / 72 + 0.22, lambda area: area.text(MARGIN, 0, words, fontsize=size, fontweight="bold")
+    """A title as a block, on as many lines as it takes."""
+    lines = wrapped(typeset(words), WIDTH - 2 * MARGIN, 1.1 * size)
+    height = len(lines) * size * 1.3 / 72 + 0.18
+    return height, lambda area: area.text(MARGIN, 0, "\n".join(lines), fontsize=size, fontweight="bold")
 
 
 def sentence(words: str) -> Block:
-    """A line of plain text as a block."""
-    return 0.3, lambda area: area.text(MARGIN, 0, words, color=FAINT)
+    """Plain text as a block, on as many lines as it takes."""
+    lines = wrapped(typeset(words), WIDTH - 2 * MARGIN, 10)
+    return 0.14 + 0.17 * len(lines), lambda area: area.text(MARGIN, 0, "\n".join(lines), color=FAINT)
 
 
-def over_steps(axes: Axes) -> None:
-    """An x axis of steps, with ticks at whole ones."""
+def over_steps(axes: Axes, first: float | None = None, last: float | None = None) -> None:
+    """An x axis of steps, with ticks at whole ones; from `first` to `last`, where panels share a range."""
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
+    over = [line for line in axes.get_lines() if line.get_transform() == axes.transData]  # not those across the axes
+    drawn = [float(x) for line in over for x in line.get_xdata()]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+    if first is None or last is None:
+        first, last = (min(drawn), max(drawn)) if drawn else (0, 1)
+    if first == last:  # one step: an axis of fractions would say nothing
+        axes.set(xlim=(first - 1, first + 1), xticks=[first])
+    else:
+        axes.set_xlim(first - 0.02 * (last - first), last + 0.02 * (last - first))
 
 
 def quiet_axes(axes: Axes) -> None:
     """Without the top and right spines, with a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def typeset(words: str) -> str:
+    """Plain text with true signs: a minus before a number, plus or minus, arrows and inequalities.
+
+    >>> typeset("cosine -0.38 +- 0.07, p <= 0.01: was -> now, run-2.h5 --top 3")
+    'cosine \u22120.38 \u00b1 0.07, p \u2264 0.01: was \u2192 now, run-2.h5 --top 3'
+    """
+    for plain, sign in (("+-", "\u00b1"), ("->", "\u2192"), ("<=", "\u2264"), (">=", "\u2265")):
+        words = words.replace(plain, sign)
+    return re.sub(r"(?<![\w.\-)])-(?=\.?\d)", "\N{MINUS SIGN}", words)
+
+
+def columns(words: str) -> int:
+    """How many columns of a typewriter the text takes: wide characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in words)
+
+
+def cut(words: str, room: int, end: bool = False) -> str:
+    """Text of one line in at most so many columns, an ellipsis where its end, or with `end` its beginning, is left out.
+
+    >>> cut("abcdef", 4), cut("abcdef", 4, end=True), cut("abc", 4)
+    ('abc\u2026', '\u2026def', 'abc')
+    """
+    if columns(words) <= room:
+        return words
+    kept, used = [], 1
+    for c in reversed(words) if end else words:
+        used += columns(c)
+        if used > room:
+            break
+        kept.append(c)
+    return "\u2026" + "".join(reversed(kept)) if end else "".join(kept) + "\u2026"
+
+
+def wrapped(words: str, width: float, size: float) -> list[str]:
+    """Text on lines of at most so many inches, at a font size, broken between words where it can be."""
+    room = int(width * 72 / (0.58 * size))
+    lines = [""]
+    for word in words.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if columns(longer) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(cut(word, room))
+    return [line for line in lines if line] or [""]
 
 
 def visible(text: str) -> str:

@@ -8,38 +8,43 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, WRONG, Area, visible
+from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, WRONG, Area, cut, fonts, typeset, visible
 from opsig_cli.figures.text_lines import TextLine, draw_lines, lines_height
 
 PITCH = 1.05
-"""Inches from tile to tile; longer class names are cut."""
+"""Inches from tile to tile."""
 LINE = 0.135
 """Inches a line of text."""
+TEXT_LINES = 8
 LONGEST = 15
+"""Columns of a line under a picture; longer class names are cut."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One sample: `picture` is (h, w, 1 or 3) uint8, text, or None; `before` and `after` are predicted labels."""
+    """One sample: `picture` is (h, w, 1 or 3) uint8, text, or None; `before` and `after` are predicted labels; `sample`
+    its index."""
 
     picture: np.ndarray | str | None
     label: str | None
     before: str | None
     after: str | None
     caption: str = ""
+    sample: int | None = None
 
     def lines(self) -> list[tuple[str, str, str]]:
         """What is written under the picture: text, colour and weight of each line."""
         lines = []
         if self.label is not None:
-            lines.append((_cut(self.label), "black", "bold"))
+            lines.append((cut(self.label, LONGEST), "black", "bold"))
         for word, predicted in (("was", self.before), ("now", self.after)):
             if predicted is not None:
                 wrong = self.label is not None and predicted != self.label
                 mark = " \N{MULTIPLICATION SIGN}" if wrong else ""
-                lines.append((f"{word} {_cut(predicted)}{mark}", WRONG if wrong else "#333333", "normal"))
-        if self.caption:
-            lines.append((self.caption, FAINT, "normal"))
+                lines.append((f"{word} {cut(predicted, LONGEST - 4)}{mark}", WRONG if wrong else "#333333", "normal"))
+        number = None if self.sample is None else f"#{self.sample}"
+        if caption := " ".join(filter(None, (number, self.caption))):
+            lines.append((typeset(caption), FAINT, "normal"))
         return lines
 
 
@@ -53,7 +58,8 @@ def sheet_height(tiles: Sequence[Tile], columns: int) -> float:
 
 def draw_sheet(area: Area, left: float, title: str, tiles: Sequence[Tile], columns: int, colour: str) -> None:
     """Draw a titled sheet from `left` inches on; the colour frames every picture."""
-    area.text(left, 0.02, title, color=colour, fontweight="bold")
+    room = int(columns * PITCH * 72 / 6.2)
+    area.text(left, 0.02, cut(typeset(title), room), color=colour, fontweight="bold")
     if not tiles:
         area.text(left, 0.3, "none", color=FAINT)
         return
@@ -97,10 +103,12 @@ def _draw_picture(axes, picture: np.ndarray | str | None, x: float, y: float, si
         axes.imshow(pixels, extent=(x, x + side, y + side, y), interpolation="nearest", aspect="auto", zorder=1)
     else:
         words = "no picture" if picture is None else picture
-        wrapped = [line for part in words.split("\n") for line in textwrap.wrap(part, 14) or [""]][:8]
+        wrapped = [line for part in words.split("\n") for line in textwrap.wrap(part, 14) or [""]]
+        if len(wrapped) > TEXT_LINES:  # its end is what the loss is of
+            wrapped = ["\N{HORIZONTAL ELLIPSIS}", *wrapped[1 - TEXT_LINES :]]
         axes.text(
             x + side / 2, y + side / 2, visible("\n".join(wrapped)), ha="center", va="center", fontsize=7,
-            family="monospace", color=FAINT if picture is None else "black", parse_math=False,
+            family=fonts("DejaVu Sans Mono"), color=FAINT if picture is None else "black", parse_math=False,
         )  # fmt: skip
     axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=colour, linewidth=1.4, zorder=2))
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
@@ -108,10 +116,6 @@ def _draw_picture(axes, picture: np.ndarray | str | None, x: float, y: float, si
 
 def _text_height(tiles: Sequence[Tile]) -> float:
     return LINE * max(len(tile.lines()) for tile in tiles) + 0.02
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 FULL_COLUMNS = int((WIDTH - 2 * MARGIN) / PITCH)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import MARGIN, WHOLE, WIDTH, Area, over_steps, quiet_axes, visible
+from opsig_cli.figures.canvas import MARGIN, WHOLE, WIDTH, Area, columns, cut, over_steps, quiet_axes, typeset, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEIGHT = 2.75
+NAME = 44
+"""Columns of a line's name; longer ones are cut."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,11 @@ class Curve:
     style: str = "-"
 
 
-def draw_losses(area: Area, steps: np.ndarray, curves: Sequence[Curve], zoom: tuple[int, int]) -> None:
-    """All steps on the left; on the right the steps of `zoom`, both ends included, which is shaded on the left."""
+def draw_losses(
+    area: Area, steps: np.ndarray, curves: Sequence[Curve], zoom: tuple[int, int], axis: str = "loss"
+) -> None:
+    """All steps on the left; on the right the steps of `zoom`, both ends included, which is shaded on the left. `axis`:
+    what the losses are, with their unit."""
     plot_height = HEIGHT - 0.85
     left = area.axes(MARGIN + 0.45, 0.32, WIDTH * 0.55 - 0.9, plot_height)
     right = area.axes(WIDTH * 0.55 + 0.35, 0.32, WIDTH * 0.45 - 0.35 - MARGIN, plot_height)
@@ -36,17 +41,30 @@ def draw_losses(area: Area, steps: np.ndarray, curves: Sequence[Curve], zoom: tu
         for curve in curves:
             axes.plot(
                 steps[chosen], curve.values[chosen], curve.style, color=curve.colour, linewidth=1.2, marker=marker,
-                markersize=4, label=visible(curve.name),
+                markersize=4, label=visible(cut(typeset(curve.name), NAME)),
             )  # fmt: skip
         over_steps(axes)
         log_scale(axes, [curve.values[chosen] for curve in curves])
         quiet_axes(axes)
     left.axvspan(*zoom, color="black", alpha=0.08, linewidth=0)
-    left.set(ylabel="loss (nats)")
-    right.set_title(f"steps {zoom[0]} to {zoom[1]}", fontsize=8, loc="right", color="#555555")
-    for text in left.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(curves), frameon=False, fontsize=8
-    ).get_texts():
+    left.set(ylabel=axis)
+    right.set_title(f"close-up, steps {zoom[0]} to {zoom[1]}", fontsize=8, loc="right", color="#555555")
+    legend(left, len(curves))
+
+
+def legend(axes: Axes, most: int, size: float = 8) -> None:
+    """A legend over the axes, in as many columns as its names leave room for, `most` at most; names are no
+    mathematics."""
+    names = [str(name) for name in axes.get_legend_handles_labels()[1]]
+    if not names:
+        return
+    width = axes.get_position().width * axes.figure.get_size_inches()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    room = int(width / (max(map(columns, names)) * 0.6 * size / 72 + 0.55))
+    rows = axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=max(1, min(most, room)), frameon=False, fontsize=size,
+        columnspacing=1.2,
+    )  # fmt: skip
+    for text in rows.get_texts():
         text.set_parse_math(False)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from opsig_cli.figures.canvas import FAINT, MARGIN, WHOLE, WIDTH, Area, Block, heading, page, quiet_axes
 from opsig_cli.figures.curvature import PALETTE
-from opsig_cli.figures.curves import log_scale
+from opsig_cli.figures.curves import legend, log_scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def _probe(name: str, picture: np.ndarray, runs: Sequence[Probe], classes: Seque
             x = first.time if over_time else first.step
             left.plot(x, first.logits[:, number], color=colour, label=classes[number], linewidth=1)
         left.set(xlabel="time" if over_time else "step", ylabel="logit")
-        _legend(left, 5)
+        legend(left, 5, 7)
         quiet_axes(left)
         _bars(area, first, colours)
         right = area.axes(WIDTH - MARGIN - 3.5, 0.75, 3.5, HEIGHT - 1.25)
@@ -79,7 +79,7 @@ def _probe(name: str, picture: np.ndarray, runs: Sequence[Probe], classes: Seque
             mean = "mean of the data" if run is first else None
             right.plot(x, run.mean_feature_norm, "--", color=WHOLE if run is first else colour, label=mean, linewidth=1)
         right.set(xlabel="time" if over_time else "step", ylabel="feature norm", ylim=(0, None))
-        _legend(right, 3)
+        legend(right, 3, 7)
         quiet_axes(right)
         seen = area.axes(WIDTH - MARGIN - 0.65, 0.0, 0.6, 0.6)
         seen.imshow(np.clip(picture, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
@@ -129,7 +129,7 @@ def projection_page(runs: Sequence[Projection], crossing: int, title: str) -> Fi
             axes.plot(run.step, run.projection, ".-", color=colour, linewidth=1, markersize=3, label=run.name)
         axes.axvline(crossing, color=FAINT, linewidth=0.8)
         axes.set(xlabel="step", ylabel="along the eigenvector")
-        _legend(axes, 3)
+        legend(axes, 3, 7)
 
     def effective(area: Area) -> None:
         axes = _wide(area)
@@ -143,7 +143,7 @@ def projection_page(runs: Sequence[Projection], crossing: int, title: str) -> Fi
                     drawn.append(values)
         log_scale(axes, drawn)
         axes.set(xlabel="step", ylabel="effective step")
-        _legend(axes, 4)
+        legend(axes, 4, 7)
 
     blocks: list[Block] = [heading(title), (HEIGHT, projections)]
     if any(np.isfinite(run.effective_step).any() for run in runs):
@@ -155,12 +155,3 @@ def _wide(area: Area):
     axes = area.axes(MARGIN + 0.6, 0.45, WIDTH - 2 * MARGIN - 0.8, HEIGHT - 1)
     quiet_axes(axes)
     return axes
-
-
-def _legend(axes, columns: int) -> None:
-    legend = axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, frameon=False, fontsize=7, columnspacing=0.8,
-        handlelength=1.2,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import MARGIN, SIDES, WHOLE, WIDTH, Area, heading, over_steps, page, quiet_axes, visible
+from opsig_cli.figures.canvas import (
+    DOWN,
+    MARGIN,
+    UP,
+    WHOLE,
+    WIDTH,
+    Area,
+    heading,
+    over_steps,
+    page,
+    quiet_axes,
+    visible,
+)
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.curves import HEIGHT, log_scale
 from opsig_cli.figures.pages import sheet_block
@@ -37,7 +49,7 @@ def seen_figure(
     batch (T,) and the trend that was to be expected (T,)."""
     blocks = [heading(title), (HEIGHT, lambda area: _draw(area, steps, means, trend, points, zoom))]
     for number, (name, tiles) in enumerate(sheets):
-        blocks.append(sheet_block(name, tiles, SIDES[number % 2]))
+        blocks.append(sheet_block(name, tiles, (UP, DOWN)[number % 2]))
     return page(blocks)
 
 
@@ -55,7 +67,7 @@ def _draw(
         for number, each in enumerate(points):
             here = (each.steps >= first) & (each.steps <= last)
             axes.plot(
-                each.steps[here], each.values[here], "o", color=SIDES[number % 2], markersize=4, alpha=0.8,
+                each.steps[here], each.values[here], "o", color=(UP, DOWN)[number % 2], markersize=4, alpha=0.8,
                 label=visible(each.name),
             )  # fmt: skip
             shown.append(each.values[here])
@@ -63,7 +75,7 @@ def _draw(
         log_scale(axes, shown)
         quiet_axes(axes)
     left.axvspan(*zoom, color="black", alpha=0.08, linewidth=0)
-    left.set(ylabel="loss (nats)")
+    left.set(ylabel="loss")
     right.set_title(f"steps {zoom[0]} to {zoom[1]}", fontsize=8, loc="right", color="#555555")
     legend = left.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2 + len(points), frameon=False, fontsize=8

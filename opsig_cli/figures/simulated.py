@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsig_cli.figures.canvas import FAINT, MARGIN, SIDES, WHOLE, WIDTH, Area, Block, heading, page, quiet_axes
-from opsig_cli.figures.curves import log_scale
+from opsig_cli.figures.canvas import (
+    FAINT,
+    MARGIN,
+    SIDES,
+    WHOLE,
+    WIDTH,
+    Area,
+    Block,
+    heading,
+    page,
+    quiet_axes,
+    sentence,
+)
+from opsig_cli.figures.curves import legend, log_scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,16 +36,17 @@ def simulation_page(
 ) -> Figure:  # fmt: skip
     """The losses of the groups and the whole loss, and the sharpness against its threshold, (T,) each."""
 
-    return page([heading(title, 11), *_over_time(times, loss, groups, sharpness, threshold)])
+    return page([heading(title), *_over_time(times, loss, groups, sharpness, threshold)])
 
 
 def valley_page(
     path_T2: np.ndarray, loss: np.ndarray, groups: Mapping[str, np.ndarray], sharpness: np.ndarray,
-    threshold: float, landscape: Callable[[np.ndarray, float], Mapping[str, np.ndarray]], title: str,
+    threshold: float, landscape: Callable[[np.ndarray, float], Mapping[str, np.ndarray]], title: str, whole: str = "",
 ) -> Figure:  # fmt: skip
     """The valley across u as descent enters it and as it spikes (Fig. 4), and losses and sharpness over time.
 
-    `path_T2`: u and v; `landscape(u, v)`: the losses of the two sides and their average over (U,) values of u.
+    `path_T2`: u and v; `landscape(u, v)`: the losses of the two sides and their average over (U,) values of u; `whole`:
+    what the whole loss is made of.
     """
     peak = int(np.argmax(loss[10:])) + 10 if len(loss) > 10 else len(loss) - 1
     phases = [(0, min(APPROACH, len(loss) - 1)), (max(0, peak - BURST), min(peak + 3, len(loss) - 1))]
@@ -55,10 +68,11 @@ def valley_page(
             axes.set(xlabel=f"u, steps {first} to {last} (faint: the valley at step {first})", ylabel="loss")
             axes.set_ylim(-0.05 * max(heights), max(1.6 * max(heights), 2.0))
             quiet_axes(axes)
-            axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=8)
+            legend(axes, 4)
 
     steps = np.arange(len(loss))
-    return page([heading(title, 11), (HEIGHT, phase), *_over_time(steps, loss, groups, sharpness, threshold)])
+    said = [sentence(whole)] if whole else []
+    return page([heading(title), *said, (HEIGHT, phase), *_over_time(steps, loss, groups, sharpness, threshold)])
 
 
 def _over_time(
@@ -74,7 +88,7 @@ def _over_time(
         log_scale(axes, [loss, *groups.values()])
         axes.set(xlabel="time" if not len(groups) else "step", ylabel="loss")
         quiet_axes(axes)
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=5, frameon=False, fontsize=8)
+        legend(axes, 5)
 
     def curvature(area: Area) -> None:
         axes = area.axes(MARGIN + 0.6, 0.35, WIDTH - 2 * MARGIN - 0.8, HEIGHT - 0.95)
@@ -83,6 +97,6 @@ def _over_time(
             axes.axhline(threshold, linestyle="--", color=WHOLE, label="2 / learning rate")
         axes.set(xlabel="time" if not len(groups) else "step", ylabel="sharpness", ylim=(0, None))
         quiet_axes(axes)
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=5, frameon=False, fontsize=8)
+        legend(axes, 5)
 
     return [(HEIGHT, losses), (HEIGHT, curvature)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opsig_cli.figures.canvas import Area, visible
+from opsig_cli.figures.canvas import Area, columns, cut, fonts, visible
 
 PITCH = 0.155
 """From line to line."""
@@ -30,17 +30,17 @@ def lines_height(lines: Sequence[TextLine]) -> float:
 
 
 def draw_lines(area: Area, left: float, top: float, width: float, lines: Sequence[TextLine], colour: str) -> None:
-    """Write the lines; of a long context its end. The colour is the targets'."""
+    """Write the lines; of a long context its end, behind an ellipsis. The colour is the targets'."""
     parts = [_split(line.text) for line in lines]
     room = int((width - TARGET - NOTE * max(len(line.notes) for line in lines)) / CHARACTER)
-    end = min(room, max(len(context) for context, _ in parts)) * CHARACTER
-    style = {"family": "monospace", "fontsize": 7}
+    end = min(room, max(columns(context) for context, _ in parts)) * CHARACTER
+    style = {"family": fonts("DejaVu Sans Mono"), "fontsize": 7}
     for number, (line, (context, target)) in enumerate(zip(lines, parts, strict=True)):
         y = top + number * PITCH
-        area.text(left + end, y, context[-room:], ha="right", **style)
-        area.text(left + end, y, cut(target, TARGET), color=colour, fontweight="bold", **style)
+        area.text(left + end, y, cut(visible(context), room, end=True), ha="right", **style)
+        area.text(left + end, y, fitted(target, TARGET), color=colour, fontweight="bold", **style)
         for place, (words, ink) in enumerate(line.notes):
-            area.text(left + end + TARGET + place * NOTE, y, cut(words, NOTE), color=ink, **style)
+            area.text(left + end + TARGET + place * NOTE, y, fitted(words, NOTE), color=ink, **style)
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -49,8 +49,6 @@ def _split(text: str) -> tuple[str, str]:
     return (text, "") if bracket < 0 else (text[:bracket], text[bracket:])
 
 
-def cut(words: str, width: float) -> str:
+def fitted(words: str, width: float) -> str:
     """Words shortened to a column's width."""
-    room = int(width / CHARACTER) - 1
-    words = visible(words)
-    return words if len(words) <= room else words[: room - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return cut(visible(words), int(width / CHARACTER) - 1)

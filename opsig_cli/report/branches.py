@@ -28,6 +28,7 @@ def rows(branches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "samples": _number(own.get("samples_changed")), "stopped_at": _number(own.get("stopped_at")),
             **{name: _number(own.get(name)) for name in
                ("rise_of_untouched", "unchanged_rise_of_untouched", "swing_of_changed", "unchanged_swing_of_changed")},
+            "sentence": str(own.get("sentence") or ""),
             "random": _span(effects, RANDOM), "same_labels": _span(effects, SAME_LABELS),
         })  # fmt: skip
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 from opsig_cli.report import branches as branched
 from opsig_cli.report import run_facts, tables, words
+from opsig_cli.report.losses import loss_lines
 from opsig_cli.report.pairs import show_pair
 from opsig_cli.report.run_facts import Curvature
 from opsig_cli.report.samples import Samples
@@ -17,10 +18,13 @@ from opsig_cli.studies import comparing, missing
 from opsig_cli.studies.clustering import explaining
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.clustering.records import by_strength, established
+from opsig_cli.studies.numbers import in_unit, loss_unit
 from opsig_cli.trajectory.file import Trajectory
 
-PAIRS = 8
-"""Pairs that are shown with their samples; all are in the overview."""
+PAIRS, TEXT_PAIRS = 8, 100
+"""Pairs that are shown with their samples, and the same of text, which takes little room; all are in the overview."""
+OPENING = 6
+"""Established pairs with which the page opens."""
 
 
 def gather(
@@ -42,7 +46,15 @@ def gather(
     samples = Samples(run, previous, rise)
     explained = explaining.explain(run, clusters, rise)
     curvature = run_facts.curvature_of(run, rise)
-    shown = [show_pair(run, clusters, samples, loss, pair) for pair in pairs[:PAIRS]]
+    unit = loss_unit(run)
+    most = TEXT_PAIRS if run.has("samples/text") else PAIRS
+    shown = [show_pair(run, clusters, samples, loss, pair) for pair in pairs[:most]]
+    vectors, alone = show_vectors(run, rise, samples), tables.alone(clusters, samples, groups)
+    movers = tables.movers(run, found, samples)
+    members = tables.members(run, window, records, samples)
+    lines, axis = loss_lines(run, list(samples.shown_at.values()))
+    for row in (*members, *movers):
+        row["losses"] = lines[samples.shown_at[row["sample"]]]
     has = {
         "checkpoints": bool(len(run.steps("checkpoints"))), "prediction": run.has("losses/prediction"),
         "label": run.has("samples/label"), "picture": run.has("samples/thumbnail") or run.has("samples/text"),
@@ -53,28 +65,33 @@ def gather(
         "name": Path(run.path).name,
         "broken": missing.not_finite(run, found.movers.known),
         "answer": words.answer(pairs, groups, len(clusters.position)),
-        "strongest": pairs[0]["sentence"] if held else None,
+        "opening": [pair for pair in shown if pair.established][:OPENING],
+        "unit": unit,
+        "truth": tables.truth(run, found),
+        "exported": tables.exported(run, window, records),
+        "line_axis": axis,
         "rise": words.rise_sentence(
-            rise, means[previous], means[rise], _movement(explained, held), len(held), run_facts.larger_rise(loss, rise)
+            rise, means[previous], means[rise], _movement(explained, held), len(held),
+            run_facts.larger_rise(loss, rise), unit,
         ),
         "rise_step": rise,
         "note": found.movers.note,
-        "tiles": _tiles(pairs, held, explained, rise, means[rise] - means[previous], curvature),
+        "tiles": _tiles(pairs, held, explained, rise, means[rise] - means[previous], curvature, unit),
         "facts": [*branched.origin(run), *run_facts.facts(run, series)],
         "branches": branched.rows(branches),
         "branch_count": len(branches),
-        "loss": run_facts.loss_chart(loss, window, rise),
+        "loss": run_facts.loss_chart(loss, window, rise, in_unit("loss", unit)),
         "curvature": curvature,
-        "vectors": show_vectors(run, rise),
+        "vectors": vectors,
         "contributions": tables.contributions(explained, pairs),
         "pairs": shown,
         "linked": [pair.record["pair"] for pair in shown],
         "overview": pairs,
-        "alone": tables.alone(clusters, samples, groups),
+        "alone": alone,
         "alone_count": sum(group["pair"] is None for group in groups),
-        "movers": tables.movers(run, found, samples),
+        "movers": movers,
         "matrix": tables.matrix(clusters, groups) if groups else None,
-        "members": tables.members(run, window, records, samples),
+        "members": members,
         "limits": words.limits(pairs, len(held), clusters.by, has, notes, attributes.get("state")),
         "commands": words.commands(
             run.path, clusters.by, task, attributes.get("command"), pairs[0]["pair"] if pairs else None,
@@ -95,7 +112,7 @@ def _movement(explained: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str
 
 def _tiles(
     pairs: Sequence[Any], held: Sequence[Any], explained: Sequence[Mapping[str, Any]], rise: int, change: float,
-    curvature: Curvature | None,
+    curvature: Curvature | None, unit: str,
 ) -> list[tuple[str, str, str]]:  # fmt: skip
     """The few numbers under the answer: what, how much, and of what."""
     movement = _movement(explained, held)
@@ -103,7 +120,7 @@ def _tiles(
         ("Established pairs", f"{len(held)} of {len(pairs)}" if pairs else "none", "of those that were found"),
         ("Their share of movement", words.percent(movement) if held else "\N{EN DASH}", f"at step {rise}, up or down"),
         ("Largest rise of the loss" if change > 0 else "Smallest fall of the loss", words.nats(change, sign=True),
-         f"nats, at step {rise}"),
+         f"{unit + ', ' if unit else ''}at step {rise}"),
     ]  # fmt: skip
     if curvature is not None and curvature.ratio is not None:
         tiles.append(

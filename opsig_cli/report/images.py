@@ -11,6 +11,10 @@ import numpy as np
 
 LARGEST = 128
 """Pixels of a thumbnail's longer side; larger pictures are reduced."""
+SMALL = 40
+"""The same of one in a row of a table, which is shown a little smaller."""
+EXACT = 34
+"""Pixels of the longer side up to which a picture is kept to the bit; larger ones are compressed."""
 MATRIX = 480
 """Pixels of the matrix's side, at most."""
 LEVELS = 48
@@ -19,14 +23,14 @@ POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)
 """The colours of the two sides of a pair: alike is blue and opposed vermilion, as deep as the size of the cosine."""
 
 
-def thumbnail(pixels: np.ndarray) -> str:
+def thumbnail(pixels: np.ndarray, largest: int = LARGEST) -> str:
     """A picture (h, w, channels) uint8 as a data URI; one, three or four channels, of others the first."""
     from PIL import Image
 
     image = Image.fromarray(pixels if pixels.shape[2] in (3, 4) else pixels[:, :, 0])
-    if max(image.size) > LARGEST:
-        image.thumbnail((LARGEST, LARGEST))
-    return _uri(image)
+    if max(image.size) > largest:
+        image.thumbnail((largest, largest))
+    return _uri(image) if max(image.size) <= EXACT else _compressed(image.convert("RGB"))
 
 
 def matrix_image(similarity_MM: np.ndarray, order: np.ndarray) -> str:
@@ -65,6 +69,12 @@ def spread_names(sizes: Sequence[int], room: float) -> list[int]:
             named.append(number)
             last = middle
     return named
+
+
+def _compressed(image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _uri(image, **options) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.figures.canvas import visible
+from opsig_cli.figures.canvas import typeset, visible
 from opsig_cli.studies.clustering.sentences import describe
 
 MAKER = "Made by opsig"
@@ -37,8 +37,8 @@ def render(content: Mapping[str, Any], command: str) -> str:
     )  # fmt: skip
     style, script = (Markup(environment.get_template(f"report.{kind}").render()) for kind in ("css", "js"))
     return environment.get_template("report.html").render(
-        content, command=command, describe=describe, generator=f"{MAKER} {version('opsig')}", style=style,
-        script=script, policy=policy(style, script),
+        content, command=command, describe=describe, typeset=typeset, generator=f"{MAKER} {version('opsig')}",
+        style=style, script=script, policy=policy(style, script),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.comparing import Series
 from opsig_cli.studies.drawing import PAIR_TILES, close_up
+from opsig_cli.studies.numbers import in_unit, loss_unit
 from opsig_cli.trajectory.file import Trajectory
 
 LINES = 12
@@ -25,7 +26,8 @@ COMMON = 5
 
 @dataclass(frozen=True)
 class Side:
-    """One group of a pair: its number, its members in words, the most aligned of them, and its mix of labels."""
+    """One group of a pair: its number, its members in words, the most aligned of them, its mix of labels, and how its
+    mean loss changed at a step."""
 
     group: int
     name: str
@@ -34,6 +36,7 @@ class Side:
     shown: list[Shown]
     mix: list[tuple[str, int, float]]
     change: float
+    step: int
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,13 @@ def show_pair(run: Trajectory, clusters: Clusters, samples: Samples, loss: Serie
     names = _names(record)
     lines = [Line(name, mean, style) for name, mean, style in zip(names, means, ("a", "b"), strict=True)]
     lines.append(Line("all samples", loss.values, "whole dashed"))
+    apart, unit = record["apart_step"], loss_unit(run)
+    if apart is not None:
+        samples = samples.around(int(loss.steps[np.searchsorted(loss.steps, apart) - 1]), apart)
     return Pair(
         record, record["verdict"] == "established",
         (_side(clusters, samples, record, 0), _side(clusters, samples, record, 1)),
-        _pair_charts(loss.steps, lines, clusters, record), words.pair_evidence(record),
+        _pair_charts(loss.steps, lines, record, in_unit("loss", unit)), words.pair_evidence(record, unit),
     )  # fmt: skip
 
 
@@ -68,20 +74,23 @@ def _names(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _pair_charts(steps: np.ndarray, lines: list[Line], clusters: Clusters, record: Mapping[str, Any]) -> list[Chart]:
-    rise = record["rise_step"]
-    near = close_up(steps, rise)
+def _pair_charts(steps: np.ndarray, lines: list[Line], record: Mapping[str, Any], axis: str) -> list[Chart]:
+    """All steps, and those around where the sides move apart most."""
+    apart = record["apart_step"]
+    centre = record["rise_step"] if apart is None else apart
+    named = words.change_at(steps, lines[-1].values, centre) if apart is None else f"move apart most, step {apart}"
+    near = close_up(steps, centre)
     about = f"Mean losses of the two groups of pair {record['pair']} and of all samples, steps"
     whole = line_chart(
-        steps, lines, "loss (nats)", f"{about} {steps[0]} to {steps[-1]}.", band=near,
-        band_name="steps of the close-up", mark=rise, mark_name=words.change_at(steps, lines[-1].values, rise),
+        steps, lines, axis, f"{about} {steps[0]} to {steps[-1]}.", band=near,
+        band_name="steps of the close-up", mark=centre, mark_name=named,
     )  # fmt: skip
     close = (steps >= near[0]) & (steps <= near[1])
     if close.all() or close.sum() < 3:
         return [replace(whole, band=None)]
     cut = [replace(line, values=line.values[close]) for line in lines]
-    zoomed = line_chart(steps[close], cut, "loss (nats)", f"{about} {near[0]} to {near[1]}.", mark=rise,
-                        mark_name=f"step {rise}")  # fmt: skip
+    zoomed = line_chart(steps[close], cut, axis, f"{about} {near[0]} to {near[1]}.", mark=centre,
+                        mark_name=f"step {centre}")  # fmt: skip
     return [whole, zoomed]
 
 
@@ -92,7 +101,8 @@ def _side(clusters: Clusters, samples: Samples, record: Mapping[str, Any], side:
         shown = shown[:LINES]
     return Side(
         group, describe(mix, size), size, record["joined"][side], shown, _mix(mix, size),
-        float(record["changes"][side]),
+        float((record["apart_changes"] or record["changes"])[side]),
+        record["rise_step"] if record["apart_step"] is None else record["apart_step"],
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from opsig_cli.report.charts import Chart, Line, line_chart
 from opsig_cli.studies.clustering.window import Window
 from opsig_cli.studies.comparing import Series
 from opsig_cli.studies.curvature import PLACE, PRECONDITIONED, held_group
+from opsig_cli.studies.numbers import loss_unit, with_unit
 from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
 
@@ -55,7 +56,7 @@ def facts(run: Trajectory, series: Mapping[str, Series]) -> list[tuple[str, str]
         found.append(("Parameters", f"{run.shape('checkpoints/params')[1]:,}{frozen}"))
     found.append(("Checkpoints", f"{len(run.steps('checkpoints')):,}"))
     if "loss" in series:
-        found.append(("Last loss, in nats", words.nats(series["loss"].last)))
+        found.append(("Last loss", with_unit(words.nats(series["loss"].last), loss_unit(run))))
     if "accuracy" in series:
         found.append(("Last accuracy", words.percent(series["accuracy"].last)))
     for name, key in (("Device", "device"), ("Recorded by", "opsig_version"), ("State", "state")):
@@ -64,11 +65,11 @@ def facts(run: Trajectory, series: Mapping[str, Series]) -> list[tuple[str, str]
     return [(name, str(value)) for name, value in found]
 
 
-def loss_chart(loss: Series, window: Window, rise: int) -> Chart:
-    """The loss of all samples (T,) with the window and its largest rise."""
+def loss_chart(loss: Series, window: Window, rise: int, axis: str) -> Chart:
+    """The loss of all samples (T,) with the window and its largest rise; `axis`: what it is, with its unit."""
     steps, named = window.steps_T, words.change_at(loss.steps, loss.values, rise)
     return line_chart(
-        loss.steps, [Line("all samples", loss.values, "whole")], "loss (nats)",
+        loss.steps, [Line("all samples", loss.values, "whole")], axis,
         f"Mean loss of all samples over steps {loss.steps[0]} to {loss.steps[-1]}; {named}.",
         band=(int(steps[0]), int(steps[-1])), band_name="window of the evidence", mark=rise,
         mark_name=named,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.report.images import thumbnail
+from opsig_cli.report.images import LARGEST, SMALL, thumbnail
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.drawing import Pictures, predictions_at
 from opsig_cli.trajectory.file import Trajectory
@@ -17,7 +17,8 @@ from opsig_cli.trajectory.texts import context
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample. `picture` is a data URI; `text` a context and its target; `before` and `after` predicted classes."""
+    """One sample. `picture` is a data URI, `small` one for a row of a table; `text` a context and its target; `before`
+    and `after` predicted classes."""
 
     sample: int
     label: str | None
@@ -25,6 +26,7 @@ class Shown:
     after: str | None
     picture: str | None
     text: tuple[str, str] | None
+    small: str | None = None
 
     @property
     def name(self) -> str:
@@ -40,6 +42,8 @@ class Samples:
     """Shows samples of a run around a step: predictions are those of the row before it and of the step itself."""
 
     def __init__(self, run: Trajectory, previous_step: int, step: int):
+        self._run = run
+        self.shown_at: dict[int, int] = {}  # of every sample that was shown, its column in the file
         self._pictures = Pictures(run)
         self._ids = run.samples
         self.before, self.after = (predictions_at(run, at) for at in (previous_step, step))
@@ -53,9 +57,19 @@ class Samples:
     def shown(self, position: int, before: Any, after: Any) -> Shown:
         """The sample in this column, with predictions of another step."""
         tile = self._pictures.tile(position, before, after)
-        picture = thumbnail(tile.picture) if isinstance(tile.picture, np.ndarray) else None
+        picture, small = (
+            thumbnail(tile.picture, size) if isinstance(tile.picture, np.ndarray) else None for size in (LARGEST, SMALL)
+        )
         text = _split(tile.picture, tile.label) if isinstance(tile.picture, str) else None
-        return Shown(int(self._ids[position]), tile.label, tile.before, tile.after, picture, text)
+        sample = int(self._ids[position])
+        self.shown_at[sample] = position
+        return Shown(sample, tile.label, tile.before, tile.after, picture, text, small)
+
+    def around(self, previous_step: int, step: int) -> Samples:
+        """The same samples with the predictions of another change."""
+        other = Samples(self._run, previous_step, step)
+        other.shown_at = self.shown_at
+        return other
 
 
 def strongest(clusters: Clusters, group: int, count: int) -> list[int]:

@@ -5,6 +5,8 @@ M samples grouped, G groups.
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli.records import write
+from opsig_cli.report import words
 from opsig_cli.report.images import matrix_image, spread_names
 from opsig_cli.report.samples import Samples, strongest
 from opsig_cli.studies import mining as finding
+from opsig_cli.studies.clustering import agreement, explaining
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.clustering.sentences import describe
@@ -25,7 +30,7 @@ CONTRIBUTIONS = 10
 """Groups whose part of the rise is shown."""
 ALONE, FEW = 12, 6
 """Groups that nothing opposes, and samples shown of each."""
-MOVERS = 20
+MOVERS = 100
 MEMBERS = 20
 """Members of each group."""
 BLOCKS = 18
@@ -40,13 +45,13 @@ def contributions(explained: Sequence[Mapping[str, Any]], pairs: Sequence[Mappin
     `from`, `wide`: a bar in per cent, zero in the middle.
     """
     groups = [part for part in explained if part["group"] is not None]
-    rows = [dict(part, name=f"G{part['group']}: {describe(part['labels'], part['size'])}")
-            for part in groups[:CONTRIBUTIONS]]  # fmt: skip
+    rows = [dict(part, name=explaining.named(part)) for part in groups[:CONTRIBUTIONS]]
     if small := groups[CONTRIBUTIONS:]:
         rows.append({
             "name": f"{len(small)} smaller groups", "size": sum(part["size"] for part in small),
+            "joined": sum(part["joined"] for part in small),
             "change": sum(part["change"] for part in small), "mean_change": None, "pair": None,
-            "share": _sum(part["share"] for part in small), "movement": _sum(part["movement"] for part in small),
+            "movement": _sum(part["movement"] for part in small),
         })  # fmt: skip
     rows += [dict(part, name="all other samples") for part in explained if part["group"] is None]
     largest = max((abs(row["change"]) for row in rows if math.isfinite(row["change"])), default=0.0)
@@ -122,17 +127,68 @@ def members(
     """The most aligned members of every group, each once, with the pairs that its group is in and how its loss changed
     at the rise."""
     rows: dict[int, dict[str, Any]] = {}
+    place = {int(sample): position for position, sample in enumerate(run.samples.tolist())}
     for record in (record for record in records if record["kind"] == "member"):
         row = rows.setdefault(record["sample"], dict(record, pairs=[]))
         if record["pair"] is not None:
             row["pairs"].append(record["pair"])
     before, after = run.rows("losses/loss", window.first + window.rise_row - 1, window.first + window.rise_row + 1)
-    place = {int(sample): position for position, sample in enumerate(run.samples.tolist())}
-    kept: dict[int, list[dict[str, Any]]] = {}
+    shown_already = set(samples.shown_at)
+    count: dict[int, int] = {}
+    kept = []
     for row in sorted(rows.values(), key=lambda row: (row["group"], -row["alignment"])):
-        if len(kept.setdefault(row["group"], [])) < MEMBERS:
-            position = place[row["sample"]]
-            row["change"] = float(after[position]) - float(before[position])
-            (row["shown"],) = samples.show([position])
-            kept[row["group"]].append(row)
-    return [row for group in kept.values() for row in group]
+        count[row["group"]] = count.get(row["group"], 0) + 1
+        if count[row["group"]] <= MEMBERS or row["sample"] in shown_already:
+            kept.append(row)
+    others = sorted(shown_already - {row["sample"] for row in kept})
+    kept += [{"sample": sample, "group": None, "pairs": [], "alignment": None, "mined": None} for sample in others]
+    labels = run.read("samples/label") if run.has("samples/label") else None
+    for row in kept:
+        position = place[row["sample"]]
+        row["label"] = None if labels is None else str(labels[position])
+        row["change"] = float(after[position]) - float(before[position])
+        (row["shown"],) = samples.show([position])
+    return kept
+
+
+def exported(run: Trajectory, window: Window, records: Sequence[Mapping[str, Any]]) -> str:
+    """Every member of every group as a data URI of a CSV file, a row for each of its pairs."""
+    verdicts = {record["pair"]: record["verdict"] for record in records if record["kind"] == "pair"}
+    before, after = run.rows("losses/loss", window.first + window.rise_row - 1, window.first + window.rise_row + 1)
+    place = {int(sample): position for position, sample in enumerate(run.samples.tolist())}
+    rows = []
+    for record in (record for record in records if record["kind"] == "member"):
+        position = place[record["sample"]]
+        rows.append({
+            "sample": record["sample"], "label": record["label"], "group": f"G{record['group']}",
+            "pair": record["pair"], "side": record["side"], "verdict": verdicts.get(record["pair"]),
+            "alignment": record["alignment"], "found_by": "mining" if record["mined"] else "joining",
+            "step": int(window.steps_T[window.rise_row]), "loss_before": float(before[position]),
+            "loss_after": float(after[position]),
+        })  # fmt: skip
+    text = io.StringIO()
+    write(rows, "csv", out=text)
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.getvalue().encode()).decode()
+
+
+def truth(run: Trajectory, found: Found) -> list[tuple[str, str, str]] | None:
+    """How well groups recover what the task planted: measure, value and what it means; None where it planted none."""
+    if not run.has("samples/truth"):
+        return None
+    known = agreement.agreement(run, found.clusters)
+
+    def of(value: float | None) -> str:
+        return words.number(value) if value is not None else "\N{EN DASH}"
+
+    return [
+        ("Adjusted Rand index", of(known["adjusted_rand_index"]),
+         "Of the sides of all planted samples, those in no group counting as one more: 1 is all right, 0 is chance."),
+        ("The same of those mined", of(known["adjusted_rand_index_mined"]), "Of the planted samples that were mined."),
+        ("Pairs found", of(known["pair_recall"]), "Share of the planted pairs both of whose sides are established."),
+        ("Pairs right", of(known["pair_precision"]),
+         "Share of the established pairs with a planted side that set two sides of one planted feature apart."),
+        ("Joined right", of(known["joined_right"]), "Share of those that joined which are on their group's side."),
+        ("Planted samples", f"{known['planted']:,}",
+         f"{known['planted_mined']:,} were mined, {known['planted_grouped']:,} are in a group; "
+         f"{known['other_grouped']:,} that were not planted are in one as well."),
+    ]  # fmt: skip

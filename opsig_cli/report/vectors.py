@@ -26,8 +26,11 @@ class Vector:
     sides: list[tuple[str, float, float, list[Shown]]]
 
 
-def show_vectors(run: Trajectory, rise: int) -> list[Vector]:
-    """The eigenvectors whose ends the file holds, at the step nearest to the largest rise; none where it holds none."""
+def show_vectors(run: Trajectory, rise: int, shown: Samples) -> list[Vector]:
+    """The eigenvectors whose ends the file holds, at the step nearest to the largest rise; none where it holds none.
+
+    `shown`: notes which samples they are.
+    """
     places = places_kept(run)
     if not places:
         return []
@@ -35,7 +38,7 @@ def show_vectors(run: Trajectory, rise: int) -> list[Vector]:
     held = kept(run, step, 1, places[step], every=True)
     assert held is not None
     count = min(VECTORS, len(held.values))
-    samples = Samples(run, step, step + 1)
+    samples = shown.around(step, step + 1)
     place = {int(sample): position for position, sample in enumerate(run.samples.tolist())}
     found = []
     for record in ends.records(run, [step], count, places[step]):

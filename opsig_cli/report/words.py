@@ -12,7 +12,10 @@ import numpy as np
 from opsig_cli.analysis.likeness import ALIKE
 from opsig_cli.analysis.significance import ROUNDS
 from opsig_cli.analysis.verdicts import SILENCES
+from opsig_cli.figures.canvas import typeset
+from opsig_cli.studies import numbers
 from opsig_cli.studies.clustering.records import established
+from opsig_cli.studies.numbers import with_unit
 
 Record = Mapping[str, Any]
 Evidence = tuple[str, str, str]
@@ -45,12 +48,10 @@ def nats(value: float | None, sign: bool = False) -> str:
 def percent(value: float | None) -> str:
     """A share.
 
-    >>> percent(0.534), percent(-0.2)
-    ('53%', '\N{MINUS SIGN}20%')
+    >>> percent(0.534), percent(-0.2), percent(0.001), percent(None)
+    ('53%', '\N{MINUS SIGN}20%', '< 0.5%', 'not known')
     """
-    if value is None or not math.isfinite(value):
-        return "not known"
-    return signed(f"{value:.0%}")
+    return "not known" if value is None or not math.isfinite(value) else typeset(numbers.percent(value))
 
 
 def signed(text: str) -> str:
@@ -66,16 +67,16 @@ def signed(text: str) -> str:
 
 def with_error(value: float, error: float | None) -> str:
     """A number with its error, where it has one."""
-    return number(value) + ("" if error is None or math.isnan(error) else f" ± {error:.2f}")
+    return typeset(numbers.plus_minus(value, error))
 
 
 def p_value(value: float) -> str:
     """A p-value; the least that the rounds can give is said to be that or less.
 
-    >>> p_value(0.005), p_value(0.25), p_value(1.0)
-    ('≤ 0.005', '0.25', '1')
+    >>> p_value(0.0001)[0], p_value(0.25), p_value(1.0)
+    ('≤', '0.25', '1')
     """
-    return f"≤ {value:.3g}" if value <= 1 / (ROUNDS + 1) + 1e-9 else f"{value:.3g}"
+    return typeset(numbers.p_value(value))
 
 
 def answer(pairs: Sequence[Record], groups: Sequence[Record], samples: int) -> str:
@@ -103,18 +104,20 @@ def answer(pairs: Sequence[Record], groups: Sequence[Record], samples: int) -> s
 
 
 def rise_sentence(
-    step: int, before: float, after: float, movement: float | None, pairs: int, elsewhere: int | None
-) -> str:
+    step: int, before: float, after: float, movement: float | None, pairs: int, elsewhere: int | None,
+    unit: str = "nats",
+) -> str:  # fmt: skip
     """Where the whole loss rose most in the window, and how much of the movement there the established pairs make up;
-    `elsewhere`: the step outside of the window where it rose more."""
+    `elsewhere`: the step outside of the window where it rose more; `unit`: of the losses."""
     if not after > before:
         text = (
-            f"The loss of all samples together never rose; at step {step} it fell least, by {nats(before - after)} nats"
+            f"The loss of all samples together never rose; at step {step} it fell least, by "
+            f"{with_unit(nats(before - after), unit)}"
         )
     else:
-        how = f"from {nats(before)} to {nats(after)} nats"
+        how = f"from {nats(before)} to {with_unit(nats(after), unit)}"
         if nats(before) == nats(after):
-            how = f"by {nats(after - before)} to {nats(after)} nats"
+            how = f"by {nats(after - before)} to {with_unit(nats(after), unit)}"
         text = f"The loss of all samples together rose most at step {step}, {how}"
     if movement is not None and pairs:
         whose = "this pair" if pairs == 1 else f"these {pairs} pairs"
@@ -136,10 +139,12 @@ def change_at(steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.nd
     return f"{'largest rise' if values[row] > values[row - 1] else 'smallest fall'}, step {step}"
 
 
-def pair_evidence(pair: Record) -> list[Evidence]:
-    """The evidence for a pair, each number with what it means."""
+def pair_evidence(pair: Record, unit: str = "nats") -> list[Evidence]:
+    """The evidence for a pair, each number with what it means; `unit`: of the losses."""
     step, losses = pair["rise_step"], pair["by"] == "loss"
-    exact = "" if losses else " Over checkpoints that had no part in finding the groups."
+    exact = (
+        "" if losses else " Over checkpoints that had no part in finding the groups, ± its standard error over these."
+    )
     measure, of = ("correlation", "loss changes") if losses else ("cosine", "gradients")
     phases = p_value(pair["p_value_losses"])
     rows = [
@@ -174,12 +179,17 @@ def pair_evidence(pair: Record) -> list[Evidence]:
             f"Share of the members that one {'half of the window' if losses else 'checkpoint'} puts in the same group.",
         ),
         (
-            "Share of the rise",
-            percent(pair["share"]),
-            f"Of the whole loss's rise at step {step}. Opposite changes cancel: it can be negative or above 100%.",
+            "Share of movement",
+            percent(pair["movement"]),
+            f"Of all samples' movement at step {step}, the largest rise: the sizes of their loss changes, up or down.",
         ),
-        ("Share of movement", percent(pair["movement"]), f"Of all samples' movement at step {step}, up or down."),
     ]
+    if pair["apart_step"] is not None:
+        rows[-1:-1] = [(
+            "Share of movement, swinging",
+            percent(pair["apart_movement"]),
+            f"The same at step {pair['apart_step']}, where its two sides move apart most: by this, pairs are numbered.",
+        )]  # fmt: skip
     if pair["silenced"]:
         places = ", ".join(str(one["step"]) for one in pair["silenced"])
         rows.insert(0, (
@@ -197,10 +207,10 @@ def pair_evidence(pair: Record) -> list[Evidence]:
             f"({number(pair['shared'])}) over within: from {ALIKE:g} on they look the same. Groups that oppose by "
             "their labels alone do not.",
         ))  # fmt: skip
-    return rows + vector_evidence(pair)
+    return rows + vector_evidence(pair, unit)
 
 
-def vector_evidence(pair: Record) -> list[Evidence]:
+def vector_evidence(pair: Record, unit: str) -> list[Evidence]:
     """The leading eigenvector that a pair lies on, where slopes were measured."""
     if pair["eigenvectors"] is None:
         return []
@@ -211,7 +221,7 @@ def vector_evidence(pair: Record) -> list[Evidence]:
     shares = " and ".join(percent(share) for share in first["shares"])
     meaning = (
         f"Of the Hessian's leading eigenvectors at step {pair['sharpness_step']} the one at whose two ends the groups "
-        f"stand: their mean slopes along it are {slopes} nats, and they make {shares} of its eigenvalue."
+        f"stand: their mean slopes along it are {with_unit(slopes, unit)}, and they make {shares} of its eigenvalue."
     )
     ratio = first["ratio"]
     if ratio is not None and math.isfinite(ratio):

@@ -37,7 +37,7 @@ class Series:
 
 
 QUANTITIES = {
-    "loss": "training loss (nats)",
+    "loss": "training loss",
     "accuracy": "accuracy on the training samples",
     "rising": "share of samples whose loss rises",
     "sharpness": "sharpness / stability threshold",

@@ -44,6 +44,18 @@ def select_steps(run: Trajectory, text: str | None) -> list[int]:
     return chosen
 
 
+def few_words(run: Trajectory, text: str | None, chosen: list[int]) -> str | None:
+    """What to say where the C of `A:B:C`, a number of checkpoints and not of steps, leaves one of several."""
+    first, _, rest = (text or "").partition(":")
+    last, _, every = rest.partition(":")
+    if not every or len(chosen) != 1:
+        return None
+    between = len(_chosen(run, run.steps("checkpoints").tolist(), f"{first}:{last}")) if first or last else 2
+    if between == 1:
+        return None
+    return f"note: --steps {text} takes every {every}th checkpoint, which is 1 of {between}. In steps: --steps A:B"
+
+
 def _chosen(run: Trajectory, steps: list[int], text: str) -> list[int]:
     parts = text.split(":")
     if len(parts) > 3 or not all(part.isdigit() or not part for part in parts) or not any(parts):

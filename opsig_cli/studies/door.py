@@ -9,6 +9,7 @@ All raise OpsigError, whose text says what is wrong, where, and what to do.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from opsig_cli import backends
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import (
+    answers,
     curvature,
     ends,
     floor,
@@ -31,9 +33,11 @@ from opsig_cli.studies import (
     tracking,
 )
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
-from opsig_cli.studies.clustering import agreement, explaining, finding, keeping
+from opsig_cli.studies.clustering import agreement, explaining, finding, keeping, neighbours
 from opsig_cli.studies.clustering import records as clustered
+from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.filled import filled
+from opsig_cli.studies.numbers import loss_unit, percent
 from opsig_cli.studies.parts import share
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
@@ -83,12 +87,16 @@ def mine(
             return found, records, missing.not_finite(trajectory, found.known)
 
         found, records, broken = without_damage(work, damage.append)
+        unit, own = loss_unit(trajectory), answers.task_of(trajectory, None)
     if back is None and not isinstance(run, Trajectory):
         kept.keep(trajectory.path, "mined", origin, found)
     notes = [found.note] if found.note else []
     if share is not None:
-        carried = sum(record["share_at_step"] or 0 for record in records)
-        notes.append(f"these {len(records)} samples carry {carried:.0%} of the change at step {share}")
+        of = {"movement": f"of all movement at step {share}", "share": "of the change there"}
+        known = {name: [r.get(f"{name}_at_step") for r in records] for name in of}
+        said = [f"{percent(sum(p or 0 for p in known[name]))} {words}" for name, words in of.items()
+                if any(p is not None for p in known[name])]  # fmt: skip
+        notes.append(f"these {len(records)} samples carry {', and '.join(said) or f'nothing of step {share}'}")
 
     def draw():
         with opened(run, like=trajectory) as again:
@@ -97,14 +105,16 @@ def mine(
             return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
-    return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw)
+    answer = answers.mined(broken + records, trajectory.path, unit, own)
+    return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw, answer=answer)
 
 
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
     sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
-    budget: int | None = None, replace: bool = False, records: Sequence[dict[str, Any]] | None = None,
-    task: str | None = None, device: str | None = None, backend: str = "torch", allow_changed_data: bool = False,
+    budget: int | None = None, replace: bool = False, sample: int | None = None,
+    records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
+    backend: str = "torch", allow_changed_data: bool = False,
     note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
@@ -116,19 +126,21 @@ def cluster(
     were not mined but align; `sketch`: estimate cosines from so many numbers a sample; `explain`: add records of kind
     "explain" that take the change at this step apart; `truth`: add one of kind "agreement" with the sides that a task
     planted; `test`: "replay" repeats training with a pair's samples silent, for at most `budget` steps in all,
-    "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict. What was
+    "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict; `sample`: add
+    one record of kind "sample" that says which groups are against this sample, and of kind "neighbour" those of its
+    nearest opponents and allies. What was
     found with the same options, and nothing has changed since, is read from the file, unless `replace`; of a `run` that
     is a path it is kept there.
     """
     return _cluster(
-        run, keeping.Keeper(replace), by, top, window, join, sketch, explain, truth, test, budget, records, task,
-        device, backend, allow_changed_data, note, progress,
+        run, keeping.Keeper(replace), by, top, window, join, sketch, explain, truth, test, budget, sample, records,
+        task, device, backend, allow_changed_data, note, progress,
     )  # fmt: skip
 
 
 def _cluster(
     run: Run, keeper: keeping.Keeper, by: str | None, top: int | None, window: str | None, join: bool | None,
-    sketch: int | None, explain: int | None, truth: bool, test: str, budget: int | None,
+    sketch: int | None, explain: int | None, truth: bool, test: str, budget: int | None, sample: int | None,
     records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None, backend: str,
     allow_changed_data: bool, note: Note, progress: Progress,
 ) -> Records:  # fmt: skip
@@ -144,6 +156,8 @@ def _cluster(
     span = parse_range(window, "--window") if window else mining.mined_window(records or [])
     damage: list[str] = []
     with opened(run) as trajectory:
+        if sample is not None:
+            mining.positions_of(trajectory, [sample])  # refused before anything is loaded
 
         def work():
             found = keeper.find(
@@ -152,16 +166,31 @@ def _cluster(
             )  # fmt: skip
             whole, broken = found.whole(trajectory), missing.not_finite(trajectory, found.movers.known)
             written = broken + clustered.records(trajectory, found.clusters)
+            near = None
+            if sample is not None:
+                near = neighbours.near_to(
+                    trajectory, whole, found.clusters, sample, task, device, backend, note, progress, allow_changed_data
+                )
+                written += neighbours.records(trajectory, found.clusters, near)
             if explain is not None:
                 written += explaining.explain(whole, found.clusters, explain)
             if truth:
                 written.append(agreement.agreement(trajectory, found.clusters))
-            return found, written
+            return found, written, near
 
-        found, written = without_damage(work, damage.append)
+        found, written, near = without_damage(work, damage.append)
+        answer, unit = answers.of_clusters(trajectory, found, written, task), loss_unit(trajectory)
     if not isinstance(run, Trajectory):
         keeper.keep(trajectory.path)
     clusters, notes = found.clusters, list(found.notes)
+    if explain is not None and not clusters.window.steps_T[0] <= explain <= clusters.window.steps_T[-1]:
+        first, last = clusters.window.steps_T[[0, -1]].tolist()
+        notes.append(f"step {explain} is outside of steps {first} to {last}, in which the groups were found")
+    if records is not None and samples:
+        notes.append(
+            f"grouped are the {len(samples)} samples of the records alone: opsig cluster {trajectory.path} also takes "
+            "those with the largest gradients, so that its groups and pairs can have other numbers"
+        )
     if not clusters.pairs:
         more = "Mine more: opsig mine --top" if records else "Look at more: --top, or other steps: --window"
         notes.append(f"no opposing pair was found among {len(clusters.position)} samples. {more}")
@@ -169,9 +198,11 @@ def _cluster(
     def draw():
         with opened(run, like=trajectory) as again:
             whole = found.whole(again) if found.view is None else measured.again(found.view, again)
+            if near is not None:
+                return drawing.draw_neighbours(whole, clusters, near, written)
             return drawing.draw_pairs(whole, clusters, written)
 
-    return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw)
+    return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw, answer=answer, unit=unit)
 
 
 def sharpness(
@@ -219,6 +250,8 @@ def sharpness(
 
         def work():
             chosen_steps = curvature.select_steps(trajectory, steps if slice is None else str(slice))
+            if slice is None and (few := curvature.few_words(trajectory, steps, chosen_steps)):
+                note(few)
             if name and steps is None:
                 chosen_steps = chosen_steps[-1:]
 
@@ -271,22 +304,38 @@ def sharpness(
                 )
 
         written = without_damage(work, damage.append)
+        rates = _rates(trajectory)
     if isinstance(written, Records):
         return written
     measured = ("residual", "sample_sharpness_residual")
+    groups_named = _names_of(records or []) if slice is not None else {}
     unmet = sum(any((r.get(key) or 0) > tolerance for key in measured) for r in written)
     notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []
 
     def draw():
         with opened(run, like=trajectory) as again:
-            return (drawing.draw_ends if name else drawing.draw_curvature)(again, written)
+            return drawing.draw_ends(again, written) if name else drawing.draw_curvature(again, written, groups_named)
 
     title = trajectory.path
     if any(record.get("preconditioned") for record in written):
         title += ": preconditioned Hessian"
     if any(record.get("at") == "floor" for record in written):
         title += ", at the floor of the valley"
-    return Records(written, notes=notes, damage=damage, title=title, draw=draw)
+    answer = answers.sharp(written, trajectory.path, task, rates)
+    if divided and answer:
+        answer = answers.Answer(answer.found, answers.command("merge", trajectory.path, str(output)))
+    return Records(written, notes=notes, damage=damage, title=title, draw=draw, answer=answer)
+
+
+def _rates(run: Trajectory) -> dict[int, float]:
+    """The learning rate of every step that the file tells it of."""
+    if not run.has("scalars/learning_rate"):
+        return {}
+    steps = run.steps("scalars")
+    try:
+        return dict(zip(steps.tolist(), run.rows("scalars/learning_rate", 0, len(steps)).tolist(), strict=True))
+    except OpsigError:  # a damaged row: the answer goes without
+        return {}
 
 
 def _ends(
@@ -396,20 +445,21 @@ def branch(
             note(f"groups are those of: opsig cluster {trajectory.path}")
             found = _cluster(
                 trajectory, keeping.Keeper(any_of=("test", "budget")), None, None, None, None, None, None, False,
-                "replay", 0, None, task, device, backend, allow_changed_data, note, progress,
+                "replay", 0, None, None, task, device, backend, allow_changed_data, note, progress,
             )  # fmt: skip
             damage.extend(found.damage)
             return found
 
         names = naming.Names(trajectory, records, find_groups)
+        path, unit = trajectory.path, loss_unit(trajectory)
         written, panels = flow.branch(
             flow.Asked(trajectory, asked, session, loaded, spec, names, note, progress)
         )  # fmt: skip
     title = f"{trajectory.path}: futures from step {', '.join(map(str, asked.from_steps))}"
-    sentences = [record["sentence"] for record in written if record.get("sentence")]
     return Records(
-        written, notes=sentences, damage=damage, title=title, draw=lambda: drawing.draw_branches(panels, title)
-    )
+        written, damage=damage, title=title, draw=lambda: drawing.draw_branches(panels, path, unit),
+        answer=answers.branched(written, path), unit=unit,
+    )  # fmt: skip
 
 
 def _place_of_name(
@@ -445,6 +495,19 @@ def _chosen(run: Trajectory, records: Sequence[dict[str, Any]], random: int, see
         rest = np.setdiff1d(np.arange(len(run.samples)), chosen.get("chosen", []))
         chosen["random"] = np.sort(np.random.default_rng(seed).choice(rest, min(random, len(rest)), replace=False))
     return chosen or {"all": np.arange(len(run.samples))}
+
+
+def _names_of(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What the groups that members in the records name are called everywhere: by those that they were found with."""
+    labels: dict[int, dict[int, str | None]] = {}
+    for record in records:
+        if isinstance(record.get("sample"), int) and isinstance(record.get("group"), int) and record.get("mined", True):
+            labels.setdefault(record["group"], {})[record["sample"]] = record.get("label")
+    named = {}
+    for group, found in labels.items():
+        mix = dict(Counter(str(label) for label in found.values() if label is not None).most_common())
+        named[f"G{group}"] = f"G{group}: {describe(mix, len(found))}"
+    return named
 
 
 def _groups_of(run: Trajectory, records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -15,12 +15,14 @@ from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
 from opsig_cli.studies import mining as finding
 from opsig_cli.studies.branching.effects import Line, Panel
 from opsig_cli.studies.clustering.clusters import Clusters
+from opsig_cli.studies.clustering.neighbours import Near
 from opsig_cli.studies.clustering.records import by_strength
-from opsig_cli.studies.clustering.sentences import describe, plus_minus
+from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.comparing import QUANTITIES, Series
 from opsig_cli.studies.curvature import SAMPLE_METRICS
 from opsig_cli.studies.filled import mean_losses
 from opsig_cli.studies.mining import Movers
+from opsig_cli.studies.numbers import in_unit, loss_unit, percent, plus_minus
 from opsig_cli.studies.sighted import Sighted
 from opsig_cli.trajectory import sightings
 from opsig_cli.trajectory.file import Trajectory
@@ -39,6 +41,21 @@ ZOOM = 40
 """Steps of the close-up."""
 
 
+def titled(run: Trajectory, steps: Sequence[int] | np.ndarray, what: str) -> str:
+    """A picture's title: of which run, which steps, and what it shows."""
+    return f"{Path(run.path).name}, {spanned(steps)}: {what}"
+
+
+def spanned(steps: Sequence[int] | np.ndarray) -> str:
+    """Steps in words, by the first and the last.
+
+    >>> spanned([0, 10, 400]), spanned([7])
+    ('steps 0 to 400', 'step 7')
+    """
+    first, last = (int(steps[0]), int(steps[-1])) if len(steps) else (0, 0)
+    return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
 def draw_movers(run: Trajectory, movers: Movers, records: list[dict[str, Any]]) -> Figure:
     """The mined samples whose loss rose, those whose loss fell, and their mean losses against the whole loss."""
     sheets, curves = [], {}
@@ -50,17 +67,24 @@ def draw_movers(run: Trajectory, movers: Movers, records: list[dict[str, Any]]) 
         tiles = [
             pictures.tile(
                 int(movers.position[rank]), records[rank]["prediction_before"], records[rank]["prediction_after"],
-                f"step {records[rank]['step']}",
+                f"at {records[rank]['step']}",
             )
             for rank in chosen[:TILES]
         ]  # fmt: skip
-        sheets.append((f"{title}: {len(chosen)} samples", tiles))
+        sheets.append((title, tiles))
         if chosen:
             positions = movers.position[chosen[:TILES]]
             curves[title] = run.series("losses/loss", positions, first, stop).mean(1)
     centre = int(np.median(run.steps("losses")[movers.row]))
-    title = f"{Path(run.path).name}: samples that move most, by {movers.score_name}"
-    return movers_figure(sheets, steps, curves, whole, close_up(steps, centre), title)
+    recorded = run.steps("losses")
+    looked = recorded[movers.first : movers.first + len(movers.movement.mean_T)]
+    title = titled(run, looked, f"the {len(records)} samples that move most, by {movers.score_name}")
+    said = "under a picture: label, what it was taken for before and after its largest change, its index, and the step"
+    if len(looked) < len(recorded):
+        said += f". The run has losses of {spanned(recorded)}"
+    return movers_figure(
+        sheets, steps, curves, whole, close_up(steps, centre), title, said, in_unit("loss", loss_unit(run))
+    )
 
 
 def draw_sighted(run: Trajectory, found: Sighted, records: list[dict[str, Any]]) -> Figure:
@@ -94,12 +118,14 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
     """Every opposing pair: the two groups' pictures, and their mean losses against the whole loss."""
     pictures = Pictures(run)
     window, found = clusters.window, clusters.grouping
-    centre = int(window.steps_T[window.rise_row])
-    before, after = (predictions_at(run, step) for step in (centre - 1, centre))
+    rise = int(window.steps_T[window.rise_row])
+    steps = run.steps("losses")
     panels = []
     pairs = by_strength(record for record in records if record["kind"] == "pair")
     for record in pairs[:PANELS]:
         groups = [group - 1 for group in record["groups"]]
+        centre = rise if record["apart_step"] is None else record["apart_step"]
+        before, after = (predictions_at(run, step) for step in (centre - 1, centre))
         sides = []
         for group, size, mix in zip(groups, record["sizes"], record["labels"], strict=True):
             members = found.members(group)
@@ -108,23 +134,83 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
                 pictures.tile(p, pictures.name(before, p), pictures.name(after, p))
                 for p in clusters.position[strongest].tolist()
             ]
-            sides.append((f"G{group + 1}: {describe(mix, size)}", tiles, clusters.losses_TM[:, members].mean(1)))
-        cosine = plus_minus(record["opposition"], record["opposition_error"])
-        title = f"pair {record['pair']}, {record['verdict']}: cosine {cosine}"
+            mean = run.series("losses/loss", clusters.position[members]).mean(1, dtype=np.float64)
+            sides.append((f"G{group + 1}: {describe(mix, size)}", tiles, mean))
+        measure = "correlation of losses" if clusters.by == "loss" else "cosine"
+        across = plus_minus(record["opposition"], record["opposition_error"])
+        title = f"pair {record['pair']}, {record['verdict']}: {measure} {across}"
         if np.isfinite(record["alike"]):
             title += f", alike {record['alike']:.2f}"
         if record["swing_ratio"] is not None:
             title += f", R {record['swing_ratio']:.2f}"
+        title += f", {percent(record['apart_movement'])} of all movement at step {centre}" * (
+            record["apart_step"] is not None
+        )
         title += clause(record["after"])
-        panels.append(PairPanel(title, *sides))
-    whole = mean_losses(run, window.first, window.stop)
-    title = f"{Path(run.path).name}: opposing pairs"
+        panels.append(PairPanel(title, sides[0], sides[1], close_up(steps, centre)))
+    whole = mean_losses(run)
+    title = titled(run, steps, "pairs of groups whose losses pull against each other")
     if len(pairs) > PANELS:
-        title += f" ({PANELS} of {len(pairs)})"
+        title += f", the first {PANELS} of {len(pairs)}"
     mixes = {record["group"]: record["labels"] or {"": 1} for record in records if record["kind"] == "group"}
     names = [f"G{group} {next(iter(mix))}".strip() for group, mix in sorted(mixes.items())]
-    matrix = alignment_block(clusters.similarity_MM, found.group_M, names, found.pairs())
-    return pairs_figure(panels, window.steps_T, whole, title, close_up(window.steps_T, centre), matrix if names else [])
+    kind = "correlation of loss changes" if clusters.by == "loss" else "cosine of gradients"
+    matrix = alignment_block(clusters.similarity_MM, found.group_M, names, found.pairs(), kind)
+    return pairs_figure(
+        panels, steps, whole, title, close_up(steps, rise), matrix if names else [], _how(clusters),
+        in_unit("mean loss", loss_unit(run)),
+    )  # fmt: skip
+
+
+def _how(clusters: Clusters) -> str:
+    """What the numbers over the pairs are."""
+    window, held_out = clusters.window.steps_T, clusters.tests.held_out
+    said = f"found in {spanned(window)}"
+    if clusters.by == "loss":
+        return f"{said}. Correlation: of loss changes, in the window's second half"
+    said += f". Cosine: between the sides' gradients, +- its standard error over {len(held_out)} held-out checkpoints"
+    return f"{said}. Alike: across over within. R: swing left without the pair over that without as many others"
+
+
+def draw_neighbours(run: Trajectory, clusters: Clusters, near: Near, records: list[dict[str, Any]]) -> Figure:
+    """One sample, its nearest allies and opponents, and their losses."""
+    from opsig_cli.figures.neighbours import neighbours_page
+
+    pictures, place = Pictures(run), {int(sample): at for at, sample in enumerate(run.samples.tolist())}
+    steps, window = run.steps("losses"), clusters.window
+    rise = int(window.steps_T[window.rise_row])
+    (own,) = (record for record in records if record["kind"] == "sample")
+    positions = {"allies": [], "opponents": []}
+    captions: dict[int, str] = {}
+    for record in records:
+        if record["kind"] == "neighbour":
+            position = place[record["sample"]]
+            positions["allies" if record["relation"] == "ally" else "opponents"].append(position)
+            captions[position] = f"{record['similarity']:.2f}"
+    series = run.series("losses/loss", np.array([near.position]))[:, 0].astype(np.float64)
+    centre = int(steps[int(np.nanargmax(np.abs(np.diff(series)))) + 1]) if len(series) > 1 else rise
+    before, after = (predictions_at(run, step) for step in (centre - 1, centre))
+
+    def side(name: str, chosen: list[int]) -> tuple[str, list[Tile], np.ndarray]:
+        tiles = [
+            pictures.tile(p, pictures.name(before, p), pictures.name(after, p), captions.get(p, "")) for p in chosen
+        ]
+        mean = (
+            run.series("losses/loss", np.array(chosen)).mean(1, dtype=np.float64)
+            if chosen
+            else np.full(len(steps), np.nan)
+        )
+        return name, tiles, mean
+
+    measure = "correlation of loss changes" if clusters.by == "loss" else "cosine of gradients"
+    whole = mean_losses(run)
+    return neighbours_page(
+        side(f"sample {own['sample']}", [near.position]), side("nearest allies", positions["allies"]),
+        side("nearest opponents", positions["opponents"]), steps, whole, close_up(steps, centre),
+        titled(run, steps, f"sample {own['sample']}, its allies and its opponents"),
+        f"{own['sentence']}. Under each picture: its {measure} with the sample; predictions around step {centre}, at "
+        "which the sample's loss changes most", in_unit("loss", loss_unit(run)),
+    )  # fmt: skip
 
 
 def draw_ends(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
@@ -141,24 +227,27 @@ def draw_ends(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
         ):
             positions = [place[sample] for sample in samples[:PAIR_TILES]]
             tiles = [pictures.tile(p, pictures.name(before, p), pictures.name(after, p)) for p in positions]
-            sheets.append((f"{describe(mix, size)}: slope {slope:+.2g}, {share:.0%} of the eigenvalue", tiles))
+            sheets.append((f"{describe(mix, size)}: slope {slope:+.2g}, {percent(share)} of eigenvalue", tiles))
         ratio = f", {record['ratio']:.2f} of the threshold" if np.isfinite(record["ratio"]) else ""
         panels.append((f"step {record['step']}, eigenvector {record['rank']}{ratio}", *sheets))
     where = " at the floor of the valley" if any(record["at"] == "floor" for record in records) else ""
-    return ends_page(panels, f"{Path(run.path).name}: the two ends of leading eigenvectors{where}")
+    steps = sorted({record["step"] for record in records})
+    return ends_page(panels, titled(run, steps, f"the samples at the two ends of leading eigenvectors{where}"))
 
 
-def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
-    """What `sharpness` measured: eigenvalues, metrics of samples or of the whole loss, or a slice."""
+def draw_curvature(run: Trajectory, records: list[dict[str, Any]], names: Mapping[str, str] | None = None) -> Figure:
+    """What `sharpness` measured: eigenvalues, metrics of samples or of the whole loss, or a slice; `names`: of its
+    groups."""
     from opsig_cli.figures import curvature
 
-    name = Path(run.path).name
     if records and "losses" in records[0]:
-        curves = {group: np.array([r["losses"][group] for r in records]) for group in records[0]["losses"]}
+        curves = {
+            str((names or {}).get(group, group)): np.array([r["losses"][group] for r in records])
+            for group in records[0]["losses"]
+        }
         positions = np.array([r["position"] for r in records])
-        return curvature.slice_page(
-            positions, curves, f"{name}: losses along the top eigenvector at step {records[0]['step']}"
-        )
+        title = titled(run, [records[0]["step"]], "losses along the whole loss's top eigenvector")
+        return curvature.slice_page(positions, curves, title, in_unit("mean loss", loss_unit(run)))
     elif records and "eigenvalue" in records[0]:
         steps = np.array([r["step"] for r in records if r["rank"] == 1])
         ranks = max(r["rank"] for r in records)
@@ -167,7 +256,8 @@ def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
         shares = [r.get("layer_fraction", {}) for r in records if r["rank"] == 1]
         layers = {layer: np.array([share.get(layer, np.nan) for share in shares]) for layer in shares[0]}
         where = " at the floor of the valley" if records[0]["at"] == "floor" else ""
-        return curvature.sharpness_page(steps, values, threshold, layers, f"{name}: sharpness{where}")
+        what = f"the Hessian's largest eigenvalue{'s' * (ranks > 1)}{where}"
+        return curvature.sharpness_page(steps, values, threshold, layers, titled(run, steps, what))
     elif records and "sample" in records[0]:
         metrics = [key for key in records[0] if key in SAMPLE_METRICS]
         steps = sorted({r["step"] for r in records})
@@ -179,7 +269,8 @@ def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
                 for group in sets
             }
             panels.append((metric, np.array(steps), by_set))
-        return curvature.samples_page(panels, f"{name}: curvature of single samples")
+        what = " and ".join(metric.replace("_", " ") for metric in metrics)
+        return curvature.samples_page(panels, titled(run, steps, f"{what} of single samples"))
     elif records:
         steps = np.array([r["step"] for r in records])
         panels = []
@@ -194,7 +285,7 @@ def draw_curvature(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
             last = records[-1]
             density = smoothed_density(last["density_nodes"], last["density_weights"])
             panels.append(curvature.density_panel(last["step"], *density))
-        return curvature.loss_page(panels, f"{name}: curvature of the whole loss")
+        return curvature.loss_page(panels, titled(run, steps, "curvature of the whole loss"))
     else:
         raise ValueError("there is nothing to draw: no step was measured")
 
@@ -215,7 +306,9 @@ def draw_probe(runs: Sequence[Trajectory], records: list[dict[str, Any]], shown:
             swinging = np.array([r["oscillating"] is True for r in rows])
             series.append(probed.Probe(_run_name(run.path), swinging=swinging, **values))
         panels.append((chosen, shown[number], series))
-    return probed.probe_page(panels, classes, f"{_run_name(runs[0].path)}: probes")
+    steps = sorted({r["step"] for r in records})
+    what = "what the network makes of " + ", ".join(name for name, *_ in panels)
+    return probed.probe_page(panels, classes, titled(runs[0], steps, what))
 
 
 def draw_projection(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
@@ -228,10 +321,11 @@ def draw_projection(run: Trajectory, records: list[dict[str, Any]]) -> Figure:
         columns = ("step", "projection", "effective_step", "step_size_along")
         values = {key: np.array([r.get(key, np.nan) for r in rows], float) for key in columns}
         share = summary["reversals"]
-        words = "" if share is None else f": {share:.0%} of steps reverse"
+        words = "" if share is None else f": {percent(share)} of steps reverse"
         lines.append(probed.Projection(f"{_run_name(summary['trajectory'])}{words}", **values))
     crossing = records[0]["crossing_step"]
-    title = f"along the top eigenvector of {_run_name(run.path)} at step {crossing}"
+    steps = sorted({r["step"] for r in records if r["kind"] == "iterate"})
+    title = titled(run, steps, f"iterates along its top eigenvector at step {crossing}, where it crosses the threshold")
     return probed.projection_page(lines, crossing, title)
 
 
@@ -246,21 +340,26 @@ def draw_compared(runs: Sequence[Trajectory], series: Sequence[Mapping[str, Seri
     for quantity, axis in QUANTITIES.items():
         have = {name: found[quantity] for name, found in zip(names, series, strict=True) if quantity in found}
         if have:
+            axis = in_unit(axis, loss_unit(runs[0])) if quantity == "loss" else axis
             panels.append((quantity, axis, {name: (line.steps, line.values) for name, line in have.items()}))
-    return compared_page(panels, names, f"{len(names)} runs")
+    every = [line.steps for found in series for line in found.values() if len(line.steps)]
+    steps = [min(int(s[0]) for s in every), max(int(s[-1]) for s in every)] if every else []
+    listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return compared_page(panels, names, f"{listed}, {spanned(steps)}: laid over each other")
 
 
-def draw_branches(panels: Sequence[Panel], title: str) -> Figure:
-    """Every branch over the unchanged future and its controls."""
+def draw_branches(panels: Sequence[Panel], run: str, unit: str = "") -> Figure:
+    """Every branch of a run over the unchanged future and its controls; `unit`: of the losses."""
     from opsig_cli.figures.branched import branches_page
 
     def drawn(line: Line) -> tuple[str, np.ndarray, np.ndarray]:
         return line.of, line.steps, line.values
 
+    steps = np.concatenate([panel.unchanged.steps for panel in panels])
     return branches_page(
         [(p.title, drawn(p.branch), drawn(p.unchanged), [drawn(line) for line in p.controls]) for p in panels],
-        f"{_run_name(title.split(':')[0])}: what would have happened",
-    )
+        f"{_run_name(run)}, {spanned([steps.min(), steps.max()])}: what would have happened", in_unit("loss", unit),
+    )  # fmt: skip
 
 
 def _run_name(path: str) -> str:
@@ -274,13 +373,16 @@ class Pictures:
         self._pictures = next((run.read(n) for n in ("samples/thumbnail", "samples/text") if run.has(n)), None)
         self._labels = run.read("samples/label") if run.has("samples/label") else None
         self._names = run.read("class_name") if run.has("class_name") else None
+        self._ids = run.samples
 
     def tile(self, position: int, before: Any, after: Any, caption: str = "") -> Tile:
         """The tile of the sample in this column."""
         picture = None if self._pictures is None else self._pictures[position]
         label = None if self._labels is None else str(self._labels[position])
         was, now = (None if name is None else str(name) for name in (before, after))
-        return Tile(str(picture) if isinstance(picture, str) else picture, label, was, now, caption)
+        return Tile(
+            str(picture) if isinstance(picture, str) else picture, label, was, now, caption, int(self._ids[position])
+        )
 
     def name(self, predictions: np.ndarray | None, position: int) -> Any:
         """The predicted class of the sample in this column."""

@@ -80,6 +80,14 @@ def read_back(run: Trajectory, group: str, kind: type, origin: Origin | None, an
     return None
 
 
+def latest(run: Trajectory, group: str, kind: type) -> Any:
+    """The result that was kept last, whatever it is of, or None: for names that are offered, not for numbers."""
+    try:
+        return next((unpack(kind, data) for _, data in _held(run, group)), None)
+    except (OpsigError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def keep(path: str, group: str, origin: Origin | None, result: Any) -> None:
     """Write a result into the run's file, in a commit of its own.
 

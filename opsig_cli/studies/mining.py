@@ -10,6 +10,7 @@ import numpy as np
 
 from opsig_cli.analysis import mining
 from opsig_cli.analysis.coverage import Coverage
+from opsig_cli.analysis.evidence import of_net
 from opsig_cli.analysis.mining import Movement
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import missing
@@ -178,7 +179,7 @@ def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> l
     before, after = predictions_around(run, movers)
     moved = movers.movement
     rise_T = np.diff(moved.mean_T) * (len(ids) - (0 if movers.known is None else len(movers.known.never)))
-    rising = _rising(run, movers)
+    rising, moved_all = _around(run, movers)
     texts = Texts(run)
     window = [int(steps[movers.first]), int(steps[movers.first + len(moved.mean_T) - 1])]
     shares = None if share_step is None else _shares(run, steps, share_step, movers.position)
@@ -201,33 +202,43 @@ def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> l
             "label": None if labels is None else str(labels[position]),
             "prediction_before": before[rank],
             "prediction_after": after[rank],
-            "share": change / whole if whole else None,
+            "share": of_net(change, float(whole), moved_all[row]),
+            "movement": abs(change) / moved_all[row] if moved_all[row] else None,
             "rising": rising[row],
             **texts.field(position),
             "window": window,
         })  # fmt: skip
         if shares is not None:
-            found[-1] |= {"share_step": share_step, "share_at_step": shares[rank]}
+            found[-1] |= {"share_step": share_step, "share_at_step": shares[rank][0]}
+            found[-1]["movement_at_step"] = shares[rank][1]
     return found
 
 
-def _shares(run: Trajectory, steps: np.ndarray, step: int, position: np.ndarray) -> list[float | None]:
-    """The part of the whole loss's change at a step that each sample carries; None where the loss does not change."""
+def _shares(
+    run: Trajectory, steps: np.ndarray, step: int, position: np.ndarray
+) -> list[tuple[float | None, float | None]]:
+    """The parts of the net change at a step, and of all samples' movement there, that each sample carries; None where
+    nothing changes, of the net change also where it is close to zero beside the movement."""
     row = _row_of(run, steps, step)
     if row == 0:
         raise OpsigError(f"{run.path}: step {step} is the first with losses, so nothing changed before it")
     before, after = run.rows("losses/loss", row - 1, row + 1).astype(np.float64)
-    whole = float((after - before).sum())
-    return [float(change) / whole if whole else None for change in (after - before)[position]]
+    whole, movement = float((after - before).sum()), float(np.abs(after - before).sum())
+    return [
+        (of_net(change, whole, movement), abs(change) / movement if movement else None)
+        for change in (after - before)[position].tolist()
+    ]
 
 
-def _rising(run: Trajectory, movers: Movers) -> dict[int, float]:
-    """The share of all samples whose loss rose, for every row that a mined sample is placed at."""
-    found, targets = {}, targets_of(run)
+def _around(run: Trajectory, movers: Movers) -> tuple[dict[int, float], dict[int, float]]:
+    """For every row that a mined sample is placed at, the share of all samples whose loss rose, and all samples'
+    movement: the sizes of their changes, summed."""
+    rising, movement, targets = {}, {}, targets_of(run)
     for row in np.unique(movers.row).tolist():
         before, after = run.rows("losses/loss", row - 1, row + 1)[:, targets]
-        found[row] = float(np.mean(after > before))
-    return found
+        rising[row] = float(np.mean(after > before))
+        movement[row] = float(np.nansum(np.abs(after.astype(np.float64) - before)))
+    return rising, movement
 
 
 def predictions_around(run: Trajectory, movers: Movers) -> tuple[list[Any], list[Any]]:

@@ -7,12 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from opsig_cli.errors import UsageError
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+    from opsig_cli.studies.answers import Answer
+
+KINDS = (
+    "pair", "group", "member", "tests", "explain", "agreement", "sample", "neighbour", "not_finite", "eigenvector",
+    "branch",
+)  # fmt: skip
+"""What records of studies can be of."""
 Note = Callable[[str], None]
 """Takes what a person should know while a study runs: the device, what is skipped."""
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
@@ -23,7 +31,8 @@ class Records(list[dict[str, Any]]):
     """The records of a study, a list of dictionaries in the order in which its command prints them.
 
     `notes`: what a person should know of them, in sentences. `damage`: rows of the file that were left out since they
-    are damaged, in sentences. `title`: what they are of.
+    are damaged, in sentences. `title`: what they are of. `answer`: what they come to, with `.found`, a sentence, and
+    `.next`, the command to go on with. `unit`: of the losses, "" where it is not known.
 
     >>> found = Records([{"kind": "pair", "pair": 1}, {"kind": "member", "sample": 4, "pair": 1}])
     >>> [record["sample"] for record in found.of("member")]
@@ -32,16 +41,21 @@ class Records(list[dict[str, Any]]):
 
     def __init__(
         self, records: Iterable[dict[str, Any]] = (), *, notes: Sequence[str] = (), damage: Sequence[str] = (),
-        title: str = "", draw: Callable[[], Figure] | None = None,
+        title: str = "", draw: Callable[[], Figure] | None = None, answer: Answer | None = None, unit: str = "",
     ):  # fmt: skip
         super().__init__(records)
         self.notes = list(notes)
         self.damage = list(damage)
         self.title = title
+        self.answer = answer
+        self.unit = unit
         self._draw = draw
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """Those records that are of a kind, such as the pairs, groups or members of `cluster`."""
+        """Those records that are of a kind, such as the pairs, groups or members of `cluster`; none where there are
+        none. Raises OpsigError for a kind that no record of ours is of."""
+        if kind not in KINDS and all(record.get("kind") != kind for record in self):
+            raise UsageError(f"no record is of the kind '{kind}'. Kinds: {', '.join(KINDS)}")
         return [record for record in self if record.get("kind") == kind]
 
     def frame(self, kind: str | None = None) -> pandas.DataFrame:

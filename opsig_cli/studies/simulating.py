@@ -253,9 +253,17 @@ def draw(run: Simulation) -> Figure:
     from opsig_cli.figures import simulated
 
     over_time = (run.loss, run.groups, run.sharpness, run.threshold)
+    first, last = run.times[0], run.times[-1]
+    title = f"{run.title}, {'steps' if run.groups else 'time'} {first:g} to {last:g}: losses and sharpness"
+    place = toy.Valley()
+    part = place.probability
+    whole = (
+        f"whole loss: {part:g} x the average of the two sides, (1 - {place.scale:g} u v)^2 / 2 and "
+        f"(1 + {place.scale:g} u v)^2 / 2, + {1 - part:g} x (v - {place.target:g})^2 / 2 of all others"
+    )
     if run.landscape is not None:
-        return simulated.valley_page(run.params_TP, *over_time, run.landscape, run.title)
-    return simulated.simulation_page(run.times, *over_time, run.title)
+        return simulated.valley_page(run.params_TP, *over_time, run.landscape, title, whole)
+    return simulated.simulation_page(run.times, *over_time, title)
 
 
 def _step(time: float, count: int) -> int:

@@ -95,10 +95,18 @@ class _Later:
         self._open = open
         self._session: Session | None = None
 
-    def __getattr__(self, name: str) -> Any:
+    def _opened(self) -> Session:
         if self._session is None:
             self._session = self._open()
-        return getattr(self._session, name)
+        return self._session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened(), name)
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The session's own, by which `isinstance` knows its capabilities (from Python 3.12 on by that alone)."""
+        return type(self._opened())
 
 
 def opened_later(open: Callable[[], Session]) -> Session:

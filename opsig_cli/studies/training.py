@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from opsig_cli.trajectory.file import Trajectory, check_new, open_trajectory
 from opsig_cli.trajectory.recorder import Recorder
 from opsig_cli.trajectory.states import check_samples, read_state, write_layout
 
+INPUTS = 4
+"""Numbers of a regression's input, and of its target, up to which a person sees them instead of a picture."""
 THUMBNAIL_BYTES = 64 << 20
 """Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""
 THUMBNAIL_SIDE = 64
@@ -137,7 +139,8 @@ def new_recorder(
         path,
         count,
         attributes=provenance(settings, session)
-        | {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest},
+        | {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest}
+        | {"loss_unit": tasks.loss_unit(task)},
         replace=replace,
         commit_every=commit_every,
         bfloat16=settings.checkpoint_dtype == "bfloat16",
@@ -312,7 +315,7 @@ def _pictures(task: tasks.Task, count: int) -> dict[str, np.ndarray]:
     """Every sample's picture or text, to be kept in the file, so that figures need neither the task nor its data."""
     render = getattr(task, "render", None)
     if render is None:
-        return {}
+        return _regression(task, count)
     first = render(0)
     if isinstance(first, str):
         return {"samples/text": np.array([render(i) for i in range(count)])}
@@ -326,6 +329,24 @@ def _pictures(task: tasks.Task, count: int) -> dict[str, np.ndarray]:
             return {}  # pictures of several sizes stay with the task
         pictures[i] = picture
     return {"samples/thumbnail": pictures}
+
+
+def _regression(task: tasks.Task, count: int) -> dict[str, np.ndarray]:
+    """The few inputs and the target of every sample of a regression without pictures: what a person sees of it."""
+    if hasattr(task, "classes") or hasattr(task, "predictions"):
+        return {}
+    data = cast(Any, task.dataset())
+    texts = []
+    for i in range(count):
+        item = data[i]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            return {}
+        x, y = (np.atleast_1d(np.asarray(part)) for part in item)
+        if x.size > INPUTS or y.size > INPUTS or not all(part.dtype.kind == "f" for part in (x, y)):
+            return {}
+        given, target = (", ".join(f"{value:+.3g}" for value in part.ravel().tolist()) for part in (x, y))
+        texts.append(f"x = {given}\ny = {target}")
+    return {"samples/text": np.array(texts)}
 
 
 def _thumbnail(picture: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from opsig_cli.trajectory.schema import DIMENSIONS, Field, dimension
 def describe(file: Any, dataset: Any, field: Field) -> None:
     """Meaning, unit and named dimensions, by the attributes that netCDF4 reads them from."""
     dataset.attrs["long_name"] = np.bytes_(field.long_name.encode())
-    dataset.attrs["units"] = np.bytes_(field.units.encode())
+    dataset.attrs["units"] = np.bytes_(_unit(file, field).encode())
     used = [dimension(field, name) for name in field.dims]
     for (group, name), length in zip(used, dataset.shape, strict=True):
         place = f"{group}/{name}".lstrip("/")
@@ -26,6 +26,12 @@ def describe(file: Any, dataset: Any, field: Field) -> None:
         dataset.attrs["_Netcdf4Coordinates"] = np.array([DIMENSIONS.index(d) for d in used], np.int32)
     if field.path.split("/")[-1] not in [name for _, name in used]:
         dataset.attrs["_Netcdf4Dimid"] = np.int32(DIMENSIONS.index(used[0]))
+
+
+def _unit(file: Any, field: Field) -> str:
+    """The field's unit; of losses the one that the run states, where it states any."""
+    stated = file.attrs.get("loss_unit", b"") if field.units == "nat" else b""
+    return (stated.decode("utf-8", "replace") if isinstance(stated, bytes) else str(stated)) or field.units
 
 
 def _make_scale(dataset: Any, group: str, name: str, words: str) -> None:

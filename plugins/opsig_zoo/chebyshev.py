@@ -21,6 +21,8 @@ def _mlp(width: int = 50, depth: int = 2, activation: str = "tanh") -> nn.Module
 class Chebyshev:
     """The polynomial of a degree at evenly spaced points of [-1, 1]. Loss: (f(x) - y)^2 / 2."""
 
+    loss_unit = "squared error"
+
     def __init__(self, degree: int = 4, samples: int = 20, model: str = "mlp"):
         if degree < 0 or samples < 2:
             raise ValueError("degree must be at least 0 and samples at least 2")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class HFCausal:
 
     def __init__(self, model: str, text: str, length: int = 256, samples: int = 0):
         try:
-            import transformers  # pyright: ignore[reportMissingImports]
+            transformers: Any = import_module("transformers")
         except ImportError as error:
             raise OpsigError("hf-causal needs transformers. Run: pip install 'opsig[hf]'") from error
         self._folder = Path(model)

@@ -55,6 +55,11 @@ class ImageTask:
             self.model()  # without its memory: an unknown model or option is an error now, before a file is made
 
     @property
+    def loss_unit(self) -> str:
+        """Nats for cross-entropy."""
+        return "nat" if self._loss == "cross-entropy" else "squared error"
+
+    @property
     def picture_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of a picture."""
         _, height, width, channels = self.pixels.shape

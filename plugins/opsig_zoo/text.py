@@ -39,6 +39,8 @@ class Text:
     targets, in whole sequences, are spread evenly over the text; 0 means every token. Losses are in nats.
     """
 
+    loss_unit = "nat"
+
     def __init__(
         self, path: str, vocabulary: int = BYTES, context: int = 32, samples: int = 4000, model: str = "gpt"
     ):  # fmt: skip

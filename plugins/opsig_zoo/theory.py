@@ -85,6 +85,11 @@ class LinearModel:
         outlier = self.problem.alpha / (2 * PROBABILITY) * (1 - side * used).square()
         return (c * b - beta).square().sum() / 2 + side.abs() * outlier
 
+    @property
+    def loss_unit(self) -> str:
+        """Nats for cross-entropy."""
+        return "squared error" if self.loss == "square" else "nat"
+
     def truth(self) -> np.ndarray:
         """Planted sides, (S,)."""
         return np.select([self.side == 1, self.side == -1], [0, 1], -1)

@@ -1,5 +1,5 @@
 "use strict";
-// Everything is on the page without this: it adds sorting, values under the pointer, and the samples of one pair.
+// Everything is on the page without this: it adds sorting, filters, values under the pointer, and the samples of one pair.
 for (const chart of document.querySelectorAll(".chart")) {
   const { steps, lines } = JSON.parse(chart.dataset.chart);
   const plot = chart.querySelector(".plot"), cursor = chart.querySelector(".cursor"), at = chart.querySelector(".at");
@@ -46,6 +46,40 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+
+for (const box of document.querySelectorAll(".filters")) {
+  const table = document.getElementById(box.dataset.table), rows = [...table.tBodies[0].rows];
+  const text = document.createElement("input"), way = document.createElement("select"), count = document.createElement("output");
+  text.type = "search";
+  text.placeholder = "label, prediction, number, ...";
+  text.setAttribute("aria-label", "Show rows with these words");
+  way.setAttribute("aria-label", "Show rows by the direction of the change");
+  for (const [value, name] of [["", "up and down"], ["up", "loss rose"], ["down", "loss fell"]]) way.add(new Option(name, value));
+  const apply = () => {
+    const words = text.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const row of rows) {
+      const said = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => said.includes(word)) || (way.value && row.dataset.way !== way.value);
+    }
+    count.textContent = rows.filter((row) => !row.hidden).length + " of " + rows.length;
+    const folded = table.closest("details");
+    if (folded && (words.length || way.value)) folded.open = true;
+  };
+  text.addEventListener("input", apply);
+  way.addEventListener("change", apply);
+  box.append("Filter", text, way, count);
+  box.hidden = false;
+}
+
+const unfold = () => {
+  const row = location.hash.startsWith("#sample-") && document.getElementById(location.hash.slice(1));
+  if (!row) return;
+  row.hidden = false;
+  row.closest("details").open = true;
+  row.scrollIntoView({ block: "center" });
+};
+addEventListener("hashchange", unfold);
+unfold();
 
 const members = document.querySelector("#member-table");
 if (members) {

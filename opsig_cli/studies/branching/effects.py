@@ -81,6 +81,9 @@ def sentence(record: Mapping[str, Any], controls: Sequence[Mapping[str, Any]]) -
     """What a branch shows, in one sentence, against the unchanged future and the controls."""
     count = record["samples_changed"]
     whose = "the others'" if count else "the"
+    if record["change"] == "nothing":
+        rise = _rise(record["rise_of_untouched"], record["rise_of_untouched_step"], " at most")
+        return f"with nothing changed, as the run was trained, the loss {rise}"
     text = f"with {record['change']}" + (f" ({count:,} sample{'s' * (count > 1)})" if count else "")
     if record["stopped_at"] is not None:
         return f"{text} the loss stops being finite at step {record['stopped_at']}"
@@ -89,7 +92,7 @@ def sentence(record: Mapping[str, Any], controls: Sequence[Mapping[str, Any]]) -
     for kind, name in ((RANDOM, "as many random samples"), (SAME_LABELS, "random ones of the same labels")):
         rises = [control["rise_of_untouched"] for control in controls if control["control"] == kind]
         if rises:
-            text += f"; with {name} instead it " + ("never rises" if max(rises) <= 0 else f"rises by {_span(rises)}")
+            text += f"; with {name} instead it " + _rises(rises)
     return text
 
 
@@ -122,7 +125,9 @@ def trained_with(settings: Settings) -> dict[str, Any]:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Branches and controls, shortened to what a person reads in a row."""
+    """Branches and controls, shortened to what a person reads in a row; a branch that changes nothing is the unchanged
+    one."""
+    same = any(r["kind"] == "branch" and r["control"] is None and r["change"] == "nothing" for r in records)
     return [
         {
             "from": r["from_step"],
@@ -137,7 +142,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "last loss": _cell(r["final_loss"], sign=False),
         }
         for r in records
-        if r["kind"] == "branch"
+        if r["kind"] == "branch" and not (same and r["control"] == "unchanged")
     ]
 
 
@@ -172,6 +177,17 @@ def _rise(value: float, step: int | None, most: str = "") -> str:
     if value <= 0:
         return "never rises"
     return f"rises by {_nats(value)}{most}" + ("" if step is None else f" (step {step})")
+
+
+def _rises(values: Sequence[float]) -> str:
+    """The largest rises of several futures in words.
+
+    >>> _rises([0.1, 0.2]), _rises([-0.1, 0.2]), _rises([-0.1, 0.0])
+    ('rises by +0.1 to +0.2', 'rises by +0.2 at most, or never', 'never rises')
+    """
+    if max(values) <= 0:
+        return "never rises"
+    return f"rises by {_span(values)}" if min(values) > 0 else f"rises by {_nats(max(values))} at most, or never"
 
 
 def _span(values: Sequence[float]) -> str:

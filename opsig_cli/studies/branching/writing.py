@@ -29,7 +29,7 @@ def recorder(
     origin = {
         "task": str(spec), "task_source": spec.source, "task_sha256": spec.digest, "parent": identity(run),
         "parent_path": os.path.abspath(run.path), "from_step": plan.start.step, "change": change.words,
-        "change_json": change.stored_form(),
+        "change_json": change.stored_form(), "loss_unit": run.attributes.get("loss_unit"),
     }  # fmt: skip
     made = Recorder(
         path, session.samples, layout=session.layout, replace=replace,

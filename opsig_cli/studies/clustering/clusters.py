@@ -50,7 +50,8 @@ class PairWeight:
     lies in over held-out checkpoints; `shared`, the mean cosine of the two groups' centred features, and `alike`, that
     over the same within the groups, NaN where there are none; `loss_correlation` of their mean losses without drift,
     and `p_value_losses`, its p-value against phase-shuffled series; `apart`: the row of the window after the change in
-    which they move apart most, and both changes; `family`: number of the finding that the pair is a part of."""
+    which they move apart most, and both changes, and `apart_movement` the part of all samples' movement there that is
+    the pair's; `family`: number of the finding that the pair is a part of."""
 
     cohesion: float
     opposition: float
@@ -68,6 +69,7 @@ class PairWeight:
     changes: tuple[float, float]
     apart: tuple[int, float, float] | None
     family: int = 0
+    apart_movement: float = 0.0
     silenced: tuple[Silenced, ...] = ()
     verdict: str = "unclear"
     reason: str = "it was not tested"
@@ -125,3 +127,9 @@ class Clusters:
     tests: Tests = UNTESTED
     sketch_error: float | None = None
     on_vectors: OnVectors | None = None
+
+    def numbers(self) -> list[int]:
+        """The number of every pair, from 1 on, the strongest first: by the part of all movement at the step where its
+        sides move apart most, which no test that may follow changes."""
+        order = sorted(range(len(self.pairs)), key=lambda place: -self.pairs[place].apart_movement)
+        return [order.index(place) + 1 for place in range(len(self.pairs))]

@@ -18,6 +18,7 @@ from opsig_cli.studies.clustering.sentences import (
     pair_sentence,
     removed_by_silence,
 )
+from opsig_cli.studies.numbers import loss_unit
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import Texts, clause
 
@@ -38,13 +39,15 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     rise_step = int(window.steps_T[window.rise_row])
     measure = "loss correlation" if clusters.by == "loss" else "cosine"
     common = {"by": clusters.by, "caveat": caveat(clusters), "sketch_error": clusters.sketch_error}
-    pairs = found.pairs()
-    pair_of = {group: number + 1 for group, number in found.own_pairs().items()}
-    side_of = {group: 1 if pairs[number - 1][0] == group else -1 for group, number in pair_of.items()}
-    partner_of = {group: sum(pairs[number - 1]) - group for group, number in pair_of.items()}
+    pairs, numbers, unit = found.pairs(), clusters.numbers(), loss_unit(run)
+    own = found.own_pairs()
+    pair_of = {group: numbers[place] for group, place in own.items()}
+    side_of = {group: 1 if pairs[place][0] == group else -1 for group, place in own.items()}
+    partner_of = {group: sum(pairs[place]) - group for group, place in own.items()}
     texts = Texts(run)
     written: list[dict[str, Any]] = []
-    for number, ((a, b), weight) in enumerate(zip(pairs, clusters.pairs, strict=True), 1):
+    for place in np.argsort(numbers).tolist():
+        (a, b), weight, number = pairs[place], clusters.pairs[place], numbers[place]
         after = texts.after(*(clusters.position[members[group]] for group in (a, b)))
         apart = weight.apart
         apart_step = None if apart is None else int(window.steps_T[apart[0]])
@@ -78,13 +81,14 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "loss_correlation": weight.loss_correlation,
             **_evidence(weight),
             "p_value_losses": weight.p_value_losses,
-            **_vectors(clusters, number - 1),
+            **_vectors(clusters, place),
             "rise_step": rise_step,
             "changes": weight.changes,
             "apart_step": apart_step,
             "apart_changes": None if apart is None else list(apart[1:]),
+            "apart_movement": None if apart is None else weight.apart_movement,
             "sentence": pair_sentence(
-                (names[a], names[b]), weight, apart_step, measure, clause(after), _other_label(mixes[a], mixes[b])
+                (names[a], names[b]), weight, apart_step, measure, clause(after), _other_label(mixes[a], mixes[b]), unit
             ),
             **common,
         })  # fmt: skip
@@ -106,7 +110,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             **_evidence(weight),
             "rise_step": rise_step,
             "change": weight.change,
-            "sentence": group_sentence(names[group], against, weight, rise_step, measure),
+            "sentence": group_sentence(names[group], against, weight, rise_step, measure, unit),
             **common,
         })  # fmt: skip
     position = np.concatenate([clusters.position, clusters.joined.position])
@@ -114,7 +118,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     alignment = np.concatenate([found.alignment_M, clusters.joined.alignment])
     ids = run.samples
     places: dict[int, list[tuple[int | None, int | None]]] = {}  # of a group: its pairs, with its side in each
-    for number, pair in enumerate(pairs, 1):
+    for number, pair in sorted(zip(numbers, pairs, strict=True)):
         for group, side in zip(pair, (1, -1), strict=True):
             places.setdefault(group, []).append((number, side))
     for i in np.argsort(group_of, kind="stable"):
@@ -197,12 +201,17 @@ def mix_of(labels: np.ndarray | None, members: np.ndarray) -> dict[str, int] | N
 
 
 def by_strength(pairs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Records of pairs, the established ones first, then by verdict, those that move most first; a family together."""
-    ordered = sorted(pairs, key=lambda pair: (VERDICTS.index(pair["verdict"]), -pair["movement"]))
+    """Records of pairs, the established ones first, then by verdict, the strongest first; a family together."""
+    ordered = sorted(pairs, key=lambda pair: (VERDICTS.index(pair["verdict"]), -_strength(pair)))
     first = {}  # of a family and verdict: where its first pair stands
     for place, pair in enumerate(ordered):
         first.setdefault((pair["verdict"], pair["family"] or -pair["pair"]), place)
     return sorted(ordered, key=lambda pair: first[pair["verdict"], pair["family"] or -pair["pair"]])
+
+
+def _strength(pair: Mapping[str, Any]) -> float:
+    """By what pairs are numbered: see `Clusters.numbers`."""
+    return float(pair.get("apart_movement", pair["movement"]) or 0)
 
 
 def established(pairs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ import numpy as np
 from opsig_cli.analysis.likeness import ALIKE
 from opsig_cli.analysis.mining import ALTERNATES
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
+from opsig_cli.studies.numbers import percent, plus_minus, short, with_unit
 
 
 def describe(mix: dict[str, int] | None, size: int) -> str:
@@ -18,30 +19,21 @@ def describe(mix: dict[str, int] | None, size: int) -> str:
     if not mix:
         return f"{size} samples"
     if size > 2 and max(mix.values()) == 1:  # labels of their own, as the inputs of a regression have
-        return f"{size} samples, as {next(iter(mix))}"
+        return f"{size} samples, as {short(next(iter(mix)))}"
     common = list(mix.items())[:2] if next(iter(mix.values())) < 0.9 * size else list(mix.items())[:1]
     rest = size - sum(count for _, count in common)
-    words = [f"{count} x {label}" for label, count in common]
+    words = [f"{count} x {short(label)}" for label, count in common]
     return ", ".join(words + ([f"{rest} more"] if rest else []))
-
-
-def plus_minus(value: float, error: float) -> str:
-    """A number with its error, where it has one.
-
-    >>> plus_minus(-0.617, 0.0213), plus_minus(0.5, float("nan"))
-    ('-0.62 +- 0.02', '0.50')
-    """
-    return f"{value:.2f}" + (f" +- {error:.2f}" if np.isfinite(error) else "")
 
 
 def pair_sentence(
     names: tuple[str, str], weight: PairWeight, apart_step: int | None, measure: str = "cosine", where: str = "",
-    other_label: bool | None = None,
+    other_label: bool | None = None, unit: str = "",
 ) -> str:  # fmt: skip
     """A pair in words: what it is and, where it is not established, why not; a sentence asserts no more than was seen.
 
     `apart_step`: a step at which the two sides' losses move apart; `where`: what the contexts of text share;
-    `other_label`: whether the sides have different labels, None without labels.
+    `other_label`: whether the sides have different labels, None without labels; `unit`: of the losses.
     """
     cosine = plus_minus(weight.opposition, weight.opposition_error)
     if weight.verdict == "established":
@@ -60,7 +52,8 @@ def pair_sentence(
         text += f"; silencing as many others {_removes(controls)} it" * (other_label is None)
     if weight.verdict in ("established", "likely") and weight.apart is not None:
         _, up, down = weight.apart
-        text += f". At step {apart_step} their losses changed by {up:+.2g} and {down:+.2g} nats"
+        text += f". At step {apart_step} their losses changed by {up:+.2g} and {with_unit(f'{down:+.2g}', unit)}"
+        text += f", {percent(weight.apart_movement)} of all movement"
     elif weight.verdict in ("established", "likely"):
         text += ". Their losses never move apart in these steps: they do not swing yet"
     return text
@@ -85,18 +78,14 @@ def _removes(part: float) -> str:
     return f"removes {part:.0%} of" if part >= -0.005 else f"adds {-part:.0%} to"
 
 
-def group_sentence(name: str, against: str | None, weight: GroupWeight, rise_step: int, measure: str = "cosine") -> str:
-    """A group in one sentence."""
+def group_sentence(
+    name: str, against: str | None, weight: GroupWeight, rise_step: int, measure: str = "cosine", unit: str = ""
+) -> str:
+    """A group in one sentence; `unit`: of the losses."""
     text = f"{name} moves together: {measure} {plus_minus(weight.cohesion, weight.cohesion_error)}"
     text += f", against {against}" if against else ", and no group pulls against it"
-    return f"{text}; at step {rise_step} their loss changed by {weight.change:+.2g} nats, {part_of_movement(weight)}"
-
-
-def part_of_movement(weight: PairWeight | GroupWeight) -> str:
-    """The share of the rise where that says something, else of the movement: opposing changes cancel in a rise."""
-    if 0 < weight.share <= 1:
-        return f"{weight.share:.0%} of the whole loss's rise"
-    return f"{weight.movement:.0%} of all samples' movement"
+    change = with_unit(f"{weight.change:+.2g}", unit)
+    return f"{text}; at step {rise_step} their loss changed by {change}, {percent(weight.movement)} of all movement"
 
 
 def caveat(clusters: Clusters) -> str | None:

@@ -88,7 +88,7 @@ def silence(
     for unit, numbers in units_of(clusters):
         silent = np.concatenate([members[group] for group in unit])
         for step, plain in plains.items():
-            swinging = [n for n in numbers if _swings(plain, [members[g] for g in pairs[n]])]
+            swinging = [n for n in numbers if swings(plain, [members[g] for g in pairs[n]])]
             if not swinging:
                 continue
             if left < 2:
@@ -195,10 +195,17 @@ def _swing(losses_TM: np.ndarray) -> float:
     return swing(losses_TM[SETTLING:])
 
 
-def _swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
+def swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
     """Whether both sides turn back and forth, and more than samples do on average."""
     everybody = plain[:, np.isfinite(plain[:1]).all(0)]  # a sample without a target has no loss
     return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(everybody) for side in sides)
+
+
+STILL = (
+    "its losses do not swing, so that silence says nothing",
+    "one side or both swing less than samples do on average, so that silence says nothing",
+)
+"""Why a pair was not tried where the run swings and it does not."""
 
 
 def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:
@@ -207,5 +214,5 @@ def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:
     if all(not period_two(plain) > 0 for plain in plains.values()):
         return "the run does not swing at the checkpoints held out, so that silence says nothing"
     if all(not period_two(plain[:, side]) > 0 for plain in plains.values() for side in sides):
-        return "its losses do not swing, so that silence says nothing"
-    return "one side or both swing less than samples do on average, so that silence says nothing"
+        return STILL[0]
+    return STILL[1]

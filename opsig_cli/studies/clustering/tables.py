@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.analysis.significance import ROUNDS
 from opsig_cli.studies.clustering.records import by_strength, established
-from opsig_cli.studies.clustering.sentences import describe, plus_minus
+from opsig_cli.studies.clustering.sentences import describe
+from opsig_cli.studies.numbers import p_value, percent, plus_minus
 
 SENTENCES = 5
 """Pairs that a table tells in words."""
@@ -37,9 +37,9 @@ def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "correlation" if pair["by"] == "loss" else "cosine": f"{pair['opposition']:.2f}",
             **({} if pair["by"] == "loss" else {"alike": _two_digits(pair["alike"])}),
             **({} if pair["by"] == "loss" else {"R": None if ratio is None else _two_digits(ratio)}),
-            "moves": f"{pair['movement']:.0%}",
-            "p": at_most(pair["p_value"]),
-            "stable": f"{pair['stability']:.2f}",
+            "moves": percent(pair["movement"] if pair["apart_step"] is None else pair["apart_movement"]),
+            "step": pair["rise_step"] if pair["apart_step"] is None else pair["apart_step"],
+            "p": p_value(pair["p_value"]),
             **({} if pair["eigenvectors"] is None else {"on vector": _vector(pair)}),
         })  # fmt: skip
     return rows
@@ -47,20 +47,11 @@ def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _vector(pair: Mapping[str, Any]) -> str | None:
     """The eigenvector that a pair lies on, and its part of the eigenvalue."""
-    return f"{pair['eigenvectors'][0]['rank']}: {pair['sharpness_share']:.0%}" if pair["eigenvectors"] else None
+    return f"{pair['eigenvectors'][0]['rank']}: {percent(pair['sharpness_share'])}" if pair["eigenvectors"] else None
 
 
 def _two_digits(value: float) -> str | None:
     return f"{value:.2f}" if np.isfinite(value) else None
-
-
-def at_most(p_value: float) -> str:
-    """A p-value; the least that the rounds of the null can give is said to be that or less.
-
-    >>> at_most(0.005), at_most(0.25)
-    ('<=0.005', '0.250')
-    """
-    return f"{'<=' if p_value <= 1 / (ROUNDS + 1) + 1e-9 else ''}{p_value:.3f}"
 
 
 def headline(written: Iterable[Mapping[str, Any]]) -> str:
@@ -93,8 +84,9 @@ def alone_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "correlation" if group["by"] == "loss" else "cosine": plus_minus(
                 group["cohesion"], group["cohesion_error"]
             ),
-            "moves": f"{group['movement']:.0%}",
-            "p": at_most(group["p_value"]),
+            "moves": percent(group["movement"]),
+            "step": group["rise_step"],
+            "p": p_value(group["p_value"]),
             "stable": f"{group['stability']:.2f}",
         }
         for group in written

@@ -65,8 +65,17 @@ def weigh(
             rise.share(both), rise.share_of_movement(both), (groups[a].change, groups[b].change),
             None if row is None else (row, float(np.diff(a_T)[row - 1]), float(np.diff(b_T)[row - 1])),
             family_of.get(a, 0) if family_of.get(a) == family_of.get(b) else 0,
+            0.0 if row is None else _movement_at(run, window.first + row, clusters.position[both]),
         ))  # fmt: skip
     return replace(clusters, groups=groups, pairs=pairs)
+
+
+def _movement_at(run: Trajectory, row: int, members: np.ndarray) -> float:
+    """The part of all samples' movement, up and down, into a row of the losses that is the members'; 0 where nothing
+    moves."""
+    before, after = run.rows("losses/loss", row - 1, row + 1)
+    moved_S = np.nan_to_num(np.abs(after.astype(np.float64) - before))
+    return float(moved_S[members].sum() / moved_S.sum()) if moved_S.sum() > 0 else 0.0
 
 
 def related(clusters: Clusters) -> list[list[int]]:

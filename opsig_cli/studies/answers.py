@@ -1,0 +1,314 @@
+"""What a command found and what to do next, a line each: the last thing that a person reads.
+
+Functions of the records that the command prints. `run` is the trajectory's path as it was given.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opsig_cli.studies.clustering.records import by_strength, established
+from opsig_cli.studies.clustering.sentences import describe
+from opsig_cli.studies.numbers import percent, short, with_unit
+from opsig_cli.studies.trained import settings_of
+from opsig_cli.trajectory.file import Trajectory
+
+if TYPE_CHECKING:
+    from opsig_cli.studies.clustering.finding import Found
+
+Record = Mapping[str, Any]
+TOLD = 4
+"""Established pairs that the answer names."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found, in a sentence, and the command to go on with, or None."""
+
+    found: str
+    next: str | None = None
+
+
+def command(name: str, run: str, *more: str, task: str | None = None) -> str:
+    """A command line of ours; `task`: as it was given, for runs of a task of one's own.
+
+    >>> command("cluster", "my run.h5", "--by", "loss")
+    "opsig cluster 'my run.h5' --by loss"
+    """
+    return shlex.join(["opsig", name, run, *(["--task", task] if task else []), *more])
+
+
+def opened(path: object, follow: str | None) -> str:
+    """What to do with a page that was written, and what comes after it."""
+    open_it = f"open {path} in a browser"
+    return open_it if follow is None or follow.startswith("opsig report") else f"{open_it}, or: {follow}"
+
+
+def task_of(run: Trajectory, given: str | None) -> str | None:
+    """The task that the next command must be given again: a person's own, as it was given now or when the run was made;
+    it is text to show, and never a reason to import anything."""
+    recorded = run.attributes.get("task")
+    if given is not None or not isinstance(recorded, str):
+        return given
+    return recorded if ".py:" in recorded or re.match(r"[\w.]+:[A-Za-z_]\w*(:|$)", recorded) else None
+
+
+def mined(records: Sequence[Record], run: str, unit: str, task: str | None = None) -> Answer:
+    """Of `mine`: who moves most, and how far."""
+    movers = [r for r in records if r.get("kind") != "not_finite"]
+    broken = [r for r in records if r.get("kind") == "not_finite"]
+    said = []
+    if broken:
+        more = f" and of {len(broken) - 1} more" if len(broken) > 1 else ""
+        said.append(f"the loss of sample {broken[0]['sample']} is not finite from step {broken[0]['step']} on{more}")
+    if not movers:
+        return Answer("; ".join([*said, "no sample moves"]))
+    first = movers[0]
+    labels = Counter(r["label"] for r in movers if r["label"] is not None)
+    mostly = ", ".join(f"{count} x {short(label)}" for label, count in labels.most_common(3))
+    who = f"{len(movers)} samples" + (f", mostly {mostly}" if len(movers) > labels.total() / 2 and mostly else "")
+    change = with_unit(f"{first['loss_before']:.3g} -> {first['loss_after']:.3g}", unit)
+    said.append(f"{who}; sample {first['sample']} moves most, {change} at step {first['step']}")
+    return Answer("; ".join(said), command("cluster", run, task=task))
+
+
+def clustered(
+    records: Sequence[Record], run: str, task: str | None, since: int | None, fork: tuple[int, int] | None
+) -> Answer:
+    """Of `cluster`: which pairs are established, which is the strongest, and since when losses alternate.
+
+    `fork`: a checkpoint and a number of steps with which the strongest pair can be left out, where the run can be
+    trained on.
+    """
+    for record in records:
+        if record["kind"] == "sample":  # that is what was asked
+            drawn = ("--sample", str(record["sample"]), "--figure", f"sample-{record['sample']}.png")
+            return Answer(record["sentence"], command("cluster", run, *drawn, task=task))
+    pairs = by_strength(r for r in records if r["kind"] == "pair")
+    held = established(pairs)
+    started = f"; losses alternate from step {since} on" if since is not None else ""
+    if not pairs:
+        groups = sum(r["kind"] == "group" for r in records)
+        alone = f", and {groups} groups that nothing opposes" if groups else ""
+        return Answer(f"no opposing pair{alone}{started}", command("mine", run, "--top", "400"))
+    best = pairs[0]
+    if held:
+        found = f"{len(held)} of {len(pairs)} pairs {'is' if len(held) == 1 else 'are'} established: "
+        found += "; ".join(_told(pair) for pair in held[:TOLD])
+        found += f"; and {len(held) - TOLD} more" if len(held) > TOLD else ""
+        found += started
+    else:
+        found = (
+            f"no pair is established of {len(pairs)}: pair {best['pair']}, {_sides(best)}, is {best['verdict']}, as "
+        )
+        found += f"{best['reason']}{started}"
+    if fork is not None and best["by"] != "loss":
+        name, drop = "branch", ("--drop", f"pair:{best['pair']}", "-o", "branch.h5")
+        return Answer(found, command(name, run, "--from", str(fork[0]), "--steps", str(fork[1]), *drop, task=task))
+    return Answer(found, command("report", run, task=task))
+
+
+def _sides(pair: Record) -> str:
+    return " against ".join(
+        f"G{group} ({describe(mix, size)})"
+        for group, mix, size in zip(pair["groups"], pair["labels"], pair["sizes"], strict=True)
+    )
+
+
+def _told(pair: Record) -> str:
+    """A pair with the step at which it swings most."""
+    text = f"pair {pair['pair']}, {_sides(pair)}"
+    if pair["apart_step"] is None:
+        return text
+    return f"{text}, {percent(pair['apart_movement'])} of all movement at step {pair['apart_step']}"
+
+
+def of_clusters(run: Trajectory, found: Found, records: Sequence[Record], task: str | None) -> Answer:
+    """Of the records of `cluster`, from the run that they are of, which is open, and what was found in it."""
+    return clustered(records, run.path, task, _since(run, found), _fork(run, records))
+
+
+def _since(run: Trajectory, found: Found) -> int | None:
+    """The step from which on losses alternate at period two, None where they do not."""
+    begin = found.movers.movement.first_alternation
+    return None if begin is None else int(run.steps("losses")[found.movers.first + begin])
+
+
+def _fork(run: Trajectory, records: Sequence[Record]) -> tuple[int, int] | None:
+    """A checkpoint, and a number of steps from it on, that show the strongest pair's swing; None where the run cannot
+    be trained on."""
+    pairs = by_strength(record for record in records if record["kind"] == "pair")
+    settings = settings_of(run)
+    if not pairs or settings is None or not run.has("checkpoints/params") or not settings.task:
+        return None
+    swings = pairs[0]["apart_step"] or pairs[0]["rise_step"]
+    before = [step for step in run.steps("checkpoints").tolist() if step < swings]
+    return None if not before else (before[-1], max(20, swings - before[-1] + 10))
+
+
+def sharp(records: Sequence[Record], run: str, task: str | None, rates: Mapping[int, float]) -> Answer:
+    """Of `sharpness`: whether the learning rate is above the threshold, and since when; or what the metrics show.
+
+    `rates`: the learning rate by step.
+    """
+    if not records:
+        return Answer("nothing was measured")
+    first = records[0]
+    if "losses" in first:
+        return Answer(_slice(records), command("cluster", run, task=task))
+    if first.get("kind") == "eigenvector":
+        return Answer(records[0]["sentence"], command("cluster", run, "--by", "slope", task=task))
+    if "eigenvalue" in first:
+        return _against_threshold([r for r in records if r["rank"] == 1], run, task, rates)
+    if "sample" in first:
+        return Answer(_metrics(records), command("cluster", run, task=task))
+    last = records[-1]
+    parts = [f"{name.replace('_', ' ')} {last[name]:.3g}" for name in ("trace", "critical_sharpness") if name in last]
+    against = last.get("threshold")
+    if "critical_sharpness" in last and against is not None and math.isfinite(against):
+        parts[-1] += f" against 2 / learning rate = {against:.3g}"
+    return Answer(f"at step {last['step']} {', '.join(parts)}", command("sharpness", run, task=task))
+
+
+def _against_threshold(top: Sequence[Record], run: str, task: str | None, rates: Mapping[int, float]) -> Answer:
+    known = [r for r in top if r["threshold"] is not None and math.isfinite(r["threshold"]) and r["threshold"] > 0]
+    last = top[-1]
+    if not known:
+        return Answer(f"sharpness {last['eigenvalue']:.4g} at step {last['step']}, with no threshold known")
+    above = [r for r in known if r["eigenvalue"] >= r["threshold"]]
+    if not above:
+        most = max(known, key=lambda r: r["eigenvalue"] / r["threshold"])
+        found = f"the learning rate is below the stability threshold at all {len(known)} steps measured: sharpness at "
+        found += f"most {most['eigenvalue']:.3g} against {most['threshold']:.3g}, at step {most['step']}"
+        return Answer(found, command("mine", run))
+    since = above[0]
+    rate = rates.get(since["step"])
+    found = f"the learning rate{'' if rate is None else f' {rate:g}'} is first above the stability threshold at "
+    found += (
+        f"step {since['step']}, sharpness {since['eigenvalue']:.3g} against {since['threshold']:.3g}, and above it "
+    )
+    found += f"at {len(above)} of the {len(known)} steps measured"
+    return Answer(found, command("sharpness", run, "--name", task=task))
+
+
+def _metrics(records: Sequence[Record]) -> str:
+    from opsig_cli.studies.curvature import SAMPLE_METRICS
+
+    step = records[-1]["step"]
+    at = [r for r in records if r["step"] == step]
+    parts = []
+    for metric in (name for name in records[0] if name in SAMPLE_METRICS):
+        medians = {s: float(np.median([r[metric] for r in at if r["set"] == s])) for s in {r["set"] for r in at}}
+        words = ", ".join(f"{value:.3g} of {name} samples" for name, value in sorted(medians.items()))
+        parts.append(f"{metric.replace('_', ' ')} {words}")
+    return f"medians at step {step}: {'; '.join(parts)}"
+
+
+def _slice(records: Sequence[Record]) -> str:
+    middle = len(records) // 2
+    before, after = records[max(0, middle - 1)]["losses"], records[min(len(records) - 1, middle + 1)]["losses"]
+    ways = {name: "rises" if after[name] > before[name] else "falls" for name in after}
+    return f"along the top eigenvector at step {records[0]['step']} the loss of " + ", of ".join(
+        f"{name} {way}" for name, way in ways.items()
+    )
+
+
+def probed(records: Sequence[Record], run: str) -> Answer:
+    """Of `probe`: what every input was last taken for, or how often iterates turn back."""
+    if not records:
+        return Answer("nothing was measured")
+    if "reversals" in records[0] or records[0].get("kind") == "iterate":
+        summaries = [r for r in records if r["kind"] == "summary"]
+        parts = [
+            f"{r['trajectory']} turns back in {percent(r['reversals'])} of its steps" if r["reversals"] is not None
+            else f"how often {r['trajectory']} turns back is not known"
+            for r in summaries
+        ]  # fmt: skip
+        return Answer("along the eigenvector " + ", ".join(parts), command("sharpness", run))
+    last = {r["input"]: r for r in records}
+    swings = Counter(r["input"] for r in records if r.get("oscillating"))
+    parts = [
+        f"{name} is taken for {r['predicted']} ({r['probability']:.2f})"
+        + (f" and swings at {swings[name]} steps" if swings[name] else "")
+        for name, r in last.items()
+    ]
+    return Answer(f"at step {records[-1]['step']} " + ", ".join(parts), command("cluster", run))
+
+
+def branched(records: Sequence[Record], run: str) -> Answer:
+    """Of `branch`: what each change did."""
+    own = [r for r in records if r["kind"] == "branch" and r["control"] is None]
+    paths = list(dict.fromkeys(r["trajectory"] for r in own))
+    found = "; ".join(f"from step {r['from_step']}, {r['sentence']}" for r in own if r.get("sentence"))
+    follow = shlex.join(["opsig", "compare", run, *paths, "--figure", "compared.png"])
+    return Answer(found or "nothing was changed", follow if paths and paths != [run] else command("info", run))
+
+
+def compared(records: Sequence[Record]) -> Answer:
+    """Of `compare`: the lowest loss, and who is above the threshold."""
+    known = [r for r in records if r["loss"] is not None]
+    parts = []
+    if known:
+        best = min(known, key=lambda r: r["loss"])
+        parts.append(f"{best['trajectory']} has the lowest loss, {best['loss']:.4g} at step {best['steps']}")
+    at_edge = [r["trajectory"] for r in records if r["sharpness"] is not None and r["sharpness"] >= 1]
+    if at_edge:
+        parts.append(f"sharpness is above the threshold in {', '.join(at_edge)}")
+    missing = [r["trajectory"] for r in records if r["sharpness"] is None]
+    follow = command("sharpness", missing[0]) if missing else command("cluster", records[0]["trajectory"])
+    return Answer("; ".join(parts) or "none of the runs has a loss", follow)
+
+
+def trained(records: Iterable[Record], run: str, task: str | None, samples: int, tracked: bool) -> Answer:
+    """Of `train`: how the loss went."""
+    losses = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    if not losses:
+        return Answer(f"{run} has no more steps than it had", command("info", run))
+    (first, before), (last, after) = losses[0], losses[-1]
+    found = f"loss {before:.4g} at step {first} -> {after:.4g} at step {last}"
+    found += f", with the losses of {samples:,} samples" if tracked else ""
+    return Answer(found, command("analyse" if tracked else "track", run, task=task))
+
+
+def described(record: Record, task: str | None = None) -> Answer:
+    """Of `info`: what the file is good for."""
+    run, groups = record["trajectory"], record["groups"]
+    has = [name for name in ("losses", "checkpoints", "sharpness", "floor", "slopes") if name in groups]
+    state = record["state"] or "of no stated state"
+    found = f"a run of {record['samples']:,} samples to step {record['steps']}, {state}"
+    found += f", with {', '.join(has)}" if has else ", with neither losses nor checkpoints"
+    if "losses" in groups:
+        return Answer(found, command("analyse", run, task=task))
+    return Answer(found, command("track", run, task=task) if "checkpoints" in groups else None)
+
+
+def simulated(record: Record, what: str, path: str | None) -> Answer:
+    """Of `simulate`: how the sharpness went, and whether the theorems' conclusions hold."""
+    follow = command("cluster", path) if path else shlex.join(["opsig", "simulate", what, "-o", f"{what}.h5"])
+    if record.get("diverged_at") is not None:
+        return Answer(f"descent diverges at step {record['diverged_at']}", follow)
+    crossing = record["crossing_step"]
+    above = "sharpness never crosses 2 / learning rate"
+    if crossing is not None:
+        above = f"sharpness crosses 2 / learning rate at step {crossing}"
+    if what == "valley":
+        spike = f", and the losses spike at step {record['peak_step']}" if crossing is not None else ""
+        return Answer(f"{above}{spike}", follow)
+    at = "step" if record["dynamics"] != "flow" else "time"
+    found = f"sharpness falls from {record['sharpness_initial']:.4g} to {record['sharpness_min']:.4g} at {at} "
+    found += f"{record['time_of_min']:.4g} and ends at {record['sharpness_final']:.4g}"
+    found += f"; {above}" if at == "step" else ""
+    for theorem in ("theorem_3_1", "theorem_3_2"):
+        parts = [held for name, held in (record.get(theorem) or {}).items() if not name.startswith("assumption")]
+        if parts:
+            found += f"; {theorem.replace('_', ' ', 1).replace('_', '.')}: {sum(map(bool, parts))} of {len(parts)} "
+            found += "conclusions hold"
+    return Answer(found, follow)
