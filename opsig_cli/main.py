@@ -92,9 +92,14 @@ def run() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe ends us silently
     if sys.stderr is None:  # closed by the caller; print(file=None) would take stdout in its place
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    _guarded(_alone_or_together)
+
+
+def _guarded(work: Callable[[], None]) -> None:
+    """Turn the errors of what is run into one line and an exit code."""
     try:
         with _checked_stdout():
-            _alone_or_together()
+            work()
     except OpsigError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -118,8 +123,21 @@ def _alone_or_together() -> None:
     backend = load_backend(name)
     if not isinstance(backend, Meets):
         raise OpsigError(f"backend {name} works on one process. Start it without torchrun, or with --part")
-    with backend.meeting(launch.rank, launch.size) as serve:
-        serve() if launch.rank else app()
+
+    def share() -> None:
+        with backend.meeting(launch.rank, launch.size) as serve:
+            serve() if launch.rank else app()
+
+    code = None
+    try:
+        _guarded(share)
+    except SystemExit as ended:
+        code = ended.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        code if isinstance(code, int) else int(code is not None)
+    )  # torch's threads abort now and then as Python ends
 
 
 def _of_the_machine(error: Exception) -> str | None:

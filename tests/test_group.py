@@ -17,7 +17,7 @@ CHECK = str(TASKS.parent.parent / "together_check.py")
 ONE_LINE = "Every finished step is kept: run the same command again"
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_every_number_has_the_same_bits_on_several_processes(count):
     ends = finish(start(count, program=(CHECK,)))
     assert [end.code for end in ends] == [0] * count, ends
@@ -44,7 +44,7 @@ def test_a_users_mistake_is_one_line_of_the_first_process():
     assert ends[1].out == ends[1].err == ""
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_process_that_dies_ends_the_others_and_nothing_is_lost(tmp_path, opsig, victim):
     run = tmp_path / "run.h5"
     arguments = ["sharpness", run, "--at", "iterate", "--task", f"{TASKS}:Tiny", "-q"]
