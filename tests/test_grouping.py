@@ -396,6 +396,7 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.7, 0.2)), "likely"),  # seen at two, and not at the third
         (Evidence(-0.4, -0.3, 0.01, 0.5, apart(0.1, 0.2, 0.3)), "likely"),  # labels oppose without a shared look
         (Evidence(-0.4, -0.3, 0.01, 0.7, apart(0.1, 0.2, 0.3)), "established"),
+        (Evidence(-0.4, -0.3, 0.01, 0.5, apart(0.1, 0.2, 0.3), labelled=False), "established"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, untested="it is still", still=True), "likely"),
         (Evidence(-0.4, -0.3, 0.2, 0.9, apart(0.1, 0.7, 0.2)), "likely"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.7)), "unclear"),

@@ -187,7 +187,7 @@ def test_archives_and_tables_that_expand_are_refused(tmp_path, opsig):
 
 def test_verify_ends_with_a_verdict_and_covers_attributes(recorded, tmp_path, opsig):
     whole = opsig("verify", recorded)
-    assert whole.err.startswith(f"{recorded} is intact: ")
+    assert whole.err.startswith(f"found: {recorded} is intact: ")
     assert whole.records[0]["name"] == "attributes"
     broken = with_attributes(recorded, tmp_path / "run.h5", settings_json="{")
     outcome = opsig("verify", broken)

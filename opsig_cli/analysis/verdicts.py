@@ -24,8 +24,8 @@ REPLAYS = 3
 for silence alone to decide: at one it often is by chance."""
 
 RELATED = 0.6
-"""Least likeness of sides for silence to establish a pair: sides that share no look and oppose by their labels alone
-are at 0.2 to 0.6, true pairs of a regression, the loosest, from 0.65 on."""
+"""Least likeness of sides for silence to establish a pair where samples have labels: sides that share no look, and
+oppose by their labels alone, are at 0.2 to 0.6."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Silenced:
 class Evidence:
     """What is known of a pair. `opposition` over held-out checkpoints, and the upper end `high` of its interval;
     `p_value` of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced`
-    where it swings and training was repeated, else `untested` says why it was not. `still`: the run swings where
+    where it swings and training was repeated, else `untested` says why it was not. `labelled`: samples have labels, by
+    which sides may oppose that share nothing else. `still`: the run swings where
     training was repeated, and the pair does not. `at_ends`: it was found at the ends of leading eigenvectors, along
     which everything swings: silence alone then says nothing new of it."""
 
@@ -55,6 +56,7 @@ class Evidence:
     alike: float
     silenced: Sequence[Silenced] = ()
     untested: str = ""
+    labelled: bool = True
     still: bool = False
     at_ends: bool = False
 
@@ -89,7 +91,8 @@ def judge(found: Evidence) -> tuple[str, str]:
         if found.at_ends and lacks:
             why += ", as at any two ends of an eigenvector"
             return ("unclear" if chance else "likely"), f"{why}, but {lacks}"
-        return ("established", why) if found.alike >= RELATED else ("likely", f"{why}, but {looks}")
+        related = found.alike >= (RELATED if found.labelled else -math.inf)
+        return ("established", why) if related else ("likely", f"{why}, but {looks}")
     if not goes and stays >= 2:
         if looks:
             return "refuted", "the sides swing on when they are silent: others swing them"

@@ -391,7 +391,7 @@ def _eigenvalues(
     if len(missing) < len(steps):
         note(f"measured already: {len(steps) - len(missing)} of {len(steps)} checkpoints")
     if rough:
-        note(f"measured again: {rough} checkpoints, held to a residual above the tolerance {tolerance:g}")
+        note(f"note: measured again: {rough} checkpoints, held to a residual above the tolerance {tolerance:g}")
     with progress("sharpness", len(missing)) as advance:
         for step in curvature.measure(run, session, group, missing, count, tolerance):
             advance(note=f"step {step}")

@@ -229,6 +229,8 @@ class Trajectory(Reading):
         named = columns if group == "logged" else {name.replace("__", "/"): value for name, value in columns.items()}
         given = {f"{group}/{name}": as_array(value) for name, value in named.items()}
         given[f"{group}/step"] = np.asarray(step, np.int64)
+        apart = f"{group}/wide_checksum"
+        given.pop(apart, None)  # of a row that is copied: like the checksum, it is made here
         row: dict[str, np.ndarray] = {}
         checksum = wide = 0
         for name, value in given.items():
@@ -240,7 +242,7 @@ class Trajectory(Reading):
         crc = np.asarray(checksum, np.uint32)
         self._column(field_of(f"{group}/checksum"), crc)
         row |= {f"{group}/checksum": crc}
-        if (apart := f"{group}/wide_checksum") in FIELDS:
+        if apart in FIELDS:
             row[apart] = np.asarray(wide, np.uint32)
             self._column(field_of(apart), row[apart])
         return row

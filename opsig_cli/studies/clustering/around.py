@@ -79,7 +79,7 @@ def find(
         most = silencing.BUDGET if budget is None else budget
         with progress("replays", most // silencing.LENGTH) as advance:
             outcome = silencing.silence(view, session, clusters, held_out_in(view, weighed), most, advance)
-    clusters = slopes.with_vectors(finding.judged(clusters, outcome, test), slopes.kept_near(view, weighed))
+    clusters = slopes.with_vectors(finding.judged(view, clusters, outcome, test), slopes.kept_near(view, weighed))
     first, last = mined.window
     span = f"step {first}" if first == last else f"steps {first} to {last}"
     note = (

@@ -25,6 +25,7 @@ from opsig_cli.studies.clustering.sentences import caveat
 from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.mining import Movers
+from opsig_cli.studies.missing import labels_of
 from opsig_cli.trajectory.file import Trajectory
 
 BY = ("gradient", "slope", "loss", "both")
@@ -84,7 +85,7 @@ def find(
         )
     weighed = window_of(run, found)
     if by == "loss":
-        clusters = judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
+        clusters = judged(run, by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
         if len(weighed.steps_T) > MOST_CHANGES + 1:
             warn(f"note: losses are compared over the last {MOST_CHANGES:,} changes alone. Choose others with --window")
     else:
@@ -109,7 +110,7 @@ def find(
             steps = silencing.BUDGET if budget is None else budget
             with progress("replays", steps // silencing.LENGTH) as advance:
                 outcome = silencing.silence(run, session, clusters, held_out_in(run, weighed), steps, advance)
-        clusters = judged(clusters, outcome, test)
+        clusters = judged(run, clusters, outcome, test)
         if coordinates is not None:
             warn(f"note: {coordinates.note}")
             clusters = slopes.with_vectors(clusters, coordinates.measured[-1])
@@ -206,9 +207,9 @@ def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     return weighing.weigh(run, clusters, means, null, None)
 
 
-def judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
+def judged(run: Trajectory, clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
     """The clusters with the verdict on every pair."""
-    pairs = []
+    pairs, labelled = [], labels_of(run) is not None
     for number, pair in enumerate(clusters.pairs):
         if test == "none":
             verdict, reason = "unclear", "it was not tested (--test none)"
@@ -221,7 +222,7 @@ def judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Cluster
             untested = outcome.untested.get(number, "")
             known = Evidence(
                 pair.opposition, pair.interval[1], pair.p_value, pair.alike, silenced, untested,
-                still=untested in silencing.STILL, at_ends=clusters.by == "slope",
+                labelled=labelled, still=untested in silencing.STILL, at_ends=clusters.by == "slope",
             )  # fmt: skip
             verdict, reason = judge(known)
             pair = replace(pair, silenced=silenced)
