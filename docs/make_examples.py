@@ -24,6 +24,10 @@ OUTPUTS = Path(__file__).parent / "outputs"
 LINES = 14
 """Lines of a table that are kept."""
 SETTING = {
+    "opsig merge": [
+        "opsig sharpness run.h5 --metrics gradient_norm --steps 0:40 --part 1/2 -o part1.h5",
+        "opsig sharpness run.h5 --metrics gradient_norm --steps 0:40 --part 2/2 -o part2.h5",
+    ],
     "opsig compare": [
         "opsig train --task digits --steps 30 --track -o gd.h5",
         "opsig train --task digits --optimizer adam --learning-rate 0.003 --steps 30 --track -o adam.h5",

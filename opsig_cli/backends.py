@@ -8,6 +8,7 @@ trained: gradients, Hessians and optimizers are over these alone, and the F that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -257,6 +258,35 @@ class Slopes(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Need:
+    """What measuring takes of the device's memory, in bytes: at the `least`, and as much as is of use (`most`), within
+    the `bound`. `passes`: forward and backward passes over the data a checkpoint, about."""
+
+    least: int
+    most: int
+    bound: int
+    passes: float
+
+
+@runtime_checkable
+class Plans(Protocol):
+    """The capability that --plan needs."""
+
+    def needs(self, what: str, count: int, state: State) -> Need:
+        """What "losses", `count` "eigenpairs", or "gradients" of `count` samples take at a checkpoint."""
+        ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """The capability that --memory needs."""
+
+    def bound_by(self, memory: int) -> None:
+        """Take no more than so many bytes of the device's memory in all; what cannot be done within is refused."""
+        ...
+
+
 @runtime_checkable
 class Backend(Protocol):
     """What an entry point of the group `opsig.backends` names."""
@@ -268,6 +298,15 @@ class Backend(Protocol):
 
         `statistics` is the batch-norm convention, "chunk" or "running". Raises OpsigError where the device is absent.
         """
+        ...
+
+
+@runtime_checkable
+class Meets(Protocol):
+    """What a backend can do that shares its work among processes that were started together."""
+
+    def meeting(self, rank: int, size: int) -> AbstractContextManager[Callable[[], None]]:
+        """Inside, sessions are shared by these processes; gives what all but the first do, which is to serve it."""
         ...
 
 

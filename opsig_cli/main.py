@@ -8,10 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 
+from opsig_cli.backends import Meets, load_backend
 from opsig_cli.commands import (
     analyse,
     branch,
@@ -19,6 +21,7 @@ from opsig_cli.commands import (
     compare,
     import_,
     info,
+    merge,
     mine,
     probe,
     repack,
@@ -29,6 +32,7 @@ from opsig_cli.commands import (
     train,
     verify,
 )
+from opsig_cli.commands.launched import launched
 from opsig_cli.commands.options import Command
 from opsig_cli.errors import OpsigError
 from opsig_cli.tasks import own_frames
@@ -55,6 +59,7 @@ app.command(cls=Command)(branch.branch)
 app.command(cls=Command)(report.report)
 app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(info.info)
+app.command(cls=Command)(merge.merge)
 app.command(cls=Command)(verify.verify)
 app.command(cls=Command)(repack.repack)
 app.add_typer(simulate.app, name="simulate")
@@ -87,9 +92,14 @@ def run() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe ends us silently
     if sys.stderr is None:  # closed by the caller; print(file=None) would take stdout in its place
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    _guarded(_alone_or_together)
+
+
+def _guarded(work: Callable[[], None]) -> None:
+    """Turn the errors of what is run into one line and an exit code."""
     try:
         with _checked_stdout():
-            app()
+            work()
     except OpsigError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -100,6 +110,34 @@ def run() -> None:
         if (said := _of_the_machine(error)) is None:
             raise
         _fail(said, 1)
+
+
+def _alone_or_together() -> None:
+    """Run the command; where several processes were started together, the first does, and the others serve it."""
+    launch = launched(sys.argv[1:])
+    if launch is None:
+        app()
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would show its own stack where another process dies
+    name = next((value for flag, value in pairwise(sys.argv) if flag == "--backend"), "torch")
+    backend = load_backend(name)
+    if not isinstance(backend, Meets):
+        raise OpsigError(f"backend {name} works on one process. Start it without torchrun, or with --part")
+
+    def share() -> None:
+        with backend.meeting(launch.rank, launch.size) as serve:
+            serve() if launch.rank else app()
+
+    code = None
+    try:
+        _guarded(share)
+    except SystemExit as ended:
+        code = ended.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        code if isinstance(code, int) else int(code is not None)
+    )  # torch's threads abort now and then as Python ends
 
 
 def _of_the_machine(error: Exception) -> str | None:

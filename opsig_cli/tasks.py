@@ -34,6 +34,9 @@ LARGE, LARGEST = 1_000_000, {"depth": 1000, "seed": 1 << 62}
 
 OURS = ("opsig_cli", "opsig_torch", "opsig_zoo")
 
+LOADED = 8
+_loaded: list[tuple[Task, TaskSpec]] = []
+"""The last tasks that were loaded, and what asked for them."""
 _own_places: set[str] = set()
 """Files and folders of the code that a person named on the command line."""
 
@@ -215,7 +218,14 @@ def load(spec: TaskSpec) -> tuple[Task, TaskSpec]:
     for needed in ("model", "dataset", "losses"):
         if not callable(getattr(task, needed, None)):
             raise OpsigError(f"task {spec.name} has no method {needed}(). A task needs model, dataset and losses")
+    _loaded.append((task, spec))
+    del _loaded[:-LOADED]
     return task, spec
+
+
+def origin_of(task: Task) -> TaskSpec | None:
+    """What a task was loaded from, so that another process can load it; None for an object from elsewhere."""
+    return next((spec for loaded, spec in _loaded if loaded is task), None)
 
 
 def load_entry_point(group: str, name: str, kind: str, hint: str = "") -> Any:

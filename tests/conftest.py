@@ -17,6 +17,12 @@ os.environ.setdefault(
 TASKS = Path(__file__).parent / "tasks" / "tiny.py"
 
 
+def pytest_runtest_setup(item):
+    """Tests marked long are run where they are asked for."""
+    if item.get_closest_marker("long") and "long" not in item.config.option.markexpr:
+        pytest.skip("takes long: -m long")
+
+
 @dataclass
 class Outcome:
     """What a command left: its exit code, stdout and stderr."""

@@ -27,9 +27,7 @@ def test_a_library_s_checkpoints_are_imported_as_it_saved_them(client, tmp_path)
 
 
 @pytest.mark.long
-def test_what_two_processes_save_is_imported_whole_or_refused(tmp_path, request):
-    if "long" not in request.config.option.markexpr:
-        pytest.skip("two processes take a minute: -m long")
+def test_what_two_processes_save_is_imported_whole_or_refused(tmp_path):
     for number, make in enumerate((libraries.fsdp_distributed, libraries.fsdp_full, libraries.fsdp_part)):
         (tmp_path / str(number)).mkdir()
         check(by_hand.Client("FSDP2", "torch", make), tmp_path / str(number))

@@ -57,6 +57,7 @@ def cluster(
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
+    memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
     quiet: options.QuietOption = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -110,6 +111,59 @@ ThreadsOption = Annotated[
     typer.Option("--threads", min=1, callback=use_threads, help="Of the CPU. Default: one for each core."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="Measure the I-th of N shares of the checkpoints, into the file of -o; `opsig merge` takes it in.",
+        show_default=False,
+    ),
+]
+PartOutput = Annotated[
+    str | None,
+    typer.Option(
+        "-o", metavar="PATH", callback=check_output, help="Where a part goes. In a SLURM array the task is the part."
+    ),
+]
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def set_memory(context: typer.Context, text: str | None) -> str | None:
+    """Bound what sessions take from now on. Raises UsageError for what is no size."""
+    if not context.resilient_parsing:
+        from opsig_cli.studies.tracking import MEMORY
+
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B?)", text or "", re.IGNORECASE) if text else None
+        if text and found is None:
+            raise UsageError(f"--memory '{text}' is no size. Write --memory 12GiB")
+        MEMORY.set(int(float(found[1]) * _UNITS[found[2].upper().removeprefix("B")]) if found else None)
+    return text
+
+
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        callback=set_memory,
+        help="Memory that measuring may take, such as 12GiB. Default: what is free, less a tenth.",
+        show_default=False,
+    ),
+]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Say what it takes of memory, disk and passes over the data, and stop.")
+]
 BatchSizeOption = Annotated[
     int | None, typer.Option("--chunk-size", min=1, help="Samples per forward pass when all are measured.")
 ]

@@ -47,11 +47,15 @@ def sharpness(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the random samples.")] = 0,
     replace: Annotated[bool, typer.Option("--replace", help="Measure what was measured again.")] = False,
+    part: options.PartOption = None,
+    output: options.PartOutput = None,
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
     backend: options.BackendOption = "torch",
+    plan: options.PlanOption = False,
+    memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
     quiet: options.QuietOption = False,
@@ -73,8 +77,9 @@ def sharpness(
     path, piped = options.records_of(run)
     found = door.sharpness(
         path, k=count, steps=steps, tolerance=tolerance, metrics=metrics, random=random, slice=slice_step, span=span,
-        at=at, name=name, plain=plain, seed=seed, replace=replace, records=piped, task=task, device=device,
-        backend=backend, allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
+        at=at, name=name, plain=plain, seed=seed, replace=replace, part=part, output=output,
+        plan=plan, records=piped, task=task,
+        device=device, backend=backend, allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)

@@ -209,33 +209,66 @@ def direction_at(run: Trajectory, session: Session, step: int, state: State) -> 
 
 def sample_records(
     run: Trajectory, session: Session, steps: Sequence[int], chosen: dict[str, np.ndarray], metrics: Sequence[str],
-    tolerance: float, advance: Callable[..., None],
+    tolerance: float, advance: Callable[..., None], keep: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Metrics of chosen samples (positions by the name of their set) at checkpoints, one record a sample and step.
 
     `gradient_norm`: of the sample's loss; `curvature`: v'H(z)v along the whole loss's top eigenvector v;
     `sample_sharpness`: the most positive eigenvalue a of H(z), with `sample_sharpness_residual`, |H(z)u - au| over the
-    largest size of an eigenvalue. (The paper's Fig. 2.)
+    largest size of an eigenvalue. (The paper's Fig. 2.) What the file has of them is taken from it, and with `keep`
+    what is measured is put into it.
     """
     ids = run.samples
+    everybody = np.unique(np.concatenate(list(chosen.values())))
     found = []
     for step in steps:
-        state = read_state(run, step)
-        measured: dict[str, np.ndarray] = {}
-        if "gradient_norm" in metrics:
-            measured["gradient_norm"] = session.gradient_norms(state)[ids]  # pyright: ignore
-        if "curvature" in metrics:
-            direction = direction_at(run, session, step, state)
-            measured["curvature"] = session.curvature_along(state, direction)[2][ids]  # pyright: ignore
+        measured = _kept(run, step, metrics, everybody, tolerance)
+        lacking = [metric for metric in metrics if metric not in measured]
+        if lacking:
+            measured |= _measured(run, session, step, lacking, everybody, tolerance)
+            if keep:
+                put = run.rewrite if step in run.steps("per_sample") else run.append
+                put("per_sample", step, **measured)
+                run.commit()
         for name, position in chosen.items():
-            rows = {metric: values[position] for metric, values in measured.items()}
-            if "sample_sharpness" in metrics:
-                values, residuals = _sample_sharpness(session, state, ids[position], tolerance)
-                rows |= {"sample_sharpness": values, "sample_sharpness_residual": residuals}
-            for place, sample in enumerate(ids[position].tolist()):
-                record = {"trajectory": run.path, "step": step, "sample": sample, "set": name}
-                found.append(record | {metric: float(values[place]) for metric, values in rows.items()})
+            for place in position.tolist():
+                record = {"trajectory": run.path, "step": step, "sample": int(ids[place]), "set": name}
+                found.append(record | {metric: float(values[place]) for metric, values in measured.items()})
         advance(note=f"step {step}")
+    return found
+
+
+def _kept(
+    run: Trajectory, step: int, metrics: Sequence[str], positions: np.ndarray, tolerance: float
+) -> dict[str, np.ndarray]:
+    """Rows (S,) of those metrics that the file has of all these samples, sharpness to the tolerance."""
+    if step not in run.steps("per_sample"):
+        return {}
+    found = {}
+    for metric in metrics:
+        names = [metric] + (["sample_sharpness_residual"] if metric == "sample_sharpness" else [])
+        rows = [run.row(f"per_sample/{name}", step) for name in names if run.has(f"per_sample/{name}")]
+        known = len(rows) == len(names) and np.isfinite([row[positions] for row in rows]).all()
+        if known and (len(rows) == 1 or (rows[1][positions] <= tolerance).all()):
+            found |= dict(zip(names, rows, strict=True))
+    return found
+
+
+def _measured(
+    run: Trajectory, session: Session, step: int, metrics: Sequence[str], positions: np.ndarray, tolerance: float
+) -> dict[str, np.ndarray]:
+    """Rows (S,) of these metrics, measured of these samples; of the others NaN, or what came along."""
+    ids, state = run.samples, read_state(run, step)
+    found: dict[str, np.ndarray] = {}
+    if "gradient_norm" in metrics:
+        found["gradient_norm"] = session.gradient_norms(state)[ids]  # pyright: ignore
+    if "curvature" in metrics:
+        direction = direction_at(run, session, step, state)
+        found["curvature"] = session.curvature_along(state, direction)[2][ids]  # pyright: ignore
+    if "sample_sharpness" in metrics:
+        rows = np.full((2, len(ids)), np.nan)
+        rows[:, positions] = _sample_sharpness(session, state, ids[positions], tolerance)
+        found |= {"sample_sharpness": rows[0], "sample_sharpness_residual": rows[1]}
     return found
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from opsig_cli.studies import (
     measured,
     mining,
     missing,
+    planning,
     sighted,
     slopes,
     tracking,
@@ -36,6 +38,7 @@ from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.numbers import loss_unit, percent
+from opsig_cli.studies.parts import share
 from opsig_cli.studies.ranges import parse_range
 from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
 from opsig_cli.studies.trained import other_loss, settings_of
@@ -205,9 +208,9 @@ def _cluster(
 def sharpness(
     run: Run, *, k: int | None = None, steps: str | None = None, tolerance: float = 1e-3, metrics: str | None = None,
     random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, name: bool = False,
-    plain: bool = False, seed: int = 0, replace: bool = False, records: Sequence[dict[str, Any]] | None = None,
-    task: str | None = None, device: str | None = None, backend: str = "torch", allow_changed_data: bool = False,
-    note: Note = quietly,
+    plain: bool = False, seed: int = 0, replace: bool = False, part: str | None = None, output: str | None = None,
+    plan: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
+    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly,
     progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
@@ -217,7 +220,8 @@ def sharpness(
     this step, `span` each way, of the groups that `records` name. With `name`, who stands at the two ends of each
     eigenvector: records of kind "eigenvector". `k`: eigenvalues, 1 or with `name` 4; `steps`: checkpoints "A:B:C", all
     or with `name` the last; `tolerance`: residual |Hv - av| / |a| to reach; `at`: "floor" or "iterate", or as the run
-    does; `plain`: without Adam's preconditioner; `replace`: measure anew.
+    does; `plain`: without Adam's preconditioner; `replace`: measure anew. `part`: "I/N", of so many shares of the
+    checkpoints this one, into the file `output`, which `opsig merge` takes in. `plan`: only say what it takes.
     """
     from opsig_cli.studies import drawing
 
@@ -234,8 +238,13 @@ def sharpness(
         raise UsageError("--name is of what decides stability. Leave --metrics, --slice and --plain out")
     of_samples = [metric for metric in wanted if metric in curvature.SAMPLE_METRICS]
     keeps = not wanted and slice is None
-    with opened(run, "r+" if keeps else "r") as trajectory:
-        if keeps and not trajectory.writable:
+    divided = share.part_of(part, output)
+    if divided and (name or slice is not None or replace or set(wanted) - set(of_samples)):
+        raise UsageError(
+            "parts are of eigenvalues and of single samples' metrics. Leave --part, or the other option, out"
+        )
+    with opened(run, "r+" if keeps and not divided else "r") as trajectory:
+        if keeps and not divided and not trajectory.writable:
             raise OpsigError(f"{trajectory.path} is open for reading. Eigenvalues are kept in it: open it with 'r+'")
         damage: list[str] = []
 
@@ -251,7 +260,11 @@ def sharpness(
                 backends.require(session, backends.Curvature, backend, "curvature")
                 return session
 
-            session = tracking.opened_later(open_session) if keeps else open_session()
+            session = tracking.opened_later(open_session) if keeps and not plan else open_session()
+            if plan:
+                chosen_steps = divided.share(chosen_steps) if divided else chosen_steps
+                row = 4 * trajectory.shape("checkpoints/params")[1]
+                return planning.plan(trajectory, session, backend, "sharpness", chosen_steps, k or 1, row)
             if not wanted and (other := other_loss(trajectory, settings_of(trajectory))):
                 note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
@@ -261,10 +274,13 @@ def sharpness(
                 return curvature.slice_records(trajectory, session, slice, span, groups)
             if of_samples:
                 chosen = _chosen(trajectory, records or [], random, seed)
-                with progress("curvature", len(chosen_steps)) as advance:
-                    return curvature.sample_records(
-                        trajectory, session, chosen_steps, chosen, of_samples, tolerance, advance
-                    )
+                how = {"what": ",".join(of_samples), "steps": steps, "tolerance": tolerance}
+                with _measured_apart(trajectory, divided, output, share.OF_SAMPLES, how) as into:
+                    own_steps = divided.share(chosen_steps) if divided else chosen_steps
+                    with progress("curvature", len(own_steps)) as advance:
+                        return curvature.sample_records(
+                            into, session, own_steps, chosen, of_samples, tolerance, advance, keep=divided is not None
+                        )
             if wanted:
                 with progress("curvature", len(chosen_steps)) as advance:
                     return curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
@@ -272,12 +288,25 @@ def sharpness(
                 return _ends(
                     trajectory, session, backend, chosen_steps, k or ends.NAMED, tolerance, at, replace, note, progress
                 )
-            return _eigenvalues(
-                trajectory, session, chosen_steps, k or 1, tolerance, at, plain, replace, note, progress
-            )
+            place, words = floor.choose_place(trajectory, session, chosen_steps, at)
+            how = {
+                "what": "eigenvalues",
+                "k": k or 1,
+                "at": place,
+                "plain": plain,
+                "steps": steps,
+                "tolerance": tolerance,
+            }
+            with _measured_apart(trajectory, divided, output, share.CURVATURE, how) as into:
+                own_steps = divided.share(chosen_steps) if divided else chosen_steps
+                return _eigenvalues(
+                    into, session, own_steps, k or 1, tolerance, (place, words), plain, replace, note, progress
+                )
 
         written = without_damage(work, damage.append)
         rates = _rates(trajectory)
+    if isinstance(written, Records):
+        return written
     measured = ("residual", "sample_sharpness_residual")
     groups_named = _names_of(records or []) if slice is not None else {}
     unmet = sum(any((r.get(key) or 0) > tolerance for key in measured) for r in written)
@@ -293,6 +322,8 @@ def sharpness(
     if any(record.get("at") == "floor" for record in written):
         title += ", at the floor of the valley"
     answer = answers.sharp(written, trajectory.path, task, rates)
+    if divided and answer:
+        answer = answers.Answer(answer.found, answers.command("merge", trajectory.path, str(output)))
     return Records(written, notes=notes, damage=damage, title=title, draw=draw, answer=answer)
 
 
@@ -328,12 +359,27 @@ def _ends(
     return ends.records(run, steps, count, place)
 
 
+@contextmanager
+def _measured_apart(
+    run: Trajectory, part: share.Part | None, output: str | None, groups: Sequence[str], settings: dict[str, Any]
+) -> Iterator[Trajectory]:
+    """The run, whose rows of these groups are a part's where there is one."""
+    if part is None:
+        yield run
+        return
+    with share.opened_part(run, part, str(output), groups, settings) as divided:
+        yield divided
+
+
 def _eigenvalues(
-    run: Trajectory, session: backends.Session, steps: list[int], k: int, tolerance: float, at: str | None,
-    plain: bool, replace: bool, note: Note, progress: Progress,
+    run: Trajectory, session: backends.Session, steps: list[int], k: int, tolerance: float,
+    where: tuple[str, str | None], plain: bool, replace: bool, note: Note, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The `k` largest eigenvalues, measured where they are missing or rougher than the tolerance."""
-    place, words = floor.choose_place(run, session, steps, at)
+    """The `k` largest eigenvalues, measured where they are missing or rougher than the tolerance.
+
+    `where`: the place, and what to say of it.
+    """
+    place, words = where
     group = curvature.group_of(None if plain else settings_of(run), place)
     if replace:
         run.remove(group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,6 +22,9 @@ STATES_BYTES = 256 << 20
 """Bound on the checkpoints held in memory at a time."""
 
 COMMIT_SECONDS = 1.0
+
+MEMORY: ContextVar[int | None] = ContextVar("memory", default=None)
+"""Bytes that sessions opened from now on may take; None for what is free, less a margin."""
 
 AGREES = 1e-4
 """Relative difference up to which a measured mean loss is the one in the training log."""
@@ -69,6 +73,9 @@ def open_run(
         warn(f"{spec.name} has changed since {run.path} was recorded")
     session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
     session.tell = warn
+    if (most := MEMORY.get()) is not None:
+        backends.require(session, backends.Bounded, backend, "within a bound of memory")
+        session.bound_by(most)  # pyright: ignore[reportAttributeAccessIssue]
     check_samples(run, session.samples)
     check_model(run, session)
     if run.has("checkpoints/params"):
@@ -215,7 +222,11 @@ def fill_losses(
     committed, targets = time.monotonic(), backends.targets_of(session) if logged else slice(None)
     for start in range(0, len(steps), together):
         chosen = steps[start : start + together].tolist()
-        measured = session.losses([read_state(run, step) for step in chosen])
+        try:
+            measured = session.losses([read_state(run, step) for step in chosen])
+        except BaseException:  # what was measured before is kept
+            run.commit()
+            raise
         for step, (losses, predictions) in zip(chosen, measured, strict=True):
             minimised = losses if weights is None else losses * weights
             _check_mean(run, step, float(minimised[targets].mean(dtype=np.float64)), logged, agrees)

@@ -47,6 +47,7 @@ ATTRIBUTES = {
     "settings_json": dict,
     "change_json": dict,
     "effects_json": list,
+    "part_json": dict,
 }
 """Root attributes that opsig writes, and what they are; names that end in `_json` hold JSON."""
 
@@ -185,9 +186,21 @@ FIELDS = _fields(
     Field("preconditioned/products", ("step",), "i4", "1", "Hessian-vector products that the solve took"),
     Field("preconditioned/threshold", ("step",), "f8", "nat", "preconditioned sharpness at which Adam loses stability"),
     *_FLOOR,
+    Field("per_sample/step", ("step",), "i8", "1", "optimizer steps taken before the row was measured"),
+    Field("per_sample/checksum", ("step",), "u4", "1", ROW_CHECKSUM),
+    Field("per_sample/gradient_norm", ("step", "sample"), "f8", "nat", "norm of the gradient of the sample's loss"),
+    Field(
+        "per_sample/curvature", ("step", "sample"), "f8", "nat",
+        "v'Hv of the sample's Hessian along the whole loss's top eigenvector",
+    ),
+    Field("per_sample/sample_sharpness", ("step", "sample"), "f8", "nat", "top eigenvalue a of the sample's Hessian"),
+    Field(
+        "per_sample/sample_sharpness_residual", ("step", "sample"), "f8", "1",
+        "|Hu - au| over the largest size of an eigenvalue of H",
+    ),
     Field("mined/kept", ("byte",), "u1", "1", "the last results of mine: a line of JSON on their origin, then each"),
     Field("clusters/kept", ("byte",), "u1", "1", "the last results of cluster, likewise"),
-)
+)  # fmt: skip
 
 ROW_GROUPS = tuple(path.removesuffix("/step") for path, field in FIELDS.items() if path.endswith("/step")
                    and field.dims == ("step",))  # fmt: skip
@@ -205,6 +218,7 @@ DIMENSIONS = (
     ("mined", "byte"),
     ("clusters", "byte"),
     ("sightings", "sighting"),
+    ("per_sample", "step"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
 from opsig_cli.tasks import Task
 
 
@@ -20,6 +24,22 @@ class TorchBackend:
 
         Raises OpsigError where the device is absent, UsageError where `statistics` is unknown.
         """
+        from opsig_torch import group
         from opsig_torch.session import TorchSession
 
-        return TorchSession(task, device, batch_size, statistics, double)
+        if (others := group.current()) is None:
+            return TorchSession(task, device, batch_size, statistics, double)
+        from opsig_torch import shared
+
+        return shared.opened(others, task, (device, batch_size, statistics, double))
+
+    @contextmanager
+    def meeting(self, rank: int, size: int) -> Iterator[Callable[[], None]]:
+        """Work with the other processes that were started with this one; yields what those but the first do: to serve.
+
+        Raises OpsigError where they do not come, or where one of them ends.
+        """
+        from opsig_torch import group, shared
+
+        with group.meeting(rank, size) as together:
+            yield partial(shared.serve, together)

@@ -249,7 +249,7 @@ def _kind(module: nn.Module, name: str) -> str | None:
     """
     if name not in ("weight", "bias"):  # a parameter from which the layer's own is made
         return None
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or is_transposed(module):
         return "weight" if name == "weight" else "rows"
     if type(module) is nn.Conv2d:
         plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
@@ -257,8 +257,6 @@ def _kind(module: nn.Module, name: str) -> str | None:
     if type(module) is nn.Embedding:
         plain = module.max_norm is None and not module.scale_grad_by_freq
         return "weight" if plain else None
-    if is_transposed(module):
-        return "weight" if name == "weight" else "rows"
     if type(module) in NORMS:
         batch_norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
         return None if batch_norm and (module.training or module.running_mean is None) else "rows"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Batches:
         self._cache: dict[int, Any] = {}
         self._cached_bytes = 0
         self._tensors = dataset.tensors if type(dataset) is TensorDataset else None
+        self._within = slice(0, self.items)
         if self._tensors is None:
             self._check_repeatable()
         elif sum(t.nbytes for t in self._tensors) <= CACHE_BYTES:
@@ -47,11 +49,30 @@ class Batches:
     @property
     def resident(self) -> bool:
         """Whether every batch stays on the device, so that another pass costs no loading."""
-        return self._tensors is not None or len(self._cache) == len(self.slices())
+        return self._tensors is not None or all(items.start in self._cache for items in self._cut(self.batch_size))
 
-    def slices(self) -> list[slice]:
-        """The samples of every batch; the last may be smaller."""
-        return [self._samples(items) for items in self._cut(self.batch_size)]
+    def slices(self, size: int | None = None) -> list[slice]:
+        """The samples of every batch, or of every piece of `size` items; the last may be smaller."""
+        return [self._samples(items) for items in self._cut(size or self.batch_size)]
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the data can be cut into pieces of any size."""
+        return self._tensors is not None
+
+    def piece(self, size: int) -> int:
+        """The size, in items, of the pieces that `in_pieces(size)` gives."""
+        return self.batch_size if self._tensors is None else size
+
+    @contextmanager
+    def only(self, samples: slice) -> Iterator[None]:
+        """Inside, the batches, or pieces, that these samples, which are of whole items, are made of, and no others."""
+        before = self._within
+        self._within = slice(samples.start // self.positions, samples.stop // self.positions)
+        try:
+            yield
+        finally:
+            self._within = before
 
     def in_pieces(self, size: int) -> Iterator[tuple[slice, Any]]:
         """The same data in batches of `size` items where it can be cut; in the usual batches elsewhere."""
@@ -62,7 +83,8 @@ class Batches:
             yield self._samples(items), [self._place(t[items]) for t in self._tensors]
 
     def _cut(self, size: int) -> list[slice]:
-        return [slice(i, min(i + size, self.items)) for i in range(0, self.items, size)]
+        first, last = self._within.start, self._within.stop
+        return [slice(i, min(i + size, last)) for i in range(first, last, size)]
 
     def _samples(self, items: slice) -> slice:
         return slice(items.start * self.positions, items.stop * self.positions)
@@ -71,13 +93,13 @@ class Batches:
         if self._tensors is not None:
             yield from self.in_pieces(self.batch_size)
             return
-        for number, items in enumerate(self._cut(self.batch_size)):
-            batch = self._cache.get(number)
+        for items in self._cut(self.batch_size):
+            batch = self._cache.get(items.start)
             if batch is None:
                 batch = self.take(range(items.start, items.stop))
                 size = sum(leaf.nbytes for leaf in tree_flatten(batch)[0] if isinstance(leaf, torch.Tensor))
                 if self._cached_bytes + size <= CACHE_BYTES:
-                    self._cache[number] = batch
+                    self._cache[items.start] = batch
                     self._cached_bytes += size
             yield self._samples(items), batch
 

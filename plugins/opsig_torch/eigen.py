@@ -30,6 +30,8 @@ REMEMBERED = 16
 """R: vectors of the model that are kept for the next checkpoint."""
 REMEMBERED_BYTES = 1 << 30
 """Bound on what they take."""
+AT_ONCE = 1 << 22
+"""Random numbers that are drawn at a time in float64."""
 DEPENDENT = 1e-7
 """Directions whose share in the Gram matrix is below this are rounding."""
 ROUNDING = 1e3
@@ -247,8 +249,16 @@ def lanczos_matrix(
 
 def random_start(like: torch.Tensor, seed: int) -> torch.Tensor:
     """A random unit vector of this shape, drawn on the CPU."""
-    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (noise / noise.norm()).to(like)
+    generator = torch.Generator().manual_seed(seed)
+    if like.numel() <= AT_ONCE:
+        noise = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        return (noise / noise.norm()).to(like)
+    found, square = torch.empty_like(like), 0.0
+    for piece in found.split(AT_ONCE):
+        noise = torch.randn(piece.shape, generator=generator, dtype=torch.float64)
+        square += float(noise.square().sum())
+        piece.copy_(noise)
+    return found.div_(square**0.5)
 
 
 def _remove(basis: torch.Tensor, vector: torch.Tensor) -> None:

@@ -73,6 +73,13 @@ class LossRow:
         assert self._losses is not None
         return (self._losses if targets is None else self._losses[targets]).mean().item()
 
+    def raw(self, indices: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        """Losses of some samples as they were put in, (B,) float64, and predictions (B,) or None."""
+        if self._losses is None:
+            return np.empty(0), None
+        predictions = None if self._predictions is None else self._predictions[indices].cpu().numpy()
+        return self._losses[indices].cpu().numpy(), predictions
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Losses (S,) float32 and predictions (S,) int32 or None."""
         assert self._losses is not None

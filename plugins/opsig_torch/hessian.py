@@ -7,20 +7,26 @@ anew. Nothing goes through `.grad`.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from opsig_cli.errors import OpsigError
-from opsig_torch import plain, ways
+from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
-from opsig_torch.eigen import Memory, Solution, random_start, top_eigenpairs
+from opsig_torch.eigen import ROOM, Memory, Solution, random_start, top_eigenpairs
+from opsig_torch.memory import worded
 from opsig_torch.opened import Opened
+from opsig_torch.saved import saved_bytes
 from opsig_torch.second import tell_of_second_derivative
 
 GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
+LARGE_BYTES = 1 << 30
+"""Size of a basis from which on it is worth the time to look for memory that can be let go of."""
+PRODUCT_VECTORS = 5
+"""Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum."""
 NOVELTY = 0.3
 """Random part of a start, against a length of 1 for the rest: what neither memory nor gradient shows must be seen."""
 
@@ -44,19 +50,20 @@ class Hessian:
         """H v, (P,)."""
         self.products += 1
         opened = self._opened
+        opened.announce("product", vector)
         scaled = vector if self._scale is None else vector * self._scale
         direction = plain.pieces(opened, scaled)
-        total = torch.zeros_like(vector)
         with ways.refusing(opened, "the Hessian", 2):
-            for gradients, keep in self._gradients():
-                total += plain.product(opened, gradients, direction, keep)
+            terms = (plain.product(opened, gradients, direction, keep) for gradients, keep in self._gradients())
+            total = opened.total(terms, vector)
         return total if self._scale is None else total * self._scale
 
     def gradient(self) -> torch.Tensor:
         """Gradient of the mean training loss, (P,), times the scale; its graphs serve the products where they fit."""
+        self._opened.announce("gradient")
         with ways.refusing(self._opened, "the Hessian", 2):
-            total = sum(plain.flattened(parts).detach() for parts, _ in self._gradients())
-        assert isinstance(total, torch.Tensor)
+            terms = (plain.flattened(parts).detach() for parts, _ in self._gradients())
+            total = self._opened.total(terms, self._opened.flat.vector.detach())
         return total if self._scale is None else total * self._scale
 
     def _gradients(self) -> Iterator[tuple[tuple[torch.Tensor, ...], bool]]:
@@ -66,11 +73,13 @@ class Hessian:
                 yield gradients, True
             return
         opened = self._opened
-        count = len(opened.batches.slices())
-        keep: bool | None = None
+        size = opened.fitting_batch(2)
+        cut = opened.batches.divisible and size < opened.batch_size
+        count = len(opened.batches.slices(size if cut else None))
+        keep: bool | None = False if cut else None
         kept = []
-        for indices, batch in opened.batches:
-            with _saved_bytes() as saved:
+        for indices, batch in opened.batches.in_pieces(size) if cut else opened.batches:
+            with saved_bytes() as saved:
                 with ChannelScales():
                     losses = opened.batch_losses(batch, 2)
                 loss = opened.counted(losses, indices).sum() / opened.target_count
@@ -105,27 +114,6 @@ class Hessian:
             )
 
 
-class _Saved:
-    def __init__(self) -> None:
-        self.total = 0
-        self._seen: set[int] = set()
-
-    def note(self, tensor: torch.Tensor) -> torch.Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in self._seen:
-            self._seen.add(address)
-            self.total += tensor.untyped_storage().nbytes()
-        return tensor
-
-
-@contextmanager
-def _saved_bytes() -> Iterator[_Saved]:
-    """Count the bytes that autograd saves inside."""
-    saved = _Saved()
-    with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor):
-        yield saved
-
-
 def solve(
     opened: Opened, count: int, tolerance: float, seed: int, memory: Memory | None = None,
     scale: torch.Tensor | None = None,
@@ -139,10 +127,39 @@ def solve(
     Hessian is not finite.
     """
     hessian = Hessian(opened, scale)
+    vectors = vectors_that_fit(opened)
+    few = vectors < 2 * basis_room(count, opened.flat.vector.numel())
+    if few and vectors < (needed := small_basis.least_room(count)):
+        size = 4 * opened.flat.vector.numel()
+        raise OpsigError(
+            f"{count} eigenpairs of {size // 4:,} parameters need {worded(needed * size)} for vectors, "
+            f"and {worded(max(0, vectors) * size)} of {worded(opened.bound())} are left for them. Give --memory "
+            f"{worded(opened.bound() + (needed - vectors) * size).replace(' ', '')} or more, or a smaller -k"
+        )
     start = hessian.gradient() if memory is None else memory.start(count)
     noise = random_start(opened.flat.vector.detach(), seed)
-    start = start / torch.linalg.vector_norm(start).clamp_min(1e-30) + NOVELTY * noise
+    start = start / torch.linalg.vector_norm(start).clamp_min(1e-30)
+    start += noise.mul_(NOVELTY)
+    del noise
     try:
+        if few:
+            return small_basis.top_eigenpairs(
+                hessian, start, count, tolerance, min(vectors, basis_room(count, 1 << 62))
+            )
         return top_eigenpairs(hessian, start, count, tolerance, memory=memory if count == 1 else None)
     except ValueError as error:
         raise OpsigError(str(error)) from error
+
+
+def basis_room(count: int, size: int) -> int:
+    """How many basis vectors a solve for `count` eigenpairs keeps where memory does not matter."""
+    return min(size, ROOM + 4 * count)
+
+
+def vectors_that_fit(opened: Opened) -> int:
+    """How many vectors (P,) there is room for besides a product: its gradient, its terms, and a batch's graph."""
+    size = opened.flat.vector.element_size() * opened.flat.vector.numel()
+    if 2 * ROOM * size > LARGE_BYTES:
+        gc.collect()  # graphs that were differentiated twice hold on to each other
+    graph = min(opened.fitting_batch(2), opened.items) * opened.kept.get(("item bytes", 2), 0)
+    return int((opened.room() - graph) // size) - PRODUCT_VECTORS

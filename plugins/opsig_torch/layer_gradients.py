@@ -32,6 +32,16 @@ TILE = 128
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is the linear one of transformers, whose weight is (F, O)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
 @dataclass
 class Use:
     """One entry of a layer: what went in and the gradient at what came out, (M, ...) each."""
@@ -100,13 +110,13 @@ class Use:
     def rows(self, name: str) -> torch.Tensor:
         """Gradients of a bias, or of a normalisation's scale or shift, (M, its size)."""
         module, gradients = self.module, self.gradients
-        if not (isinstance(module, (nn.Linear, nn.Conv2d, *NORMS)) or is_transposed(module)):
+        if not (_is_linear(module) or isinstance(module, (nn.Conv2d, *NORMS))):
             return self._rows_by_differentiating(name)
         if isinstance(module, NORMS) and name == "weight":
             gradients = gradients * _normalised(module, self.inputs)
         if isinstance(module, nn.LayerNorm):
             return gradients.reshape(len(gradients), -1, module.weight.numel()).sum(1)
-        channel_first = isinstance(module, (nn.Conv2d, *NORMS))
+        channel_first = not _is_linear(module)
         if gradients.ndim > 2:
             return gradients.flatten(2).sum(2) if channel_first else gradients.flatten(1, -2).sum(1)
         return gradients
@@ -126,12 +136,6 @@ class Use:
         """The use of a layer whose weight is stored the other way round, (F, O): what goes in and what comes back
         change places."""
         return Use(self.module, self.gradients, self.inputs)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer is the linear one of transformers, whose weight is (F, O)."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 @dataclass
@@ -164,7 +168,7 @@ class Captured:
         use = self.uses[0][0]
         outputs = use.outputs_MTO
         positions = outputs.shape[1]
-        if len(self.uses) == 1 and positions == 1 and isinstance(use.module, nn.Linear):
+        if len(self.uses) == 1 and positions == 1 and _is_linear(use.module):
             inputs = use.inputs.flatten(1).square().sum(1, dtype=torch.float64)
             return inputs * outputs.flatten(1).square().sum(1, dtype=torch.float64)
         squares = torch.zeros(self.samples, dtype=torch.float64, device=outputs.device)
@@ -183,7 +187,7 @@ class Captured:
         if not self.is_weight:
             return (self.all_rows() @ directions_GP.T).double()
         use = self.uses[0][0]
-        if len(self.uses) == 1 and isinstance(use.module, nn.Linear) and use.outputs_MTO.shape[1] == 1:
+        if len(self.uses) == 1 and _is_linear(use.module) and use.outputs_MTO.shape[1] == 1:
             images = use.inputs.flatten(1) @ directions_GP.reshape(-1, self.fan_in).T
             images = images.view(self.samples, len(directions_GP), self.height)
             return torch.einsum("mgo,mo->mg", images, use.outputs_MTO[:, 0]).double()
@@ -197,7 +201,7 @@ class Captured:
         """Add a weight's inner products of every two samples to the lower triangle of `gram`, (M, M) float64."""
         use = self.uses[0][0]
         positions = use.outputs_MTO.shape[1]
-        linear = isinstance(use.module, nn.Linear) and positions == 1
+        linear = _is_linear(use.module) and positions == 1
         held = self.samples * positions * self.fan_in * 16 <= MEMORY_BYTES
         if len(self.uses) == 1 and not isinstance(use.module, nn.Embedding) and (
             linear or (held and positions**2 * (self.fan_in + self.height) < self.fan_in * self.height)

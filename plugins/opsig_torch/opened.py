@@ -5,7 +5,7 @@ The ground that every measurement of this package stands on; it knows none of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,17 @@ from opsig_cli.tasks import Task, positions_of
 from opsig_torch.data import Batches
 from opsig_torch.flat import FlatModel
 from opsig_torch.forward import forward
+from opsig_torch.memory import bound_of, held
 from opsig_torch.positions import by_sample
 from opsig_torch.running import Running
+from opsig_torch.saved import saved_bytes
 
 BATCH_SIZE = 500
 CONVOLUTION_BATCH = 50
+GRAPH_SHARE = 0.125
+"""Part of the memory that the graph of a batch may take."""
+GRAPH_FACTOR = 3
+"""What a pass needs besides what autograd saves: gradients of the same, and temporaries."""
 TOGETHER = 4096
 """Samples of a batch by default where an item has several: what they take grows with their number, too."""
 STATISTICS = ("chunk", "running")
@@ -60,10 +66,22 @@ class Opened:
         """What measurements find out once for the model: traces by batch shape, how gradients are had."""
         self.tell: Callable[[str], None] = lambda words: None
         """Where a line goes that a person should know of: that a slower way is taken, and why."""
+        self.memory: int | None = None
+        """Bytes that this process may take of the device's memory; None for what is free, less a margin."""
         self._flat: FlatModel | None = None
         self._running: Running | None = None
         self._targets: torch.Tensor | None = None
         self._all_targets: bool | None = True if self.positions == 1 else None
+
+    def total(self, terms: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """The sum of what batches contribute, shaped like a tensor, one after the other."""
+        total = torch.zeros_like(like)
+        for term in terms:
+            total += term
+        return total
+
+    def announce(self, what: str, vector: torch.Tensor | None = None) -> None:
+        """Tell other processes, where there are any, what all are to add up next; see `group`."""
 
     @property
     def flat(self) -> FlatModel:
@@ -173,8 +191,41 @@ class Opened:
         """Convolutions on the CPU run up to three times faster in small batches; batch norm needs its own."""
         convolves = any(isinstance(module, nn.Conv2d) for module in self.flat.model.modules())
         if self.device == "cpu" and convolves and not self.couples_samples:
-            return min(self.batch_size, CONVOLUTION_BATCH)
-        return self.batch_size
+            return min(self.batch_size, CONVOLUTION_BATCH, self.fitting_batch())
+        return min(self.batch_size, self.fitting_batch())
+
+    def fitting_batch(self, order: int = 1) -> int:
+        """How many items' graphs, to be differentiated `order` times, fit an eighth of the memory: a power of two.
+
+        The batch's own size wherever that fits, and where samples are coupled, whose batches cannot be cut.
+        """
+        if self.couples_samples:
+            return self.batch_size
+        if ("item bytes", order) not in self.kept:
+            one, two = (self._graph_bytes([0] * count, order) for count in (1, 2))
+            self.kept["item bytes", order] = max(1, GRAPH_FACTOR * (two - one))
+        fits = int(self.bound() * GRAPH_SHARE) // self.kept["item bytes", order]
+        if fits >= self.batch_size:
+            return self.batch_size
+        return 1 << (max(1, fits).bit_length() - 1)
+
+    def _graph_bytes(self, items: list[int], order: int) -> int:
+        """What autograd saves of these items' losses, to be differentiated so often."""
+        with torch.enable_grad(), saved_bytes() as saved:
+            losses = self.batch_losses(self.batches.take(items), order)
+            if order > 1 and losses.requires_grad:
+                torch.autograd.grad(losses.sum(), self.flat.parameters, create_graph=True, allow_unused=True)
+        return saved.total
+
+    def bound(self) -> int:
+        """Bytes that this process may take in all."""
+        if self.memory is None and "bound" not in self.kept:
+            self.kept["bound"] = bound_of(self.device)
+        return self.memory or self.kept["bound"]
+
+    def room(self) -> int:
+        """Bytes that it may still take."""
+        return self.bound() - held(self.device)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Losses (B,) and predictions (B,) or None of one batch, from one forward pass."""
@@ -214,7 +265,8 @@ class Opened:
         Found by a pass over the data at the loaded parameters, at the first call. Where no loss is a number, all count.
         """
         if self._all_targets is None:
-            with torch.inference_mode(False), torch.no_grad(), self.running.as_trained():
+            everything = self.batches.only(slice(0, self.samples))
+            with torch.inference_mode(False), torch.no_grad(), self.running.as_trained(), everything:
                 missing = [self.task.losses(self.flat.model, b).isnan() for _, b in self.batches]
             targets = ~torch.cat(missing)
             self._all_targets = bool(targets.all())

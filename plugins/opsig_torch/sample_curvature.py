@@ -56,7 +56,7 @@ def _checked(opened: Opened, direction: torch.Tensor, of_batch: Callable[..., An
     The first batch is held against it before the others where the way is new, and where samples are coupled, and a
     sample costs its chunk, that is all.
     """
-    found = np.empty((3, opened.samples))
+    found = np.full((3, opened.samples), np.nan)
     pieces = plain.pieces(opened, direction)
     new = ("curved", of_batch) not in opened.kept
     for indices, batch in opened.batches.in_pieces(opened.inference_batch()):

@@ -20,6 +20,10 @@ from opsig_torch.running import FullPrecision
 
 STEP = 1e-7
 """Length of a difference relative to the values': short, so that hardly any ReLU has its kink within it."""
+SIZES = 9
+"""Vectors of the parameters' size that the check takes at a time, in float64."""
+LARGEST_LAYER = 10_000_000
+"""Parameters up to which a layer is checked by itself where the model is too large."""
 AGREES = 1e-3
 """Relative difference of the two, of which rounding is about 1e-7."""
 
@@ -30,6 +34,9 @@ def tell_of_second_derivative(opened: Opened) -> None:
     Three samples must disagree, as a kink may lie within one's difference. What cannot be run in float64 is let pass.
     """
     if "second" in opened.kept:
+        return
+    if SIZES * 8 * opened.flat.vector.numel() > opened.room():
+        _tell_of_layers(opened)
         return
     opened.flat.model.eval()
     try:
@@ -46,11 +53,38 @@ def tell_of_second_derivative(opened: Opened) -> None:
         return
     opened.kept["second"] = True
     if not any(outcomes):
-        opened.tell(
-            f"note: torch's second derivative of {culprit(opened, _is_consistent)} is not the derivative of its "
-            "gradient, as where something is detached or has a backward pass of its own: curvature takes it for "
-            "constant there"
-        )
+        opened.tell(_words(culprit(opened, _is_consistent)))
+
+
+def _tell_of_layers(opened: Opened) -> None:
+    """The same of one layer of each kind after the other, for a model of which several copies in float64 do not fit."""
+    opened.flat.model.eval()
+    try:
+        layer = culprit(opened, _each_kind_once())
+    finally:
+        opened.measuring_mode()
+    opened.kept["second"] = True
+    if layer != "the model":
+        opened.tell(_words(layer))
+
+
+def _each_kind_once() -> Callable[[nn.Module, Call], None]:
+    seen: set[type] = set()
+
+    def test(module: nn.Module, call: Call) -> None:
+        small = sum(parameter.numel() for parameter in module.parameters()) <= LARGEST_LAYER
+        if small and type(module) not in seen:
+            seen.add(type(module))
+            _is_consistent(module, call)
+
+    return test
+
+
+def _words(layer: str) -> str:
+    return (
+        f"note: torch's second derivative of {layer} is not the derivative of its gradient, as where something is "
+        "detached or has a backward pass of its own: curvature takes it for constant there"
+    )
 
 
 def _outcome(opened: Opened, sample: int) -> bool | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opsig_cli.backends import Eigenpairs, Snapshot, State, Training
+from opsig_cli.backends import Eigenpairs, Need, Snapshot, State, Training
 from opsig_cli.errors import OpsigError
 from opsig_torch import plain
 from opsig_torch.apart import require_apart
@@ -23,6 +23,18 @@ class TorchSession(Opened):
     """A task on a device with all that can be measured of it; how it is opened, see `opsig_torch.opened`."""
 
     optimizers = OPTIMIZERS
+
+    def bound_by(self, memory: int) -> None:
+        """Take no more than so many bytes; see `opsig_torch.memory`."""
+        self.memory = memory
+        self.kept.clear()
+
+    def needs(self, what: str, count: int, state: State) -> Need:
+        """What a measurement takes; see `opsig_torch.needs`."""
+        from opsig_torch.needs import needs
+
+        with self.at(state):
+            return needs(self, what, count)
 
     @property
     def targets(self) -> np.ndarray | None:
@@ -170,13 +182,14 @@ class TorchSession(Opened):
 
     def gradient(self, state: State) -> np.ndarray:
         """Gradient of the mean training loss, (P,)."""
-        with self.at(state):
-            total = torch.zeros_like(self.flat.vector.detach())
-            for indices, batch in self.batches:
-                with refusing(self, "the gradient", 1):
-                    loss = self.counted(self.batch_losses(batch), indices).sum() / self.target_count
-                    total += plain.flattened(plain.gradients(self, loss))
-            return total.cpu().numpy()
+        with self.at(state), refusing(self, "the gradient", 1):
+            terms = (
+                plain.flattened(
+                    plain.gradients(self, self.counted(self.batch_losses(batch), indices).sum() / self.target_count)
+                )
+                for indices, batch in self.batches
+            )
+            return self.total(terms, self.flat.vector.detach()).cpu().numpy()
 
     def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         """The most positive eigenvalue of chosen samples' Hessians, and residuals; see `opsig_torch.spectrum`."""

@@ -6,7 +6,7 @@ from the seed and the step), so that a resumed run repeats an uninterrupted one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,11 @@ OPTIMIZERS = ("gd", "sgd", "momentum", "adam", "splitsgd", "signsgd")
 Optimizer = Descent | Adam | SplitSGD
 
 
-def train(opened: Opened, training: Training, start: State) -> Iterator[Snapshot]:
+Gradient = Callable[[Opened, Training, int, bool], tuple[float, LossRow | None]]
+"""Puts the gradient of a step into `flat.gradient`; gives the loss, and the samples' losses where they are wanted."""
+
+
+def train(opened: Opened, training: Training, start: State, full_batch: Gradient | None = None) -> Iterator[Snapshot]:
     """Train from `start` and yield a snapshot of every step up to `training.steps`, both included.
 
     A full-batch snapshot's losses come from the forward pass that trains; a minibatch run measures them in a pass of
@@ -44,7 +48,7 @@ def train(opened: Opened, training: Training, start: State) -> Iterator[Snapshot
         assert opened.target_count  # found now: later it would cost draws of dropout, and move running statistics
     opened.load(start)
     _restore(optimizer, opened, start, training.began)
-    gradient = _full_batch_gradient if training.batch_size is None else _minibatch_gradient
+    gradient = (full_batch or _full_batch_gradient) if training.batch_size is None else _minibatch_gradient
     for step in range(start.step, training.steps + 1):
         wants_losses = training.wants_losses(step)
         state = _state(opened, optimizer, step) if training.wants_state(step) else None
@@ -76,19 +80,25 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
     row = LossRow(opened.samples)
     plain, total = training.weights is None and training.label_smoothing is None, 0.0
     for indices, batch in opened.batches:
-        if training.label_smoothing is None:
-            losses, predictions = opened.forward(batch)
-            counted = _weighted(losses, training, indices)
-        else:
-            with opened.running.as_trained():
-                counted, losses, predictions = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)
-            counted = _weighted(counted, training, indices)
+        counted, losses, predictions = counted_losses(opened, training, indices, batch)
         row.put(indices, losses, predictions)
         counted = opened.counted(counted, indices)
         (counted.sum() / opened.target_count).backward()
         if not plain:
             total += counted.detach().double().sum().item()
     return row.mean(opened.counts_S) if plain else total / opened.target_count, row
+
+
+def counted_losses(
+    opened: Opened, training: Training, indices: slice, batch: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What is minimised of a batch, (B,), the task's own losses (B,), and predictions, from one forward pass."""
+    if training.label_smoothing is None:
+        losses, predictions = opened.forward(batch)
+        return _weighted(losses, training, indices), losses, predictions
+    with opened.running.as_trained():
+        counted, losses, predictions = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)
+    return _weighted(counted, training, indices), losses, predictions
 
 
 def _weighted(losses: torch.Tensor, training: Training, indices: slice | np.ndarray) -> torch.Tensor:

@@ -1,0 +1,284 @@
+"""Several processes that measure together: how they meet, what they tell each other, and how sums keep their order.
+
+The first process runs the command and tells the others what to do; these answer. R processes, P parameters.
+
+What is told is JSON with arrays beside it, never pickled. Everything that all do together begins with word from each
+whether it is well, so that a failure of one is an error of all, and none waits for what will not come.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from opsig_cli.backends import State
+from opsig_cli.errors import OpsigError
+
+MEETING = timedelta(minutes=5)
+"""For how long processes wait for each other to start."""
+SILENCE = timedelta(hours=12)
+"""For how long one may hear nothing: what the first does alone may take long, and a dead one is noticed at once."""
+WORDS = 600
+"""Bytes of a failure's words."""
+KEPT_BYTES = 1 << 30
+"""Bound on the terms that a process keeps until it is their turn in a sum; beyond it, it adds its own up first."""
+LOST = "another of the {size} processes ended. Every finished step is kept: run the same command again"
+
+
+class Lost(OpsigError):
+    """Another process is gone."""
+
+
+class Elsewhere(OpsigError):
+    """Another process failed, and all know."""
+
+
+class Group:
+    """This process among others."""
+
+    def __init__(self, rank: int, size: int, store: Any):
+        self.rank, self.size = rank, size
+        self._store = store
+        self.sessions = 0
+        """How many sessions these processes have opened."""
+        self.reordered = False
+        """Whether terms of a sum were too large to be kept, and were added up out of order."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that runs the command."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's own of `count` things in a row; the first process has some wherever there are any."""
+        first, last = (-(-count * rank // self.size) for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
+
+    # -- from the first to the others
+
+    def tell(self, *values: Any) -> None:
+        """Send values to the others, who `hear` them."""
+        self._broadcast(values, 0)
+
+    def hear(self) -> list[Any]:
+        """What the first process tells."""
+        return self._broadcast(None, 0)
+
+    # -- among all
+
+    def agree(self, error: Exception | None = None) -> None:
+        """Learn whether all are well so far. Raises the `error` that is given, or Elsewhere with another's words."""
+        mine = torch.zeros(WORDS, dtype=torch.uint8)
+        if error is not None:
+            words = (" ".join(str(error).split()) or type(error).__name__).encode()[: WORDS - 1]
+            memory = isinstance(error, MemoryError)
+            mine[: len(words) + 1] = torch.tensor([2 if memory else 1, *words], dtype=torch.uint8)
+        everybody = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._reached():
+            dist.all_gather(everybody, mine)
+        if error is not None:
+            error.__dict__["told"] = True
+            raise error
+        for said in everybody:
+            if said[0]:
+                words = bytes(said[1:].tolist()).rstrip(b"\0").decode(errors="replace")
+                raise MemoryError(words) if said[0] == 2 else Elsewhere(words)
+
+    def joined(self, value: Any) -> list[Any]:
+        """Everybody's value, in order of process, at every process."""
+        return [self._broadcast((value,) if rank == self.rank else None, rank)[0] for rank in range(self.size)]
+
+    def done(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives at each process, in their order, at every process. Raises as `agree` where one fails."""
+        try:
+            value = work()
+        except Exception as error:  # whatever it is, nobody may wait for what this process will not send
+            if not _is_told(error):
+                self.agree(error)
+            raise
+        self.agree()
+        return self.joined(value)
+
+    def total(self, terms: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """The sum of everybody's terms, (P,), in order of process: the bits of one process that adds up all of them.
+
+        The terms are made at the same time. Then the sum goes from process to process, each adding its own in turn, and
+        at last to all. Terms of more than KEPT_BYTES are added up beforehand: `reordered` says so.
+        """
+        total = torch.zeros_like(like)
+        kept: list[torch.Tensor] = []
+        try:
+            for term in terms:
+                if self.leads:
+                    total += term
+                    continue
+                if (len(kept) + 1) * term.nbytes > KEPT_BYTES and kept:
+                    kept[-1] += term
+                    self.reordered = True
+                else:
+                    kept.append(term)
+        except Exception as error:
+            if not _is_told(error):
+                self.agree(error)
+            raise
+        self.agree()
+        with self._reached():
+            if not self.leads:
+                dist.recv(total, self.rank - 1)
+                for term in kept:
+                    total += term
+            if self.rank + 1 < self.size:
+                dist.send(total, self.rank + 1)
+            dist.broadcast(total, self.size - 1)
+        return total
+
+    def spread(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first process's tensor in everybody's, which it gives back."""
+        with self._reached():
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def close(self) -> None:
+        """Tell the others to end, as far as they are there."""
+        try:
+            if self.leads:
+                self.tell("end")
+            dist.destroy_process_group()
+        except (RuntimeError, OpsigError):
+            pass
+
+    def speaks(self) -> bool:
+        """Whether this process is to tell a person that another is gone: the first that is left."""
+        if self.leads:
+            return True
+        try:
+            self._store.set(f"left/{self.rank}", "1")
+            return not any(self._store.check([f"left/{rank}"]) for rank in range(self.rank))
+        except Exception:  # the store went with the process that kept it
+            return self.rank == 1
+
+    def _broadcast(self, values: Sequence[Any] | None, source: int) -> list[Any]:
+        """One process's values, at every process."""
+        mine = values is not None
+        arrays: list[np.ndarray] = []
+        text = json.dumps(_packed(list(values), arrays)).encode() if mine else b""
+        with self._reached():
+            size = torch.tensor([len(text)])
+            dist.broadcast(size, source)
+            header = torch.empty(int(size), dtype=torch.uint8)
+            header.numpy()[: len(text)] = np.frombuffer(text, np.uint8)
+            dist.broadcast(header, source)
+            packed = json.loads(bytes(header.numpy()))
+            if not mine:
+                arrays = [np.empty(shape, dtype) for dtype, shape in _arrays_in(packed)]
+            for array in arrays:
+                if array.size:
+                    dist.broadcast(torch.from_numpy(array.reshape(-1).view(np.uint8)), source)
+        return list(values) if mine else _unpacked(packed, arrays)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise Lost(LOST.format(size=self.size)) from error
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether all processes know of a failure, or none can be told."""
+    return isinstance(error, (Lost, Elsewhere)) or "told" in error.__dict__
+
+
+def _packed(value: Any, arrays: list[np.ndarray]) -> Any:
+    """A value as JSON, its arrays put aside in the order in which they are met."""
+    if isinstance(value, np.ndarray):
+        if value.flags.writeable is False or not value.flags.c_contiguous:
+            value = value.copy()
+        arrays.append(value)
+        return {"array": value.dtype.str, "shape": list(value.shape)}
+    if isinstance(value, State):
+        return {"state": _packed([value.step, value.params, value.buffers, value.frozen], arrays)}
+    if isinstance(value, (list, tuple)):
+        return [_packed(item, arrays) for item in value]
+    if isinstance(value, dict):
+        return {"dict": {key: _packed(item, arrays) for key, item in value.items()}}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _arrays_in(packed: Any) -> Iterator[tuple[str, list[int]]]:
+    if isinstance(packed, list):
+        for item in packed:
+            yield from _arrays_in(item)
+    elif isinstance(packed, dict):
+        if "array" in packed:
+            yield packed["array"], packed["shape"]
+        else:
+            for item in packed.values():
+                yield from _arrays_in(item)
+
+
+def _unpacked(packed: Any, arrays: list[np.ndarray]) -> Any:
+    """The inverse of `_packed`; takes the arrays in their order."""
+    if isinstance(packed, list):
+        return [_unpacked(item, arrays) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    if "array" in packed:
+        return arrays.pop(0)
+    if "state" in packed:
+        step, params, buffers, frozen = _unpacked(packed["state"], arrays)
+        return State(step, params, buffers, frozen=frozen)
+    return {key: _unpacked(item, arrays) for key, item in packed["dict"].items()}
+
+
+_current: Group | None = None
+
+
+def current() -> Group | None:
+    """The group that this process is in, or None."""
+    return _current
+
+
+@contextmanager
+def meeting(rank: int, size: int) -> Iterator[Group]:
+    """The group of processes that the environment tells of, for the time inside.
+
+    Raises OpsigError where the others do not come.
+    """
+    global _current
+    signal.signal(signal.SIGTERM, ended)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    try:
+        store = next(rendezvous("env://", rank, size, timeout=MEETING))[0]
+        store.set(f"here/{rank}", "1")
+        store.wait([f"here/{other}" for other in range(size)], MEETING)
+        devices = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(devices, store=store, rank=rank, world_size=size, timeout=SILENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OpsigError(f"the {size} processes did not meet: {reason}") from error
+    _current = Group(rank, size, store)
+    try:
+        yield _current
+    finally:
+        _current.close()
+        _current = None
+
+
+def ended(_: int, __: Any) -> NoReturn:
+    """What SIGTERM becomes: a launcher sends it to those that are left when a process died."""
+    raise Lost(
+        "ended by SIGTERM, as when another process died. Every finished step is kept: run the same command again"
+    )

@@ -1,0 +1,62 @@
+"""How much memory measuring may take, and how much there is. Bytes throughout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+MARGIN = 0.1
+"""Share of what is free that is left to others where a person gives no bound."""
+UNKNOWN = 1 << 40
+"""What is taken to be there where the system does not say."""
+
+
+def free(device: str) -> int:
+    """What can be allocated on a device: what the system has left, and on the CPU what a container allows."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    found = [UNKNOWN]
+    found += [int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
+    limit, held = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    if limit and held and limit[0].isdecimal():
+        found.append(max(0, int(limit[0]) - int(held[0])))
+    return min(found)
+
+
+def held(device: str) -> int:
+    """What this process has of a device."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    lines = [line for line in _lines("/proc/self/status") if line.startswith("VmRSS:")]
+    return int(lines[0].split()[1]) << 10 if lines else 0
+
+
+def bound_of(device: str) -> int:
+    """A bound for this process where a person gives none: what it has and what is free, less a margin.
+
+    To the next lower eighth of a power of two, so that it is the same as long as what is free is about the same.
+    """
+    room = held(device) + int((1 - MARGIN) * free(device))
+    unit = 1 << max(0, room.bit_length() - 3)
+    return room // unit * unit
+
+
+def worded(size: float) -> str:
+    """A size in words, in units of 1,024.
+
+    >>> worded(12 * 2**30), worded(3 * 2**20)
+    ('12.0 GiB', '3.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,111 @@
+"""The most positive eigenpairs of a symmetric operator, with no more vectors than there is room for.
+
+P parameters, K eigenpairs, N basis vectors. Lanczos's method with thick restarts (Wu & Simon 2000): a full basis is cut
+back to its best Ritz vectors, in place. Where `opsig_torch.eigen` keeps two vectors for each product, this keeps one.
+Basis vectors are made orthogonal twice over, and every entry of the projected matrix is an inner product in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from opsig_torch.eigen import LIMIT, LOOK_ABOUT, SMALLEST_TOLERANCE, Memory, Solution
+
+PIECE = 1 << 16
+"""Columns that are rotated, or turned into float64, at a time."""
+EXHAUSTED = 10
+"""A space is exhausted where what is left of an image is shorter than so many units of precision of the operator."""
+
+
+def least_room(count: int) -> int:
+    """The fewest basis vectors with which `count` eigenpairs are found: those kept, and as many to look about."""
+    return 2 * count + 3
+
+
+def top_eigenpairs(
+    product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, count: int, tolerance: float, room: int,
+    limit: int = LIMIT,
+) -> Solution:  # fmt: skip
+    """Solve for the `count` most positive eigenpairs to the relative `tolerance`, from a nonzero (P,) `start`.
+
+    Memory: `room` vectors and two, of which the product makes one. `room` is at least `least_room(count)`. Raises
+    ValueError for a tolerance that the start's
+    precision cannot reach, and for products that are not finite. `start` is used up.
+
+    >>> diagonal = torch.arange(-50.0, 50.0, dtype=torch.float64)
+    >>> found = top_eigenpairs(lambda v: diagonal * v, torch.ones(100, dtype=torch.float64), 2, 1e-8, 8)
+    >>> found.values.round(6).tolist(), bool(found.products > 8)
+    ([49.0, 48.0], True)
+    """
+    if start.dtype == torch.float32 and tolerance < SMALLEST_TOLERANCE:
+        raise ValueError(f"a tolerance of {tolerance:g} cannot be met in float32. Use {SMALLEST_TOLERANCE:g} or more")
+    size = start.numel()
+    count = min(count, size)
+    room = min(room, size)
+    basis = start.new_empty(room, size)
+    matrix = np.zeros((room, room))
+    image = start
+    rest, held, products, largest = _norm(image), 0, 0, 0.0
+    while True:
+        torch.div(image, rest, out=basis[held])
+        image = product(basis[held])
+        products += 1
+        held += 1
+        column = np.zeros(held)
+        for _ in range(2):
+            along = _inner(basis[:held], image)
+            image -= torch.from_numpy(along).to(image) @ basis[:held]
+            column += along
+        if not np.isfinite(column).all():
+            raise ValueError(
+                "the Hessian is not finite at this checkpoint: the run has diverged. Choose others with --steps"
+            )
+        matrix[:held, held - 1] = matrix[held - 1, :held] = column
+        rest = _norm(image)
+        values, ritz = np.linalg.eigh(matrix[:held, :held])
+        values, ritz = values[::-1], ritz[:, ::-1]
+        largest = max(largest, float(np.abs(values).max()))
+        errors = rest * np.abs(ritz[-1])
+        residuals = errors[:count] / np.maximum(np.abs(values[:count]), 1e-300)
+        exhausted = products >= size or rest <= EXHAUSTED * torch.finfo(start.dtype).eps * largest
+        overtaken = held > count and values[count] + errors[count] > values[count - 1]
+        met = held >= count and bool((residuals <= tolerance).all()) and not overtaken
+        if (met and products > count + LOOK_ABOUT) or products == limit or exhausted:
+            break
+        if held == room:
+            kept = max(count + 1, room // 2)
+            _rotate(basis, ritz[:, :kept])
+            matrix[:] = 0
+            matrix[range(kept), range(kept)] = values[:kept]
+            held = kept
+    kept = min(count + 1, held)
+    _rotate(basis[:held], ritz[:, :kept])
+    vectors = basis[:count] if kept > count else basis[:kept]
+    for vector in basis[:kept]:
+        vector /= _norm(vector)
+    memory = Memory(basis[:kept], values[:kept].copy())
+    return Solution(values[:count].copy(), vectors, residuals, products, met or exhausted, memory)
+
+
+def _rotate(basis: torch.Tensor, coefficients: np.ndarray) -> None:
+    """Put combinations of the rows, by coefficients (N, k), in the place of the first k, a few columns at a time."""
+    mixing = torch.from_numpy(coefficients.T.copy()).to(basis)
+    for first in range(0, basis.shape[1], PIECE):
+        piece = basis[: len(coefficients), first : first + PIECE]
+        piece[: len(mixing)] = mixing @ piece
+
+
+def _inner(basis: torch.Tensor, vector: torch.Tensor) -> np.ndarray:
+    """Inner products with the rows of the basis, (N,) float64."""
+    total = torch.zeros(len(basis), dtype=torch.float64, device=basis.device)
+    for first in range(0, vector.numel(), PIECE):
+        piece = slice(first, first + PIECE)
+        total += basis[:, piece].double() @ vector[piece].double()
+    return total.cpu().numpy()
+
+
+def _norm(vector: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))

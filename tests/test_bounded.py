@@ -1,0 +1,107 @@
+"""Measuring within a bound of memory. P parameters, N basis vectors."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TASKS
+from opsig_torch import captured, eigen, hessian, small_basis
+from opsig_torch.session import TorchSession
+
+from opsig_cli.tasks import load, parse_spec
+
+GPT2 = f"{TASKS.parent / 'gpt2.py'}:GPT2"
+
+
+def matrix(size: int, seed: int) -> torch.Tensor:
+    """A symmetric one whose top eigenvalues stand out and whose lowest is the largest in size."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    values = torch.cat([torch.tensor([5.0, 4.0, 3.5, -9.0]), torch.linspace(-1, 2, size - 4)]).double()
+    return basis @ torch.diag(values) @ basis.T
+
+
+@pytest.mark.parametrize(("count", "room"), [(1, 5), (2, 7), (3, 9), (3, 12)])
+def test_few_vectors_find_what_many_do_at_half_as_many_products_more_at_most(count, room):
+    for seed in range(5):
+        h = matrix(120, seed)
+        start = torch.randn(120, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        few = small_basis.top_eigenpairs(lambda v, h=h: h @ v, start.clone(), count, 1e-6, room)
+        many = eigen.top_eigenpairs(lambda v, h=h: h @ v, start, count, 1e-6)
+        assert few.converged
+        assert np.allclose(few.values, [5.0, 4.0, 3.5][:count], rtol=1e-9)
+        residual = (h @ few.vectors.T - few.vectors.T * torch.from_numpy(few.values)).norm(dim=0).numpy()
+        assert np.allclose(residual / few.values, few.residuals, atol=1e-9)
+        assert few.products <= 1.5 * many.products + 1, (few.products, many.products)
+
+
+def test_a_space_that_is_exhausted_is_no_end_of_the_search():
+    diagonal = torch.tensor([2.0, -3.0, 1.0], dtype=torch.float64)
+    found = small_basis.top_eigenpairs(lambda v: diagonal * v, torch.tensor([0.0, 1.0, 0.0]).double(), 1, 1e-8, 5)
+    assert found.products == 1  # nothing but -3 is seen from there: who starts adds a random part
+    found = small_basis.top_eigenpairs(lambda v: diagonal * v, torch.ones(3).double(), 1, 1e-8, 5)
+    assert np.allclose(found.values, [2.0])
+
+
+def test_a_solve_takes_the_memory_it_is_given_and_says_what_it_lacks(tiny_run, tmp_path, opsig, monkeypatch):
+    session = TorchSession(load(parse_spec(f"{TASKS}:Tiny"))[0], "cpu")
+    state = session.initial(0)
+    unbounded = session.top_eigenpairs(state, 1, 1e-4)
+    monkeypatch.setattr(hessian, "vectors_that_fit", lambda opened: 8)
+    bounded = session.top_eigenpairs(state, 1, 1e-4)
+    monkeypatch.undo()
+    assert np.allclose(bounded.values, unbounded.values, rtol=1e-6)
+    assert bounded.products <= 1.5 * unbounded.products
+    assert abs(bounded.vectors[0] @ unbounded.vectors[0]) > 1 - 1e-5
+    run = tmp_path / "run.h5"
+    run.write_bytes(tiny_run.read_bytes())
+    task = ["--task", f"{TASKS}:Tiny"]
+    opsig("sharpness", run, *task, "--at", "iterate", "--steps", 0, "--memory", "64MiB", "-q").fails(
+        1, "419 parameters", "of 64.0 MiB are left", "Give --memory", "or a smaller -k"
+    )
+    opsig("sharpness", run, *task, "--memory", "much").fails(2, "--memory 'much' is no size. Write --memory 12GiB")
+    plan = opsig("sharpness", run, *task, "--plan", "--memory", "64MiB")
+    assert plan.records[0]["fits"] is False
+    assert plan.records[0]["memory_bound"] == 64 << 20
+    assert "needs at least" in plan.err
+    assert opsig("track", run, *task, "--plan").code == 0
+
+
+@pytest.mark.parametrize("task", [f"{TASKS}:Tiny", f"{TASKS.parent.parent / 'token_task.py'}:Digits"])
+def test_a_batch_is_cut_where_its_graph_does_not_fit(task):
+    session = TorchSession(load(parse_spec(task))[0], "cpu")
+    state = session.initial(0)
+    whole, vector = session.gradient_norms(state), np.ones((1, len(state.params)), np.float32)
+    product = session.hessian_vectors(state, vector)
+    for order in (1, 2):
+        session.kept["item bytes", order] = session.bound() // 40  # five items are an eighth
+    assert session.fitting_batch(1) == session.fitting_batch(2) == 4
+    assert np.allclose(session.gradient_norms(state), whole, rtol=1e-5, equal_nan=True)
+    assert np.allclose(session.hessian_vectors(state, vector), product, rtol=1e-4, atol=1e-6)
+
+
+def test_transposed_weights_and_a_tied_embedding_are_captured():
+    pytest.importorskip("transformers", reason="GPT-2 is of transformers")
+    session = TorchSession(load(parse_spec(GPT2))[0], "cpu")
+    state = session.initial(0)
+    with session.at(state):
+        plan = captured.gradient_plan(session)
+        assert plan.loose == ["transformer.wpe.weight"]  # entered once for all samples
+        exact = []
+        for sample in range(session.samples):
+            loss = session.batch_losses(session.batches.take([sample]))[0]
+            parts = torch.autograd.grad(loss, session.flat.parameters, materialize_grads=True)
+            exact.append(torch.cat([part.reshape(-1) for part in parts]))
+    rows = torch.stack(exact).double()
+    assert np.allclose(session.gradient_norms(state), rows.norm(dim=1), rtol=1e-5)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    everybody = np.arange(session.samples)
+    assert np.allclose(session.gradient_cosines(state, everybody), unit @ unit.T, atol=1e-5)
+    found = session.mean_cosines(state, everybody, [np.arange(3)])
+    assert np.allclose(found[:, 0], (unit @ unit[:3].mean(0)).numpy(), atol=1e-5)
+
+
+def test_random_starts_are_of_length_one_and_the_same_whatever_the_pieces(monkeypatch):
+    like = torch.empty(1000)
+    whole = eigen.random_start(like, 3)
+    monkeypatch.setattr(eigen, "AT_ONCE", 160)
+    assert torch.allclose(eigen.random_start(like, 3), whole, atol=1e-7)

@@ -1,0 +1,87 @@
+"""Several processes that measure together: gloo on one machine."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from conftest import TASKS, train_tiny
+from together import finish, start
+
+from opsig_cli import open_trajectory
+from opsig_cli.commands.launched import Launch, launched
+from opsig_cli.errors import UsageError
+
+CHECK = str(TASKS.parent.parent / "together_check.py")
+ONE_LINE = "Every finished step is kept: run the same command again"
+
+
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.long), 3])
+def test_every_number_has_the_same_bits_on_several_processes(count):
+    ends = finish(start(count, program=(CHECK,)))
+    assert [end.code for end in ends] == [0] * count, ends
+    assert [end.out for end in ends] == [""] * count
+    assert "refused: OpsigError: the checkpoint has 418 parameters" in ends[0].err
+
+
+def test_a_command_prints_once_and_writes_the_file_of_one_process(opsig, tmp_path):
+    alone, together = tmp_path / "alone.h5", tmp_path / "together.h5"
+    assert opsig(*train_tiny(alone, "--chunk-size", 9, steps=20)).code == 0
+    ends = finish(start(2, *train_tiny(together, "--chunk-size", 9, "--quiet", steps=20)))
+    assert [end.code for end in ends] == [0, 0], ends
+    assert ends[0].out
+    assert ends[1].out == ends[1].err == ""
+    with open_trajectory(alone) as one, open_trajectory(together) as two:
+        assert np.array_equal(one.losses(), two.losses())
+        assert np.array_equal(one.row("checkpoints/params", 20), two.row("checkpoints/params", 20))
+
+
+def test_a_users_mistake_is_one_line_of_the_first_process():
+    ends = finish(start(2, "track", "nowhere.h5"))
+    assert [end.code for end in ends] == [1, 0]
+    assert ends[0].err == "opsig: nowhere.h5 does not exist\n"
+    assert ends[1].out == ends[1].err == ""
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_a_process_that_dies_ends_the_others_and_nothing_is_lost(tmp_path, opsig, victim):
+    run = tmp_path / "run.h5"
+    arguments = ["sharpness", run, "--at", "iterate", "--task", f"{TASKS}:Tiny", "-q"]
+    assert opsig(*[a for a in train_tiny(run, "--checkpoint-every", 1) if a != "--track"]).code == 0
+    processes = start(2, *arguments)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        with open_trajectory(run) as open_run:
+            if len(open_run.steps("sharpness")) > 2:
+                break
+        time.sleep(0.05)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    ends = finish(processes)
+    left = ends[1 - victim]
+    assert left.code == 1, left
+    assert left.err.count("\n") == 1, left.err
+    assert ONE_LINE in left.err
+    with open_trajectory(run) as open_run:
+        kept = open_run.steps("sharpness").tolist()
+        before = open_run.rows("sharpness/eigenvalue", 0, len(kept))
+    assert 2 < len(kept) < 61
+    again = opsig(*arguments)
+    assert again.code == 0, again.err
+    with open_trajectory(run) as open_run:
+        assert len(open_run.steps("sharpness")) == 61
+        assert np.array_equal(open_run.rows("sharpness/eigenvalue", 0, len(kept)), before)
+
+
+def test_processes_know_their_place_from_torchrun_or_a_step_of_slurm():
+    torchrun = {"RANK": "1", "WORLD_SIZE": "4"}
+    assert launched(["track", "run.h5"], torchrun) == Launch(1, 4)
+    assert launched(["track", "run.h5", "--part", "1/4", "-o", "p"], torchrun) is None
+    assert launched(["track", "run.h5"], {"RANK": "0", "WORLD_SIZE": "1"}) is None
+    step = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "12"}
+    assert launched(["track", "run.h5"], step) == Launch(3, 8)
+    assert step["MASTER_ADDR"] == "gpu07"
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}  # the script of a job is one process, whatever it asked for
+    assert launched(["track", "run.h5"], batch) is None
+    with pytest.raises(UsageError, match="no numbers"):
+        launched([], {"RANK": "first", "WORLD_SIZE": "2"})
