@@ -313,12 +313,18 @@ class Reading:
             wide, could = self._sums(f"{group}/wide_checksum", places, lambda _, values: values)
             sums, readable = sums ^ wide, readable & could
             columns = {name: dataset for name, dataset in columns.items() if not is_wide(name)}
+        wide = np.zeros_like(sums)
         for name in columns:
             if known and name in known:
-                sums ^= row_checksums(name, known[name])
+                found = row_checksums(name, known[name])
             else:
                 found, could = self._sums(name, places, row_checksums)
-                sums, readable = sums ^ found, readable & could
+                readable &= could
+            sums ^= found
+            wide ^= found if is_wide(name) else 0
+        if not narrow and apart is not None:
+            stated, could = self._sums(f"{group}/wide_checksum", places, lambda _, values: values)
+            readable &= could & ((stated == wide) | (stated == fill_of(stated.dtype)))
         return places[(sums != 0) | ~readable]
 
     def _sums(
