@@ -62,7 +62,14 @@ HEAVY = {
     "train --like": ("train", "-o", "NEW", "--like", "RUN", "--steps", "2", *TASK),
 }
 COMMANDS = LIGHT | HEAVY
-CHANGES_FILE = {"sharpness", "track", "train --resume"}
+CHANGES_FILE = {
+    "sharpness",
+    "track",
+    "train --resume",
+    "cluster",
+    "cluster --by loss",
+    "report",
+}  # or keeps what it found
 NOT_COMPARED = ("trajectory", "path", "bytes", "bytes_before", "reason", "groups", "parameters")
 SECONDS = 20
 """A command that takes longer hangs."""
