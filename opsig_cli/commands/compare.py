@@ -51,10 +51,11 @@ def compare(
             return written, span
 
         written, span = options.without_damage(work)
+        own = {run.path: answers.task_of(run, None) for run in opened}
     if span:
         options.note(f"note: compared from the fork on, steps {span[0]} to {span[1]}", quiet)
     records.write(written, format, [records.Table("", _rows(written))])
-    options.conclude(answers.compared(written), quiet, figure)
+    options.conclude(answers.compared(written, own), quiet, figure)
 
 
 def _rows(written: list[dict]) -> list[dict]:

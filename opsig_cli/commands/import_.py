@@ -102,8 +102,9 @@ def import_(
     Example: opsig import checkpoints/*.pt --task mytask.py:MyTask --learning-rate 0.1 --track -o run.h5
     """
     from opsig_cli import records
-    from opsig_cli.studies import answers
+    from opsig_cli.studies import answers, sighted
     from opsig_cli.studies.importing import entry
+    from opsig_cli.trajectory.file import open_trajectory
 
     given = dict(
         optimizer=optimizer, learning_rate=learning_rate, momentum=momentum, beta1=beta1, beta2=beta2,
@@ -124,5 +125,7 @@ def import_(
     tracked = losses is not None or any(r.get("loss") is not None for r in written)
     found = f"{len(written)} {'steps' if paths is None or not paths else 'checkpoints'}"
     found += f", steps {written[0]['step']} to {written[-1]['step']}" if written else " that were not there"
-    follow = answers.command("analyse" if tracked else "track", output, task=task)
+    with open_trajectory(output) as run:
+        seen = sighted.chosen(run) and not run.has("checkpoints/params")
+    follow = answers.command("mine" if seen else "analyse" if tracked else "track", output, task=None if seen else task)
     options.conclude(answers.Answer(found, follow), quiet, output)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 TOLD = 4
 """Established pairs that the answer names."""
+TOLD_ROWS = 12
+"""Rows of a batch that it names."""
+MOST = 0.9
+"""Part of a batch's excess that the rows named are to carry."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,34 @@ def mined(records: Sequence[Record], run: str, unit: str, task: str | None = Non
     change = with_unit(f"{first['loss_before']:.3g} -> {first['loss_after']:.3g}", unit)
     said.append(f"{who}; sample {first['sample']} moves most, {change} at step {first['step']}")
     return Answer("; ".join(said), command("cluster", run, task=task))
+
+
+def sighted(
+    records: Sequence[Record], run: str, step: int | None, grouped: bool, task: str | None = None
+) -> Answer:  # fmt: skip
+    """Of `mine` on sightings: at `step` which rows carry the batch's excess, else at which step most of them are.
+
+    `grouped`: the run has two checkpoints, by which they can be grouped.
+    """
+    movers = [r for r in records if r.get("kind") != "not_finite"]
+    if not movers:
+        return Answer("no sample was seen often enough to be held against what was expected of it")
+    follow = command("cluster", run, task=task) if grouped else None
+    if step is None:
+        excess: dict[int, float] = {}
+        for record in movers:
+            excess[record["step"]] = excess.get(record["step"], 0) + max(0, record["change"] or 0)
+        most = max(excess, key=excess.__getitem__)
+        count = sum(r["step"] == most for r in movers)
+        found = f"of the {len(movers)} samples that exceed the expected most, those at step {most} do so most: {count}"
+        return Answer(found, command("mine", run, "--step", str(most)))
+    carried, rows = 0.0, []
+    for record in sorted(movers, key=lambda r: -(r["share"] or 0)):
+        if carried >= MOST:
+            break
+        carried, rows = carried + (record["share"] or 0), [*rows, str(record["sample"])]
+    named = ", ".join(rows[:TOLD_ROWS]) + (f" and {len(rows) - TOLD_ROWS} more" if len(rows) > TOLD_ROWS else "")
+    return Answer(f"{len(rows)} rows carry {carried:.0%} of what step {step} exceeds the expected: {named}", follow)
 
 
 def clustered(
@@ -252,7 +284,7 @@ def branched(records: Sequence[Record], run: str) -> Answer:
     return Answer(found or "nothing was changed", follow if paths and paths != [run] else command("info", run))
 
 
-def compared(records: Sequence[Record]) -> Answer:
+def compared(records: Sequence[Record], own: Mapping[str, str | None] | None = None) -> Answer:
     """Of `compare`: the lowest loss, and who is above the threshold."""
     known = [r for r in records if r["loss"] is not None]
     parts = []
@@ -263,7 +295,8 @@ def compared(records: Sequence[Record]) -> Answer:
     if at_edge:
         parts.append(f"sharpness is above the threshold in {', '.join(at_edge)}")
     missing = [r["trajectory"] for r in records if r["sharpness"] is None]
-    follow = command("sharpness", missing[0]) if missing else command("cluster", records[0]["trajectory"])
+    run, own = (missing or [records[0]["trajectory"]])[0], own or {}
+    follow = command("sharpness" if missing else "cluster", run, task=own.get(run))
     return Answer("; ".join(parts) or "none of the runs has a loss", follow)
 
 
@@ -284,7 +317,12 @@ def described(record: Record, task: str | None = None) -> Answer:
     has = [name for name in ("losses", "checkpoints", "sharpness", "floor", "slopes") if name in groups]
     state = record["state"] or "of no stated state"
     found = f"a run of {record['samples']:,} samples to step {record['steps']}, {state}"
+    seen = record.get("sightings")
+    if seen:
+        has.insert(0, f"{seen:,} sightings of samples' losses")
     found += f", with {', '.join(has)}" if has else ", with neither losses nor checkpoints"
+    if seen and "losses" not in groups:
+        return Answer(found, command("mine", run))
     if "losses" in groups:
         return Answer(found, command("analyse", run, task=task))
     return Answer(found, command("track", run, task=task) if "checkpoints" in groups else None)

@@ -88,6 +88,7 @@ def mine(
 
         found, records, broken = without_damage(work, damage.append)
         unit, own = loss_unit(trajectory), answers.task_of(trajectory, None)
+        grouped = len(trajectory.steps("checkpoints")) > 1
     if back is None and not isinstance(run, Trajectory):
         kept.keep(trajectory.path, "mined", origin, found)
     notes = [found.note] if found.note else []
@@ -105,7 +106,10 @@ def mine(
             return drawing.draw_movers(filled(again, found.known), found, records)
 
     title = f"{trajectory.path}: samples that move most, by {found.score_name}"
-    answer = answers.mined(broken + records, trajectory.path, unit, own)
+    if isinstance(found, sighted.Sighted):
+        answer = answers.sighted(records, trajectory.path, step, grouped, own)
+    else:
+        answer = answers.mined(broken + records, trajectory.path, unit, own)
     return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw, answer=answer)
 
 
