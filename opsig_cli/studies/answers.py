@@ -179,7 +179,7 @@ def _fork(run: Trajectory, records: Sequence[Record]) -> tuple[int, int] | None:
     be trained on."""
     pairs = by_strength(record for record in records if record["kind"] == "pair")
     settings = settings_of(run)
-    if not pairs or settings is None or not run.has("checkpoints/params") or not settings.task:
+    if not pairs or settings is None or not run.has("checkpoints/params") or not settings.task or settings.untold():
         return None
     swings = pairs[0]["apart_step"] or pairs[0]["rise_step"]
     before = [step for step in run.steps("checkpoints").tolist() if step < swings]
