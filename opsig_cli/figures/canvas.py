@@ -56,7 +56,10 @@ def fonts(first: str = "DejaVu Sans") -> list[str]:
 
 def style() -> dict[Any, Any]:
     """What every page is drawn and saved with."""
-    return {"svg.hashsalt": "opsig", "svg.fonttype": "none", "font.size": 9, "font.family": fonts()}
+    return {
+        "svg.hashsalt": "opsig", "svg.fonttype": "none", "pdf.fonttype": 42,  # many venues refuse fonts of type 3
+        "font.size": 9, "font.family": fonts(),
+    }  # fmt: skip
 
 
 class Area:
