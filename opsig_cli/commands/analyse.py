@@ -16,20 +16,13 @@ from opsig_cli.errors import OpsigError
 
 def analyse(
     run: options.RunArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="PATH", callback=options.check_output, help="Default: the run's name with .html."
-        ),
-    ] = None,
+    output: options.PageOption = None,
     by: options.ByOption = None,
     top: options.TopOption = None,
     sharpness: Annotated[
         bool, typer.Option("--sharpness/--no-sharpness", help="Measure the sharpness too, where that is affordable.")
     ] = True,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
-    ] = False,
+    replace: options.ReplacePageOption = False,
     task: options.TaskOption = None,
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,

@@ -205,6 +205,13 @@ class Command(TyperCommand):
         return params
 
 
+PageOption = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="PATH", callback=check_output, help="Default: the run's name with .html."),
+]
+ReplacePageOption = Annotated[
+    bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
+]
 TopOption = Annotated[
     int | None, typer.Option("--top", min=2, help="Samples to mine first. Default: a fifth, 200 to 2,000.")
 ]

@@ -15,17 +15,10 @@ from opsig_cli.commands import options
 
 def report(
     run: options.RunArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="PATH", callback=options.check_output, help="Default: the run's name with .html."
-        ),
-    ] = None,
+    output: options.PageOption = None,
     by: options.ByOption = None,
     top: options.TopOption = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Overwrite PATH even if it is no report of opsig's.")
-    ] = False,
+    replace: options.ReplacePageOption = False,
     branch: Annotated[
         list[str] | None,
         typer.Option("--branch", metavar="BRANCH", help="Branches to list. Default: those in the run's folder."),
