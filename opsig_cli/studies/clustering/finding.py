@@ -219,10 +219,9 @@ def judged(run: Trajectory, clusters: Clusters, outcome: silencing.Outcome, test
             verdict, reason = "unclear", "a part of its evidence could not be measured, as where losses do not move"
         else:
             silenced = tuple(outcome.silenced.get(number, ()))
-            untested = outcome.untested.get(number, "")
             known = Evidence(
-                pair.opposition, pair.interval[1], pair.p_value, pair.alike, silenced, untested,
-                labelled=labelled, still=untested in silencing.STILL, at_ends=clusters.by == "slope",
+                pair.opposition, pair.interval[1], pair.p_value, pair.alike, silenced, outcome.untested.get(number, ""),
+                labelled=labelled, still=number in outcome.still, at_ends=clusters.by == "slope",
             )  # fmt: skip
             verdict, reason = judge(known)
             pair = replace(pair, silenced=silenced)

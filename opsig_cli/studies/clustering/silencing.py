@@ -7,7 +7,7 @@ S samples of the run, T steps of a replay, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,13 +38,14 @@ SWINGS = 1.0
 
 @dataclass
 class Outcome:
-    """What silencing showed of each pair, by its number from 0; of the others, why they were not tested; from where,
-    and how many replays."""
+    """What silencing showed of each pair, by its number from 0; of the others, why they were not tested, and which of
+    them are `still` where the run swings; from where, and how many replays."""
 
     silenced: dict[int, list[Silenced]]
     untested: dict[int, str]
     steps: list[int]
     replays: int = 0
+    still: set[int] = field(default_factory=set)
 
 
 def replayable(run: Trajectory, session: Session) -> Settings | None:
@@ -105,8 +106,9 @@ def silence(
                     compared(step, [members[group] for group in pairs[n]], plain, without, controlled)
                 )
     for n in range(len(pairs)):
-        if n not in swung:
-            outcome.untested.setdefault(n, _why_not(plains, [members[g] for g in pairs[n]]))
+        if n not in swung and n not in outcome.untested:
+            outcome.untested[n], still = _why_not(plains, [members[g] for g in pairs[n]])
+            outcome.still |= {n} if still else set()
     return outcome
 
 
@@ -201,18 +203,12 @@ def swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
     return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(everybody) for side in sides)
 
 
-STILL = (
-    "its losses do not swing, so that silence says nothing",
-    "one side or both swing less than samples do on average, so that silence says nothing",
-)
-"""Why a pair was not tried where the run swings and it does not."""
-
-
-def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:
+def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> tuple[str, bool]:
+    """Why a pair could not be tried, and whether that is because it is still while the run swings."""
     if not plains:
-        return "no training was repeated (--budget)"
+        return "no training was repeated (--budget)", False
     if all(not period_two(plain) > 0 for plain in plains.values()):
-        return "the run does not swing at the checkpoints held out, so that silence says nothing"
+        return "the run does not swing at the checkpoints held out, so that silence says nothing", False
     if all(not period_two(plain[:, side]) > 0 for plain in plains.values() for side in sides):
-        return STILL[0]
-    return STILL[1]
+        return "its losses do not swing, so that silence says nothing", True
+    return "one side or both swing less than samples do on average, so that silence says nothing", True
