@@ -37,7 +37,7 @@ class Outcome:
 
     def fails(self, code: int, *words: str) -> None:
         """Assert that the command ended with this code and one line on stderr that holds the words."""
-        lines = [line for line in self.err.splitlines() if not line.startswith(("device:", "note:"))]
+        lines = [line for line in self.err.splitlines() if not line.startswith("device:")]
         assert self.code == code, self.err
         assert len(lines) == 1, self.err
         for word in words:

@@ -162,6 +162,8 @@ def _cluster(
     with opened(run) as trajectory:
         if sample is not None:
             mining.positions_of(trajectory, [sample])  # refused before anything is loaded
+        if explain is not None and not sighted.chosen(trajectory):
+            explaining.row_of(trajectory, explain)
 
         def work():
             found = keeper.find(
@@ -394,11 +396,11 @@ def _eigenvalues(
     missing, rough = curvature.to_measure(run, group, steps, k, tolerance)
     if len(missing) < len(steps):
         note(f"measured already: {len(steps) - len(missing)} of {len(steps)} checkpoints")
-    if rough:
-        note(f"note: measured again: {rough} checkpoints, held to a residual above the tolerance {tolerance:g}")
     with progress("sharpness", len(missing)) as advance:
         for step in curvature.measure(run, session, group, missing, count, tolerance):
             advance(note=f"step {step}")
+    if rough:
+        note(f"measured again: {rough} checkpoints, held to a residual above the tolerance {tolerance:g}")
     found = curvature.records(run, group, steps, tolerance, k)
     if settings_of(run) is None:
         note("no stability threshold: the file does not say how it was trained. Recorder takes that as settings_json")

@@ -16,17 +16,24 @@ from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.trajectory.file import Trajectory
 
 
+def row_of(run: Trajectory, step: int) -> int:
+    """The row of `losses` at a step that has a row before it. Raises OpsigError for a step without losses, or the
+    first."""
+    steps = run.steps("losses")
+    row = int(np.searchsorted(steps, step))
+    if row == 0 or row == len(steps) or steps[row] != step:
+        raise OpsigError(f"{run.path} has no change of losses at step {step}. It has: {steps[1]} to {steps[-1]}")
+    return row
+
+
 def explain(run: Trajectory, clusters: Clusters, step: int) -> list[dict[str, Any]]:
     """The change of the whole loss at a step taken apart into groups, the largest first, and what remains.
 
     Members that joined count with their group, and `joined` says how many of the `size` they are. Changes are summed
     over samples. `movement`: the part of all samples' movement, up and down; `share`: of the net change, None where
-    that is close to zero beside all movement. Raises OpsigError for a step without losses, or the first.
+    that is close to zero beside all movement. Raises OpsigError as `row_of`.
     """
-    steps = run.steps("losses")
-    row = int(np.searchsorted(steps, step))
-    if row == 0 or row == len(steps) or steps[row] != step:
-        raise OpsigError(f"{run.path} has no change of losses at step {step}. It has: {steps[1]} to {steps[-1]}")
+    row = row_of(run, step)
     before, after = run.rows("losses/loss", row - 1, row + 1).astype(np.float64)
     change_S = after - before
     whole, movement = float(change_S.sum()), float(np.abs(change_S).sum())
@@ -49,7 +56,7 @@ def explain(run: Trajectory, clusters: Clusters, step: int) -> list[dict[str, An
             "kind": "explain",
             "trajectory": run.path,
             "step": step,
-            "previous_step": int(steps[row - 1]),
+            "previous_step": int(run.steps("losses")[row - 1]),
             "group": None if group is None else group + 1,
             "pair": None if group is None else pair_of.get(group),
             "size": len(members),
