@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
@@ -32,7 +31,7 @@ from opsig_cli.commands import (
     train,
     verify,
 )
-from opsig_cli.commands.launched import launched
+from opsig_cli.commands.launched import launched, value_of
 from opsig_cli.commands.options import Command
 from opsig_cli.errors import OpsigError
 from opsig_cli.tasks import own_frames
@@ -119,7 +118,7 @@ def _alone_or_together() -> None:
         app()
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would show its own stack where another process dies
-    name = next((value for flag, value in pairwise(sys.argv) if flag == "--backend"), "torch")
+    name = value_of("--backend", sys.argv) or "torch"
     backend = load_backend(name)
     if not isinstance(backend, Meets):
         raise OpsigError(f"backend {name} works on one process. Start it without torchrun, or with --part")

@@ -23,6 +23,22 @@ class Launch:
     size: int
 
 
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What is given for an option, as `--option VALUE` or `--option=VALUE`: the last, or None where it is not given.
+
+    >>> value_of("--backend", ["track", "--backend=a", "--backend", "b"]), value_of("--backend", ["--", "--backend=a"])
+    ('b', None)
+    """
+    found = None
+    for place, argument in enumerate(arguments):
+        if argument == "--":
+            break
+        name, equals, value = argument.partition("=")
+        if name == option:
+            found = value if equals else next(iter(arguments[place + 1 :]), None)
+    return found
+
+
 def launched(arguments: Sequence[str], environment: MutableMapping[str, str] = os.environ) -> Launch | None:
     """The place among processes that were started together, or None for one that works alone.
 
