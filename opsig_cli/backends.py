@@ -301,6 +301,10 @@ class Backend(Protocol):
         ...
 
 
+PRODUCTS = 10
+"""Hessian-vector products of a top eigenvalue from nothing: 10 to 13 on small networks (benchmarks/curvature.py)."""
+
+
 @runtime_checkable
 class Meets(Protocol):
     """What a backend can do that shares its work among processes that were started together."""

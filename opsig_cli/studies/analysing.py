@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from opsig_cli.backends import PRODUCTS
 from opsig_cli.trajectory.file import Trajectory
 
-PRODUCTS = 10
-"""Products of the Hessian with a vector that a checkpoint's top eigenvalue takes, about."""
 AFFORDABLE = 3e11
 """Samples times parameters times products: about a minute of one core for fully connected layers. It is a number of
 operations and no time, so that the same command measures the same steps anywhere."""

@@ -51,8 +51,6 @@ class Group:
         self._store = store
         self.sessions = 0
         """How many sessions these processes have opened."""
-        self.reordered = False
-        """Whether terms of a sum were too large to be kept, and were added up out of order."""
 
     @property
     def leads(self) -> bool:
@@ -113,7 +111,7 @@ class Group:
         """The sum of everybody's terms, (P,), in order of process: the bits of one process that adds up all of them.
 
         The terms are made at the same time. Then the sum goes from process to process, each adding its own in turn, and
-        at last to all. Terms of more than KEPT_BYTES are added up beforehand: `reordered` says so.
+        at last to all. Terms of more than KEPT_BYTES are added up beforehand, out of order.
         """
         total = torch.zeros_like(like)
         kept: list[torch.Tensor] = []
@@ -124,7 +122,6 @@ class Group:
                     continue
                 if (len(kept) + 1) * term.nbytes > KEPT_BYTES and kept:
                     kept[-1] += term
-                    self.reordered = True
                 else:
                     kept.append(term)
         except Exception as error:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from opsig_cli.backends import Need
+from opsig_cli.backends import PRODUCTS, Need
 from opsig_torch import layer_gradients, small_basis
 from opsig_torch.hessian import PRODUCT_VECTORS, basis_room
 from opsig_torch.memory import held
 from opsig_torch.opened import Opened
 
-PRODUCTS, MORE = 15, 8
-"""Hessian-vector products of a solve for one eigenpair from nothing, and for each more: about, on small networks."""
+MORE = 8
+"""Hessian-vector products of a solve for each eigenpair after the first, about."""
 PRODUCT_PASSES = 2.0
 """Forward and backward passes that a product takes, where graphs are kept or not."""
 
