@@ -6,6 +6,7 @@ T steps that have sightings, S samples, B samples of a batch, M mined.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def find(
         means, counts = _of_batches(run, steps)
     usual = trend(means, counts)
     inside = (int(steps[first]), int(steps[stop - 1]))
-    scan = _Scan(run, usual, score or "change", direction)
+    scan = _Scan(run, usual, means - usual.before, score or "change", direction)
     if step is not None:
         rows = scan.batch(first, known)
         note = _said_of_batch(step, rows, means[first], usual.before[first], known)
@@ -132,16 +133,21 @@ def _of_batches(run: Trajectory, steps: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 class _Scan:
-    """One pass over the batches of a run in order of step: memory is about 350 bytes a sample, and a block."""
+    """One pass over the batches of a run in order of step: memory is about 350 bytes a sample, and a block.
 
-    def __init__(self, run: Trajectory, usual: Trend, score: str, direction: str):
+    `above_T`: how far the mean loss of each batch lies above the trend.
+    """
+
+    def __init__(self, run: Trajectory, usual: Trend, above_T: np.ndarray, score: str, direction: str):
         self._run, self._usual, self._score, self._direction = run, usual, score, direction
+        self._above_T = above_T
         self._ids = run.samples
         self._order = np.argsort(self._ids)
         self._last = np.zeros(len(self._ids), ROW)
         self._last["previous_step"] = self._last["step"] = self._last["prediction"] = -1
         self._last["loss"] = np.nan
         self.broken: list[dict[str, Any]] = []
+        self._known_broken: set[int] = set()
 
     def batch(self, at: int, losses_known: bool) -> np.ndarray:
         """The rows of the batch at this place in time, the largest share first (M,)."""
@@ -206,7 +212,7 @@ class _Scan:
         best = np.zeros(len(self._ids), ROW)
         best["batch"] = -1
         for t, (step, batch) in enumerate(sightings.batches(self._run)):
-            place, above = self._places(batch), self._usual_excess(t)
+            place, above = self._places(batch), float(self._above_T[t])
             if np.isfinite(above):
                 np.add.at(total, place, above)
                 np.add.at(times, place, 1)
@@ -220,26 +226,23 @@ class _Scan:
         best["score"] = np.where(times > 0, total / np.maximum(times, 1), np.nan)
         return best[best["batch"] >= 0]
 
-    def _usual_excess(self, t: int) -> float:
-        if not hasattr(self, "_above"):
-            steps = np.array([step for step, _ in sightings.batches(self._run)])
-            self._above = _of_batches(self._run, steps)[0] - self._usual.before
-        return float(self._above[t])
-
     def _places(self, batch: Sightings) -> np.ndarray:
         return self._order[np.searchsorted(self._ids, batch.sample, sorter=self._order)]
+
+    @cached_property
+    def _labels(self) -> np.ndarray | None:
+        return self._run.read("samples/label") if self._run.has("samples/label") else None
 
     def _note_broken(self, rows: np.ndarray) -> None:
         """Samples that are not finite while others of their batch are; a batch of none is one that is not known."""
         good = np.isfinite(rows["loss"])
         if good.all() or not good.any():
             return
-        known = {record["sample"] for record in self.broken}
-        labels = self._run.read("samples/label") if self._run.has("samples/label") else None
         for row in rows[~good]:
             sample = int(self._ids[row["place"]])
-            if sample not in known:
-                label = None if labels is None else str(labels[row["place"]])
+            if sample not in self._known_broken:
+                self._known_broken.add(sample)
+                label = None if self._labels is None else str(self._labels[row["place"]])
                 self.broken.append({"kind": "not_finite", "trajectory": self._run.path, "sample": sample,
                                     "step": int(row["step"]), "label": label})  # fmt: skip
 

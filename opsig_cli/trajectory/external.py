@@ -181,7 +181,9 @@ def changed_steps(run: Any) -> tuple[list[int], str | None]:
         try:
             hashes = run.rows("checkpoints/external/sha256", position, position + 1)[0].tolist()
             for (path, _), expected in zip(_files(run, position), filter(None, hashes), strict=True):
-                if known.setdefault(path, sha256_of(path)) != expected.decode():
+                if path not in known:
+                    known[path] = sha256_of(path)
+                if known[path] != expected.decode():
                     raise OpsigError(_changed(path, run.path))
         except (OpsigError, OSError) as error:
             damaged.append(step)
