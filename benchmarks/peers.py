@@ -5,12 +5,12 @@
 
 Trains an MLP on Fashion-MNIST by gradient descent with a checkpoint every ten steps. Every solver is asked for the k
 most positive eigenpairs at a residual of 1e-3 at every `--every`-th checkpoint; opsig, and the peer that can start from
-the last checkpoint's vectors, solve at all of them, as along a run. Each peer has its best options: eigsh the subspace
-that costs it least, LOBPCG as many vectors as it needs, the Lanczos of hessian-eigenthings the number of steps that
-just suffices, PyHessian the tolerance at which its vectors are good. The residual that is printed is the true one,
-|Hv - av| / |a|, the worst of all pairs, by opsig's product. Per sample: gradient norms by BackPACK and Opacus, cosines
-by a vmapped gradient and a product. Costs are in gradients: CPU seconds over those of one forward and backward pass
-over the data, whole calls, all taken in turns.
+the last checkpoint's vectors, solve at all of them, as along a run. eigsh has its default subspace and one of 2k + 4
+vectors, LOBPCG one vector more than asked for, the Lanczos of hessian-eigenthings the number of steps that just
+suffices, PyHessian its default tolerance and 1e-6; nobody's options are swept. The residual that is printed is the
+true one, |Hv - av| / |a|, the worst of all pairs, by opsig's product. Per sample: gradient norms by BackPACK and
+Opacus, cosines by a vmapped gradient and a product. Costs are in gradients: CPU seconds over those of one forward and
+backward pass over the data, whole calls, all taken in turns.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ COMMANDS = {
     "track": ["track", "run.h5"],
     "sharpness": ["sharpness", "run.h5", "--at", "iterate", "--steps", "12:20:4", "--replace"],
     "curvature": ["sharpness", "run.h5", "--steps", "20", "--metrics", "gradient_norm,curvature"],
-    "cluster": ["cluster", "done.h5", "--by", "gradient", "--test", "none"],
+    "cluster": ["cluster", "done.h5", "--by", "gradient", "--test", "none", "--replace"],
 }
 
 
@@ -59,18 +59,17 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder
     train = f"train --task fashion-mnist --model {arguments.model} --learning-rate 0.1 --steps 20 -o whole.h5"
-    train += " --checkpoint-every 1"
-    if not (folder / "whole.h5").exists():
+    train += " --checkpoint-every 1 --replace"
+    if not (folder / "done.h5").exists():
         subprocess.run(
             [sys.executable, "-m", "opsig_cli", *train.split(), "-q"], cwd=folder, check=True, stdout=subprocess.DEVNULL
         )
-        shutil.copy(folder / "whole.h5", folder / "done.h5")
+        shutil.copy(folder / "whole.h5", folder / "part.h5")
         subprocess.run(
-            [sys.executable, "-m", "opsig_cli", "track", "done.h5", "-q"],
-            cwd=folder,
-            check=True,
+            [sys.executable, "-m", "opsig_cli", "track", "part.h5", "-q"], cwd=folder, check=True,
             stdout=subprocess.DEVNULL,
-        )
+        )  # fmt: skip
+        (folder / "part.h5").rename(folder / "done.h5")
     idle = {}
     for name, command in COMMANDS.items():
         found = {}
