@@ -337,6 +337,10 @@ def test_pictures_say_of_which_run_and_steps_they_are_and_number_their_samples(o
     assert f"close-up, steps {first} to {first + 40}" in text
 
 
+NEAR_A_THRESHOLD = ("analyse", "branch", "cluster", "report")
+"""Examples whose verdicts may differ between processors; of their answers the beginning is held."""
+
+
 def test_examples_of_the_commands_pages_say_what_the_commands_say(tmp_path, monkeypatch):
     """Numbers aside: they are another machine's."""
     monkeypatch.chdir(tmp_path)
@@ -358,7 +362,8 @@ def test_examples_of_the_commands_pages_say_what_the_commands_say(tmp_path, monk
                 ]
                 for text in (kept, printed)
             ]
-            assert [line[:30] for line in shapes[0]] == [line[:30] for line in shapes[1]], (
+            told = 30 if name in NEAR_A_THRESHOLD else None
+            assert [line[:told] for line in shapes[0]] == [line[:told] for line in shapes[1]], (
                 f"{name}: run docs/make_examples.py and docs/make_reference.py"
             )
 
@@ -367,3 +372,12 @@ def test_answers_of_nothing_are_sentences_too():
     assert answers.mined([], "run.h5", "nats").found == "no sample moves"
     assert answers.sharp([], "run.h5", None, {}).found == "nothing was measured"
     assert json.dumps(answers.branched([], "run.h5").found) == '"nothing was changed"'
+
+
+def test_what_the_shell_offers_is_what_there_is():
+    """Written down once more, as completion imports no torch."""
+    from opsig_torch.training import OPTIMIZERS
+    from opsig_zoo.models import MODELS
+
+    assert set(completions.OPTIMIZERS) == set(OPTIMIZERS)
+    assert set(completions.MODELS) - {"gpt"} == set(MODELS) - {"gpt"}

@@ -5,6 +5,8 @@ That the site builds without warnings is `make docs`'s to see.
 
 import doctest
 import re
+import subprocess
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -61,3 +63,10 @@ def test_every_page_is_in_the_table_of_contents():
         line.strip() for block in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL) for line in block.split("\n")
     }
     assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= listed
+
+
+def test_the_simulated_costs_are_what_the_script_prints():
+    printed = subprocess.run(
+        [sys.executable, DOCS / "clusters" / "cost.py"], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() in (DOCS / "clusters.md").read_text()

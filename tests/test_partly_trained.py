@@ -261,7 +261,7 @@ def test_every_command_takes_a_model_that_is_trained_in_part(run, opsig, tmp_pat
     records("sharpness", file, *own, "--metrics", "trace,critical_sharpness", "--steps", 12)
     records("sharpness", file, *own, "--slice", 12)
     for sketch in ((), ("--sketch", 512)):
-        assert records("cluster", file, *own, *sketch)[-1]["kind"] in ("member", "pair", "group", "tests")
+        assert {r["kind"] for r in records("cluster", file, *own, *sketch)} & {"member", "pair", "group"}
     records("probe", file, *own, "--input", "color:sky", "--steps", 12)
     records("report", file, *own, "-o", tmp_path / "r.html")
     assert "frozen" in (tmp_path / "r.html").read_text()

@@ -217,7 +217,7 @@ def test_a_planted_pair_of_contexts_is_found_and_said(opsig, tmp_path, vocabular
                 assert texts.context(member["text"], member["label"]).endswith(":")
     drawn = picture.read_text()
     assert "after &#x27;" in drawn or "after '" in drawn
-    assert ":<" in drawn
+    assert "than that:<" in drawn
     assert re.search(r">\[\\n\]<", drawn)
 
 

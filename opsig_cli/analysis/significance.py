@@ -232,14 +232,9 @@ def _phases(shape: tuple[int, ...], steps: int, generator: np.random.Generator) 
     return phases
 
 
-def phase_shuffled(series_TM: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Every column with the power of all its frequencies and random phases, (T, M) (Theiler et al. 1992)."""
-    spectrum = np.fft.rfft(series_TM, axis=0)
-    return np.fft.irfft(spectrum * _phases(spectrum.shape, len(series_TM), generator), len(series_TM), axis=0)
-
-
 def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = ROUNDS, seed: int = 0) -> float:
-    """Share of phase-shuffled a, (T,), itself included, that correlate with b at least as negatively as a does.
+    """Share of phase-shuffled a, (T,), itself included, that correlate with b at least as negatively as a does (Theiler
+    et al. 1992).
 
     Two series that do nothing but alternate at period two are at +1 or -1 whatever their phase: the answer is then a
     half, not small. It is 1 where a change is not known. Products of series are those of their spectra (Parseval), so
