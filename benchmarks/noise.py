@@ -67,7 +67,8 @@ def pairs_of(path: Path, kind: str, seed: int) -> list[dict]:
 def told(path: Path, kind: str, seed: int) -> Row:
     """What the pairs of one run come to."""
     pairs = pairs_of(path, kind, seed)
-    keys = ("sizes", "opposition", "alike", "p_value", "swing_ratio", "silenced", "reason", "verdict")
+    keys = ("sizes", "opposition", "alike", "p_value", "swing_ratio", "silenced", "curvature_ratio", "reason",
+            "verdict")  # fmt: skip
     return {
         "kind": kind, "seed": seed, "verdicts": Counter(pair["verdict"] for pair in pairs),
         "silenced": sum(bool(pair["silenced"]) for pair in pairs),

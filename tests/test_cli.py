@@ -273,7 +273,7 @@ def test_groups_are_found_on_some_checkpoints_and_tested_on_others(opsig, tiny_r
 
 def test_a_planted_pair_swings_by_itself(opsig, tmp_path):
     """Silence of its sides ends its swing, that of as many others does not; without that test it is established by
-    what held-out checkpoints show, and without any test it is not."""
+    its curvature and what held-out checkpoints show, and without any test it is not."""
     task = "planted:pairs=1,side=12,samples=300,size=14,patch=4,seed=3"
     run = tmp_path / "run.h5"
     train = ("train", "--task", task, "--model", "mlp:width=16", "--learning-rate", 0.15, "--steps", 120)
@@ -292,6 +292,7 @@ def test_a_planted_pair_swings_by_itself(opsig, tmp_path):
         others = [r for r in opsig("cluster", run, *arguments).records if r["kind"] == "pair"]
         (other,) = [r for r in others if r["sizes"] == [12, 12]]
         assert (other["verdict"], other["silenced"]) == (verdict, [])
+        assert (other["curvature_ratio"] or 1) < 0.2 if "--budget" in arguments else other["curvature_ratio"] is None
         assert other["opposition"] == pytest.approx(planted["opposition"])
 
 

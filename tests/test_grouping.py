@@ -397,7 +397,11 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.01, 0.5, apart(0.1, 0.2, 0.3)), "likely"),  # labels oppose without a shared look
         (Evidence(-0.4, -0.3, 0.01, 0.7, apart(0.1, 0.2, 0.3)), "established"),
         (Evidence(-0.4, -0.3, 0.01, 0.5, apart(0.1, 0.2, 0.3), labelled=False), "established"),
-        (Evidence(-0.4, -0.3, 0.01, 0.9, untested="it is still", still=True), "likely"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.2, 0.6, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.6, 0.6, 0.2)), "likely"),  # the curvature is mostly others'
+        (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.6)), "likely"),
+        (Evidence(-0.4, -0.3, 0.2, 0.9, curved=(0.1, 0.2, 0.1)), "unclear"),
         (Evidence(-0.4, -0.3, 0.2, 0.9, apart(0.1, 0.7, 0.2)), "likely"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, 0.7)), "unclear"),
         (Evidence(-0.4, -0.3, 0.5, 0.7, apart(0.8, 0.7)), "refuted"),
@@ -410,7 +414,7 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1)), "established"),
         (Evidence(-0.4, -0.3, 0.2, 0.9, apart(0.1)), "likely"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.6)), "unclear"),
-        (Evidence(-0.4, -0.3, 0.01, 0.9), "established"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9), "likely"),  # neither silence nor curvature could be measured
         (Evidence(-0.4, -0.3, 0.01, 0.7), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, float("nan")), "likely"),
         (Evidence(-0.4, -0.3, float("nan"), 0.9), "unclear"),

@@ -21,7 +21,8 @@ SILENCES = 0.5
 with the same labels are silent: more than half of it is then the pair's."""
 REPLAYS = 3
 """Held-out checkpoints at which this must be seen, each with controls of its own, with at most one at which it is not,
-for silence alone to decide: at one it often is by chance."""
+for silence alone to decide: at one it often is by chance. Of the curvature of a pair that does not swing the same is
+asked, by the same part."""
 
 RELATED = 0.6
 """Least likeness of sides for silence to establish a pair where samples have labels: sides that share no look, and
@@ -45,9 +46,9 @@ class Silenced:
 class Evidence:
     """What is known of a pair. `opposition` over held-out checkpoints, and the upper end `high` of its interval;
     `p_value` of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced`
-    where it swings and training was repeated, else `untested` says why it was not. `labelled`: samples have labels, by
-    which sides may oppose that share nothing else. `still`: the run swings where
-    training was repeated, and the pair does not. `at_ends`: it was found at the ends of leading eigenvectors, along
+    where it swings and training was repeated, else `untested` says why it was not; then `curved` has R of the curvature
+    along its sides' gradients at each held-out checkpoint, where that was measured. `labelled`: samples have labels, by
+    which sides may oppose that share nothing else. `at_ends`: it was found at the ends of leading eigenvectors, along
     which everything swings: silence alone then says nothing new of it."""
 
     opposition: float
@@ -57,8 +58,14 @@ class Evidence:
     silenced: Sequence[Silenced] = ()
     untested: str = ""
     labelled: bool = True
-    still: bool = False
+    curved: Sequence[float] = ()
     at_ends: bool = False
+
+
+def asks_for_curvature(found: Evidence) -> bool:
+    """Whether all speaks for a pair but silence, which could not be tried: whose curvature it is then decides."""
+    known = found.opposition <= OPPOSES and found.high < 0 and found.p_value <= LEVEL and found.alike >= ALIKE
+    return known and not found.silenced
 
 
 def judge(found: Evidence) -> tuple[str, str]:
@@ -110,9 +117,23 @@ def judge(found: Evidence) -> tuple[str, str]:
     swings = f"the swing of both sides goes when they are silent, at {where} where they swing; "
     why = (swings if ratios else f"{found.untested}; " if found.untested else "") + "on held-out checkpoints "
     if not lacks:
-        sure = not stays and not found.still
-        apart = "the sides pull apart, look alike, and are stronger than chance"
-        return ("established" if sure else "likely"), why + apart
+        apart = why + "the sides pull apart, look alike, and are stronger than chance"
+        if ratios:
+            return ("likely" if stays else "established"), apart
+        own, whose = _own_curvature(found.curved)
+        return ("established" if own else "likely"), f"{apart}, {whose}"
     if ratios or (math.isnan(found.alike) and not chance):
         return "likely", why + f"the sides pull apart, but {lacks}"
     return "unclear", why + f"the sides pull apart, but {lacks}"
+
+
+def _own_curvature(ratios: Sequence[float]) -> tuple[bool, str]:
+    """Whether the curvature along the sides' gradients is a pair's own at all checkpoints, or at REPLAYS of them with
+    at most one at which it is not; and that in words."""
+    if not ratios:
+        return False, "but it is not known whose curvature it is that they feel"
+    goes = sum(ratio < SILENCES for ratio in ratios)
+    where = f"at {goes} of {len(ratios)} checkpoints"
+    if goes == len(ratios) or (goes >= REPLAYS and len(ratios) - goes <= 1):
+        return True, f"and the curvature that they feel is their own, {where}"
+    return False, f"but the curvature that they feel is mostly others', being their own {where}"

@@ -199,6 +199,14 @@ def pair_evidence(pair: Record, unit: str = "nats") -> list[Evidence]:
             f"labels instead it is {percent(pair['silencing_control'])}. What remains is {number(pair['swing_ratio'])} "
             f"of what remains then; below {SILENCES:g} at each step, the swing is the pair's own.",
         ))  # fmt: skip
+    if pair["curvature_ratio"] is not None:
+        rows.insert(0, (
+            "Curvature left without it",
+            number(pair["curvature_ratio"]),
+            "It does not swing, so that silence says nothing. Of the curvature along its sides' gradients this is "
+            "left without its samples, over what is left without as many others of the same labels: below "
+            f"{SILENCES:g}, they make most of it.",
+        ))  # fmt: skip
     if not math.isnan(pair["alike"]):
         rows.insert(1, (
             "Alike to the network",

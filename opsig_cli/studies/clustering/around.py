@@ -18,7 +18,7 @@ from opsig_cli.analysis.pairing import OPPOSES
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import sighted, tracking
-from opsig_cli.studies.clustering import finding, gathering, silencing, slopes, weighing
+from opsig_cli.studies.clustering import finding, gathering, slopes, weighing
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.clustering.sentences import caveat
 from opsig_cli.studies.clustering.window import CHECKPOINTS, HELD_OUT, Window, checkpoints_in, held_out_in
@@ -74,11 +74,7 @@ def find(
         clusters = finding.by_gradient(
             view, session, backend, position, "gradient", weighed, advance, widen=False, joining=join, sketch=sketch
         )
-    outcome = silencing.Outcome({}, {}, [])
-    if test == "replay" and clusters.pairs:
-        most = silencing.BUDGET if budget is None else budget
-        with progress("replays", most // silencing.LENGTH) as advance:
-            outcome = silencing.silence(view, session, clusters, held_out_in(view, weighed), most, advance)
+    outcome = finding.tried(view, session, clusters, held_out_in(view, weighed), test, budget, progress)
     clusters = slopes.with_vectors(finding.judged(view, clusters, outcome, test), slopes.kept_near(view, weighed))
     first, last = mined.window
     span = f"step {first}" if first == last else f"steps {first} to {last}"

@@ -51,7 +51,8 @@ class PairWeight:
     over the same within the groups, NaN where there are none; `loss_correlation` of their mean losses without drift,
     and `p_value_losses`, its p-value against phase-shuffled series; `apart`: the row of the window after the change in
     which they move apart most, and both changes, and `apart_movement` the part of all samples' movement there that is
-    the pair's; `family`: number of the finding that the pair is a part of."""
+    the pair's; `family`: number of the finding that the pair is a part of; `curved`: R of the curvature along its
+    sides' gradients at each held-out checkpoint, where that was asked for."""
 
     cohesion: float
     opposition: float
@@ -71,6 +72,7 @@ class PairWeight:
     family: int = 0
     apart_movement: float = 0.0
     silenced: tuple[Silenced, ...] = ()
+    curved: tuple[float, ...] = ()
     verdict: str = "unclear"
     reason: str = "it was not tested"
 

@@ -14,11 +14,11 @@ from opsig_cli.analysis.group_means import group_means
 from opsig_cli.analysis.grouping import Grouping
 from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.significance import NOTHING
-from opsig_cli.analysis.verdicts import Evidence, judge
+from opsig_cli.analysis.verdicts import Evidence, asks_for_curvature, judge
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies import mining, tracking
-from opsig_cli.studies.clustering import gathering, silencing, slopes, weighing
+from opsig_cli.studies.clustering import curving, gathering, silencing, slopes, weighing
 from opsig_cli.studies.clustering.clusters import Clusters, Tests
 from opsig_cli.studies.clustering.joining import Candidates, candidates, cosines
 from opsig_cli.studies.clustering.sentences import caveat
@@ -105,11 +105,7 @@ def find(
                 run, session, backend, position, by, weighed, advance,
                 widen=samples is None, joining=join is not False, sketch=sketch, coordinates=coordinates,
             )  # fmt: skip
-        outcome = silencing.Outcome({}, {}, [])
-        if test == "replay" and clusters.pairs:
-            steps = silencing.BUDGET if budget is None else budget
-            with progress("replays", steps // silencing.LENGTH) as advance:
-                outcome = silencing.silence(run, session, clusters, held_out_in(run, weighed), steps, advance)
+        outcome = tried(run, session, clusters, held_out_in(run, weighed), test, budget, progress)
         clusters = judged(run, clusters, outcome, test)
         if coordinates is not None:
             warn(f"note: {coordinates.note}")
@@ -207,24 +203,51 @@ def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     return weighing.weigh(run, clusters, means, null, None)
 
 
+def tried(
+    run: Trajectory, session: Session, clusters: Clusters, held_out: np.ndarray, test: str, budget: int | None,
+    progress: Callable[[str, int], AbstractContextManager[Any]],
+) -> silencing.Outcome:  # fmt: skip
+    """What becomes of the pairs' swing when they are silent and, of those that silence cannot decide, whose curvature
+    their sides feel."""
+    outcome = silencing.Outcome({}, {}, [])
+    if test == "replay" and clusters.pairs:
+        steps = silencing.BUDGET if budget is None else budget
+        with progress("replays", steps // silencing.LENGTH) as advance:
+            outcome = silencing.silence(run, session, clusters, held_out, steps, advance)
+    if test == "none":
+        return outcome
+    known = (_known(run, clusters, number, outcome) for number in range(len(clusters.pairs)))
+    asked = {number for number, found in enumerate(known) if found is not None and asks_for_curvature(found)}
+    with progress("curvature", len(held_out) if asked else 0) as advance:
+        outcome.curved = curving.curvature_left(run, session, clusters, asked, held_out, advance)
+    return outcome
+
+
+def _known(run: Trajectory, clusters: Clusters, number: int, outcome: silencing.Outcome) -> Evidence | None:
+    """What is known of a pair, None where a part of it could not be measured."""
+    pair = clusters.pairs[number]
+    if not np.isfinite([pair.cohesion, pair.opposition, pair.loss_correlation]).all():
+        return None
+    return Evidence(
+        pair.opposition, pair.interval[1], pair.p_value, pair.alike, tuple(outcome.silenced.get(number, ())),
+        outcome.untested.get(number, ""), labelled=labels_of(run) is not None,
+        curved=tuple(outcome.curved.get(number, ())), at_ends=clusters.by == "slope",
+    )  # fmt: skip
+
+
 def judged(run: Trajectory, clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
     """The clusters with the verdict on every pair."""
-    pairs, labelled = [], labels_of(run) is not None
+    pairs = []
     for number, pair in enumerate(clusters.pairs):
         if test == "none":
             verdict, reason = "unclear", "it was not tested (--test none)"
         elif clusters.by == "loss":
             verdict, reason = "unclear", "losses alone do not show whether the sides share a feature"
-        elif not np.isfinite([pair.cohesion, pair.opposition, pair.loss_correlation]).all():
+        elif (known := _known(run, clusters, number, outcome)) is None:
             verdict, reason = "unclear", "a part of its evidence could not be measured, as where losses do not move"
         else:
-            silenced = tuple(outcome.silenced.get(number, ()))
-            known = Evidence(
-                pair.opposition, pair.interval[1], pair.p_value, pair.alike, silenced, outcome.untested.get(number, ""),
-                labelled=labelled, still=number in outcome.still, at_ends=clusters.by == "slope",
-            )  # fmt: skip
             verdict, reason = judge(known)
-            pair = replace(pair, silenced=silenced)
+            pair = replace(pair, silenced=tuple(known.silenced), curved=tuple(known.curved))
         pairs.append(replace(pair, verdict=verdict, reason=reason))
     tests = replace(
         clusters.tests, replayed=outcome.steps, replays=outcome.replays,

@@ -78,6 +78,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
                  "swing_ratio": one.ratio}
                 for one in weight.silenced
             ],
+            "curvature_ratio": float(np.median(weight.curved)) if weight.curved else None,
             "loss_correlation": weight.loss_correlation,
             **_evidence(weight),
             "p_value_losses": weight.p_value_losses,

@@ -50,6 +50,11 @@ def pair_sentence(
         text += f". Silencing both sides {_removes(removed)} their swing"
         text += f"; silencing as many others of the same labels {_removes(controls)} it" * (other_label is not None)
         text += f"; silencing as many others {_removes(controls)} it" * (other_label is None)
+    if weight.curved and weight.verdict == "established":
+        text += (
+            f". Without both sides {np.median(weight.curved):.0%} is left of the curvature along their gradients that"
+        )
+        text += " is left without as many others"
     if weight.verdict in ("established", "likely") and weight.apart is not None:
         _, up, down = weight.apart
         text += f". At step {apart_step} their losses changed by {up:+.2g} and {with_unit(f'{down:+.2g}', unit)}"

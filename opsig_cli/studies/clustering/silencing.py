@@ -38,14 +38,14 @@ SWINGS = 1.0
 
 @dataclass
 class Outcome:
-    """What silencing showed of each pair, by its number from 0; of the others, why they were not tested, and which of
-    them are `still` where the run swings; from where, and how many replays."""
+    """What silencing showed of each pair, by its number from 0; of the others, why they were not tested, and R of their
+    curvature, `curved`, where that was measured instead; from where, and how many replays."""
 
     silenced: dict[int, list[Silenced]]
     untested: dict[int, str]
     steps: list[int]
     replays: int = 0
-    still: set[int] = field(default_factory=set)
+    curved: dict[int, list[float]] = field(default_factory=dict)
 
 
 def replayable(run: Trajectory, session: Session) -> Settings | None:
@@ -107,8 +107,7 @@ def silence(
                 )
     for n in range(len(pairs)):
         if n not in swung and n not in outcome.untested:
-            outcome.untested[n], still = _why_not(plains, [members[g] for g in pairs[n]])
-            outcome.still |= {n} if still else set()
+            outcome.untested[n] = _why_not(plains, [members[g] for g in pairs[n]])
     return outcome
 
 
@@ -203,12 +202,12 @@ def swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
     return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(everybody) for side in sides)
 
 
-def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> tuple[str, bool]:
-    """Why a pair could not be tried, and whether that is because it is still while the run swings."""
+def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:
+    """Why a pair could not be tried."""
     if not plains:
-        return "no training was repeated (--budget)", False
+        return "no training was repeated (--budget)"
     if all(not period_two(plain) > 0 for plain in plains.values()):
-        return "the run does not swing at the checkpoints held out, so that silence says nothing", False
+        return "the run does not swing at the checkpoints held out, so that silence says nothing"
     if all(not period_two(plain[:, side]) > 0 for plain in plains.values() for side in sides):
-        return "its losses do not swing, so that silence says nothing", True
-    return "one side or both swing less than samples do on average, so that silence says nothing", True
+        return "its losses do not swing, so that silence says nothing"
+    return "one side or both swing less than samples do on average, so that silence says nothing"

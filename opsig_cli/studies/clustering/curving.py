@@ -1,0 +1,90 @@
+"""Whether a pair makes the curvature that it feels: what is left of it along the sides' gradients without the pair's
+samples, over what is left without as many others of the same labels. It needs no swing.
+
+S samples of the run, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import numpy as np
+
+from opsig_cli import backends
+from opsig_cli.backends import Session, State, Training
+from opsig_cli.errors import OpsigError
+from opsig_cli.studies.clustering.clusters import Clusters
+from opsig_cli.studies.clustering.silencing import controls_of, strata_of, units_of
+from opsig_cli.studies.trained import weights_of
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.states import read_state
+
+STRIDE = 1e4
+"""Learning rate of the step that a gradient is read from: so long that the rounding of the parameters that it starts
+from is nothing beside it."""
+
+
+def curvature_left(
+    run: Trajectory, session: Session, clusters: Clusters, asked: Collection[int], steps: np.ndarray,
+    advance: Callable[..., None], seed: int = 0,
+) -> dict[int, list[float]]:  # fmt: skip
+    """R of the pairs asked for, by their number from 0, at each of these checkpoints.
+
+    The direction is the gradient of a side's mean loss; of the two sides the one along which more remains counts. What
+    is left out is what silence leaves out (see `silencing.silence`): the family that a pair belongs to, or as many
+    others. Empty where nobody can measure it.
+    """
+    if not asked or not isinstance(session, backends.Slopes) or "gd" not in session.optimizers:
+        return {}
+    pairs = clusters.grouping.pairs()
+    members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
+    labels, grouped = strata_of(run), np.concatenate(members)
+    weights_S = weights_of(run)
+    found: dict[int, list[float]] = {number: [] for number in asked}
+    for step in map(int, steps):
+        state = replace(read_state(run, step), optimizer={})
+        for unit, numbers in units_of(clusters):
+            chosen = [number for number in numbers if number in found]
+            if not chosen:
+                continue
+            silent = np.concatenate([members[group] for group in unit])
+            controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
+            ratio = {}
+            for group in sorted({group for number in chosen for group in pairs[number]}):
+                direction = gradient_of(session, state, run.samples[members[group]])
+                try:
+                    curvature_S = session.slopes_along(state, direction[None])[1][run.samples, 0]
+                except OpsigError:  # a layer without a second derivative
+                    return {}
+                ratio[group] = left(curvature_S if weights_S is None else curvature_S * weights_S, silent, controls)
+            for number in chosen:
+                found[number].append(max(ratio[group] for group in pairs[number]))
+        advance(note=f"step {step}")
+    return found
+
+
+def gradient_of(session: Session, state: State, samples: np.ndarray) -> np.ndarray:
+    """Direction of the gradient of these samples' mean loss, (P,) float32 of unit length, 0 where there is none.
+
+    It is read off one step of gradient descent with the others at weight zero, which every backend can take.
+    """
+    weights = np.zeros(session.samples)
+    weights[samples] = session.samples / len(samples)
+    plan = Training("gd", STRIDE, state.step + 1, weights=weights, wants_state=lambda step: True)
+    before, after = (snapshot.state.params for snapshot in session.train(plan, state) if snapshot.state is not None)
+    step = before.astype(np.float64) - after
+    return (step / max(float(np.linalg.norm(step)), 1e-300)).astype(np.float32)
+
+
+def left(curvature_S: np.ndarray, silent: np.ndarray, controls: np.ndarray) -> float:
+    """What is left of the sum of the curvatures without the silent samples over what is left without the controls;
+    infinite where nothing is left then.
+
+    >>> left(np.array([4.0, 4.0, 1.0, 1.0]), np.array([0, 1]), np.array([2, 3]))
+    0.25
+    """
+    known_S = np.nan_to_num(curvature_S)  # a sample without a target has no loss
+    whole = float(known_S.sum())
+    without, controlled = whole - float(known_S[silent].sum()), whole - float(known_S[controls].sum())
+    return without / controlled if controlled > 0 else float("inf")

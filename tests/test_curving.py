@@ -1,0 +1,72 @@
+"""Whose curvature a pair's sides feel, against dense Hessians in float64, and what the verdict makes of it."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from conftest import TASKS
+from opsig_torch import TorchBackend
+from tasks import tiny
+from test_backend_contract import autograd_gradients
+from test_curvature import dense
+
+from opsig_cli import open_trajectory
+from opsig_cli.analysis.grouping import Grouping
+from opsig_cli.analysis.verdicts import Evidence, asks_for_curvature
+from opsig_cli.studies import tracking
+from opsig_cli.studies.clustering import curving, silencing
+from opsig_cli.trajectory.states import read_state
+
+TASK = f"{TASKS}:Tiny"
+
+
+def test_the_direction_is_the_gradient_of_a_sides_mean_loss():
+    session = TorchBackend().open(tiny.Tiny(), "cpu", 7)
+    state = session.initial(0)
+    side = np.array([0, 3, 11])
+    expected = autograd_gradients(session, state, side.tolist()).mean(0)
+    found = curving.gradient_of(session, state, side)
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=1e-6)
+
+
+def test_what_is_left_of_the_curvature_is_that_of_the_hessian_without_the_pair(tiny_run):
+    """Two sides of four and three samples, held against dense Hessians of what is left, in float64."""
+    groups = np.repeat([0, 1, -1], [4, 3, 53])
+    clusters = SimpleNamespace(
+        position=np.arange(60), alike_GG=None, pairs=[SimpleNamespace(movement=1.0)],
+        grouping=Grouping(groups, np.array([1, 0]), np.zeros(60)),
+    )  # fmt: skip
+    silent = np.arange(7)
+    with open_trajectory(tiny_run) as run:
+        session = tracking.open_session(run, TASK, "cpu", "torch", lambda text: None)[0]
+        steps = run.steps("checkpoints")[-2:]
+        found = curving.curvature_left(run, session, clusters, {0}, steps, lambda *a, **k: None)  # pyright: ignore
+        labels, states = silencing.strata_of(run), [read_state(run, int(step)) for step in steps]
+    double = TorchBackend().open(tiny.Tiny(), "cpu", 60, double=True)
+    expected = []
+    for state in states:
+        controls = silencing.controls_of(labels, silent, silent, np.random.default_rng([0, state.step, 0, 1]))
+        assert not set(controls) & set(silent)
+        ratios = []
+        for side in (np.arange(4), np.arange(4, 7)):
+            v = autograd_gradients(double, state, side.tolist()).mean(0)
+            left = []
+            for gone in (silent, controls):
+                weights = torch.ones(60, dtype=torch.float64)
+                weights[gone] = 0
+                left.append(v @ dense(double, state, weights)[0].numpy() @ v)
+            ratios.append(left[0] / left[1])
+        expected.append(max(ratios))
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3)
+
+
+def test_nothing_is_known_of_the_curvature_where_nobody_can_measure_it():
+    assert curving.curvature_left(None, SimpleNamespace(optimizers=("gd",)), None, {0}, [1], print) == {}  # pyright: ignore
+
+
+def test_curvature_is_asked_for_where_all_but_silence_speaks_for_a_pair():
+    found = Evidence(-0.4, -0.3, 0.01, 0.9)
+    assert asks_for_curvature(found)
+    for opposition, high, p, alike in ((-0.1, -0.05, 0.01, 0.9), (-0.4, 0.1, 0.01, 0.9), (-0.4, -0.3, 0.2, 0.9),
+                                       (-0.4, -0.3, 0.01, 0.7), (-0.4, -0.3, 0.01, float("nan"))):  # fmt: skip
+        assert not asks_for_curvature(Evidence(opposition, high, p, alike))
