@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -98,6 +99,26 @@ def test_eigenvectors_are_named_kept_and_drawn(opsig, tiny_run, tmp_path):
     assert not [line for line in last.err.splitlines() if "eigenvector" in line and not line.startswith(ANSWERS)]
     assert "against" in last.out
     assert opsig("verify", run).code == 0
+
+
+def test_samples_are_mined_by_the_slopes_that_the_file_holds(opsig, tiny_run, tmp_path):
+    run = shutil.copy(tiny_run, tmp_path / "run.h5")
+    opsig("mine", run, "--score", "slope").fails(
+        1, "holds no slopes along eigenvectors", "Run: opsig sharpness", "--name"
+    )
+    assert opsig("sharpness", run, *OWN, "--name", "-k", 3, "--steps", "30:60").code == 0
+    found = opsig("mine", run, "--score", "slope", "--top", 60)
+    assert found.code == 0, found.err
+    assert {record["score_name"] for record in found.records} == {"slope"}
+    with h5py.File(run) as file:
+        slope_CKS = file["slopes/slope"][()].astype(np.float64)
+    expected = np.sqrt((slope_CKS**2 / np.sqrt((slope_CKS**2).mean(2, keepdims=True))).sum(1)).mean(0)
+    scores = np.zeros(60)
+    for record in found.records:
+        scores[record["sample"]] = record["score"]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    assert [record["score"] for record in found.records] == sorted(scores, reverse=True)
+    opsig("mine", run, "--score", "slope", "--window", "0:20").fails(1, "from step 0 to 20")
 
 
 def test_name_excludes_what_it_is_not_of(opsig, tiny_run):

@@ -96,6 +96,15 @@ def scaled(slopes_CSK: np.ndarray) -> np.ndarray:
     return slopes_CSK / np.where(unit > 0, unit, 1) ** SCALE
 
 
+def steepness(scaled_CSK: np.ndarray) -> np.ndarray:
+    """How steep every sample's loss is along the vectors, (S,): the norm of its scaled slopes, mean of the checkpoints.
+
+    >>> steepness(np.array([[[3.0, -4.0], [0.0, 1.0]]])).tolist()
+    [5.0, 1.0]
+    """
+    return np.linalg.norm(scaled_CSK, axis=2).mean(0)
+
+
 def coordinates(scaled_CSK: np.ndarray, count: int) -> np.ndarray:
     """Every sample's direction in its slopes along the first `count` vectors, (C, S, count) float32, of length one.
 

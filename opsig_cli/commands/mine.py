@@ -17,7 +17,7 @@ def mine(
     score: Annotated[
         str | None,
         typer.Option(
-            metavar="change|oscillation|variation|surprise",
+            metavar="change|oscillation|variation|surprise|slope",
             help="Default: chosen by the run, and said.",
             autocompletion=completions.scores,
         ),
@@ -36,6 +36,7 @@ def mine(
 
     `change` ranks by the largest one-step change of the loss, `oscillation` by its amplitude at period two,
     `variation` by the sum of all changes, and `surprise` by the largest change against the sample's own history.
+    `slope` ranks by the slopes along the leading eigenvectors that `opsig sharpness --name` has put into the file.
 
     The table has of each sample its part of all samples' movement, the sizes of their loss changes summed, at its step.
 

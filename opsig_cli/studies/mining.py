@@ -13,7 +13,7 @@ from opsig_cli.analysis.coverage import Coverage
 from opsig_cli.analysis.evidence import of_net
 from opsig_cli.analysis.mining import Movement
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import missing
+from opsig_cli.studies import missing, slopes
 from opsig_cli.studies.filled import coverage_of, filled, measured_before, targets_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import Texts
@@ -23,6 +23,7 @@ SCORES = {
     "oscillation": mining.oscillation,
     "variation": mining.variation,
     "surprise": mining.surprise,
+    "slope": mining.largest_changes,  # where a sample is placed; what it is ranked by is in the file
 }
 
 
@@ -298,6 +299,9 @@ def _movers(
     run: Trajectory, first: int, stop: int, score: str, count: int, direction: str, known: Coverage | None
 ) -> Movers:
     movement = SCORES[score](_blocks(run, first, stop), direction)
+    if score == "slope":
+        steps = run.steps("losses")
+        movement = replace(movement, score=slopes.steepness(run, int(steps[first]), int(steps[stop - 1])))
     chosen = mining.top(movement.score, count)
     if known is not None and len(known.never):
         share = len(run.samples) / max(1, len(run.samples) - len(known.never))  # of those the mean is of

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opsig_cli.analysis import slopes as analysis
 from opsig_cli.backends import Eigenpairs, Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.curvature import scale_of
@@ -89,6 +90,22 @@ def places_kept(run: Trajectory) -> dict[int, str]:
     """Where the slopes that the file holds were measured, by step."""
     steps = run.steps("slopes").tolist()
     return {step: "floor" if int(run.row("slopes/at_floor", step)) else "iterate" for step in steps}
+
+
+def steepness(run: Trajectory, first: int, last: int) -> np.ndarray:
+    """How steep every sample's loss is, (S,), along the eigenvectors that the file holds from step `first` to `last`.
+
+    Raises OpsigError where it holds none there.
+    """
+    inside = {step: place for step, place in places_kept(run).items() if first <= step <= last}
+    found = [kept(run, step, 1, place, every=True) for step, place in inside.items()]
+    rows = [np.nan_to_num(slopes.slope_SK) for slopes in found if slopes is not None]
+    if not rows:
+        raise OpsigError(
+            f"{run.path} holds no slopes along eigenvectors from step {first} to {last}. Run: opsig sharpness "
+            f"{run.path} --name"
+        )
+    return analysis.steepness(analysis.scaled(np.stack(rows)))
 
 
 def measure(

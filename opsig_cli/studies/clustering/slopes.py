@@ -40,8 +40,7 @@ class Coordinates:
 
     def widened(self, position: np.ndarray) -> np.ndarray:
         """The positions, and as many samples with the largest slopes."""
-        score = np.linalg.norm(self.scaled_CSK, axis=2).mean(0)
-        largest = np.argsort(-score, kind="stable")[: len(position)]
+        largest = np.argsort(-analysis.steepness(self.scaled_CSK), kind="stable")[: len(position)]
         return np.concatenate([position, largest[~np.isin(largest, position)]])
 
     def similarity(self, position: np.ndarray, smallest: int) -> np.ndarray:
