@@ -58,6 +58,19 @@ class GaussianImages(Gaussian):
         )  # fmt: skip
 
 
+class RandomLabels(Labelled):
+    """Images of Fashion-MNIST, 14 x 14, with labels drawn at random."""
+
+    def __init__(self, classes: int = 2, seed: int = 0, samples: int = 1000):
+        from opsig_zoo import FashionMnist
+
+        images = FashionMnist(size=14).dataset().tensors[0].flatten(1)
+        draw = np.random.RandomState(seed + 1300)
+        self.x = images[draw.choice(len(images), samples, replace=False)]
+        self.y = torch.from_numpy(draw.randint(0, classes, samples))
+        self.classes_count = classes
+
+
 class Clusters(Labelled):
     """Clusters, each of one label: `gap` standard deviations from the middle; two clusters a label."""
 

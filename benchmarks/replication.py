@@ -5,8 +5,8 @@
 
 Every run is trained, or taken from the folder, and clustered with the defaults. Each pair with a verdict by silence is
 silenced again, with controls drawn anew, at the checkpoint farthest from all that were used, unless it does not swing
-there, where silence says nothing. A row a run: pairs called
-established and how many of them have R below a half there; the same of those called refuted; and each pair's R's.
+there, where silence says nothing; of a pair whose curvature decided R of that is measured anew. A row a run: pairs
+called established and how many of them have R below a half there; the same of those called refuted; and each R.
 """
 
 import tempfile
@@ -21,13 +21,17 @@ from shards import Row, by_kind, cost, keep, kept, parser_of, wanted
 from opsig_cli import open_trajectory
 from opsig_cli.analysis.verdicts import SILENCES
 from opsig_cli.studies import tracking
-from opsig_cli.studies.clustering import finding, silencing
+from opsig_cli.studies.clustering import curving, finding, silencing
 
 TASKS = Path(__file__).with_name("null_tasks.py")
 LABELS = "planted:pairs=1,side=2,strength=0.001,label_noise=0.9999,samples=1000"
 RUNS = {
     "demo": ("fashion-mnist", ("--learning-rate", "0.1", "--steps", "400", "--checkpoint-every", "20")),
     "random labels": (LABELS, ("--learning-rate", "0.2", "--steps", "400", "--checkpoint-every", "10")),
+    "random labels 2": (f"{TASKS}:RandomLabels:classes=2", ("--learning-rate", "0.1", "--steps", "300",
+                        "--checkpoint-every", "10")),
+    "random labels 3": (f"{TASKS}:RandomLabels:classes=3", ("--learning-rate", "0.1", "--steps", "300",
+                        "--checkpoint-every", "10")),
     "planted": ("planted:samples=600,side=20", ("--learning-rate", "0.1", "--steps", "400", "--checkpoint-every",
                 "10")),
     "regression": (f"{TASKS}:Offsets", ("--learning-rate", "0.1", "--steps", "500", "--checkpoint-every", "10")),
@@ -35,7 +39,7 @@ RUNS = {
 
 
 def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
-    """Verdict, R's and R anew of every pair that silence decided."""
+    """Verdict, R's and R anew of every pair that silence, or its curvature, decided."""
     with open_trajectory(path) as run:
         found = finding.find(run, None, None, task, "cpu", "torch", lambda text: None,
                              lambda label, total: nullcontext(lambda count=1, note="": None))  # fmt: skip
@@ -68,6 +72,11 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
                 anew = silencing.compared(step, sides, plain, without, controlled)
                 pair = clusters.pairs[n]
                 rows.append((pair.verdict, [one.ratio for one in pair.silenced], anew.ratio))
+        curved = {n for n, pair in enumerate(clusters.pairs) if pair.curved}
+        left = curving.curvature_left(
+            run, session, clusters, curved, np.array([step]), lambda *a, **k: None, seed=1
+        )  # fmt: skip
+        rows += [(clusters.pairs[n].verdict, list(clusters.pairs[n].curved), anew) for n, (anew,) in left.items()]
         return rows
 
 
