@@ -20,8 +20,8 @@ from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
-STRIDE = 1e4
-"""Learning rate of the step that a gradient is read from: so long that the rounding of the parameters that it starts
+STRIDE = 100.0
+"""Learning rate of the step that a gradient is read from: so large that the rounding of the parameters that it starts
 from is nothing beside it."""
 
 
