@@ -41,13 +41,14 @@ def analyse(
     """
     from opsig_cli import records
     from opsig_cli.report import making, page
-    from opsig_cli.studies import analysing, answers, door
+    from opsig_cli.studies import analysing, answers, describing, door
     from opsig_cli.studies.clustering import tables as shortened
     from opsig_cli.trajectory.file import open_trajectory
 
     path = output or Path(run).with_suffix(".html")
     note, progress = options.once(quiet), partial(options.progress, quiet=quiet)
     page.check_output(path, run, replace)
+    describing.renew(run, task, note)
     moved = door.mine(run)
     options.say(moved.damage, False)
     options.say(moved.notes, quiet)

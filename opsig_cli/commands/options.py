@@ -17,7 +17,8 @@ from typer.core import TyperCommand
 
 from opsig_cli.commands import completions
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.figures.canvas import SUFFIXES
+from opsig_cli.figures.canvas import SUFFIXES, cut
+from opsig_cli.trajectory.texts import NUMBERS, context
 
 if TYPE_CHECKING:
     from opsig_cli.studies.answers import Answer
@@ -60,6 +61,8 @@ def _check_writable(option: str, path: Path) -> None:
         raise OpsigError(f"{option} {path}: {error.strerror or error}") from error
 
 
+LARGE = 1e4
+"""Losses from which on a table shows digits and an exponent."""
 TEXT = 40
 """Characters of a text sample that fit into a table."""
 Result = TypeVar("Result")
@@ -323,11 +326,12 @@ def mover_rows(found: Any) -> list[dict[str, Any]]:
 
 
 def _mover_row(r: dict[str, Any]) -> dict[str, Any]:
-    if "text" in r:
-        what = {"text": " ".join(r["text"].split())[-TEXT:]}
-    else:
-        what = {"name": r["name"][-TEXT:]} if "name" in r else {}
-        what |= {"label": _short(r["label"])} if r["label"] is not None or not what else {}
+    what = {"name": cut(r["name"], TEXT, end=True)} if "name" in r else {}
+    text, label = r.get("text"), r["label"]
+    if (label is not None and (text is None or context(text, label) is None)) or (text is None and not what):
+        what |= {"label": _short(label)}
+    if text is not None and not (label is not None and text.startswith(NUMBERS)):
+        what |= {"text": cut(" ".join(text.split()), TEXT, end=True)}
     if r.get("seen") == "sighting":
         share = r["share"]
         return {
@@ -336,16 +340,23 @@ def _mover_row(r: dict[str, Any]) -> dict[str, Any]:
             "share": None if share is None or math.isnan(share) else f"{share:.1%}",
             "seen_before": r["previous_step"], "loss_then": r["loss_last"],
         }  # fmt: skip
+    guesses = [r["prediction_before"], r["prediction_after"]]
+    predicted = {} if guesses == [None, None] else {"predicted": " -> ".join(str(_short(guess)) for guess in guesses)}
     return {
         "rank": r["rank"],
         "sample": r["sample"],
         **what,
-        "predicted": f"{_short(r['prediction_before'])} -> {_short(r['prediction_after'])}",
+        **predicted,
         "step": r["step"],
-        "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
+        "loss": f"{_loss(r['loss_before'])} -> {_loss(r['loss_after'])}",
         "score": r["score"],
         "of movement": "-" if r["movement"] is None else f"{r['movement']:.1%}",
     }
+
+
+def _loss(value: float) -> str:
+    """A loss to two places, or a very large one to three digits."""
+    return f"{value:.2f}" if abs(value) < LARGE else f"{value:.3g}"
 
 
 def _short(name: Any) -> Any:

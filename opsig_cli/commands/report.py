@@ -41,10 +41,11 @@ def report(
     """
     from opsig_cli import records
     from opsig_cli.report import making
-    from opsig_cli.studies import answers
+    from opsig_cli.studies import answers, describing
     from opsig_cli.trajectory.file import open_trajectory
 
     path = output or Path(run).with_suffix(".html")
+    describing.renew(run, task, partial(options.note, quiet=quiet))
     with open_trajectory(run) as trajectory:
         made = making.make(
             trajectory, path, shlex.join(["opsig", *sys.argv[1:]]), by=by, top=top, branches=branch, task=task,

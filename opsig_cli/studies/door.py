@@ -148,7 +148,7 @@ def _cluster(
     records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None, backend: str,
     allow_changed_data: bool, note: Note, progress: Progress,
 ) -> Records:  # fmt: skip
-    from opsig_cli.studies import drawing
+    from opsig_cli.studies import describing, drawing
 
     if by not in (None, *finding.BY):
         raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
@@ -159,6 +159,8 @@ def _cluster(
     samples = None if records is None else _samples_of(records)
     span = parse_range(window, "--window") if window else mining.mined_window(records or [])
     damage: list[str] = []
+    if not isinstance(run, Trajectory):
+        describing.renew(run, task, note)
     with opened(run) as trajectory:
         if sample is not None:
             mining.positions_of(trajectory, [sample])  # refused before anything is loaded
