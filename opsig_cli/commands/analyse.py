@@ -81,9 +81,10 @@ def analyse(
     options.say([words for words in made.found.notes if words not in moved.notes], quiet)
     written = [{"kind": "mover"} | record for record in moved]
     written += [{"kind": "eigenvalue"} | record for record in measured or []]
+    rows = shortened.pair_table(made.records)
     tables = [
         records.Table(moved.title, options.mover_rows(moved)[:SHOWN]),
-        records.Table(f"{run}: {shortened.headline(made.records)}", shortened.pair_table(made.records)),
+        records.Table(f"{run}: {shortened.headline(made.records)}", rows, shortened.narrow_rows(rows)),
     ]
     if said := shortened.sentence_table(made.records):
         tables.append(records.Table("in words", said))

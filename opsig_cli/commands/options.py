@@ -227,6 +227,20 @@ ByOption = Annotated[
         autocompletion=completions.among("gradient", "slope", "loss", "both"),
     ),
 ]
+VerdictOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--verdict",
+        metavar="established|likely|unclear|refuted",
+        help="Show pairs of this verdict alone. May be given again.",
+        show_default=False,
+        autocompletion=completions.among("established", "likely", "unclear", "refuted"),
+    ),
+]
+PairOption = Annotated[
+    list[int] | None,
+    typer.Option("--pair", metavar="N", help="Show this pair alone. May be given again.", show_default=False),
+]
 WindowOption = Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")]
 StepsOption = Annotated[
     str | None,
@@ -337,7 +351,7 @@ def _mover_row(r: dict[str, Any]) -> dict[str, Any]:
         return {
             "rank": r["rank"], "sample": r["sample"], **what, "step": r["step"], "loss": r["loss_after"],
             "expected": r["loss_before"], "excess": r["change"],
-            "share": None if share is None or math.isnan(share) else f"{share:.1%}",
+            "share": None if share is None or math.isnan(share) else f"{share:.1%}".replace("-0.0%", "0.0%"),
             "seen_before": r["previous_step"], "loss_then": r["loss_last"],
         }  # fmt: skip
     guesses = [r["prediction_before"], r["prediction_after"]]

@@ -23,7 +23,7 @@ LONGEST = 15
 @dataclass(frozen=True)
 class Tile:
     """One sample: `picture` is (h, w, 1 or 3) uint8, text, or None; `before` and `after` are predicted labels; `sample`
-    its index."""
+    its index, `name` what a person's own log calls it."""
 
     picture: np.ndarray | str | None
     label: str | None
@@ -31,6 +31,7 @@ class Tile:
     after: str | None
     caption: str = ""
     sample: int | None = None
+    name: str | None = None
 
     def lines(self) -> list[tuple[str, str, str]]:
         """What is written under the picture: text, colour and weight of each line."""
@@ -43,8 +44,10 @@ class Tile:
                 mark = " \N{MULTIPLICATION SIGN}" if wrong else ""
                 lines.append((f"{word} {cut(predicted, LONGEST - 4)}{mark}", WRONG if wrong else "#333333", "normal"))
         number = None if self.sample is None else f"#{self.sample}"
-        if caption := " ".join(filter(None, (number, self.caption))):
+        if caption := ", ".join(filter(None, (number, self.caption))):
             lines.append((typeset(caption), FAINT, "normal"))
+        if self.name is not None:
+            lines.append((cut(self.name, LONGEST, end=True), FAINT, "normal"))
         return lines
 
 

@@ -37,6 +37,8 @@ PAIR_TILES = 15
 """Pictures of each group of a pair."""
 PANELS = 4
 """Pairs that are drawn, the established ones first, then by verdict those that move most; all are in the matrix."""
+CHOSEN = 24
+"""The same of pairs that were asked for by verdict or number."""
 ZOOM = 40
 """Steps of the close-up."""
 
@@ -109,21 +111,29 @@ def draw_sighted(run: Trajectory, found: Sighted, records: list[dict[str, Any]])
             seen = sightings.of_samples(run, ids[found.rows["place"][shown[:TILES]]])
             points.append(Points(title, seen.step, seen.loss.astype(np.float64)))
     centre = int(np.median(found.rows["step"])) if len(found.rows) else int(found.steps_T[-1])
-    title = f"{Path(run.path).name}: samples seen in batches, by {found.score_name}"
+    steps = sorted({record["step"] for record in records})
+    what = f"rows of the batch of step {steps[0]}" if len(steps) == 1 else "samples seen in batches"
+    title = f"{Path(run.path).name}: {what}, by {found.score_name}"
     return seen_figure(
         sheets, found.steps_T, found.means_T, found.trend.before, points, close_up(found.steps_T, centre), title
     )
 
 
-def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]]) -> Figure:
-    """Every opposing pair: the two groups' pictures, and their mean losses against the whole loss."""
+def draw_pairs(
+    run: Trajectory, clusters: Clusters, records: list[dict[str, Any]], count: int, chosen: bool = False
+) -> Figure:
+    """Every opposing pair: the two groups' pictures, and their mean losses against the whole loss.
+
+    `count`: of all pairs; `chosen`: draw all those of the records, which were asked for, up to CHOSEN.
+    """
     pictures = Pictures(run)
     window, found = clusters.window, clusters.grouping
     rise = int(window.steps_T[window.rise_row])
     steps = run.steps("losses")
     panels = []
     pairs = by_strength(record for record in records if record["kind"] == "pair")
-    for record in pairs[:PANELS]:
+    most = CHOSEN if chosen else PANELS
+    for record in pairs[:most]:
         groups = [group - 1 for group in record["groups"]]
         centre = rise if record["apart_step"] is None else record["apart_step"]
         before, after = (predictions_at(run, step) for step in (centre - 1, centre))
@@ -151,12 +161,15 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
         panels.append(PairPanel(title, sides[0], sides[1], close_up(steps, centre)))
     whole = mean_losses(run)
     title = titled(run, steps, "pairs of groups whose losses pull against each other")
-    if len(pairs) > PANELS:
-        title += f", the first {PANELS} of {len(pairs)}"
+    if len(panels) < count:
+        title += f", {len(panels)} of {count}"
     mixes = {record["group"]: record["labels"] or {"": 1} for record in records if record["kind"] == "group"}
     names = [f"G{group} {next(iter(mix))}".strip() for group, mix in sorted(mixes.items())]
+    place = {group - 1: at for at, group in enumerate(sorted(mixes))}
+    group_M = np.array([place.get(int(group), -1) for group in found.group_M], np.int64)
+    framed = [(place[a - 1], place[b - 1]) for a, b in (record["groups"] for record in pairs)]
     kind = "correlation of loss changes" if clusters.by == "loss" else "cosine of gradients"
-    matrix = alignment_block(clusters.similarity_MM, found.group_M, names, found.pairs(), kind)
+    matrix = alignment_block(clusters.similarity_MM, group_M, names, framed, kind)
     return pairs_figure(
         panels, steps, whole, title, close_up(steps, rise), matrix if names else [],
         ". ".join(filter(None, (_how(clusters), pictures.words))),

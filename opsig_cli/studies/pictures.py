@@ -28,6 +28,7 @@ class Pictures:
         self._pictures = None if kept is None else run.read(kept)
         self._labels = run.read("samples/label") if run.has("samples/label") else None
         self._names = run.read("class_name") if run.has("class_name") else None
+        self._own = run.read("samples/name") if run.has("samples/name") else None
         self._ids = run.samples
         self._range: tuple[np.ndarray, np.ndarray] | None = None
         self.words = ""
@@ -44,9 +45,9 @@ class Pictures:
             picture = vector_picture(picture, *self._range)
         label = None if self._labels is None else str(self._labels[position])
         was, now = (None if name is None else str(name) for name in (before, after))
-        return Tile(
-            str(picture) if isinstance(picture, str) else picture, label, was, now, caption, int(self._ids[position])
-        )
+        shown = str(picture) if isinstance(picture, str) else picture
+        own = None if self._own is None else str(self._own[position])
+        return Tile(shown, label, was, now, caption, int(self._ids[position]), own)
 
     def name(self, predictions: np.ndarray | None, position: int) -> Any:
         """The predicted class of the sample in this column."""
