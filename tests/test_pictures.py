@@ -175,6 +175,14 @@ def test_without_predictions_no_column_speaks_of_them(opsig, tmp_path):
     assert "->" in shown
 
 
+def test_rows_of_arrays_are_items_too():
+    class Arrays:
+        def data(self):
+            return np.arange(12, dtype=np.float32).reshape(2, 6), np.array([1, 0])
+
+    assert description(Arrays(), range(2))["samples/vector"].tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+
+
 def test_items_of_a_tensor_dataset_are_pictures():
     import torch
 

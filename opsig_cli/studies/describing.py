@@ -65,7 +65,8 @@ def pictures(task: tasks.Task, ids: Sequence[int]) -> dict[str, np.ndarray]:
         return _thumbnails(first, (render(i) for i in ids), len(ids))
     if tasks.positions_of(task) > 1:  # a sample is a position of an item, of which the item shows nothing
         return {}
-    return _raw(task.dataset(), ids)
+    items = _items(task)
+    return {} if items is None else _raw(items, ids)
 
 
 def renew(path: str | os.PathLike, task: str | None, note: Callable[[str], None]) -> None:
@@ -86,7 +87,8 @@ def renew(path: str | os.PathLike, task: str | None, note: Callable[[str], None]
     loaded, found = tasks.load(spec)
     if found.digest in (None, made_by):
         return
-    if len(loaded.dataset()) * tasks.positions_of(loaded) <= int(ids.max(initial=-1)):  # pyright: ignore[reportArgumentType]
+    items = _items(loaded)
+    if items is None or len(items) * tasks.positions_of(loaded) <= int(ids.max(initial=-1)):
         return
     new = {name: values for name, values in description(loaded, ids).items() if name in PICTURES or name not in held}
     try:
@@ -102,6 +104,30 @@ def renew(path: str | os.PathLike, task: str | None, note: Callable[[str], None]
         return
     if drawn:
         note(f"note: pictures of {len(ids):,} samples are those of {spec.name} now")
+
+
+class _Rows:
+    """Arrays with a row for every sample, one or in a tuple or a dictionary, as a dataset of items."""
+
+    def __init__(self, data: Any):
+        parts = (
+            data if isinstance(data, Mapping) else dict(enumerate(data if isinstance(data, tuple | list) else [data]))
+        )
+        self._parts = {name: np.asarray(part) for name, part in parts.items() if hasattr(part, "shape")}
+
+    def __len__(self) -> int:
+        return min(map(len, self._parts.values()), default=0)
+
+    def __getitem__(self, i: int) -> tuple[Any, ...]:
+        return tuple(part[i] for part in self._parts.values())
+
+
+def _items(task: tasks.Task) -> Any:
+    """What a person can look at of a task: its dataset, or the rows of its arrays; None where it has neither."""
+    for name, make in (("dataset", lambda data: data), ("data", _Rows)):
+        if callable(given := getattr(task, name, None)):
+            return make(given())
+    return None
 
 
 def _raw(data: Any, ids: Sequence[int]) -> dict[str, np.ndarray]:
