@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -400,9 +402,19 @@ def conclude(answer: Answer | None, quiet: bool, *wrote: Path | str | None) -> N
     for path in filter(None, wrote):
         note(f"wrote: {path}", quiet)
     if answer is not None:
-        note(f"found: {answer.found}", quiet)
+        for line in _lines("found: ", answer.found):
+            note(line, quiet)
         if answer.next is not None:
             note(f"next:  {answer.next}", quiet)
+
+
+def _lines(head: str, text: str) -> list[str]:
+    """What is said, on a terminal with each of its parts on lines of its own under the first; elsewhere on one line."""
+    if not sys.stderr.isatty():
+        return [head + text]
+    room = max(20, shutil.get_terminal_size().columns - len(head))
+    parts = [line for part in text.split("; ") for line in textwrap.wrap(part, room, break_on_hyphens=False)]
+    return [(" " * len(head) if place else head) + line for place, line in enumerate(parts)]
 
 
 def say(notes: list[str], quiet: bool) -> None:
