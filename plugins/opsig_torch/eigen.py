@@ -24,6 +24,9 @@ ROOM = 40
 """Basis vectors, beyond four for each eigenpair, at which the basis is cut back to the best ones."""
 SMALLEST_TOLERANCE = 1e-5
 """A float32 product is good to about 5e-7; residuals below this would be noise."""
+WHOLE = 64
+"""Parameters up to which several eigenpairs are looked for in the whole space: equal eigenvalues, as those of a linear
+model for several outputs, lie in no one vector's Krylov space."""
 LOOK_ABOUT = 3
 """Products beyond the number of eigenpairs before a solve may end."""
 REMEMBERED = 16
@@ -86,7 +89,8 @@ def top_eigenpairs(
         raise ValueError(f"a tolerance of {tolerance:g} cannot be met in float32. Use {SMALLEST_TOLERANCE:g} or more")
     size = start.numel()
     count = min(count, size)
-    search = _Search(start, memory, min(size, ROOM + 4 * count))
+    whole = count > 1 and size <= WHOLE
+    search = _Search(start, memory, size if whole else min(size, ROOM + 4 * count))
     direction = start / _norm(start)
     while True:
         search.add(direction, product)
@@ -97,7 +101,7 @@ def top_eigenpairs(
         values, residuals = values[:count], residuals[:count]
         converged = len(values) == count and bool((residuals <= tolerance).all()) and not overtaken
         enough = search.products > count + LOOK_ABOUT
-        if (converged and enough) or search.products == limit or exhausted:
+        if (converged and enough and not whole) or search.products == limit or exhausted:
             break
         wanted = np.flatnonzero(residuals > tolerance)
         direction = search.next_direction(wanted if len(wanted) else np.arange(count + 1))
