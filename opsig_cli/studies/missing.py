@@ -77,7 +77,8 @@ def too_few(run: Trajectory, count: int) -> str:
     """What to say where `count` samples, fewer than two, are to be grouped."""
     if len(run.samples) < 2:
         return f"{run.path} is a run of one sample, and groups need two at least"
-    return f"{count or 'no'} sample{'s' * (count != 1)} cannot be grouped. Mine more: opsig mine {run.path} --top 200"
+    what = "one sample cannot be grouped" if count else "there are no samples to group"
+    return f"{what}. Mine more: opsig mine {run.path} --top 200"
 
 
 def name_of(names_S: np.ndarray | None, position: int) -> dict[str, str]:
