@@ -82,7 +82,7 @@ def test_a_model_that_mixes_samples_is_refused_in_one_line(name):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("name", "words"), zip(parts.CHANGING, ("max_norm", "scale_grad_by_freq"), strict=True))
+@pytest.mark.parametrize(("name", "words"), [*zip(parts.CHANGING, ("max_norm", "scale_grad_by_freq"), strict=True)])
 def test_a_layer_that_is_no_function_of_its_weights_is_refused_in_one_line(name, words):
     session = TorchBackend().open(parts.Part(name), "cpu", None, "running")
     with pytest.raises(OpsigError, match=rf"layer '1.inner' \(Embedding\) .*{words}"):
