@@ -88,14 +88,26 @@ def test_float32_products_keep_their_bits_whoever_multiplies():
             assert off.max() < 1e-6  # bfloat16 is off by 1e-3
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_products_go_to_the_faster_library_only_where_it_is_exact(monkeypatch, exact):
+WIDE = {"avx512_f": True, "amx_tile": False, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("able", "exact", "set_to"),
+    [
+        (WIDE, True, "medium"),
+        (WIDE, False, "highest"),
+        (WIDE | {"amx_bf16": True}, True, "highest"),  # which shapes it rounds there is not known
+        ({"architecture": "aarch64"}, True, "highest"),
+    ],
+)
+def test_products_go_to_the_faster_library_only_where_it_is_exact(monkeypatch, able, exact, set_to):
     before = torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     monkeypatch.setattr(arithmetic, "multiplies_exactly", lambda: exact)
     try:
         arithmetic.prepare("cpu")
-        assert torch.get_float32_matmul_precision() == ("medium" if exact else "highest")
+        assert torch.get_float32_matmul_precision() == set_to
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -26,11 +26,13 @@ def multiply_at_full_width() -> None:
     """Let oneDNN take float32 matrix products on the CPU where it keeps all of their bits; MKL takes them elsewhere.
 
     MKL leaves half of the vector unit of AMD's processors with AVX-512 idle: oneDNN multiplies there 1.9 to 2.4 times
-    as fast. torch hands it products only under a setting that lets it round to bfloat16, which it does where the
-    processor has units for that (AMX), and nowhere else.
+    as fast. torch hands it products only under a setting that lets it round to bfloat16 where the processor has units
+    for that (AMX), for some shapes and not for others: there it is never set, elsewhere it is tried.
     """
-    torch.set_float32_matmul_precision("medium")
-    if not multiplies_exactly():
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
+    fast = able.get("avx512_f", False) and not any(able.get(unit, True) for unit in ("amx_tile", "amx_bf16"))
+    torch.set_float32_matmul_precision("medium" if fast else "highest")
+    if fast and not multiplies_exactly():
         torch.set_float32_matmul_precision("highest")
 
 
