@@ -215,7 +215,7 @@ def fill_losses(
     that its training logged, unless `allow_changed_data`.
     """
     weights = weights_of(run)
-    together = max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
+    together = states_together(run)
     logged = {} if allow_changed_data else _logged_losses(run, steps)
     settings = run.attributes.get("settings_json") or {}
     agrees = AGREES_ROUNDED if settings.get("checkpoint_dtype") == "bfloat16" else AGREES
@@ -235,6 +235,11 @@ def fill_losses(
                 run.commit()
                 committed = time.monotonic()
             yield step, losses
+
+
+def states_together(run: Trajectory) -> int:
+    """At how many checkpoints losses are measured at a time."""
+    return max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
 
 
 def mean_loss(losses_S: np.ndarray) -> float:

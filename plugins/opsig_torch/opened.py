@@ -62,6 +62,7 @@ class Opened:
         self.double = double
         self.batches = Batches(task, torch.device(self.device), self.batch_size, double)
         self.items, self.samples = self.batches.items, self.batches.count
+        self.passes = self.batches.passes
         self.kept: dict[Any, Any] = {}
         """What measurements find out once for the model: traces by batch shape, how gradients are had."""
         self.tell: Callable[[str], None] = lambda words: None
