@@ -123,7 +123,9 @@ class Session(Protocol):
     task's positions without a target; and `positions`: how many samples an item has, which share a forward pass but not
     a backward pass. It may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as
     with batch norm by a chunk's statistics. Who opens one may set `tell`, which takes a line for a person: that a
-    slower way is taken, and why. Where a session says `passes` (`Passes`), long work shows how far it is.
+    slower way is taken, and why. It may say `loads`: whether each pass loads the data anew, so that one had better
+    serve many states, which is taken for granted where it does not say; and `passes` (`Passes`), by which long work
+    shows how far it is.
     """
 
     samples: int
@@ -304,9 +306,10 @@ class Plans(Protocol):
     def needs(self, what: str, count: int, state: State) -> Need:
         """What a measurement takes at a checkpoint.
 
-        "losses" and "norms" (of gradients) of all samples, `count` "eigenpairs", cosines of the "gradients" of `count`
-        samples, "alignment" of `count` samples' gradients with those of groups, "curvature" along a direction,
-        "sample_sharpness" of `count` samples, the "trace", a step of "training", and "outputs" of `count` inputs.
+        "losses" of all samples, "norms" of `count` samples' gradients (as many as all where they cost no less), `count`
+        "eigenpairs", cosines of the "gradients" of `count` samples, "alignment" of `count` samples' gradients with
+        those of groups, "curvature" along a direction, "sample_sharpness" of `count` samples, the "trace", a step of
+        "training", and "outputs" of `count` inputs.
         """
         ...
 

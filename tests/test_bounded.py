@@ -8,10 +8,10 @@ from conftest import TASKS
 from opsig_torch import captured, eigen, hessian, small_basis
 from opsig_torch.session import TorchSession
 
-from opsig_cli import backends
+from opsig_cli import backends, open_trajectory
 from opsig_cli.backends import Need, State, Training
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies import planning, tracking
+from opsig_cli.studies import curvature, planning, tracking
 from opsig_cli.studies.pace import paced
 from opsig_cli.tasks import load, parse_spec
 
@@ -206,3 +206,41 @@ def test_every_measurement_says_what_goes_through_the_model():
     heard.clear()
     list(session.train(Training("gd", 0.1, 5, wants_losses=lambda step: True), state))
     assert sum(heard) == pytest.approx(6)
+
+
+def test_losses_are_measured_at_no_more_checkpoints_at_a_time_than_take_a_second(tiny_run, tmp_path, monkeypatch):
+    clock, calls = [0.0], []
+
+    class Session:
+        loads = False
+
+        def losses(self, states):
+            calls.append(len(states))
+            clock[0] += 0.3 * len(states)
+            return [(np.zeros(run.samples.size, np.float32), None) for _ in states]
+
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
+    for loads, expected in ((False, [1, 2, 4, 4, 4, 4, 2]), (True, [21])):
+        copy = tmp_path / f"{loads}.h5"
+        copy.write_bytes(tiny_run.read_bytes())
+        Session.loads = loads
+        calls.clear()
+        with open_trajectory(copy, "r+") as run:
+            steps = run.steps("checkpoints")
+            run.remove("losses")
+            list(tracking.fill_losses(run, Session(), steps, allow_changed_data=True))  # pyright: ignore
+        assert calls == expected
+
+
+def test_gradient_norms_of_a_few_tokens_are_measured_of_these_alone(monkeypatch):
+    session = TorchSession(load(parse_spec(f"{TASKS.parent.parent / 'token_task.py'}:Digits"))[0], "cpu")
+    state, ids, few = session.initial(0), np.arange(session.samples), np.array([2, 7])
+    whole, asked = session.gradient_norms(state), []
+    measure = session.gradient_norms
+    monkeypatch.setattr(
+        session, "gradient_norms", lambda state, samples: (asked.append(samples), measure(state, samples))[1]
+    )
+    found = curvature._gradient_norms(session, state, ids, few)
+    assert np.allclose(found[few], whole[few], rtol=1e-5, equal_nan=True)
+    assert np.isnan(np.delete(found, few)).all()
+    assert [samples.tolist() for samples in asked] == [[2, 7]]

@@ -47,7 +47,7 @@ def metrics(run: Trajectory, steps: Sequence[int], names: Sequence[str], samples
     for name in names:
         match name:
             case "gradient_norm":
-                found.append(Stage("norms", times))
+                found.append(Stage("norms", times, samples))
             case "curvature":
                 known = set(run.steps("sharpness").tolist()) if run.has("sharpness/eigenvector") else set()
                 found += [Stage("eigenpairs", len(set(steps) - known)), Stage("curvature", times)]

@@ -90,6 +90,6 @@ def _passes(opened: Opened, what: str, count: int) -> float:
         case "gradients" | "alignment":
             return 2 * of_each * share
         case "norms":
-            return of_each
+            return of_each if opened.positions == 1 else of_each * share
         case _:
             return 1.0

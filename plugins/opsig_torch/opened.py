@@ -121,6 +121,11 @@ class Opened:
         count = torch.get_num_threads()
         return torch.cuda.get_device_name() if self.device == "cuda" else f"cpu ({count} thread{'s' * (count > 1)})"
 
+    @property
+    def loads(self) -> bool:
+        """Whether each pass loads the data anew, or has to once."""
+        return not self.batches.resident
+
     def batch_norms(self) -> list[nn.Module]:
         """The model's batch norm layers."""
         return [m for m in self.flat.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

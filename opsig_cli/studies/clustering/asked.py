@@ -49,7 +49,7 @@ class Asked:
         found = [Stage("eigenpairs", len(slopes.checkpoints_of(self.run, self.window)), slopes.COUNT)]
         found = found if self.by == "slope" else []
         if self.widens:
-            found.append(Stage("norms", times))
+            found.append(Stage("norms", times, session.samples))
         if self.by != "slope":
             found.append(Stage("gradients", times, grouped, grouped**2 * BYTES_A_PAIR))
         found += [
