@@ -28,7 +28,7 @@ def probe(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
-    backend: options.BackendOption = "torch",
+    backend: options.BackendOption = None,
     plan: options.PlanOption = False,
     memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
@@ -106,7 +106,7 @@ def _inputs(runs, names: list[str], steps, task, device, backend, quiet: bool, a
 def _plan(runs, names: list[str], steps, task, device, backend, quiet: bool, allow_changed_data: bool):
     """What the inputs take through all runs' checkpoints; a projection reads the files alone."""
     from opsig_cli.studies import curvature, planning, tracking
-    from opsig_cli.studies.results import Records
+    from opsig_cli.studies.results import planned
     from opsig_cli.trajectory.states import read_state
 
     found = []
@@ -114,11 +114,11 @@ def _plan(runs, names: list[str], steps, task, device, backend, quiet: bool, all
         chosen = curvature.select_steps(trajectory, steps)
         state = read_state(trajectory, chosen[0])
         if not names:
-            found += planning.plan_of_file(trajectory.path, "probe", 4 * state.params.nbytes)
+            found.append(planning.plan_of_file(trajectory.path, "probe", 4 * state.params.nbytes))
             continue
         session, _ = tracking.open_session(
             trajectory, task, device, backend, lambda text: options.note(text, quiet), allow_changed_data
         )
         stages = [planning.Stage("outputs", len(chosen), len(names))]
-        found += planning.plan(trajectory.path, session, backend, "probe", stages, state, len(chosen))
-    return Records(found, title=f"{runs[0].path}: plan of probe")
+        found.append(planning.plan(trajectory.path, session, backend, "probe", stages, state, len(chosen)))
+    return planned(*found)

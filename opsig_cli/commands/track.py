@@ -18,7 +18,7 @@ def track(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
-    backend: options.BackendOption = "torch",
+    backend: options.BackendOption = None,
     plan: options.PlanOption = False,
     memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
@@ -31,7 +31,7 @@ def track(
     Example: opsig track run.h5
     """
     from opsig_cli import records
-    from opsig_cli.studies import answers, pace, planning, tracking
+    from opsig_cli.studies import answers, pace, planning, results, tracking
     from opsig_cli.studies.parts import share
     from opsig_cli.trajectory.file import open_trajectory
     from opsig_cli.trajectory.states import read_state
@@ -60,7 +60,7 @@ def track(
             if plan:
                 disk = 8 * len(whole.samples) * len(steps)  # a prediction beside each loss
                 wanted = planning.plan(whole.path, session, backend, "track", stages, state, len(steps), disk)
-                options.say_plan(wanted, format, quiet)
+                options.say_plan(results.planned(wanted), format, quiet)
                 return
             planning.require(session, "track", stages, state)
             together = tracking.states_together(trajectory)

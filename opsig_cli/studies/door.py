@@ -33,7 +33,8 @@ from opsig_cli.studies import (
     slopes,
     tracking,
 )
-from opsig_cli.studies.branching import changes, flow, fork, naming, planned, request
+from opsig_cli.studies.branching import changes, flow, fork, naming, request
+from opsig_cli.studies.branching import planned as branching
 from opsig_cli.studies.clustering import agreement, explaining, finding, keeping, neighbours
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.clustering.asked import plan as plan_of_groups
@@ -43,7 +44,7 @@ from opsig_cli.studies.numbers import loss_unit, percent
 from opsig_cli.studies.pace import paced
 from opsig_cli.studies.parts import share
 from opsig_cli.studies.ranges import parse_range
-from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
+from opsig_cli.studies.results import Note, Progress, Records, opened, planned, quietly, unseen
 from opsig_cli.studies.trained import other_loss, settings_of
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory
@@ -122,7 +123,7 @@ def cluster(
     sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
     budget: int | None = None, replace: bool = False, sample: int | None = None, plan: bool = False,
     records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
-    backend: str = "torch", allow_changed_data: bool = False,
+    backend: str | None = None, allow_changed_data: bool = False,
     note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
@@ -150,7 +151,7 @@ def cluster(
 def _cluster(
     run: Run, keeper: keeping.Keeper | None, by: str | None, top: int | None, window: str | None, join: bool | None,
     sketch: int | None, explain: int | None, truth: bool, test: str, budget: int | None, sample: int | None,
-    records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None, backend: str,
+    records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None, backend: str | None,
     allow_changed_data: bool, note: Note, progress: Progress,
 ) -> Records:  # fmt: skip
     from opsig_cli.studies import drawing
@@ -170,13 +171,14 @@ def _cluster(
         if explain is not None and not sighted.chosen(trajectory):
             explaining.row_of(trajectory, explain)
         if keeper is None:
-            return without_damage(
+            found = without_damage(
                 lambda: plan_of_groups(
                     trajectory, by, top, task, device, backend, note, samples=samples, window=span, join=join,
                     sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
                 ),
                 damage.append,
             )  # fmt: skip
+            return planned(found)
 
         def work():
             found = keeper.find(
@@ -229,7 +231,7 @@ def sharpness(
     random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, name: bool = False,
     plain: bool = False, seed: int = 0, replace: bool = False, part: str | None = None, output: str | None = None,
     plan: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly,
+    device: str | None = None, backend: str | None = None, allow_changed_data: bool = False, note: Note = quietly,
     progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
@@ -299,6 +301,8 @@ def sharpness(
                 note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
                 note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
+            if "sample_sharpness" in of_samples:
+                backends.require(session, backends.SampleSharpness, backend, "sample_sharpness")
             if slice is not None:
                 groups = _groups_of(trajectory, records or [])
                 return curvature.slice_records(trajectory, session, slice, span, groups)
@@ -373,7 +377,7 @@ def _rates(run: Trajectory) -> dict[int, float]:
 
 
 def _ends(
-    run: Trajectory, session: backends.Session, backend: str, steps: list[int], count: int, tolerance: float,
+    run: Trajectory, session: backends.Session, backend: str | None, steps: list[int], count: int, tolerance: float,
     at: str | None, replace: bool, note: Note, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Who stands at the ends of `count` eigenvectors, measured where they are missing."""
@@ -444,7 +448,7 @@ def branch(
     label_smoothing: float | None = None, seed: int | None = None, into_edge: bool = False, out_of_edge: bool = False,
     draws: int = 3, sharpness: bool = False, track_every: int | None = None, assume: Sequence[str] = (),
     replace: bool = False, plan: bool = False, records: Sequence[dict[str, Any]] | None = None,
-    task: str | None = None, device: str | None = None, backend: str = "torch", allow_changed_data: bool = False,
+    task: str | None = None, device: str | None = None, backend: str | None = None, allow_changed_data: bool = False,
     note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Train a run on from a checkpoint with something changed, and beside it unchanged: records of kind "branch".
@@ -477,10 +481,10 @@ def branch(
             return tracking.open_run(trajectory, task, device, backend, note, allow_changed_data)
 
         session, loaded, spec = without_damage(work, damage.append)
-        stages, state = planned.stages_of(asked, session), read_state(trajectory, asked.from_steps[0])
+        stages, state = branching.stages_of(asked, session), read_state(trajectory, asked.from_steps[0])
         if plan:
-            disk, forks = planned.disk_of(asked, trajectory), len(asked.from_steps)
-            return planning.plan(trajectory.path, session, backend, "branch", stages, state, forks, disk)
+            disk, forks = branching.disk_of(asked, trajectory), len(asked.from_steps)
+            return planned(planning.plan(trajectory.path, session, backend, "branch", stages, state, forks, disk))
         planning.require(session, "branch", stages, state)
 
         def find_groups() -> list[dict[str, Any]]:

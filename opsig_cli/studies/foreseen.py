@@ -9,7 +9,7 @@ from opsig_cli.backends import Session
 from opsig_cli.studies import planning
 from opsig_cli.studies.curvature import SLICE_POINTS
 from opsig_cli.studies.planning import Count, Stage
-from opsig_cli.studies.results import Records
+from opsig_cli.studies.results import Records, planned
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
@@ -27,12 +27,12 @@ class Foreseen:
     row: int = 0
     counted: Count | None = None
 
-    def plan(self, run: Trajectory, session: Session, backend: str) -> Records:
+    def plan(self, run: Trajectory, session: Session, backend: str | None) -> Records:
         """One record of what it takes."""
         state = read_state(run, self.steps[0])
         disk = self.row * len(self.steps)
-        return planning.plan(
-            run.path, session, backend, COMMAND, self.stages, state, len(self.steps), disk, self.counted
+        return planned(
+            planning.plan(run.path, session, backend, COMMAND, self.stages, state, len(self.steps), disk, self.counted)
         )
 
     def require(self, run: Trajectory, session: Session) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 from opsig_cli import backends
 from opsig_cli.backends import Need, Session, State, worded
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.results import Records
 from opsig_cli.studies.tracking import MEMORY
 
 MIB = 1 << 20
+Plan = tuple[dict[str, Any], list[str]]
+"""A record of what a command takes, and what to say where it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Count:
 
 
 def plan(
-    path: str, session: Session, backend: str, command: str, stages: Sequence[Stage], state: State,
+    path: str, session: Session, backend: str | None, command: str, stages: Sequence[Stage], state: State,
     checkpoints: int, disk: int = 0, counted: Count | None = None,
-) -> Records:  # fmt: skip
+) -> Plan:  # fmt: skip
     """One record: what `command` takes for these stages, at a state of the run, and `disk` bytes that it adds to files.
 
     Raises OpsigError for a backend that does not know.
@@ -56,17 +57,17 @@ def plan(
         "device": session.device_name,
     }  # fmt: skip
     notes = [] if fits else [_refusal(command, session, need, state, counted)]
-    return Records([record], notes=notes, title=f"{path}: plan of {command}")
+    return record, notes
 
 
-def plan_of_file(path: str, command: str, memory: int) -> Records:
+def plan_of_file(path: str, command: str, memory: int) -> Plan:
     """The same of a command that reads the file alone and measures nothing."""
     record = {
         "trajectory": path, "command": command, "checkpoints": 0, "passes": 0.0, "memory_least": memory,
         "memory_most": memory, "memory_bound": MEMORY.get(), "host_memory": memory,
         "fits": memory <= (MEMORY.get() or memory), "disk": 0, "device": None,
     }  # fmt: skip
-    return Records([record], title=f"{path}: plan of {command}")
+    return record, []
 
 
 def require(

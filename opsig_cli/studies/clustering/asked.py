@@ -15,8 +15,7 @@ from opsig_cli.studies.clustering import gathering, silencing, slopes
 from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.mining import Movers
-from opsig_cli.studies.planning import Count, Stage
-from opsig_cli.studies.results import Records
+from opsig_cli.studies.planning import Count, Plan, Stage
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
@@ -105,12 +104,12 @@ def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
 
 
 def plan(
-    run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str,
+    run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str | None,
     warn: Callable[[str], None], *, samples: Sequence[int] | None = None,
     window: tuple[int | None, int | None] = (None, None), join: bool | None = None, sketch: int | None = None,
     test: str = "replay",
     budget: int | None = None, allow_changed_data: bool = False,
-) -> Records:  # fmt: skip
+) -> Plan:  # fmt: skip
     """What `finding.find` takes with the same options: one record."""
     asked = prepared(run, by, top, samples, window)
     pairs = len(asked.position) ** 2 * BYTES_A_PAIR
