@@ -21,20 +21,25 @@ GRADIENT_VECTORS = 7
 and noise that parameters are shaken with."""
 
 
+ALIGNMENT_VECTORS = 9
+"""The same beside the mean gradients of a few sets, and of one set over all parameters, in float64, too."""
+
+
 def needs(opened: Opened, what: str, count: int) -> Need:
     """Bytes and passes of a measurement (see `Plans.needs`) at the loaded parameters."""
     vector = opened.flat.vector.element_size() * opened.flat.vector.numel()
     order = 2 if what in SECOND else 1
     batch = min(opened.fitting_batch(order), opened.batch_size, opened.items)
-    base = held(opened.device) + opened.kept.get(("item bytes", order), 0) * batch
+    item = opened.kept.get(("item bytes", order), 0)
+    base = held(opened.device)
     least, most = _vectors(opened, what, count)
     room = _room(what, count)
     host, host_bound = 0, 0
     if opened.device != "cpu":
         host, host_bound = held("cpu") + 2 * vector, bound_of("cpu")
     return Need(
-        base + least * vector + room[0], base + max(least, most) * vector + room[1], opened.bound(),
-        _passes(opened, what, count), host, host_bound,
+        base + item + least * vector + room[0], base + item * batch + max(least, most) * vector + room[1],
+        opened.bound(), _passes(opened, what, count), host, host_bound,
     )  # fmt: skip
 
 
@@ -52,6 +57,8 @@ def _vectors(opened: Opened, what: str, count: int) -> tuple[int, int]:
             return PRODUCT_VECTORS, PRODUCT_VECTORS
         case "training":
             return 3, 4
+        case "alignment":
+            return ALIGNMENT_VECTORS, ALIGNMENT_VECTORS
         case _:
             return GRADIENT_VECTORS, GRADIENT_VECTORS
 
