@@ -31,12 +31,14 @@ def track(
     Example: opsig track run.h5
     """
     from opsig_cli import records
-    from opsig_cli.studies import answers, pace, planning, results, tracking
+    from opsig_cli.studies import answers, describing, pace, planning, results, tracking
     from opsig_cli.studies.parts import share
     from opsig_cli.trajectory.file import open_trajectory
     from opsig_cli.trajectory.states import read_state
 
     part = share.part_of(part_text, output)
+    if part is None and not plan:
+        describing.renew(run, task, partial(options.note, quiet=quiet))
     with open_trajectory(run, "r" if part else "r+") as whole, ExitStack() as stack:
         whole.require("checkpoints/params")
         trajectory = whole
