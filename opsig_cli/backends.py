@@ -134,10 +134,10 @@ class Session(Protocol):
     task's positions without a target; and `positions`: how many samples an item has, which share a forward pass but not
     a backward pass. It may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as
     with batch norm by a chunk's statistics. Where a run has the same parameters in another order, as one of another
-    backend may, `arrange(names)` makes the order its own. Who opens one may set `tell`, which takes a line for a
-    person: that a slower way is taken, and why. It may say `loads`: whether each pass loads the data anew, so that one
-    had better serve many states, which is taken for granted where it does not say; and `passes` (`Passes`), by which
-    long work shows how far it is.
+    backend may, `arrange(names)` makes the order its own. `versions`: of the libraries behind it, for a new file. Who
+    opens one may set `tell`, which takes a line for a person: that a slower way is taken, and why. It may say `loads`:
+    whether each pass loads the data anew, so that one had better serve many states, which is taken for granted where it
+    does not say; and `passes` (`Passes`), by which long work shows how far it is.
     """
 
     samples: int

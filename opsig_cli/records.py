@@ -73,10 +73,16 @@ def write(
     out.flush()
 
 
+def check_format(name: str | None) -> None:
+    """Raise UsageError for a format that is not one of FORMATS."""
+    if name is not None and name not in FORMATS:
+        raise UsageError(f"no format is called '{name}'. Known: {', '.join(FORMATS)}")
+
+
 def read(stream: TextIO) -> list[dict[str, Any]]:
     """All records of a stream of JSON lines, read to its end.
 
-    Raises OpsigError where there are none, or naming the line that is not a JSON object.
+    Raises OpsigError where there are none, or naming the line that is not a JSON object, or whose sample is none.
     """
     records = []
     for number, line in enumerate(stream, 1):
@@ -90,6 +96,9 @@ def read(stream: TextIO) -> list[dict[str, Any]]:
             raise OpsigError(
                 f"stdin line {number} is not a JSON object. Pipe records in: opsig mine run.h5 | opsig cluster -"
             )
+        sample = record.get("sample")
+        if sample is not None and (not isinstance(sample, int) or isinstance(sample, bool)):
+            raise OpsigError(f"stdin line {number}: sample is {sample!r:.40}, and must be its index in the dataset")
         records.append(record)
     if not records:
         raise OpsigError("stdin holds no records. Pipe some in: opsig mine run.h5 --top 400 | opsig cluster -")

@@ -40,6 +40,15 @@ def check_output(context: typer.Context, path: Any) -> Any:
     return path
 
 
+def check_format(context: typer.Context, name: str | None) -> str | None:
+    """Raise UsageError, before any work is done, for a format that is not known."""
+    if not context.resilient_parsing:
+        from opsig_cli import records
+
+        records.check_format(name)
+    return name
+
+
 def check_figure(context: typer.Context, path: Path | None) -> Path | None:
     """The same of a picture, whose name's ending must be one that is known."""
     if path is not None and not context.resilient_parsing:
@@ -91,6 +100,7 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         metavar="table|json|csv",
+        callback=check_format,
         help="Default: table on a terminal, JSON lines in a pipe.",
         autocompletion=completions.among("table", "json", "csv"),
     ),

@@ -75,15 +75,19 @@ def mined(records: Sequence[Record], run: str, unit: str, task: str | None = Non
     said = []
     if broken:
         more = f" and of {len(broken) - 1} more" if len(broken) > 1 else ""
-        said.append(f"the loss of sample {broken[0]['sample']} is not finite from step {broken[0]['step']} on{more}")
-    if not movers:
+        when = f"at step {broken[0]['step']}" if broken[0].get("recovers") else f"from step {broken[0]['step']} on"
+        said.append(f"the loss of sample {broken[0]['sample']} is not finite {when}{more}")
+    if not any(r["score"] for r in movers):
         return Answer("; ".join([*said, "no sample moves"]))
     first = movers[0]
     labels = Counter(r["label"] for r in movers if r["label"] is not None)
     mostly = ", ".join(f"{count} x {short(label)}" for label, count in labels.most_common(3))
-    who = f"{len(movers)} samples" + (f", mostly {mostly}" if len(movers) > labels.total() / 2 and mostly else "")
+    who = f"{len(movers)} sample{'s' * (len(movers) > 1)}" + (
+        f", mostly {mostly}" if len(movers) > labels.total() / 2 and mostly else ""
+    )
     change = with_unit(f"{first['loss_before']:.3g} -> {first['loss_after']:.3g}", unit)
-    said.append(f"{who}; sample {first['sample']} moves most, {change} at step {first['step']}")
+    named = f" ({short(first['name'])})" if "name" in first else ""
+    said.append(f"{who}; sample {first['sample']}{named} moves most, {change} at step {first['step']}")
     return Answer("; ".join(said), command("cluster", run, task=task))
 
 
@@ -351,7 +355,8 @@ def described(record: Record, task: str | None = None) -> Answer:
     run, groups = record["trajectory"], record["groups"]
     has = [name for name in ("losses", "checkpoints", "sharpness", "floor", "slopes") if name in groups]
     state = record["state"] or "of no stated state"
-    found = f"a run of {record['samples']:,} samples to step {record['steps']}, {state}"
+    count, last = record["samples"], record["steps"]
+    found = f"a run of {count:,} sample{'s' * (count != 1)}{'' if last is None else f' to step {last}'}, {state}"
     seen = record.get("sightings")
     if seen:
         has.insert(0, f"{seen:,} sightings of samples' losses")

@@ -10,7 +10,7 @@ import numpy as np
 
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies import mining, planning, tracking
+from opsig_cli.studies import mining, missing, planning, tracking
 from opsig_cli.studies.clustering import gathering, silencing, slopes
 from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
 from opsig_cli.studies.filled import filled
@@ -83,7 +83,7 @@ def prepared(
     if found.known is not None:
         position = position[~np.isin(position, found.known.never)]
     if len(position) < 2:
-        raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
+        raise OpsigError(missing.too_few(run, len(position)))
     whole = len(position) * (2 if samples is None and by != "loss" else 1)  # as many again by their gradients
     if whole > MOST_GROUPED:
         raise OpsigError(
