@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,11 @@ def test_a_state_is_the_same_to_the_bit_and_costs_no_second_copy(opsig, runs):
     sizes = [path.stat().st_size for path in (runs / "ckpts").iterdir()]
     assert (record["referenced_files"], record["referenced_bytes"]) == (4, sum(sizes))
     assert record["parameters"] == opsig("info", "held.h5").records[0]["parameters"]
+    with h5py.File("refers.h5", "r+") as file:
+        file["checkpoints/external/bytes"][2, 0] += 1
+    less = opsig("info", "refers.h5")
+    assert (less.records[0]["referenced_files"], less.records[0]["checkpoints"]) == (3, 3)
+    assert "1 of 4 rows of checkpoints is damaged and left out: step 2" in less.err
 
 
 @pytest.mark.parametrize(
