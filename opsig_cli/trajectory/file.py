@@ -21,11 +21,12 @@ import numpy as np
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory import frames
 from opsig_cli.trajectory.conforming import check_shapes, check_version
+from opsig_cli.trajectory.datasets import as_value
 from opsig_cli.trajectory.identity import create_stamp, is_run_id, new_run_id, place_of_stamp
 from opsig_cli.trajectory.locks import writer_of
 from opsig_cli.trajectory.naming import describe
 from opsig_cli.trajectory.pending import NEW_SUFFIX
-from opsig_cli.trajectory.reading import Reading, as_value
+from opsig_cli.trajectory.reading import Reading
 from opsig_cli.trajectory.redo_log import LOG_SUFFIX
 from opsig_cli.trajectory.rows import as_array, column_checksum, fill_row, is_fill, stated_fill, write_row
 from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, SCHEMA_VERSION, Field, field_of, is_known, is_wide
