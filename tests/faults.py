@@ -350,14 +350,14 @@ def scenarios(base: Path) -> list[Scenario]:
 
 def _make(folder: Path, command: list[Any] | Callable) -> None:
     folder.mkdir(parents=True)
-    ended = run(folder, command)
+    ended = run(folder, command, seconds=200)
     assert ended.code == 0, ended.err
 
 
 def _make_killed(folder: Path, command: list[Any] | Callable) -> None:
     """What is left of a command that was killed when it had done two thirds."""
     folder.mkdir()
-    calls = run(folder, command).calls
+    calls = run(folder, command, seconds=200).calls
     (folder / "run.h5").unlink()
     run(folder, command, every_call.One("kill", calls * 2 // 3))
 
@@ -464,6 +464,8 @@ def what_it_left(scenario: Scenario, folder: Path, ended: Ended, truth: Truth) -
     again = run(folder, scenario.again(folder))
     if again.hung or again.code != 0:
         return f"cannot go on: {again.err[-600:]}"
+    if scenario.answers:  # where the result was kept, nothing was written
+        open_trajectory(path, "r+").close()
     left = [n.name for n in folder.iterdir() if n.name.startswith("run.h5.")]
     if left:
         return f"left behind: {left}"
