@@ -235,7 +235,8 @@ class EveryCall:
                     self._outcome(kind, name, *self._ended)
                     before.put_back()
                     open_anew(self._open)
-        return call(*arguments, **keywords)
+        done = call(*arguments, **keywords)
+        return _without_our_link(done) if name in ("stat", "fstat") else done
 
     def _copy(self) -> bool:
         """Go on in a copy of this process, as its own, and return True there; False here, when it has ended."""
@@ -282,6 +283,11 @@ class EveryCall:
         }
         with open(self._states / "outcomes", "a") as file:
             file.write(json.dumps(about | {"state": digest}) + "\n")
+
+
+def _without_our_link(found: os.stat_result) -> os.stat_result:
+    """What the system says of a file, that of `Kept` not counted among its names."""
+    return os.stat_result((*found[:3], max(1, found.st_nlink - 1), *found[4:10]))
 
 
 class _Drawing:
