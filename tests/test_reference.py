@@ -73,6 +73,16 @@ def test_a_state_is_the_same_to_the_bit_and_costs_no_second_copy(opsig, runs):
     assert "1 of 4 rows of checkpoints is damaged and left out: step 2" in less.err
 
 
+def test_an_import_that_was_cut_off_at_once_says_what_its_samples_are_when_it_goes_on(opsig, runs):
+    with h5py.File("held.h5", "r+") as file:
+        for name in set(file) - {"sample", "commit"}:
+            del file[name]
+    assert opsig("import", "ckpts", *OWN, "-o", "held.h5", "--batch-size", "full", "--track", "--append").code == 0
+    with open_trajectory("held.h5") as again, open_trajectory("refers.h5") as whole:
+        for name in ("samples/label", "class_name", "losses/prediction"):
+            np.testing.assert_array_equal(again.read(name), whole.read(name))
+
+
 @pytest.mark.parametrize(
     "command", [("sharpness", "-k", 2), ("sharpness", "--metrics", "gradient_norm,critical_sharpness"), ("cluster",)]
 )

@@ -138,8 +138,9 @@ class Writing(Reading):
             values = np.char.encode(values.astype(str), "utf-8")
         elif "|" not in field.dtype:
             values = values.astype(field.dtype)
-        dataset = self._file.create_dataset(name, data=values)
-        describe(self._file, dataset, field)
+        with self.damage("its structure"):
+            dataset = self._file.create_dataset(name, data=values)
+            describe(self._file, dataset, field)
         dataset.attrs["checksum"] = np.uint32(zlib.crc32(values.tobytes()))
 
     def remove(self, group: str) -> None:
@@ -166,11 +167,12 @@ class Writing(Reading):
             chunks = (64, min(1024, width)) if width < WIDE else (16, 16384)
         else:
             chunks = (1, min(1 << 18, width)) if shape else (1024,)
-        dataset = self._file.create_dataset(
-            field.path, (0, *shape), maxshape=(None, *shape), dtype=dtype, chunks=chunks,
-            fillvalue=stated_fill(np.dtype(dtype)), fill_time="never" if "sample" in field.dims else "ifset",
-        )  # fmt: skip
-        describe(self._file, dataset, field)
+        with self.damage("its structure"):
+            dataset = self._file.create_dataset(
+                field.path, (0, *shape), maxshape=(None, *shape), dtype=dtype, chunks=chunks,
+                fillvalue=stated_fill(np.dtype(dtype)), fill_time="never" if "sample" in field.dims else "ifset",
+            )  # fmt: skip
+            describe(self._file, dataset, field)
         known[field.path] = dataset
         for row in range(rows.count):
             write_row(dataset, row, fill_row(dataset))
