@@ -1,13 +1,14 @@
 """Damaged files through every command that reads: the answer is that of the run without its damaged rows, or a refusal.
 
-    python benchmarks/damaged.py [--files 2000] [--first SEED] [--heavy 2] [--processes 20]
+    python benchmarks/damaged.py [--files 2000] [--first SEED] [--heavy 2] [--processes 20] [--runs written,packed]
 
-Each file is a small run (as written, or repacked) with bytes changed, a page zeroed, two pieces swapped, its end cut
-off, or a value changed behind its checksum. Which rows are damaged is found by comparing it with the original through
-plain h5py. Each command's exit code and records are then held against those for a run in which these rows were never
-recorded. Commands that take long take turns, `--heavy` of them a file (0: all). A sample is run again in processes of
-their own. Prints counts by command, also where it is interrupted, and every failure with the seed that makes it again;
-exit code 1 where there is one.
+Each file is a small run with bytes changed, a page zeroed, two pieces swapped, its end cut off, or a value changed
+behind its checksum. Runs are as written, or repacked; also with what `mine` and `cluster` found kept in them (kept),
+seen batch by batch (seen), or with their checkpoints in other files (refers). Which rows are damaged is found by
+comparing a file with the original through plain h5py. Each command's exit code and records are then held against those
+for a run in which these rows were never recorded. Commands that take long take turns, `--heavy` of them a file (0:
+all). A sample is run again in processes of their own. Prints counts by command, also where it is interrupted, and every
+failure with the seed that makes it again; exit code 1 where there is one.
 """
 
 import argparse
@@ -35,12 +36,20 @@ from typing import Any
 import h5py
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from opsig_cli import Recorder
+from opsig_cli.studies import mining
+from opsig_cli.trajectory import sightings
 from opsig_cli.trajectory.file import create_trajectory, open_trajectory
 from opsig_cli.trajectory.schema import is_known
 
 TASKS = Path(__file__).parent.parent / "tests" / "tasks" / "tiny.py"
 TASK = ("--task", f"{TASKS}:Tiny:samples=24")
+RUNS = ("written", "packed", "kept", "seen", "refers")
 GROUPS = ("scalars", "losses", "checkpoints", "sharpness")
+KINDS_OF_ROWS = (*GROUPS, "sightings")
+mining.LONG_BYTES = 0  # what is mined is kept in small runs, too
 LIGHT = {
     "info": ("info", "RUN"),
     "verify": ("verify", "RUN"),
@@ -69,6 +78,9 @@ CHANGES_FILE = {
     "cluster",
     "cluster --by loss",
     "report",
+    "mine",
+    "mine --step",
+    "mine --window",
 }  # or keeps what it found
 NOT_COMPARED = ("trajectory", "path", "bytes", "bytes_before", "reason", "groups", "parameters")
 SECONDS = 20
@@ -119,7 +131,7 @@ def without(source: Path, target: Path, left_out: dict[str, set[int]]) -> None:
         for key, value in run._file.attrs.items():
             copy._file.attrs[key] = value
         for name in run.names():
-            if name not in copy._file and name.split("/")[0] not in GROUPS:
+            if name not in copy._file and name.split("/")[0] not in KINDS_OF_ROWS:
                 copy.write(name, run.read(name))
         for group in GROUPS:
             names = [n for n in run.names() if n.startswith(f"{group}/") and not n.endswith(("/step", "/checksum"))]
@@ -127,6 +139,9 @@ def without(source: Path, target: Path, left_out: dict[str, set[int]]) -> None:
                 if place not in left_out.get(group, ()):
                     row = {name.removeprefix(f"{group}/").replace("/", "__"): run.row(name, step) for name in names}
                     copy.append(group, step, **row)
+        if sightings.count(run):
+            whole = sightings.joined(list(sightings.blocks(run)))
+            sightings.append(copy, whole[~np.isin(np.arange(len(whole)), list(left_out.get("sightings", ())))])
 
 
 class Original:
@@ -150,7 +165,7 @@ class Original:
         try:
             with h5py.File(path) as file:
                 for name, whole in self.datasets.items():
-                    group = name.split("/")[0] if name.split("/")[0] in GROUPS else ""
+                    group = name.split("/")[0] if name.split("/")[0] in KINDS_OF_ROWS else ""
                     found.setdefault(group, set()).update(self._differing(file, name, whole))
         except (OSError, RuntimeError, KeyError, ValueError):
             return None
@@ -258,39 +273,61 @@ def damage(data: bytes, path: Path, generator: random.Random, originals: Origina
     return kind
 
 
-def make(folder: Path) -> list[Path]:
-    """The run that is damaged, as it was written and repacked."""
-    written, packed = folder / "written.h5", folder / "packed.h5"
-    train = (
-        "train",
-        "-o",
-        "RUN",
-        *TASK,
-        "--steps",
-        "24",
-        "--learning-rate",
-        "0.5",
-        "--track",
-        "--checkpoint-every",
-        "6",
-    )
-    for command in (train, ("sharpness", "RUN", *TASK), ("repack", "RUN", "-o", "NEW")):
-        code, _, err = call(command, written, packed)
+def make(folder: Path) -> None:
+    """The runs that are damaged."""
+    written, packed, kept, seen, refers = (folder / f"{name}.h5" for name in RUNS)
+    options = ("--steps", "24", "--learning-rate", "0.5", "--track", "--checkpoint-every", "6")
+    keep = [(("cluster", "RUN", "--by", "loss"), kept), (("mine", "RUN", "--top", "6"), kept)]
+    observed(seen, folder / "saved")
+    brought = ("import", str(folder / "saved"), *TASK, "--reference", "--track", "--batch-size", "8", "-o", "RUN")
+    for command, run in [
+        (("train", "-o", "RUN", *TASK, *options), written),
+        (("sharpness", "RUN", *TASK), written),
+        (("repack", "RUN", "-o", "NEW"), written),
+        (("repack", "RUN", "-o", "NEW"), written),
+        *keep,
+        (brought, refers),
+        (("sharpness", "RUN", *TASK), refers),
+    ]:
+        code, _, err = call(command, run, kept if packed.exists() else packed)
         assert code == 0, err
-    return [written, packed]
 
 
-def worker(source: Path, first: int, last: int, heavy: int) -> None:
+def observed(path: Path, saved: Path) -> None:
+    """A loop over batches of eight that records what it sees, and saves checkpoints of its own, too."""
+    import torch
+    from tasks import tiny
+
+    task, settings = tiny.Tiny(samples=24), {"task": TASK[1], "optimizer": "gd", "learning_rate": 0.5, "batch_size": 8}
+    torch.manual_seed(0)
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    saved.mkdir()
+    with Recorder(path, samples=24, attributes={"settings_json": settings}) as recorder:
+        for step in range(25):
+            if step % 6 == 0:
+                recorder.record(step, model=model)
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
+                           saved / f"step{step}.pt")  # fmt: skip
+            batch = torch.randperm(24)[:8]
+            losses = task.losses(model, (task.x[batch], task.y[batch]))
+            recorder.observe(step, batch, losses)
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+
+
+def worker(source: Path, first: int, last: int, heavy: int, runs: list[str]) -> None:
     """Judge the files of these seeds; a line of JSON for each command."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parts = [folder / part for part in ("reference", "run", "damaged")]
         for part in parts:
             part.mkdir()
-        originals = [Original(source / file, parts[0]) for file in ("written.h5", "packed.h5")]
+        originals = [Original(source / f"{run}.h5", parts[0]) for run in runs]
         for seed in range(first, last):
             generator = random.Random(seed)
-            original = originals[seed % 2]
+            original = originals[seed % len(originals)]
             damaged = parts[2] / "damaged.h5"
             kind = damage(original.path.read_bytes(), damaged, generator, original)
             found = original.damage_of(damaged)
@@ -301,10 +338,10 @@ def worker(source: Path, first: int, last: int, heavy: int) -> None:
                 print(json.dumps([seed, command, outcome, said if outcome.isupper() else ""]), flush=True)
 
 
-def supervised(source: Path, first: int, last: int, heavy: int) -> Iterator[tuple[int, str, str, str]]:
+def supervised(source: Path, first: int, last: int, heavy: int, runs: str) -> Iterator[tuple[int, str, str, str]]:
     """Outcomes of a range of seeds; a process that crashes or hangs is an outcome, too, and is followed by another."""
     while first < last:
-        command = [sys.executable, __file__, "--worker", str(source), str(first), str(last), str(heavy)]
+        command = [sys.executable, __file__, "--worker", str(source), str(first), str(last), str(heavy), runs]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
@@ -335,12 +372,12 @@ def supervised(source: Path, first: int, last: int, heavy: int) -> Iterator[tupl
         first = at[0] + 1
 
 
-def again(source: Path, seeds: list[int], folder: Path) -> Counter:
+def again(source: Path, seeds: list[int], folder: Path, runs: list[str]) -> Counter:
     """The commands in processes of their own: exit codes and lines are those of the command in this process."""
     found = Counter()
     for seed in seeds:
         generator = random.Random(seed)
-        original = Original(source / ("written.h5", "packed.h5")[seed % 2], folder)
+        original = Original(source / f"{runs[seed % len(runs)]}.h5", folder)
         damaged = source / "damaged.h5"
         damage(original.path.read_bytes(), damaged, generator, original)
         name = list(COMMANDS)[seed % len(COMMANDS)]
@@ -368,11 +405,12 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--heavy", type=int, default=2, help="commands that take long, of each file; 0: all")
     parser.add_argument("--processes", type=int, default=20, help="commands to run again in processes of their own")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--runs", default="written,packed", help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        source, *numbers = options.worker
-        worker(Path(source), *map(int, numbers))
+        source, *numbers, runs = options.worker
+        worker(Path(source), *map(int, numbers), runs.split(","))
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -385,7 +423,7 @@ def main() -> int:
         make(source)
         last = options.first + options.files
         with contextlib.suppress(KeyboardInterrupt):  # says what it has so far
-            for seed, command, outcome, said in supervised(source, options.first, last, options.heavy):
+            for seed, command, outcome, said in supervised(source, options.first, last, options.heavy, options.runs):
                 counts.setdefault(command, Counter())[outcome] += 1
                 files.add(seed)
                 if outcome.isupper():
@@ -393,7 +431,9 @@ def main() -> int:
                     print(f"seed {seed}: {command}: {outcome}\n{said}", flush=True)
                 if len(files) % 100 == 0 and command == "info":
                     print(f"{len(files)} files", file=sys.stderr, flush=True)
-            alone = again(source, list(range(options.first, options.first + options.processes)), empty)
+            alone = again(
+                source, list(range(options.first, options.first + options.processes)), empty, options.runs.split(",")
+            )
     for command, found in counts.items():
         print(f"{command:20}", ", ".join(f"{outcome} {count}" for outcome, count in sorted(found.items())))
     print(", ".join(f"{what} {count}" for what, count in alone.items()))

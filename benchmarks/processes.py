@@ -14,7 +14,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 COMMANDS = {
     "nothing": ["track", "done.h5"],
@@ -25,8 +27,8 @@ COMMANDS = {
 }
 
 
-def busiest(folder: Path, count: int, command: list[str]) -> float:
-    """CPU seconds of the process that had most to do."""
+def launched(folder: Path, count: int, command: list[str], **how: Any) -> list[subprocess.Popen]:
+    """The command in so many processes of one thread that know of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -36,19 +38,25 @@ def busiest(folder: Path, count: int, command: list[str]) -> float:
         "MASTER_PORT": port,
         "WORLD_SIZE": str(count),
     }
-    started = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-m", "opsig_cli", *command, "--quiet"], cwd=folder, stdout=subprocess.DEVNULL,
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, "-m", "opsig_cli", *command], cwd=folder,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **how,
         )
         for rank in range(count)
     ]  # fmt: skip
+
+
+def used(folder: Path, count: int, command: list[str]) -> tuple[list[float], float]:
+    """CPU seconds of each process, and wall seconds."""
+    begin = time.perf_counter()
+    started = launched(folder, count, [*command, "--quiet"], stdout=subprocess.DEVNULL)
     seconds = []
     for process in started:
-        _, status, used = os.wait4(process.pid, 0)
+        _, status, usage = os.wait4(process.pid, 0)
         assert status == 0, command
-        seconds.append(used.ru_utime + used.ru_stime)
-    return max(seconds)
+        seconds.append(usage.ru_utime + usage.ru_stime)
+    return seconds, time.perf_counter() - begin
 
 
 def main() -> None:
@@ -75,13 +83,17 @@ def main() -> None:
         found = {}
         for count in (1, arguments.processes):
             shutil.copy(folder / "whole.h5", folder / "run.h5")
-            found[count] = busiest(folder, count, command)
+            found[count] = used(folder, count, command)
         if name == "nothing":
             idle = found
             continue
-        one, several = (found[count] - idle[count] for count in (1, arguments.processes))
+        (one, alone), (each, wall) = found[1], found[arguments.processes]
+        less = [seconds - nothing for seconds, nothing in zip(each, idle[arguments.processes][0], strict=True)]
+        walls = alone - idle[1][1], wall - idle[arguments.processes][1]
+        one_less = one[0] - idle[1][0][0]
         print(
-            f"{name:10} {one:8.2f} s alone {several:8.2f} s of {arguments.processes}: {one / several:.2f} times",
+            f"{name:10} {one_less:8.2f} s alone, {' '.join(f'{seconds:.2f}' for seconds in less)} s each: "
+            f"{one_less / max(less):.2f} times; wall {walls[0]:.1f} and {walls[1]:.1f} s",
             flush=True,
         )
 

@@ -115,6 +115,18 @@ class Snapshot:
     signed_fraction: float = float("nan")
 
 
+def unheard(share: float) -> None:
+    """Takes what nobody listens for."""
+
+
+@dataclass
+class Passes:
+    """How data goes through a model while something is measured: `heard` is called with the share of all the data that
+    a batch is, each time one went through."""
+
+    heard: Callable[[float], None] = unheard
+
+
 class Session(Protocol):
     """A task opened on a device. Samples are named by their index in the task's dataset.
 
@@ -122,9 +134,10 @@ class Session(Protocol):
     task's positions without a target; and `positions`: how many samples an item has, which share a forward pass but not
     a backward pass. It may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as
     with batch norm by a chunk's statistics. Where a run has the same parameters in another order, as one of another
-    backend may, `arrange(names)` makes the order its own. `versions`: of the
-    libraries behind it, for a new file. Who opens one may set `tell`, which takes a line for a
-    person: that a slower way is taken, and why.
+    backend may, `arrange(names)` makes the order its own. `versions`: of the libraries behind it, for a new file. Who
+    opens one may set `tell`, which takes a line for a person: that a slower way is taken, and why. It may say `loads`:
+    whether each pass loads the data anew, so that one had better serve many states, which is taken for granted where it
+    does not say; and `passes` (`Passes`), by which long work shows how far it is.
     """
 
     samples: int
@@ -284,12 +297,28 @@ class Slopes(Protocol):
 @dataclass(frozen=True)
 class Need:
     """What measuring takes of the device's memory, in bytes: at the `least`, and as much as is of use (`most`), within
-    the `bound`. `passes`: forward and backward passes over the data a checkpoint, about."""
+    the `bound`. `passes`: forward and backward passes over the data a checkpoint, about. `host`: bytes of the host's
+    memory where that is another than the device's, within `host_bound`; 0 and 0 where it is the same."""
 
     least: int
     most: int
     bound: int
     passes: float
+    host: int = 0
+    host_bound: int = 0
+
+
+def worded(size: float) -> str:
+    """A size in words, in units of 1,024.
+
+    >>> worded(12 * 2**30), worded(3 * 2**20)
+    ('12.0 GiB', '3.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
 
 
 @runtime_checkable
@@ -297,7 +326,13 @@ class Plans(Protocol):
     """The capability that --plan needs."""
 
     def needs(self, what: str, count: int, state: State) -> Need:
-        """What "losses", `count` "eigenpairs", or "gradients" of `count` samples take at a checkpoint."""
+        """What a measurement takes at a checkpoint.
+
+        "losses" of all samples, "norms" of `count` samples' gradients (as many as all where they cost no less), `count`
+        "eigenpairs", cosines of the "gradients" of `count` samples, "alignment" of `count` samples' gradients with
+        those of groups, "curvature" along a direction, "sample_sharpness" of `count` samples, the "trace", a step of
+        "training", and "outputs" of `count` inputs.
+        """
         ...
 
 

@@ -1,5 +1,6 @@
 """Measuring within a bound of memory. P parameters, N basis vectors."""
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -8,6 +9,11 @@ from opsig_torch import captured, eigen, hessian, small_basis
 from opsig_torch.hessian import Hessian
 from opsig_torch.session import TorchSession
 
+from opsig_cli import backends, open_trajectory
+from opsig_cli.backends import Need, State, Training
+from opsig_cli.errors import OpsigError
+from opsig_cli.studies import curvature, planning, tracking
+from opsig_cli.studies.pace import paced
 from opsig_cli.tasks import load, parse_spec
 
 GPT2 = f"{TASKS.parent / 'gpt2.py'}:GPT2"
@@ -67,6 +73,66 @@ def test_a_solve_takes_the_memory_it_is_given_and_says_what_it_lacks(tiny_run, t
     assert opsig("track", run, *task, "--plan").code == 0
 
 
+MEASURING = {
+    "track": [],
+    "cluster": ["--test", "none"],
+    "sharpness": ["--metrics", "gradient_norm,curvature,sample_sharpness", "--steps", "21"],
+    "sharpness ": ["--metrics", "trace,critical_sharpness", "--steps", "21"],
+    "sharpness  ": ["--name", "-k", "2"],
+    "sharpness   ": ["--slice", "21"],
+    "branch": ["--from", "21", "--steps", "3", "--drop", "1,2"],
+}
+
+
+@pytest.mark.parametrize("command", MEASURING)
+def test_a_plan_is_made_before_the_work_and_what_does_not_fit_is_refused(command, tiny_run, tmp_path, opsig):
+    run, branch = tmp_path / "run.h5", tmp_path / "branch.h5"
+    with h5py.File(tiny_run) as source, h5py.File(run, "w") as copy:
+        for name in source:
+            if not (command == "track" and name == "losses"):
+                source.copy(name, copy)
+        copy.attrs.update(source.attrs)
+        before = list(copy)
+    asked = [command.strip(), run, *MEASURING[command], "--task", f"{TASKS}:Tiny", "-q"]
+    asked += ["-o", branch] if command == "branch" else []
+    plan = opsig(*asked, "--plan")
+    assert plan.code == 0, plan.err
+    (record,) = plan.records
+    assert record["fits"] is True
+    assert record["passes"] > 0
+    assert 0 < record["memory_least"] <= record["memory_most"]
+    refused = opsig(*asked, "--memory", "64MiB")
+    refused.fails(1, "Give --memory")
+    assert refused.err.count("\n") == 1
+    assert opsig(*asked, "--plan", "--memory", "64MiB").records[0]["fits"] is False
+    with h5py.File(run) as after:
+        assert sorted(after) == sorted(before)  # no losses, slopes or eigenvalues were begun
+    assert not branch.exists()
+
+
+def test_a_refusal_says_how_many_would_fit():
+    tracking.MEMORY.set(None)
+
+    class Session:
+        device_name = "cpu"
+
+        def needs(self, what, count, state):
+            return Need(100 + count**2, 200 + count**2, 1000, 1.0)
+
+    def stages(count: int) -> list[planning.Stage]:
+        return [planning.Stage("losses", 3), planning.Stage("gradients", 2, count, host=50)]
+
+    state = State(0, np.zeros(1, np.float32), np.empty(0))
+    planning.require(Session(), "cluster", stages(29), state)  # pyright: ignore
+    counted = planning.Count("--top", 30, stages)
+    with pytest.raises(
+        OpsigError, match=r"cluster needs at least 1.0 KiB and 1000 B can be had. Give --top 29, or --mem"
+    ):
+        planning.require(Session(), "cluster", stages(30), state, counted)  # pyright: ignore
+    found = planning.plan("run.h5", Session(), "torch", "cluster", stages(3), state, 5, 7, counted)[0]  # pyright: ignore
+    assert (found["passes"], found["memory_least"], found["memory_most"], found["disk"]) == (5.0, 159, 259, 7)
+
+
 @pytest.mark.parametrize("task", [f"{TASKS}:Tiny", f"{TASKS.parent.parent / 'token_task.py'}:Digits"])
 def test_a_batch_is_cut_where_its_graph_does_not_fit(task):
     session = TorchSession(load(parse_spec(task))[0], "cpu")
@@ -120,3 +186,76 @@ def test_random_starts_are_of_length_one_and_the_same_whatever_the_pieces(monkey
     whole = eigen.random_start(like, 3)
     monkeypatch.setattr(eigen, "AT_ONCE", 160)
     assert torch.allclose(eigen.random_start(like, 3), whole, atol=1e-7)
+
+
+def test_a_bar_moves_with_passes_and_ends_where_the_parts_do():
+    class Session:
+        passes = backends.Passes()
+
+    for together, length, parts in ((1, 4, 3), (1, 20, 3), (3, 3, 6), (2, 12, 4)):
+        shown = []
+        with paced(Session(), lambda count=1, note="", to=shown: to.append(count), parts, 8, together) as advance:  # pyright: ignore
+            for _ in range(0, parts, together):
+                for _ in range(length):
+                    Session.passes.heard(0.5)
+                    Session.passes.heard(0.5)
+                    assert sum(shown) < parts
+                for _ in range(together):
+                    advance(note="step")
+        assert sum(shown) == pytest.approx(parts)
+        assert min(shown) >= 0
+        assert sum(0 < count < 1 for count in shown) > parts  # it moved in between
+        assert Session.passes.heard is backends.unheard
+
+
+def test_every_measurement_says_what_goes_through_the_model():
+    session = TorchSession(load(parse_spec(f"{TASKS}:Tiny"))[0], "cpu", 16)
+    state, heard = session.initial(0), []
+    session.losses([state])  # what a batch may be is found out once
+    session.passes.heard = heard.append
+    session.losses([state, state])
+    assert sum(heard) == pytest.approx(2)
+    heard.clear()
+    found = session.top_eigenpairs(state, 1, 1e-3)
+    assert found.products <= sum(heard) <= found.products + 3
+    heard.clear()
+    list(session.train(Training("gd", 0.1, 5, wants_losses=lambda step: True), state))
+    assert sum(heard) == pytest.approx(6)
+
+
+def test_losses_are_measured_at_no_more_checkpoints_at_a_time_than_take_a_second(tiny_run, tmp_path, monkeypatch):
+    clock, calls = [0.0], []
+
+    class Session:
+        loads = False
+
+        def losses(self, states):
+            calls.append(len(states))
+            clock[0] += 0.3 * len(states)
+            return [(np.zeros(run.samples.size, np.float32), None) for _ in states]
+
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
+    for loads, expected in ((False, [1, 2, 4, 4, 4, 4, 2]), (True, [21])):
+        copy = tmp_path / f"{loads}.h5"
+        copy.write_bytes(tiny_run.read_bytes())
+        Session.loads = loads
+        calls.clear()
+        with open_trajectory(copy, "r+") as run:
+            steps = run.steps("checkpoints")
+            run.remove("losses")
+            list(tracking.fill_losses(run, Session(), steps, allow_changed_data=True))  # pyright: ignore
+        assert calls == expected
+
+
+def test_gradient_norms_of_a_few_tokens_are_measured_of_these_alone(monkeypatch):
+    session = TorchSession(load(parse_spec(f"{TASKS.parent.parent / 'token_task.py'}:Digits"))[0], "cpu")
+    state, ids, few = session.initial(0), np.arange(session.samples), np.array([2, 7])
+    whole, asked = session.gradient_norms(state), []
+    measure = session.gradient_norms
+    monkeypatch.setattr(
+        session, "gradient_norms", lambda state, samples: (asked.append(samples), measure(state, samples))[1]
+    )
+    found = curvature._gradient_norms(session, state, ids, few)
+    assert np.allclose(found[few], whole[few], rtol=1e-5, equal_nan=True)
+    assert np.isnan(np.delete(found, few)).all()
+    assert [samples.tolist() for samples in asked] == [[2, 7]]

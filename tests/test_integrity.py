@@ -1,6 +1,7 @@
 """The file trusts nothing: hostile files are refused, damage is named, and the contract is kept."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -115,6 +116,19 @@ def test_reading_past_hdf5_gives_what_hdf5_gives(tmp_path, samples):
 
 
 # -- hostile files
+
+
+def test_a_call_that_reads_less_than_it_was_asked_to_damages_nothing(tmp_path, monkeypatch):
+    whole = np.random.default_rng(0).random((6, 3000)).astype(np.float32)
+    with create_trajectory(tmp_path / "run.h5", np.arange(3000)) as run:
+        for step, losses in enumerate(whole):
+            run.append("losses", step, loss=losses)
+    asked = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: asked(fd, [memoryview(to[0])[: -(-len(to[0]) // 2)]], at))
+    with open_trajectory(tmp_path / "run.h5") as run:
+        np.testing.assert_array_equal(run.losses(), whole)
+        np.testing.assert_array_equal(run.series("losses/loss", np.array([7, 2999])), whole[:, [7, 2999]])
+        np.testing.assert_array_equal(run.row("losses/loss", 3), whole[3])
 
 
 def hostile_external_link(file, folder):

@@ -11,7 +11,7 @@ import pytest
 from conftest import TASKS, start_opsig, train_tiny
 
 from opsig_cli import open_trajectory
-from opsig_cli.studies import mining
+from opsig_cli.studies import kept, mining
 from opsig_cli.studies.packed import pack, unpack
 
 READ_BACK = "kept in the file"
@@ -137,6 +137,16 @@ def test_a_run_that_is_written_or_read_by_others_is_left_alone(opsig, run_of):
             assert others.code == 0, others.err
         with open_trajectory(run) as trajectory:
             assert b'"top": 20' not in trajectory.read("clusters/kept").tobytes()
+
+
+def test_what_hdf5_says_of_a_damaged_file_that_is_written_ends_no_command(opsig, run_of, monkeypatch):
+    def refused(*_):
+        raise ValueError("Unable to synchronously create group (incorrect metadata checksum)")
+
+    monkeypatch.setattr(kept, "_write", refused)
+    run, *_ = run_of
+    done = opsig("cluster", run, "--by", "loss", "--replace")
+    assert done.code == 0, done.err
 
 
 def test_branch_takes_groups_that_were_found(opsig, run_of, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import h5py
 import numpy as np
@@ -245,8 +246,10 @@ def h5py_name(path: Path, name: str) -> str:
     """The name that a scalar was given."""
     if name.startswith("scalars/"):
         return name.removeprefix("scalars/")
+    whole = unquote(name.removeprefix("logged/"))
     with h5py.File(path) as file:
-        return file[name].attrs["long_name"].decode()
+        assert file[name].attrs["long_name"].decode() == whole.rstrip("\0")  # with which text ends in HDF5
+    return whole
 
 
 def test_an_exception_in_the_loop_commits_what_was_recorded_before_it(path):
@@ -262,7 +265,7 @@ def test_an_exception_in_the_loop_commits_what_was_recorded_before_it(path):
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_an_interruption_in_the_middle_of_a_row_leaves_it_out(merge, path, monkeypatch):
-    from opsig_cli.trajectory import file
+    from opsig_cli.trajectory import writing
 
     written = 0
 
@@ -275,8 +278,8 @@ def test_an_interruption_in_the_middle_of_a_row_leaves_it_out(merge, path, monke
 
     with pytest.raises(KeyboardInterrupt), Recorder(path, samples=S, commit_every=10) as recorder:  # noqa: PT012
         recorder.record(0, losses=ONES[:6], samples=range(6), predictions=np.arange(6))
-        real = file.write_row
-        monkeypatch.setattr(file, "write_row", interrupted)
+        real = writing.write_row
+        monkeypatch.setattr(writing, "write_row", interrupted)
         recorder.record(*((0,) if merge else (1,)), losses=ONES[6:], samples=range(6, S))
     with open_trajectory(path) as run:
         assert run.steps("losses").tolist() == [0]
@@ -286,7 +289,7 @@ def test_an_interruption_in_the_middle_of_a_row_leaves_it_out(merge, path, monke
 
 @pytest.mark.parametrize("column", [1, 2, 3])
 def test_an_interruption_while_held_rows_are_written_loses_none(column, path, monkeypatch):
-    from opsig_cli.trajectory import file
+    from opsig_cli.trajectory import writing
 
     written = 0
 
@@ -297,12 +300,12 @@ def test_an_interruption_while_held_rows_are_written_loses_none(column, path, mo
             raise KeyboardInterrupt
         return real(dataset)
 
-    real = file.fill_row
+    real = writing.fill_row
     with pytest.raises(KeyboardInterrupt), Recorder(path, samples=S) as recorder:  # noqa: PT012
         recorder.commit()
         for step in range(5):
             recorder.record(step, losses=ONES * step)
-        monkeypatch.setattr(file, "fill_row", interrupted)
+        monkeypatch.setattr(writing, "fill_row", interrupted)
         recorder.commit()
     with open_trajectory(path) as run:
         assert run.steps("losses").tolist() == list(range(5))

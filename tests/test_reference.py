@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -65,6 +66,21 @@ def test_a_state_is_the_same_to_the_bit_and_costs_no_second_copy(opsig, runs):
     sizes = [path.stat().st_size for path in (runs / "ckpts").iterdir()]
     assert (record["referenced_files"], record["referenced_bytes"]) == (4, sum(sizes))
     assert record["parameters"] == opsig("info", "held.h5").records[0]["parameters"]
+    with h5py.File("refers.h5", "r+") as file:
+        file["checkpoints/external/bytes"][2, 0] += 1
+    less = opsig("info", "refers.h5")
+    assert (less.records[0]["referenced_files"], less.records[0]["checkpoints"]) == (3, 3)
+    assert "1 of 4 rows of checkpoints is damaged and left out: step 2" in less.err
+
+
+def test_an_import_that_was_cut_off_at_once_says_what_its_samples_are_when_it_goes_on(opsig, runs):
+    with h5py.File("held.h5", "r+") as file:
+        for name in set(file) - {"sample", "commit"}:
+            del file[name]
+    assert opsig("import", "ckpts", *OWN, "-o", "held.h5", "--batch-size", "full", "--track", "--append").code == 0
+    with open_trajectory("held.h5") as again, open_trajectory("refers.h5") as whole:
+        for name in ("samples/label", "class_name", "losses/prediction"):
+            np.testing.assert_array_equal(again.read(name), whole.read(name))
 
 
 @pytest.mark.parametrize(

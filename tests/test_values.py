@@ -23,7 +23,7 @@ from opsig_cli.analysis.significance import p_value, series_p_value
 from opsig_cli.backends import load_backend
 from opsig_cli.studies import comparing
 from opsig_cli.studies.filled import coverage_of, filled
-from opsig_cli.trajectory import reading
+from opsig_cli.trajectory import placed
 from opsig_cli.trajectory.file import create_trajectory, open_trajectory
 from opsig_cli.trajectory.states import read_state
 
@@ -47,7 +47,7 @@ def test_the_share_of_samples_that_rise_is_the_same_wherever_a_block_ends(tmp_pa
     losses = np.random.default_rng(0).random((40, 30)).astype(np.float32)
     path = write_losses(tmp_path / "run.h5", losses)
     for rows in (1, 3, 7, 40):
-        monkeypatch.setattr(reading, "BLOCK_BYTES", rows * losses.itemsize * losses.shape[1])
+        monkeypatch.setattr(placed, "BLOCK_BYTES", rows * losses.itemsize * losses.shape[1])
         with open_trajectory(path) as run:
             kept = [block for _, block in run.blocks("losses/loss")]
             np.testing.assert_array_equal(np.concatenate(kept), losses)

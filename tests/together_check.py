@@ -51,6 +51,8 @@ def compare(backend, name: str, chunk: int) -> None:
         "gradient_cosines": (state, samples),
         "mean_cosines": (state, np.arange(shared.samples), sets),
         "gradient_sketch": (state, samples, 64, 0),
+        "features": (state, samples),
+        "mean_feature_cosines": (state, np.arange(shared.samples), sets),
         "curvature_along": (state, direction),
         "slopes_along": (state, np.stack([direction, direction[::-1]])),
         "sample_sharpness": (state, samples[:5], 1e-3),

@@ -81,6 +81,8 @@ def branch(
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
     backend: options.BackendOption = None,
+    plan: options.PlanOption = False,
+    memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
     quiet: options.QuietOption = False,
@@ -103,11 +105,15 @@ def branch(
         path, from_step=from_step, steps=steps, output=output, drop=drop or (), weight=weight or (), each=each,
         optimizer=optimizer, learning_rate=learning_rate, batch_size=batch_size, momentum=momentum,
         clip_norm=clip_norm, label_smoothing=label_smoothing, seed=seed, into_edge=into_edge, out_of_edge=out_of_edge,
-        draws=draws, sharpness=sharpness, track_every=track_every, assume=assume or (), replace=replace, records=piped,
+        draws=draws, sharpness=sharpness, track_every=track_every, assume=assume or (), replace=replace, plan=plan,
+        records=piped,
         task=task, device=device, backend=backend, allow_changed_data=allow_changed_data,
         note=options.once(quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
+    if plan:
+        options.say_plan(found, format, quiet)
+        return
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)

@@ -59,6 +59,7 @@ def cluster(
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
     backend: options.BackendOption = None,
+    plan: options.PlanOption = False,
     memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
@@ -86,10 +87,13 @@ def cluster(
     path, piped = options.records_of(run)
     found = door.cluster(
         path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, test=test,
-        budget=budget, sample=sample, verdict=verdict or (), pair=pair or (), replace=replace, records=piped, task=task,
-        device=device, backend=backend, allow_changed_data=allow_changed_data, note=options.once(quiet),
+        budget=budget, sample=sample, verdict=verdict or (), pair=pair or (), replace=replace, plan=plan, records=piped,
+        task=task, device=device, backend=backend, allow_changed_data=allow_changed_data, note=options.once(quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
+    if plan:
+        options.say_plan(found, format, quiet)
+        return
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)

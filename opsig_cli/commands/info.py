@@ -38,6 +38,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
     with open_trajectory(run) as trajectory:
         attributes = trajectory.attributes
         own = answers.task_of(trajectory, None)
+        referred = options.without_damage(lambda: external.totals(trajectory))
         rows = options.without_damage(lambda: recorded(trajectory))
         seen = options.without_damage(lambda: sightings.extent(trajectory))
         ends = [int(steps[-1]) for steps in rows.values() if len(steps)] + ([seen[1]] if seen else [])
@@ -53,7 +54,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
             "groups": trajectory.groups(),
             "bytes": os.path.getsize(run),
             "state": attributes.get("state"),
-        } | external.totals(trajectory)
+        } | referred
         if "from_step" in attributes:
             record |= {key: attributes.get(key) for key in ("parent_path", "from_step", "change")}
         settings = attributes.get("settings_json") or {}

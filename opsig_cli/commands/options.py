@@ -418,6 +418,22 @@ def conclude(answer: Answer | None, quiet: bool, *wrote: Path | str | None) -> N
             note(f"next:  {answer.next}", quiet)
 
 
+def say_plan(found: Any, format: str | None, quiet: bool) -> None:
+    """Print what --plan found, and what does not fit."""
+    from opsig_cli import records
+
+    rows = [{key: _plan_cell(key, value) for key, value in record.items() if key != "trajectory"} for record in found]
+    records.write(found, format, [records.Table(found.title, rows)])
+    say(found.damage, False)
+    say(found.notes, quiet)
+
+
+def _plan_cell(key: str, value: Any) -> Any:
+    from opsig_cli.backends import worded
+
+    return worded(value) if value is not None and ("memory" in key or key == "disk") else value
+
+
 def _lines(head: str, text: str) -> list[str]:
     """What is said, on a terminal with each of its parts on lines of its own under the first; elsewhere on one line."""
     if not sys.stderr.isatty():

@@ -29,6 +29,8 @@ def probe(
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
     backend: options.BackendOption = None,
+    plan: options.PlanOption = False,
+    memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
     quiet: options.QuietOption = False,
@@ -48,6 +50,11 @@ def probe(
         raise UsageError("give either --input or --projection")
     with ExitStack() as stack:
         runs = [stack.enter_context(open_trajectory(path)) for path in (run, *(against or []))]
+        if plan:
+            options.say_plan(
+                _plan(runs, inputs or [], steps, task, device, backend, quiet, allow_changed_data), format, quiet
+            )
+            return
         if projection:
             from opsig_cli.studies import probing
 
@@ -76,7 +83,8 @@ def probe(
 
 def _inputs(runs, names: list[str], steps, task, device, backend, quiet: bool, allow_changed_data: bool):
     """Records of all runs, and the pictures that were shown to them."""
-    from opsig_cli.studies import curvature, probing, tracking
+    from opsig_cli.studies import curvature, pace, planning, probing, tracking
+    from opsig_cli.trajectory.states import read_state
 
     written, drawn = [], None
     for trajectory in runs:
@@ -85,8 +93,32 @@ def _inputs(runs, names: list[str], steps, task, device, backend, quiet: bool, a
             trajectory, task, device, backend, lambda text: options.note(text, quiet), allow_changed_data
         )
         shown = probing.gather(loaded, trajectory, names)
+        stages = [planning.Stage("outputs", len(chosen), len(names))]
+        planning.require(session, "probe", stages, read_state(trajectory, chosen[0]))
         drawn = shown if drawn is None else drawn
         classes = getattr(loaded, "classes", None)
-        with options.progress("probing", len(chosen), quiet) as advance:
+        bar = options.progress("probing", len(chosen), quiet)
+        with bar as shown_bar, pace.paced(session, shown_bar, len(chosen)) as advance:
             written += probing.probe(trajectory, session, chosen, names, shown, classes, advance)
     return written, drawn
+
+
+def _plan(runs, names: list[str], steps, task, device, backend, quiet: bool, allow_changed_data: bool):
+    """What the inputs take through all runs' checkpoints; a projection reads the files alone."""
+    from opsig_cli.studies import curvature, planning, tracking
+    from opsig_cli.studies.results import planned
+    from opsig_cli.trajectory.states import read_state
+
+    found = []
+    for trajectory in runs:
+        chosen = curvature.select_steps(trajectory, steps)
+        state = read_state(trajectory, chosen[0])
+        if not names:
+            found.append(planning.plan_of_file(trajectory.path, "probe", 4 * state.params.nbytes))
+            continue
+        session, _ = tracking.open_session(
+            trajectory, task, device, backend, lambda text: options.note(text, quiet), allow_changed_data
+        )
+        stages = [planning.Stage("outputs", len(chosen), len(names))]
+        found.append(planning.plan(trajectory.path, session, backend, "probe", stages, state, len(chosen)))
+    return planned(*found)

@@ -82,6 +82,9 @@ def sharpness(
         device=device, backend=backend, allow_changed_data=allow_changed_data, note=partial(options.note, quiet=quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
+    if plan:
+        options.say_plan(found, format, quiet)
+        return
     options.save_figure(figure, found.figure)
     records.write(found, format, [records.Table(found.title, ends.rows(found) if name else _rows(found))])
     options.say(found.damage, False)

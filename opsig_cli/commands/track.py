@@ -31,9 +31,10 @@ def track(
     Example: opsig track run.h5
     """
     from opsig_cli import records
-    from opsig_cli.studies import answers, describing, planning, tracking
+    from opsig_cli.studies import answers, describing, pace, planning, results, tracking
     from opsig_cli.studies.parts import share
     from opsig_cli.trajectory.file import open_trajectory
+    from opsig_cli.trajectory.states import read_state
 
     part = share.part_of(part_text, output)
     if part is None and not plan:
@@ -57,12 +58,16 @@ def track(
             session, _ = options.without_damage(
                 lambda: tracking.open_session(whole, task, device, backend, note, allow_changed_data)
             )
+            stages, state = [planning.Stage("losses", len(steps))], read_state(whole, int(steps[0]))
             if plan:
-                wanted = planning.plan(whole, session, backend, "track", steps.tolist(), 1, 4 * len(whole.samples))
-                records.write(wanted, format)
-                options.say(wanted.notes, quiet)
+                disk = 8 * len(whole.samples) * len(steps)  # a prediction beside each loss
+                wanted = planning.plan(whole.path, session, backend, "track", stages, state, len(steps), disk)
+                options.say_plan(results.planned(wanted), format, quiet)
                 return
-            with options.progress("tracking", len(steps), quiet) as advance:
+            planning.require(session, "track", stages, state)
+            together = tracking.states_together(trajectory)
+            bar = options.progress("tracking", len(steps), quiet)
+            with bar as shown, pace.paced(session, shown, len(steps), together=together) as advance:
                 for step, losses in tracking.fill_losses(trajectory, session, steps, allow_changed_data):
                     written.append({"trajectory": output or run, "step": step, "loss": tracking.mean_loss(losses)})
                     advance(note=f"step {step}")

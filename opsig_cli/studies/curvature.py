@@ -262,7 +262,7 @@ def _measured(
     ids, state = run.samples, read_state(run, step)
     found: dict[str, np.ndarray] = {}
     if "gradient_norm" in metrics:
-        found["gradient_norm"] = session.gradient_norms(state)[ids]  # pyright: ignore
+        found["gradient_norm"] = _gradient_norms(session, state, ids, positions)
     if "curvature" in metrics:
         direction = direction_at(run, session, step, state)
         found["curvature"] = session.curvature_along(state, direction)[2][ids]  # pyright: ignore
@@ -271,6 +271,16 @@ def _measured(
         rows[:, positions] = _sample_sharpness(session, state, ids[positions], tolerance)
         found |= {"sample_sharpness": rows[0], "sample_sharpness_residual": rows[1]}
     return found
+
+
+def _gradient_norms(session: Any, state: State, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Norms of all samples' gradients, (S,); where each costs a backward pass of its own, of those at the positions,
+    and NaN of the others."""
+    if getattr(session, "positions", 1) == 1:
+        return session.gradient_norms(state)[ids]
+    rows = np.full(len(ids), np.nan)
+    rows[positions] = session.gradient_norms(state, ids[positions])
+    return rows
 
 
 def _sample_sharpness(

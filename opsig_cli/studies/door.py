@@ -23,6 +23,7 @@ from opsig_cli.studies import (
     curvature,
     ends,
     floor,
+    foreseen,
     kept,
     measured,
     mining,
@@ -33,17 +34,21 @@ from opsig_cli.studies import (
     tracking,
 )
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
+from opsig_cli.studies.branching import planned as branching
 from opsig_cli.studies.clustering import agreement, explaining, finding, keeping, neighbours, selecting
 from opsig_cli.studies.clustering import records as clustered
+from opsig_cli.studies.clustering.asked import plan as plan_of_groups
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.numbers import loss_unit, percent
+from opsig_cli.studies.pace import paced
 from opsig_cli.studies.parts import share
 from opsig_cli.studies.ranges import parse_range
-from opsig_cli.studies.results import Note, Progress, Records, opened, quietly, unseen
+from opsig_cli.studies.results import Note, Progress, Records, opened, planned, quietly, unseen
 from opsig_cli.studies.trained import other_loss, settings_of
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.states import read_state
 
 Run = str | os.PathLike | Trajectory
 
@@ -116,10 +121,10 @@ def mine(
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
     sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
-    budget: int | None = None, replace: bool = False, sample: int | None = None, verdict: Sequence[str] = (),
-    pair: Sequence[int] = (), records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str | None = None, allow_changed_data: bool = False, note: Note = quietly,
-    progress: Progress = unseen,
+    budget: int | None = None, replace: bool = False, sample: int | None = None, plan: bool = False,
+    verdict: Sequence[str] = (), pair: Sequence[int] = (), records: Sequence[dict[str, Any]] | None = None,
+    task: str | None = None, device: str | None = None, backend: str | None = None, allow_changed_data: bool = False,
+    note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
 
@@ -134,19 +139,19 @@ def cluster(
     one record of kind "sample" that says which groups are against this sample, and of kind "neighbour" those of its
     nearest opponents and allies; `verdict`, `pair`: give and draw the pairs of these verdicts or numbers alone, with
     their groups and members. What was found with the same options, and nothing has changed since, is read from the
-    file, unless `replace`; of a `run` that is a path it is kept there.
+    file, unless `replace`; of a `run` that is a path it is kept there. `plan`: only say what it takes.
     """
     chosen = selecting.Selection(verdict, pair)
     if chosen and sample is not None:
         raise UsageError("--sample is of one sample's opponents. Leave --verdict and --pair out")
     return _cluster(
-        run, keeping.Keeper(replace), by, top, window, join, sketch, explain, truth, test, budget, sample, chosen,
-        records, task, device, backend, allow_changed_data, note, progress,
+        run, None if plan else keeping.Keeper(replace), by, top, window, join, sketch, explain, truth, test, budget,
+        sample, chosen, records, task, device, backend, allow_changed_data, note, progress,
     )  # fmt: skip
 
 
 def _cluster(
-    run: Run, keeper: keeping.Keeper, by: str | None, top: int | None, window: str | None, join: bool | None,
+    run: Run, keeper: keeping.Keeper | None, by: str | None, top: int | None, window: str | None, join: bool | None,
     sketch: int | None, explain: int | None, truth: bool, test: str, budget: int | None, sample: int | None,
     chosen: selecting.Selection, records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None,
     backend: str | None, allow_changed_data: bool, note: Note, progress: Progress,
@@ -169,6 +174,15 @@ def _cluster(
             mining.positions_of(trajectory, [sample])  # refused before anything is loaded
         if explain is not None and not sighted.chosen(trajectory):
             explaining.row_of(trajectory, explain)
+        if keeper is None:
+            found = without_damage(
+                lambda: plan_of_groups(
+                    trajectory, by, top, task, device, backend, note, samples=samples, window=span, join=join,
+                    sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
+                ),
+                damage.append,
+            )  # fmt: skip
+            return planned(found)
 
         def work():
             found = keeper.find(
@@ -276,10 +290,21 @@ def sharpness(
                 return session
 
             session = tracking.opened_later(open_session) if keeps and not plan else open_session()
+            own_steps = divided.share(chosen_steps) if divided else chosen_steps
+            if wanted:
+                chosen = _chosen(trajectory, records or [], random, seed) if of_samples else {}
+                samples = len(np.unique(np.concatenate([*chosen.values(), []])))
+                row = 8 * len(trajectory.samples) * len(of_samples) if divided else 0
+                takes = foreseen.metrics(trajectory, own_steps, wanted, samples, row)
+            else:
+                count = k or (ends.NAMED if name else 1)
+                takes = foreseen.eigenvalues(trajectory, own_steps, count, name)
+            if slice is not None:
+                takes = foreseen.along(own_steps)
             if plan:
-                chosen_steps = divided.share(chosen_steps) if divided else chosen_steps
-                row = 4 * trajectory.shape("checkpoints/params")[1]
-                return planning.plan(trajectory, session, backend, "sharpness", chosen_steps, k or 1, row)
+                return takes.plan(trajectory, session, backend)
+            if wanted:  # what solves for eigenvalues refuses by itself, when its checkpoint is loaded
+                takes.require(trajectory, session)
             if not wanted and (other := other_loss(trajectory, settings_of(trajectory))):
                 note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
@@ -290,16 +315,21 @@ def sharpness(
                 groups = _groups_of(trajectory, records or [])
                 return curvature.slice_records(trajectory, session, slice, span, groups)
             if of_samples:
-                chosen = _chosen(trajectory, records or [], random, seed)
                 how = {"what": ",".join(of_samples), "steps": steps, "tolerance": tolerance}
-                with _measured_apart(trajectory, divided, output, share.OF_SAMPLES, how) as into:
-                    own_steps = divided.share(chosen_steps) if divided else chosen_steps
-                    with progress("curvature", len(own_steps)) as advance:
-                        return curvature.sample_records(
-                            into, session, own_steps, chosen, of_samples, tolerance, advance, keep=divided is not None
-                        )
+                apart = _measured_apart(trajectory, divided, output, share.OF_SAMPLES, how)
+                with (
+                    apart as into,
+                    progress("curvature", len(own_steps)) as shown,
+                    paced(session, shown, len(own_steps), backends.PRODUCTS) as advance,
+                ):
+                    return curvature.sample_records(
+                        into, session, own_steps, chosen, of_samples, tolerance, advance, keep=divided is not None
+                    )
             if wanted:
-                with progress("curvature", len(chosen_steps)) as advance:
+                with (
+                    progress("curvature", len(chosen_steps)) as shown,
+                    paced(session, shown, len(chosen_steps), backends.PRODUCTS) as advance,
+                ):
                     return curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
             if name:
                 return _ends(
@@ -315,7 +345,6 @@ def sharpness(
                 "tolerance": tolerance,
             }
             with _measured_apart(trajectory, divided, output, share.CURVATURE, how) as into:
-                own_steps = divided.share(chosen_steps) if divided else chosen_steps
                 return _eigenvalues(
                     into, session, own_steps, k or 1, tolerance, (place, words), plain, replace, note, progress
                 )
@@ -378,7 +407,8 @@ def _ends(
         backends.require(session, backends.Slopes, backend, "slopes")
     if words:
         note(words)
-    with progress("eigenvectors", len(missing)) as advance:
+    bar = progress("eigenvectors", len(missing))
+    with bar as shown, paced(session, shown, len(missing), count * backends.PRODUCTS) as advance:
         for step in slopes.measure(run, session, missing, held, tolerance, place):
             advance(note=f"step {step}")
     return ends.records(run, steps, count, place)
@@ -415,7 +445,8 @@ def _eigenvalues(
     missing, rough = curvature.to_measure(run, group, steps, k, tolerance)
     if len(missing) < len(steps):
         note(f"measured already: {len(steps) - len(missing)} of {len(steps)} checkpoints")
-    with progress("sharpness", len(missing)) as advance:
+    bar = progress("sharpness", len(missing))
+    with bar as shown, paced(session, shown, len(missing), backends.PRODUCTS) as advance:
         for step in curvature.measure(run, session, group, missing, count, tolerance):
             advance(note=f"step {step}")
     if rough:
@@ -432,9 +463,9 @@ def branch(
     batch_size: int | None = None, momentum: float | None = None, clip_norm: float | None = None,
     label_smoothing: float | None = None, seed: int | None = None, into_edge: bool = False, out_of_edge: bool = False,
     draws: int = 3, sharpness: bool = False, track_every: int | None = None, assume: Sequence[str] = (),
-    replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str | None = None, allow_changed_data: bool = False, note: Note = quietly,
-    progress: Progress = unseen,
+    replace: bool = False, plan: bool = False, records: Sequence[dict[str, Any]] | None = None,
+    task: str | None = None, device: str | None = None, backend: str | None = None, allow_changed_data: bool = False,
+    note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Train a run on from a checkpoint with something changed, and beside it unchanged: records of kind "branch".
 
@@ -444,6 +475,7 @@ def branch(
     `each`: a branch for each change instead of one for all. `output`: the branch's file, a trajectory like any other;
     of several, each name tells its change. `draws`: controls with as many random samples, and of the same labels.
     `sharpness`: measure it at the end of each future. `assume`: "KEY=VALUE" of what an imported run does not tell.
+    `plan`: only say what it takes.
     """
     from opsig_cli.studies import drawing
 
@@ -465,6 +497,11 @@ def branch(
             return tracking.open_run(trajectory, task, device, backend, note, allow_changed_data)
 
         session, loaded, spec = without_damage(work, damage.append)
+        stages, state = branching.stages_of(asked, session), read_state(trajectory, asked.from_steps[0])
+        if plan:
+            disk, forks = branching.disk_of(asked, trajectory), len(asked.from_steps)
+            return planned(planning.plan(trajectory.path, session, backend, "branch", stages, state, forks, disk))
+        planning.require(session, "branch", stages, state)
 
         def find_groups() -> list[dict[str, Any]]:
             note(f"groups are those of: opsig cluster {trajectory.path}")

@@ -25,6 +25,7 @@ from opsig_cli.settings import Settings
 from opsig_cli.studies.curvature import GROUPS
 from opsig_cli.studies.packed import pack, unpack
 from opsig_cli.trajectory.content import content_of
+from opsig_cli.trajectory.datasets import UNREADABLE
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
 from opsig_cli.trajectory.locks import try_lock
 
@@ -105,7 +106,7 @@ def keep(path: str, group: str, origin: Origin | None, result: Any) -> None:
                 return
             others = [(made, found) for made, found in _held(run, group) if made != origin]
             _write(run, group, [(origin, memoryview(data)), *others])
-    except (OpsigError, OSError, TypeError):
+    except (OpsigError, *UNREADABLE):  # of a damaged file HDF5 may say anything when it is written
         return
 
 

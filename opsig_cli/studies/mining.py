@@ -238,10 +238,16 @@ def _around(run: Trajectory, movers: Movers) -> tuple[dict[int, float], dict[int
     """For every row that a mined sample is placed at, the share of all samples whose loss rose, and all samples'
     movement: the sizes of their changes, summed."""
     rising, movement, targets = {}, {}, targets_of(run)
+    count, some = int(targets.sum()), not targets.all()
     for row in np.unique(movers.row).tolist():
-        before, after = run.rows("losses/loss", row - 1, row + 1)[:, targets]
-        rising[row] = float(np.mean(after > before))
-        movement[row] = float(np.nansum(np.abs(after.astype(np.float64) - before)))
+        before, after = run.rows("losses/loss", row - 1, row + 1)
+        changes = after - before
+        if some:
+            changes = changes[targets]
+        rising[row] = np.count_nonzero(changes > 0) / count
+        sizes = np.abs(changes, out=changes)
+        total = float(sizes.sum(dtype=np.float64))
+        movement[row] = total if np.isfinite(total) else float(np.nansum(sizes, dtype=np.float64))
     return rising, movement
 
 

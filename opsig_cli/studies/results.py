@@ -74,6 +74,12 @@ class Records(list[dict[str, Any]]):
         return self._draw()
 
 
+def planned(*plans: tuple[dict[str, Any], list[str]]) -> Records:
+    """Records of what a command takes, one a run; see `planning`."""
+    records, notes = [record for record, _ in plans], [words for _, said in plans for words in said]
+    return Records(records, notes=notes, title=f"{records[0]['trajectory']}: plan of {records[0]['command']}")
+
+
 def quietly(_: str) -> None:
     """A Note that says nothing."""
 

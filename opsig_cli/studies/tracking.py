@@ -210,24 +210,29 @@ def fill_losses(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Measure every sample's loss at these checkpoints and append it; yields the step and losses (S,).
 
-    What is measured becomes durable every COMMIT_SECONDS, and in the end when the caller closes the file.
+    What is measured becomes durable every COMMIT_SECONDS, and in the end when the caller closes the file. As many
+    checkpoints are measured at a time as take no longer, but where each pass loads the data anew: then as many as fit.
 
     Raises OpsigError where the mean of a full-batch run's losses, weighted as training weighed them, is not the loss
     that its training logged, unless `allow_changed_data`.
     """
     weights = weights_of(run)
-    together = max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
+    most = states_together(run)
+    together, start = most if getattr(session, "loads", True) else 1, 0
     logged = {} if allow_changed_data else _logged_losses(run, steps)
     settings = run.attributes.get("settings_json") or {}
     agrees = AGREES_ROUNDED if settings.get("checkpoint_dtype") == "bfloat16" else AGREES
     committed, targets = time.monotonic(), backends.targets_of(session) if logged else slice(None)
-    for start in range(0, len(steps), together):
-        chosen = steps[start : start + together].tolist()
+    while start < len(steps):
+        chosen, begin = steps[start : start + together].tolist(), time.monotonic()
+        start += len(chosen)
         try:
             measured = session.losses([read_state(run, step) for step in chosen])
         except BaseException:  # what was measured before is kept
             run.commit()
             raise
+        if together < most and time.monotonic() - begin < COMMIT_SECONDS:
+            together = min(2 * together, most)
         for step, (losses, predictions) in zip(chosen, measured, strict=True):
             minimised = losses if weights is None else losses * weights
             _check_mean(run, step, float(minimised[targets].mean(dtype=np.float64)), logged, agrees)
@@ -236,6 +241,11 @@ def fill_losses(
                 run.commit()
                 committed = time.monotonic()
             yield step, losses
+
+
+def states_together(run: Trajectory) -> int:
+    """At how many checkpoints losses are measured at a time."""
+    return max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
 
 
 def mean_loss(losses_S: np.ndarray) -> float:

@@ -149,10 +149,15 @@ def describe(recorder: Recorder, settings: Settings, session: Session, task: tas
     run = recorder.run
     told = {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest}
     run.set_attributes(**(provenance(settings, session) | told))
+    describe_samples(run, session, task)
+    run.commit()
+
+
+def describe_samples(run: Trajectory, session: Session, task: tasks.Task) -> None:
+    """Say of a run what its samples are, where it does not."""
     for name, values in _about(session, task).items():
         if not run.has(name):
             run.write(name, values)
-    run.commit()
 
 
 def _about(session: Session, task: tasks.Task) -> dict[str, np.ndarray]:

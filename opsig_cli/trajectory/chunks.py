@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli.trajectory.disk import read_into
+
 
 class Chunks:
     """Where the chunks of a two-dimensional, unfiltered dataset lie in an open file.
@@ -68,7 +70,7 @@ class Chunks:
         for column, at in enumerate(range(0, len(line), row_bytes)):
             offset = offsets.get((row, column))
             if offset is None or os.preadv(fd, (line[at : at + row_bytes],), offset + shift) != row_bytes:
-                self._read([line[at : at + row_bytes]], row, column, place, place + 1)  # says what is wrong
+                self._read([line[at : at + row_bytes]], row, column, place, place + 1)
 
     def columns(self, positions: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Chosen columns of rows `start:stop`, (T, M)."""
@@ -98,5 +100,10 @@ class Chunks:
         if offset is None:
             raise ValueError(f"rows {low} to {high - 1} were never written")
         row_bytes = self._width * self._dtype.itemsize
-        if os.preadv(self._fd, pieces, offset + (low - row * self._height) * row_bytes) != (high - low) * row_bytes:
-            raise ValueError(f"rows {low} to {high - 1} lie outside of the file")
+        offset += (low - row * self._height) * row_bytes
+        if os.preadv(self._fd, pieces, offset) == (high - low) * row_bytes:
+            return
+        for piece in (memoryview(each).cast("B") for each in pieces):  # one call may read less than it was asked to
+            if read_into(self._fd, piece, offset) != len(piece):
+                raise ValueError(f"rows {low} to {high - 1} lie outside of the file")
+            offset += len(piece)

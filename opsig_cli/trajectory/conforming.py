@@ -5,7 +5,8 @@ from __future__ import annotations
 import h5py
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.trajectory.reading import Reading, as_value
+from opsig_cli.trajectory.datasets import as_value
+from opsig_cli.trajectory.reading import Reading
 from opsig_cli.trajectory.schema import SCHEMA_VERSION, dimension, field_of
 
 GROWING = ("step", "sighting")

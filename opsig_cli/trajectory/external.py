@@ -192,11 +192,15 @@ def changed_steps(run: Any) -> tuple[list[int], str | None]:
 
 
 def totals(run: Any) -> dict[str, Any]:
-    """How many files a run refers to, and their bytes; nothing for a run that holds its checkpoints."""
+    """How many files a run refers to, and their bytes; nothing for a run that holds its checkpoints.
+
+    Raises DamagedRows.
+    """
     if PATH not in run._file:
         return {}
-    paths, sizes = run._file[PATH][()].ravel().tolist(), run._file["checkpoints/external/bytes"][()].ravel().tolist()
-    known = {path: size for path, size in zip(paths, sizes, strict=True) if path}
+    count = len(run.steps("checkpoints"))
+    columns = (run.rows(name, 0, count).ravel().tolist() for name in (PATH, "checkpoints/external/bytes"))
+    known = {path: size for path, size in zip(*columns, strict=True) if path}
     return {"referenced_files": len(known), "referenced_bytes": sum(known.values())}
 
 

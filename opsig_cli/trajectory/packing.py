@@ -9,7 +9,7 @@ import numpy as np
 from opsig_cli.trajectory import sightings
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.naming import describe
-from opsig_cli.trajectory.reading import BLOCK_BYTES
+from opsig_cli.trajectory.placed import BLOCK_BYTES
 from opsig_cli.trajectory.rows import stated_fill
 from opsig_cli.trajectory.schema import DIMENSIONS, Field, field_of
 

@@ -29,7 +29,7 @@ def multiply_at_full_width() -> None:
     as fast. torch hands it products only under a setting that lets it round to bfloat16 where the processor has units
     for that (AMX), for some shapes and not for others: there it is never set, elsewhere it is tried.
     """
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     fast = able.get("avx512_f", False) and not any(able.get(unit, True) for unit in ("amx_tile", "amx_bf16"))
     torch.set_float32_matmul_precision("medium" if fast else "highest")
     if fast and not multiplies_exactly():

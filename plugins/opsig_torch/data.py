@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import TensorDataset, default_collate
 
+from opsig_cli.backends import Passes
 from opsig_cli.errors import OpsigError
 from opsig_cli.tasks import Task, positions_of
 
@@ -41,6 +42,7 @@ class Batches:
         self._cached_bytes = 0
         self._tensors = dataset.tensors if type(dataset) is TensorDataset else None
         self._within = slice(0, self.items)
+        self.passes = Passes()
         if self._tensors is None:
             self._check_repeatable()
         elif sum(t.nbytes for t in self._tensors) <= CACHE_BYTES:
@@ -91,6 +93,7 @@ class Batches:
             return
         for items in self._cut(size):
             yield self._samples(items), [self._place(t[items]) for t in self._tensors]
+            self._passed(items)
 
     def _cut(self, size: int) -> list[slice]:
         first, last = self._within.start, self._within.stop
@@ -106,15 +109,24 @@ class Batches:
         for items in self._cut(self.batch_size):
             batch = self._cache.get(items.start)
             if batch is None:
-                batch = self.take(range(items.start, items.stop))
+                batch = self._made(range(items.start, items.stop))
                 size = sum(leaf.nbytes for leaf in tree_flatten(batch)[0] if isinstance(leaf, torch.Tensor))
                 if self._cached_bytes + size <= CACHE_BYTES:
                     self._cache[items.start] = batch
                     self._cached_bytes += size
             yield self._samples(items), batch
+            self._passed(items)
+
+    def _passed(self, items: slice) -> None:
+        """Say that a batch went through the model, as a part of what this process has."""
+        self.passes.heard((items.stop - items.start) / (self._within.stop - self._within.start))
 
     def take(self, items: Sequence[int] | np.ndarray) -> Any:
         """A batch of the items with these indices, in this order."""
+        self.passes.heard(len(items) / self.items)
+        return self._made(items)
+
+    def _made(self, items: Sequence[int] | np.ndarray) -> Any:
         if self._tensors is not None:
             chosen = torch.as_tensor(np.asarray(items))
             return [self._place(t[chosen.to(t.device)]) for t in self._tensors]

@@ -14,11 +14,11 @@ from contextlib import nullcontext
 import torch
 from opsig_linalg.eigen import ROOM, Memory, Solution
 
+from opsig_cli.backends import worded
 from opsig_cli.errors import OpsigError
 from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
 from opsig_torch.eigen import TorchSpace, random_start, top_eigenpairs
-from opsig_torch.memory import worded
 from opsig_torch.opened import GRAPH_SHARE, Opened
 from opsig_torch.saved import saved_bytes
 from opsig_torch.second import tell_of_second_derivative
@@ -73,6 +73,7 @@ class Hessian:
         if self._kept is not None:
             for gradients in self._kept:
                 yield gradients, True
+                self._opened.passes.heard(1 / len(self._kept))
             return
         opened = self._opened
         size = opened.fitting_batch(2)

@@ -42,19 +42,6 @@ def bound_of(device: str) -> int:
     return room // unit * unit
 
 
-def worded(size: float) -> str:
-    """A size in words, in units of 1,024.
-
-    >>> worded(12 * 2**30), worded(3 * 2**20)
-    ('12.0 GiB', '3.0 MiB')
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()

@@ -64,6 +64,7 @@ class Opened:
         self.double = double
         self.batches = Batches(task, torch.device(self.device), self.batch_size, double)
         self.items, self.samples = self.batches.items, self.batches.count
+        self.passes = self.batches.passes
         self.kept: dict[Any, Any] = {}
         """What measurements find out once for the model: traces by batch shape, how gradients are had."""
         self.tell: Callable[[str], None] = lambda words: None
@@ -126,6 +127,11 @@ class Opened:
         """The device as a person knows it."""
         count = torch.get_num_threads()
         return torch.cuda.get_device_name() if self.device == "cuda" else f"cpu ({count} thread{'s' * (count > 1)})"
+
+    @property
+    def loads(self) -> bool:
+        """Whether each pass loads the data anew, or has to once."""
+        return not self.batches.resident
 
     def batch_norms(self) -> list[nn.Module]:
         """The model's batch norm layers."""

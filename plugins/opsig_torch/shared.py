@@ -21,6 +21,7 @@ import torch
 from opsig_cli.backends import Eigenpairs, Snapshot, State, Training
 from opsig_cli.errors import OpsigError
 from opsig_cli.tasks import TaskSpec, load, origin_of
+from opsig_torch import features
 from opsig_torch import training as descent
 from opsig_torch.forward import LossRow
 from opsig_torch.group import Elsewhere, Group, Lost
@@ -101,6 +102,23 @@ class SharedSession(TorchSession):
         if self.couples_samples or self.positions > 1:
             return super().gradient_sketch(state, samples, size, seed)
         return np.concatenate(self._together("sketch", self._bare(state), samples, size, seed))
+
+    def features(self, state: State, samples: np.ndarray) -> np.ndarray | None:
+        with self.at(state):
+            return features.features(self, samples, self._parts_of_features(state))
+
+    def mean_feature_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray | None:
+        with self.at(state):
+            return features.mean_feature_cosines(self, samples, sets, self._parts_of_features(state))
+
+    def _parts_of_features(self, state: State) -> features.Parts:
+        bare = self._bare(state)
+
+        def parts(samples: np.ndarray) -> list[features.Part | None]:
+            found = self._together("features", bare, samples)
+            return [None if part is None else features.Part(*part) for part in found]
+
+        return parts
 
     def curvature_along(self, state: State, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         loss, slope, curvature = np.concatenate(self._together("curvature", self._bare(state), direction), 1)
@@ -269,6 +287,14 @@ class SharedSession(TorchSession):
     def share_of_sketch(self, state: State, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
         own = samples[self.share_of(len(samples), self.inference_batch())]
         return super().gradient_sketch(state, own, size, seed) if len(own) else np.empty((0, size), np.float32)
+
+    def share_of_features(self, state: State, samples: np.ndarray) -> tuple[Any, ...] | None:
+        own = self.own(self.batches.piece(self.inference_batch()))
+        if own.start == own.stop:
+            return None
+        with self.at(state), self.batches.only(own):
+            found = features.part_of(self, samples)
+        return None if found is None else (found.rows, found.places, found.sums, found.count)
 
     def share_of_curvature(self, state: State, direction: np.ndarray) -> np.ndarray:
         own = self.own(self.batches.piece(self.inference_batch()))

@@ -24,6 +24,7 @@ from opsig_cli.studies.clustering.sentences import caveat
 from opsig_cli.studies.clustering.window import CHECKPOINTS, HELD_OUT, Window, checkpoints_in, held_out_in
 from opsig_cli.studies.measured import measured
 from opsig_cli.studies.mining import Movers, default_count, positions_of
+from opsig_cli.studies.pace import paced
 from opsig_cli.trajectory.file import Trajectory
 
 AROUND = 16
@@ -69,7 +70,7 @@ def find(
         gathering.sketch_band(view, weighed, sketch)
     if join is None:
         join = not getattr(session, "couples_samples", False)
-    with progress("gradients", 4 * len(steps)) as advance:
+    with progress("gradients", 4 * len(steps)) as shown, paced(session, shown, 4 * len(steps)) as advance:
         position = with_opponents(view, session, backend, position, weighed, advance)
         clusters = finding.by_gradient(
             view, session, backend, position, "gradient", weighed, advance, widen=False, joining=join, sketch=sketch

@@ -15,25 +15,22 @@ from opsig_cli.analysis.grouping import Grouping
 from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.significance import NOTHING
 from opsig_cli.analysis.verdicts import Evidence, asks_for_curvature, judge
-from opsig_cli.backends import Session
-from opsig_cli.errors import OpsigError
-from opsig_cli.studies import mining, missing, tracking
+from opsig_cli.backends import PRODUCTS, Session
+from opsig_cli.studies import tracking
 from opsig_cli.studies.clustering import curving, gathering, silencing, slopes, weighing
+from opsig_cli.studies.clustering.asked import prepared
 from opsig_cli.studies.clustering.clusters import Clusters, Tests
 from opsig_cli.studies.clustering.joining import Candidates, candidates, cosines
 from opsig_cli.studies.clustering.sentences import caveat
-from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
+from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.mining import Movers
 from opsig_cli.studies.missing import labels_of
+from opsig_cli.studies.pace import paced
 from opsig_cli.trajectory.file import Trajectory
 
 BY = ("gradient", "slope", "loss", "both")
 TESTS = ("replay", "held-out", "none")
-MOST_GROUPED = 16_000
-"""M: samples that are compared two by two, which takes BYTES_A_PAIR M^2 of memory and time as M^2.1."""
-BYTES_A_PAIR = 20
-"""Similarity, likeness and their mean in float32, and the distances that a tree is made from."""
 MOST_CHANGES = 2048
 """Steps by whose loss changes samples are grouped with --by loss: the null takes a transform of them a round."""
 
@@ -68,22 +65,8 @@ def find(
     samples silent ("replay", for at most `budget` steps in all), on held-out checkpoints alone, or not. Raises
     OpsigError where the run lacks what is asked for, or its task.
     """
-    run.require("losses/loss")
-    by, fallback = choose_by(run, by)
-    found = mining.find(run, top or mining.default_count(len(run.samples)), window=window)
-    run = filled(run, found.known)
-    position = found.position if samples is None else mining.positions_of(run, samples)
-    if found.known is not None:
-        position = position[~np.isin(position, found.known.never)]
-    if len(position) < 2:
-        raise OpsigError(missing.too_few(run, len(position)))
-    whole = len(position) * (2 if samples is None and by != "loss" else 1)  # as many again by their gradients
-    if whole > MOST_GROUPED:
-        raise OpsigError(
-            f"{whole:,} samples cannot be compared two by two: {whole**2 * BYTES_A_PAIR >> 30:,} GB. Give at most "
-            f"{MOST_GROUPED * len(position) // whole:,}: those left out can still join the groups that are found"
-        )
-    weighed = window_of(run, found)
+    asked = prepared(run, by, top, samples, window)
+    run, by, found, position, weighed = asked.run, asked.by, asked.movers, asked.position, asked.window
     if by == "loss":
         clusters = judged(run, by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
         if len(weighed.steps_T) > MOST_CHANGES + 1:
@@ -96,11 +79,15 @@ def find(
         if join is None and (why := gathering.why_nobody_joins(session)):
             warn(f"note: nobody joins: {why}; see --join")
             join = False
+        asked.require(session, join is not False, test, budget)
         coordinates = None
         if by == "slope":
-            with progress("eigenvectors", len(slopes.checkpoints_of(run, weighed))) as advance:
+            parts = len(slopes.checkpoints_of(run, weighed))
+            bar = progress("eigenvectors", parts)
+            with bar as shown, paced(session, shown, parts, slopes.COUNT * PRODUCTS) as advance:
                 coordinates = slopes.gather(run, session, backend, weighed, warn, advance)
-        with progress("gradients", (3 if samples is None else 2) * len(steps)) as advance:
+        parts = (3 if samples is None else 2) * len(steps)
+        with progress("gradients", parts) as shown, paced(session, shown, parts) as advance:
             clusters = by_gradient(
                 run, session, backend, position, by, weighed, advance,
                 widen=samples is None, joining=join is not False, sketch=sketch, coordinates=coordinates,
@@ -112,19 +99,9 @@ def find(
             clusters = slopes.with_vectors(clusters, coordinates.measured[-1])
     if clusters.on_vectors is None:
         clusters = slopes.with_vectors(clusters, slopes.kept_near(run, weighed))
-    first, second = (fallback, found.note) if found.known is None else (found.note, fallback)
+    first, second = (asked.fallback, found.note) if found.known is None else (found.note, asked.fallback)
     notes = [words for words in (first, second, caveat(clusters)) if words]
     return Found(clusters, found, notes)
-
-
-def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
-    """What to group by where a person did not say, and a note where it is less than all: losses alone without
-    checkpoints."""
-    if by is not None:
-        return by, None
-    if run.has("checkpoints/params") and len(run.steps("checkpoints")):
-        return "both", None
-    return "loss", f"{run.path} holds no checkpoints, so samples are grouped by their losses alone, as with --by loss"
 
 
 def by_gradient(
@@ -212,13 +189,15 @@ def tried(
     outcome = silencing.Outcome({}, {}, [])
     if test == "replay" and clusters.pairs:
         steps = silencing.BUDGET if budget is None else budget
-        with progress("replays", steps // silencing.LENGTH) as advance:
+        parts, passes = steps // silencing.LENGTH, silencing.LENGTH + 1
+        with progress("replays", parts) as shown, paced(session, shown, parts, passes, together=2) as advance:
             outcome = silencing.silence(run, session, clusters, held_out, steps, advance)
     if test == "none":
         return outcome
     known = (_known(run, clusters, number, outcome) for number in range(len(clusters.pairs)))
     asked = {number for number, found in enumerate(known) if found is not None and asks_for_curvature(found)}
-    with progress("curvature", len(held_out) if asked else 0) as advance:
+    parts = len(held_out) if asked else 0
+    with progress("curvature", parts) as shown, paced(session, shown, parts, 2 * len(asked)) as advance:
         outcome.curved = curving.curvature_left(run, session, clusters, asked, held_out, advance)
     return outcome
 

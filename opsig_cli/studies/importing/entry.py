@@ -249,6 +249,8 @@ def _recorder(request: Request, settings: Settings, session: Session, task: Any,
     recorder = Recorder(request.output, session.samples, resume=True, layout=session.layout)
     if "task" not in recorder.run.attributes:
         training.describe(recorder, settings, session, task, spec)
+    elif not len(recorder.run.steps("checkpoints")):  # the import may have been cut off before it had said it
+        training.describe_samples(recorder.run, session, task)
     recorder.run.set_attributes(settings_json=settings.stored_form())
     return recorder
 

@@ -1,0 +1,124 @@
+"""What is to be grouped, before a task is opened, and what that will take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opsig_cli.backends import Session
+from opsig_cli.errors import OpsigError
+from opsig_cli.studies import mining, missing, planning, tracking
+from opsig_cli.studies.clustering import gathering, silencing, slopes
+from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
+from opsig_cli.studies.filled import filled
+from opsig_cli.studies.mining import Movers
+from opsig_cli.studies.planning import Count, Plan, Stage
+from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.states import read_state
+
+MOST_GROUPED = 16_000
+"""M: samples that are compared two by two, which takes BYTES_A_PAIR M^2 of memory and time as M^2.1."""
+BYTES_A_PAIR = 20
+"""Similarity, likeness and their mean in float32, and the distances that a tree is made from."""
+WORDS = "cluster"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be grouped, before any task is opened: the run with losses of all, how, whom and where.
+
+    `widens`: whether as many samples by their gradients are taken to those at `position`.
+    """
+
+    run: Trajectory
+    by: str
+    fallback: str | None
+    movers: Movers
+    position: np.ndarray
+    window: Window
+    widens: bool
+
+    def stages(self, mined: int, session: Session, joining: bool, test: str, budget: int | None) -> list[Stage]:
+        """What grouping so many mined samples measures, one after the other."""
+        times, held_out = len(checkpoints_in(self.run, self.window)), len(held_out_in(self.run, self.window))
+        grouped = mined * (2 if self.widens else 1)
+        found = [Stage("eigenpairs", len(slopes.checkpoints_of(self.run, self.window)), slopes.COUNT)]
+        found = found if self.by == "slope" else []
+        if self.widens:
+            found.append(Stage("norms", times, session.samples))
+        if self.by != "slope":
+            found.append(Stage("gradients", times, grouped, grouped**2 * BYTES_A_PAIR))
+        found += [
+            Stage("losses", times),
+            Stage("alignment", held_out or times, session.samples if joining else grouped),
+        ]
+        if test == "replay" and silencing.replayable(self.run, session):
+            found.append(Stage("training", silencing.BUDGET if budget is None else budget))
+        return found
+
+    def counted(self, *how: Any) -> Count:
+        """The number of samples that memory is a question of."""
+        return Count("--top", len(self.position), lambda mined: self.stages(mined, *how))
+
+    def require(self, session: Session, joining: bool, test: str, budget: int | None) -> None:
+        """Raise OpsigError for what does not fit the memory."""
+        how = (session, joining, test, budget)
+        state = read_state(self.run, int(checkpoints_in(self.run, self.window)[0]))
+        planning.require(session, WORDS, self.stages(len(self.position), *how), state, self.counted(*how))
+
+
+def prepared(
+    run: Trajectory, by: str | None, top: int | None, samples: Sequence[int] | None,
+    window: tuple[int | None, int | None],
+) -> Asked:  # fmt: skip
+    """What `find` is asked for. Raises OpsigError where the run lacks it."""
+    run.require("losses/loss")
+    by, fallback = choose_by(run, by)
+    found = mining.find(run, top or mining.default_count(len(run.samples)), window=window)
+    run = filled(run, found.known)
+    position = found.position if samples is None else mining.positions_of(run, samples)
+    if found.known is not None:
+        position = position[~np.isin(position, found.known.never)]
+    if len(position) < 2:
+        raise OpsigError(missing.too_few(run, len(position)))
+    whole = len(position) * (2 if samples is None and by != "loss" else 1)  # as many again by their gradients
+    if whole > MOST_GROUPED:
+        raise OpsigError(
+            f"{whole:,} samples cannot be compared two by two: {whole**2 * BYTES_A_PAIR >> 30:,} GB. Give at most "
+            f"{MOST_GROUPED * len(position) // whole:,}: those left out can still join the groups that are found"
+        )
+    return Asked(run, by, fallback, found, position, window_of(run, found), samples is None)
+
+
+def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
+    """What to group by where a person did not say, and a note where it is less than all: losses alone without
+    checkpoints."""
+    if by is not None:
+        return by, None
+    if run.has("checkpoints/params") and len(run.steps("checkpoints")):
+        return "both", None
+    return "loss", f"{run.path} holds no checkpoints, so samples are grouped by their losses alone, as with --by loss"
+
+
+def plan(
+    run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str | None,
+    warn: Callable[[str], None], *, samples: Sequence[int] | None = None,
+    window: tuple[int | None, int | None] = (None, None), join: bool | None = None, sketch: int | None = None,
+    test: str = "replay",
+    budget: int | None = None, allow_changed_data: bool = False,
+) -> Plan:  # fmt: skip
+    """What `finding.find` takes with the same options: one record."""
+    asked = prepared(run, by, top, samples, window)
+    pairs = len(asked.position) ** 2 * BYTES_A_PAIR
+    if asked.by == "loss":
+        return planning.plan_of_file(run.path, WORDS, pairs)
+    session, _ = tracking.open_session(asked.run, task, device, backend, warn, allow_changed_data)
+    how = (session, join if join is not None else gathering.why_nobody_joins(session) is None, test, budget)
+    steps = [*checkpoints_in(asked.run, asked.window), *held_out_in(asked.run, asked.window)]
+    return planning.plan(
+        run.path, session, backend, WORDS, asked.stages(len(asked.position), *how),
+        read_state(asked.run, int(steps[0])), len(steps), counted=asked.counted(*how),
+    )  # fmt: skip
