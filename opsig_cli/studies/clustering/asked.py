@@ -57,6 +57,8 @@ class Asked:
         ]
         if test == "replay" and silencing.replayable(self.run, session):
             found.append(Stage("training", silencing.BUDGET if budget is None else budget))
+        if test != "none":
+            found.append(Stage("curvature", held_out))
         return found
 
     def counted(self, *how: Any) -> Count:
