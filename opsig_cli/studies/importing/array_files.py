@@ -24,8 +24,8 @@ DTYPES = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 """Names of types in safetensors' header."""
-MAX_LINE, MAX_ARRAYS = 1 << 20, 1_000_000
-"""Of a file of equinox: bytes of its options, arrays."""
+MAX_LINE = 1 << 20
+"""Bytes of the options before a file of equinox."""
 
 
 def open_safetensors(path: str, content: Content, stack: contextlib.ExitStack) -> None:
@@ -65,11 +65,14 @@ def open_npz(path: str, content: Content, stack: contextlib.ExitStack) -> None:
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
         check_expansion(archive, path)
+        real: set[str] = set()
         for part in archive.infolist():
             with archive.open(part) as file:
                 shape, fortran, dtype = _header(file)
                 begins = file.tell()
             name = part.filename.removesuffix(".npy")
+            if _is_real(dtype):
+                real.add(name)
             if shape == ():
                 collect_numbers({name: _read(archive, part.filename).item()}, content)
             pieces = None
@@ -79,7 +82,8 @@ def open_npz(path: str, content: Content, stack: contextlib.ExitStack) -> None:
                 pieces = [Piece(path, _data(path, part) + begins, kind, 0, count)]
             content.tensors[_dotted(name)] = Entry(shape, partial(_tensor, archive, part.filename), pieces)
         if set(content.tensors) == {f"arr_{i}" for i in range(len(content.tensors))}:
-            content.unnamed = [content.tensors[f"arr_{i}"] for i in range(len(content.tensors))]
+            ordered = [f"arr_{i}" for i in range(len(content.tensors))]
+            content.unnamed = [content.tensors[name] for name in ordered if name in real]
     except (OSError, OpsigError):
         raise
     except Exception as error:  # a malformed header can raise anything
@@ -107,15 +111,18 @@ def open_equinox(path: str, content: Content) -> None:
                 file.seek(count * dtype.itemsize, os.SEEK_CUR)
                 pieces = None if fortran or dtype.byteorder == ">" else [Piece(path, begins, kind, 0, count)]
                 read = partial(_part, path, begins, shape, fortran, dtype)
-                content.unnamed.append(Entry(shape, read, pieces))
-                if len(content.unnamed) > MAX_ARRAYS:
-                    raise ValueError(f"more than {MAX_ARRAYS:,} arrays")
+                if _is_real(dtype):  # counters, keys and tables are no parameters
+                    content.unnamed.append(Entry(shape, read, pieces))
     except OSError:
         raise
     except Exception as error:  # a malformed header can raise anything
         raise OpsigError(f"{path} is not a readable file of equinox ({first_words(error)})") from error
     if not content.unnamed:
         raise OpsigError(f"{path} holds no arrays")
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" or dtype.str[1:] == "V2"
 
 
 def _part(path: str, begins: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> Any:
