@@ -83,6 +83,17 @@ class Training:
     began: int = 0
 
 
+def minibatch(items: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Items of the minibatch of a step; an epoch is a permutation drawn from (seed, epoch), its last batch smaller.
+
+    >>> sorted(np.concatenate([minibatch(5, 2, 0, step) for step in range(3)]).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    epoch, position = divmod(step, -(-items // batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(items)
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What was seen at one step, before the update that follows it.
@@ -110,8 +121,9 @@ class Session(Protocol):
     A session may say `targets`: (S,) bool, which samples have a loss, where some never have one (it is NaN then), as a
     task's positions without a target; and `positions`: how many samples an item has, which share a forward pass but not
     a backward pass. It may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as
-    with batch norm by a chunk's statistics. Who opens one may set `tell`, which takes a line for a person: that a
-    slower way is taken, and why.
+    with batch norm by a chunk's statistics. Where a run has the same parameters in another order, as one of another
+    backend may, `arrange(names)` makes the order its own. Who opens one may set `tell`, which takes a line for a
+    person: that a slower way is taken, and why.
     """
 
     samples: int
@@ -234,18 +246,28 @@ class Curvature(Protocol):
         """Gradient of the mean training loss, (P,)."""
         ...
 
+    def curvature_along(self, state: State, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Loss, slope v'g and curvature v'Hv of every sample along a direction v (P,), (S,) float64 each."""
+        ...
+
+
+@runtime_checkable
+class SampleSharpness(Protocol):
+    """The capability that `sharpness --metrics sample_sharpness` needs."""
+
     def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         """The most positive eigenvalue a of each chosen sample's Hessian, (M,) float64, to the tolerance of its
         residual |Hv - av| / |H|, (M,) float64, |H| the largest size of an eigenvalue. Never above the true one, to
         rounding; a sample that is not finite has NaN."""
         ...
 
+
+@runtime_checkable
+class SpectralDensity(Protocol):
+    """The capability that `sharpness --metrics spectral_density` needs."""
+
     def spectral_density(self, state: State) -> tuple[np.ndarray, np.ndarray, float]:
         """Nodes and weights (R, m) whose weighted sums estimate traces of functions of H; the trace's error."""
-        ...
-
-    def curvature_along(self, state: State, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Loss, slope v'g and curvature v'Hv of every sample along a direction v (P,), (S,) float64 each."""
         ...
 
 
@@ -325,8 +347,11 @@ def load_backend(name: str) -> Backend:
     return load_entry_point(ENTRY_POINT_GROUP, name, "backend")()
 
 
-def require(session: Any, capability: type, name: str, what: str) -> None:
-    """Raise OpsigError, naming backends that have it, where the session lacks a capability."""
+def require(session: Any, capability: type, name: str | None, what: str) -> None:
+    """Raise OpsigError where the session of the backend of that name, or of the run's own, lacks a capability."""
     if isinstance(session, capability):
         return
-    raise OpsigError(f"backend {name} cannot compute {what}. The torch backend can: --backend torch")
+    raise OpsigError(
+        f"backend {name or 'of this run'} cannot compute {what}. The torch backend can, of a task that is written in "
+        "torch: --backend torch"
+    )

@@ -136,7 +136,7 @@ class Settings:
                 f"--{option.replace('_', '-')}"
             )
         for key, value in given.items():
-            if value is not None and key not in ("steps", "backend", "task") and value != getattr(self, key):
+            if value is not None and key not in ("steps", "task") and value != getattr(self, key):
                 option = key.replace("_", "-")
                 raise UsageError(
                     f"{path} was trained with --{option} {getattr(self, key)}, not {value}. "

@@ -1,6 +1,7 @@
 """What a person brings: a model, a dataset and per-sample losses; and how a name on the command line finds it.
 
-A task is ordinary PyTorch. Nothing here imports torch; the task's own module does.
+A task is ordinary PyTorch, or what another backend takes (`opsig_jax.JaxBackend`). Nothing here imports torch or JAX;
+the task's own module does.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ FILES = {"path", "root", "text"}
 LARGE, LARGEST = 1_000_000, {"depth": 1000, "seed": 1 << 62}
 """The largest numbers that are taken from a file in a task's or a model's options."""
 
-OURS = ("opsig_cli", "opsig_torch", "opsig_zoo")
+OURS = ("opsig_cli", "opsig_jax", "opsig_linalg", "opsig_torch", "opsig_zoo")
 
+FORMS = {"torch": ("model", "dataset", "losses"), "jax": ("init", "data", "losses")}
+"""Methods by which a task of a backend of ours is known."""
 LOADED = 8
 _loaded: list[tuple[Task, TaskSpec]] = []
 """The last tasks that were loaded, and what asked for them."""
@@ -215,12 +218,23 @@ def load(spec: TaskSpec) -> tuple[Task, TaskSpec]:
             raise UsageError(f"task {spec.name} brings its own model. Leave --model out")
         options["model"] = spec.model
     task = build(factory, options, f"task {spec.name}")
-    for needed in ("model", "dataset", "losses"):
-        if not callable(getattr(task, needed, None)):
-            raise OpsigError(f"task {spec.name} has no method {needed}(). A task needs model, dataset and losses")
     _loaded.append((task, spec))
     del _loaded[:-LOADED]
     return task, spec
+
+
+def require_methods(task: Task, backend: str, *methods: str) -> None:
+    """Raise OpsigError where a task lacks a method that the backend calls, and name the one that it is written for."""
+    absent = next((name for name in methods if not callable(getattr(task, name, None))), None)
+    if absent is None:
+        return
+    spec = origin_of(task)
+    name = type(task).__name__ if spec is None else spec.name
+    for other, own in FORMS.items():
+        if other != backend and all(callable(getattr(task, each, None)) for each in own):
+            raise OpsigError(f"task {name} is written for the {other} backend. Give --backend {other}")
+    needed = ", ".join(methods[:-1]) + f" and {methods[-1]}"
+    raise OpsigError(f"task {name} has no method {absent}(). A task needs {needed}")
 
 
 def origin_of(task: Task) -> TaskSpec | None:

@@ -172,7 +172,7 @@ def test_a_device_that_is_absent_is_an_error_and_never_another_device():
 @pytest.mark.parametrize("batch_size", [None, 8])
 def test_a_sample_of_weight_zero_is_left_out_of_training_and_no_other_counts_for_more(batch_size):
     """One step of descent goes along the weighted sum of the samples' own gradients over the number of all of them."""
-    from opsig_torch.training import minibatch
+    from opsig_cli.backends import minibatch
 
     session, state = open_double(tiny.Tiny(), 13)
     trained = np.arange(session.samples) if batch_size is None else minibatch(session.samples, batch_size, 0, 0)

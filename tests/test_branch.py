@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASKS, train_tiny
-from opsig_torch.training import minibatch
 from test_train import arrays
 
 import opsig_cli
 from opsig_cli import tasks
+from opsig_cli.backends import minibatch
 from opsig_cli.studies import tracking
 from opsig_cli.studies.branching import effects
 from opsig_cli.studies.branching.controls import drawn

@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from opsig_linalg.eigen import Memory
 from opsig_torch import TorchBackend, primitives
-from opsig_torch.eigen import Memory, random_start, top_eigenpairs
+from opsig_torch.eigen import TorchSpace, random_start, top_eigenpairs
 from opsig_torch.hessian import Hessian
 from tasks import tiny
 
@@ -70,7 +71,7 @@ def test_two_eigenvalues_that_cross_are_followed():
         values[[7, 9]] = first, second
         diagonal = torch.from_numpy(values)
         noise = random_start(diagonal, step)
-        start = noise if memory is None else memory.start(1) + 0.1 * noise
+        start = noise if memory is None else memory.start(TorchSpace(diagonal), 1) + 0.1 * noise
         found = top_eigenpairs(lambda v, d=diagonal: d * v, start, 1, 1e-3, memory=memory)
         memory = found.memory
         assert found.values[0] == pytest.approx(max(first, second), rel=1e-5)
@@ -90,7 +91,7 @@ def test_a_memory_saves_products_and_changes_no_result(count):
         operator = torch.from_numpy(matrix)
         noise = random_start(operator[0], step)
         anew = top_eigenpairs(lambda v, m=operator: m @ v, noise, count, 1e-3)
-        start = noise if memory is None else memory.start(count) + 0.1 * noise
+        start = noise if memory is None else memory.start(TorchSpace(noise), count) + 0.1 * noise
         found = top_eigenpairs(lambda v, m=operator: m @ v, start, count, 1e-3, memory=memory)
         memory = found.memory
         for solution in (anew, found):

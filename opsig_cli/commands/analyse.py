@@ -27,7 +27,7 @@ def analyse(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
-    backend: options.BackendOption = "torch",
+    backend: options.BackendOption = None,
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,
 ) -> None:

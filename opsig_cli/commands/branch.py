@@ -80,7 +80,7 @@ def branch(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
-    backend: options.BackendOption = "torch",
+    backend: options.BackendOption = None,
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
     quiet: options.QuietOption = False,

@@ -56,7 +56,7 @@ def cluster(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
-    backend: options.BackendOption = "torch",
+    backend: options.BackendOption = None,
     memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,
     figure: options.FigureOption = None,

@@ -17,7 +17,7 @@ def compare(
     ] = None,
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
-    backend: options.BackendOption = "torch",
+    backend: options.BackendOption = None,
     format: options.FormatOption = None,
     figure: options.FigureOption = None,
     quiet: options.QuietOption = False,
@@ -73,15 +73,15 @@ def _rows(written: list[dict]) -> list[dict]:
     return [{short.get(name, name): record[name] for name in names} for record in written]
 
 
-def _test_accuracy(run, test: str, device: str | None, backend: str) -> float:
+def _test_accuracy(run, test: str, device: str | None, backend: str | None) -> float:
     from opsig_cli import backends, tasks
     from opsig_cli.errors import UsageError
     from opsig_cli.studies import comparing
-    from opsig_cli.studies.trained import settings_of
+    from opsig_cli.studies.trained import backend_of, settings_of
 
     settings = settings_of(run)
     loaded, _ = tasks.load(tasks.parse_spec(test, None if settings is None else settings.model))
     if not all(hasattr(loaded, name) for name in ("predictions", "label", "classes")):
         raise UsageError(f"--test {test}: the task has no predictions, labels or classes")
-    session = backends.load_backend(backend).open(loaded, device, None, "running")
+    session = backends.load_backend(backend_of(run, backend)).open(loaded, device, None, "running")
     return comparing.accuracy_on(run, session, loaded)

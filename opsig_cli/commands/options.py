@@ -104,7 +104,14 @@ DeviceOption = Annotated[
     ),
 ]
 BackendOption = Annotated[
-    str, typer.Option("--backend", metavar="NAME", help="Installed backend.", autocompletion=completions.backends)
+    str | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="Installed backend. Default: the run's, or torch.",
+        autocompletion=completions.backends,
+        show_default=False,
+    ),
 ]
 ThreadsOption = Annotated[
     int | None,

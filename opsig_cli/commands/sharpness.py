@@ -53,7 +53,7 @@ def sharpness(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
-    backend: options.BackendOption = "torch",
+    backend: options.BackendOption = None,
     plan: options.PlanOption = False,
     memory: options.MemoryOption = None,  # set by its callback
     format: options.FormatOption = None,

@@ -85,7 +85,7 @@ def train(
     allow_changed_data: options.AllowOption = False,
     device: options.DeviceOption = None,
     threads: options.ThreadsOption = None,
-    backend: options.BackendOption = "torch",
+    backend: options.BackendOption = None,
     format: options.FormatOption = None,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -101,7 +101,7 @@ def train(
     from opsig_cli.studies import answers, tracking, training
     from opsig_cli.studies.ranges import parse_range
     from opsig_cli.trajectory.file import check_new, cut_off_at_birth, open_trajectory
-    from opsig_cli.trajectory.states import check_trained, read_state
+    from opsig_cli.trajectory.states import check_trained, in_order_of, read_state
 
     if resume and replace:
         raise UsageError("--resume continues a run and --replace overwrites it. Give one of them")
@@ -161,6 +161,7 @@ def train(
     if like is not None:
         with open_trajectory(like) as run:
             tracking.check_model(run, session)
+            in_order_of(run, session)
     if track_budget is not None:
         settings = settings.budgeted(track_budget, session.samples)
         options.note(f"losses are recorded every {settings.track_every} steps", quiet)

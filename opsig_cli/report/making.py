@@ -31,8 +31,8 @@ class Made:
 
 def make(
     run: Trajectory, path: Path, command: str, *, by: str | None = None, top: int | None = None,
-    branches: Sequence[str] | None = None, task: str | None = None, device: str | None = None, backend: str = "torch",
-    allow_changed_data: bool = False, replace: bool = False, note: Note, progress: Progress,
+    branches: Sequence[str] | None = None, task: str | None = None, device: str | None = None,
+    backend: str | None = None, allow_changed_data: bool = False, replace: bool = False, note: Note, progress: Progress,
 ) -> Made:  # fmt: skip
     """Find a run's groups and write the page of them to `path`; `command`: the one that made it, for the page.
 

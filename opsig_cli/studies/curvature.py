@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli import backends
 from opsig_cli.backends import Eigenpairs, SampleLosses, Session, State, targets_of
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
@@ -302,6 +303,7 @@ def step_records(
         state = read_state(run, step)
         record: dict[str, Any] = {"trajectory": run.path, "step": step}
         if "trace" in metrics:
+            backends.require(session, backends.SpectralDensity, None, "spectral_density")
             nodes, weights, error = session.spectral_density(state)  # pyright: ignore
             record |= {"trace": float(nodes.ravel() @ weights.ravel()), "trace_error": error}
             record |= {"density_nodes": nodes.ravel(), "density_weights": weights.ravel()}

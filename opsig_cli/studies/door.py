@@ -118,7 +118,7 @@ def cluster(
     sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
     budget: int | None = None, replace: bool = False, sample: int | None = None,
     records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
-    backend: str = "torch", allow_changed_data: bool = False,
+    backend: str | None = None, allow_changed_data: bool = False,
     note: Note = quietly, progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
@@ -145,7 +145,7 @@ def cluster(
 def _cluster(
     run: Run, keeper: keeping.Keeper, by: str | None, top: int | None, window: str | None, join: bool | None,
     sketch: int | None, explain: int | None, truth: bool, test: str, budget: int | None, sample: int | None,
-    records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None, backend: str,
+    records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None, backend: str | None,
     allow_changed_data: bool, note: Note, progress: Progress,
 ) -> Records:  # fmt: skip
     from opsig_cli.studies import drawing
@@ -216,7 +216,7 @@ def sharpness(
     random: int = 0, slice: int | None = None, span: float = 0.2, at: str | None = None, name: bool = False,
     plain: bool = False, seed: int = 0, replace: bool = False, part: str | None = None, output: str | None = None,
     plan: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly,
+    device: str | None = None, backend: str | None = None, allow_changed_data: bool = False, note: Note = quietly,
     progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """The largest eigenvalues of the loss's Hessian along a run, measured where they are missing and kept in its file.
@@ -275,6 +275,8 @@ def sharpness(
                 note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
             if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
                 note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
+            if "sample_sharpness" in of_samples:
+                backends.require(session, backends.SampleSharpness, backend, "sample_sharpness")
             if slice is not None:
                 groups = _groups_of(trajectory, records or [])
                 return curvature.slice_records(trajectory, session, slice, span, groups)
@@ -345,7 +347,7 @@ def _rates(run: Trajectory) -> dict[int, float]:
 
 
 def _ends(
-    run: Trajectory, session: backends.Session, backend: str, steps: list[int], count: int, tolerance: float,
+    run: Trajectory, session: backends.Session, backend: str | None, steps: list[int], count: int, tolerance: float,
     at: str | None, replace: bool, note: Note, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Who stands at the ends of `count` eigenvectors, measured where they are missing."""
@@ -414,7 +416,7 @@ def branch(
     label_smoothing: float | None = None, seed: int | None = None, into_edge: bool = False, out_of_edge: bool = False,
     draws: int = 3, sharpness: bool = False, track_every: int | None = None, assume: Sequence[str] = (),
     replace: bool = False, records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
-    device: str | None = None, backend: str = "torch", allow_changed_data: bool = False, note: Note = quietly,
+    device: str | None = None, backend: str | None = None, allow_changed_data: bool = False, note: Note = quietly,
     progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Train a run on from a checkpoint with something changed, and beside it unchanged: records of kind "branch".

@@ -16,7 +16,13 @@ GIB = 1 << 30
 
 
 def plan(
-    run: Trajectory, session: Session, backend: str, command: str, steps: Sequence[int], count: int, row_bytes: int
+    run: Trajectory,
+    session: Session,
+    backend: str | None,
+    command: str,
+    steps: Sequence[int],
+    count: int,
+    row_bytes: int,
 ) -> Records:
     """One record: what `command` takes to measure these checkpoints, each of which adds a row of so many bytes.
 

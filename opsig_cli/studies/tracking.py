@@ -14,9 +14,9 @@ from opsig_cli import backends, tasks
 from opsig_cli.backends import Session, load_backend
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
-from opsig_cli.studies.trained import weights_of
+from opsig_cli.studies.trained import backend_of, weights_of
 from opsig_cli.trajectory.file import Trajectory
-from opsig_cli.trajectory.states import check_samples, check_trained, read_state
+from opsig_cli.trajectory.states import check_samples, check_trained, in_order_of, read_state
 
 STATES_BYTES = 256 << 20
 """Bound on the checkpoints held in memory at a time."""
@@ -39,7 +39,7 @@ SAME_ROUNDED = 0.3
 
 
 def open_session(
-    run: Trajectory, task: str | None, device: str | None, backend: str, warn: Callable[[str], None],
+    run: Trajectory, task: str | None, device: str | None, backend: str | None, warn: Callable[[str], None],
     allow_changed_data: bool = False,
 ) -> tuple[Session, tasks.Task]:  # fmt: skip
     """Open the run's task on a backend, as it was trained: same options, model, chunks and batch-norm convention.
@@ -55,7 +55,7 @@ def open_run(
     run: Trajectory,
     task: str | None,
     device: str | None,
-    backend: str,
+    backend: str | None,
     warn: Callable[[str], None],
     allow_changed_data: bool = False,
 ) -> tuple[Session, tasks.Task, tasks.TaskSpec]:
@@ -71,7 +71,7 @@ def open_run(
     loaded, found = tasks.load(spec)
     if found.digest and attributes.get("task_sha256") not in (None, found.digest):
         warn(f"{spec.name} has changed since {run.path} was recorded")
-    session = load_backend(backend).open(loaded, device, stored.chunk_size, stored.statistics)
+    session = load_backend(backend_of(run, backend)).open(loaded, device, stored.chunk_size, stored.statistics)
     session.tell = warn
     if (most := MEMORY.get()) is not None:
         backends.require(session, backends.Bounded, backend, "within a bound of memory")
@@ -80,6 +80,7 @@ def open_run(
     check_model(run, session)
     if run.has("checkpoints/params"):
         check_trained(run, session.layout)
+        in_order_of(run, session)
         session.adopt(run.frozen)
     if changed := _changed_label(run, loaded):
         warn(f"{run.path}: {changed}. Has the task's data changed?")

@@ -22,6 +22,12 @@ def settings_of(run: Trajectory) -> Settings | None:
     return Settings.stored(attributes, run.path) if "settings_json" in attributes else None
 
 
+def backend_of(run: Trajectory, given: str | None) -> str:
+    """The name of the backend to measure a run with: the one that was given, or that which trained it."""
+    kept = run.attributes.get("settings_json") or {}
+    return given or str(kept.get("backend", Settings.backend))
+
+
 def why_not_repeated(run: Trajectory, settings: Settings | None, step: int) -> str | None:
     """Why training cannot be repeated from a checkpoint as the run made it, in words; None where it can."""
     if settings is None:

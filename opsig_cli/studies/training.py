@@ -335,7 +335,10 @@ def _regression(task: tasks.Task, count: int) -> dict[str, np.ndarray]:
     """The few inputs and the target of every sample of a regression without pictures: what a person sees of it."""
     if hasattr(task, "classes") or hasattr(task, "predictions"):
         return {}
-    data = cast(Any, task.dataset())
+    dataset = getattr(task, "dataset", None)
+    if dataset is None:
+        return {}
+    data = cast(Any, dataset())
     texts = []
     for i in range(count):
         item = data[i]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from opsig_cli.backends import State, Tensor
+from opsig_cli.backends import Session, State, Tensor
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.file import Trajectory
 
@@ -66,6 +66,30 @@ def check_trained(run: Trajectory, layout: Iterable[Tensor]) -> None:
                 f"{run.path} was recorded with {tensor.name} {before}, and the task's model {now} it (requires_grad). "
                 "Give the --task that the run was made with, or record it anew"
             )
+
+
+def in_order_of(run: Trajectory, session: Session) -> None:
+    """Make the run's order of its parameters the session's, where both have the same by name, as two backends may.
+
+    Raises OpsigError where one has another shape, or where the session keeps to its order.
+    """
+    if not run.has("layout/kind"):
+        return
+    ours = {tensor.name: tensor.shape for tensor in session.layout if tensor.kind == "parameter"}
+    theirs = {tensor.name: tensor.shape for tensor in read_layout(run) if tensor.kind == "parameter"}
+    if ours.keys() != theirs.keys():
+        return
+    for name, shape in theirs.items():
+        if shape != ours[name]:
+            raise OpsigError(
+                f"{run.path} holds {name} of shape {shape}, and the task's is {ours[name]}. Give the --task that the "
+                "run was made with; a layer's weights are transposed between torch and JAX"
+            )
+    if list(ours) != list(theirs):
+        arrange = getattr(session, "arrange", None)
+        if arrange is None:
+            raise OpsigError(f"{run.path} holds its parameters in another order than this backend can take")
+        arrange(list(theirs))
 
 
 def read_state(run: Trajectory, step: int) -> State:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from opsig_cli.tasks import Task
+from opsig_cli.tasks import Task, require_methods
 
 
 class TorchBackend:
@@ -27,6 +27,7 @@ class TorchBackend:
         from opsig_torch import group
         from opsig_torch.session import TorchSession
 
+        require_methods(task, "torch", "model", "dataset", "losses")
         if (others := group.current()) is None:
             return TorchSession(task, device, batch_size, statistics, double)
         from opsig_torch import shared

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opsig_torch.eigen import PIECE
+from opsig_torch.rows import PIECE
 
 ROOM = 24
 """Basis vectors at which each basis is cut back to the better half."""

@@ -1,279 +1,83 @@
-"""The most positive eigenpairs of a symmetric operator that is known only by its products.
-
-P parameters, K eigenpairs, N basis vectors, R remembered vectors. A Davidson method whose next direction is an
-eigenvector of a model of the operator: of what its products have shown, and, away from those, of what was remembered
-from a checkpoint near by. Without a memory the model sees nothing but the products, and the method is Lanczos's, fully
-reorthogonalised. Order is algebraic: an eigenvalue that is largest in size but negative is never taken
-for the sharpness. Sums over parameters are float64, because float32 sums of long vectors lose digits that the residual
-needs.
-"""
+"""The shared eigensolver (`opsig_linalg.eigen`) on torch's vectors, wherever they lie. P parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from opsig_linalg import eigen
+from opsig_linalg.eigen import LIMIT, Memory, Solution
 
-from opsig_torch.rows import PIECE, Rows
+from opsig_torch.rows import Rows
 
-LIMIT = 200
-"""Products after which a solve gives up and says so."""
-ROOM = 40
-"""Basis vectors, beyond four for each eigenpair, at which the basis is cut back to the best ones."""
-SMALLEST_TOLERANCE = 1e-5
-"""A float32 product is good to about 5e-7; residuals below this would be noise."""
-LOOK_ABOUT = 3
-"""Products beyond the number of eigenpairs before a solve may end."""
-REMEMBERED = 16
-"""R: vectors of the model that are kept for the next checkpoint."""
-REMEMBERED_BYTES = 1 << 30
-"""Bound on what they take."""
 AT_ONCE = 1 << 22
 """Random numbers that are drawn at a time in float64."""
-DEPENDENT = 1e-7
-"""Directions whose share in the Gram matrix is below this are rounding."""
-ROUNDING = 1e3
-"""A unit vector's rest outside of the basis is rounding where it is shorter than so many units of precision."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """A low-rank model of the operator: orthonormal `vectors` (R, P) and `values` (R,)."""
+class TorchSpace:
+    """Vectors of the size, precision and device of one, which is not kept; see `opsig_linalg.space.Space`."""
 
-    vectors: torch.Tensor
-    values: np.ndarray
+    def __init__(self, like: torch.Tensor):
+        self._empty = like.new_empty(0, like.numel())
+        self.size = like.numel()
+        self.precision = torch.finfo(like.dtype).eps
+        self.itemsize = like.element_size()
 
-    def start(self, count: int) -> torch.Tensor:
-        """Where to look for `count` eigenpairs and for the one that may overtake them: the model's, by their values."""
-        best = np.argsort(-self.values)[: count + 1]
-        weights = np.maximum(self.values[best], 0) / max(self.values[best[0]], 1e-300)
-        return torch.from_numpy(weights).to(self.vectors) @ self.vectors[best]
+    def rows(self, known: torch.Tensor | None = None) -> Rows:
+        """Rows that begin with known ones, (m, P)."""
+        return Rows(self._empty if known is None else known.to(self._empty))
 
+    def noise(self, seed: int) -> Iterator[torch.Tensor]:
+        """Random vectors of unit length, drawn on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield self._random(generator)
 
-@dataclass(frozen=True)
-class Solution:
-    """The K most positive eigenpairs: `values` (K,) decreasing, `vectors` (K, P) of unit length, `residuals` (K,).
+    def norm(self, vector: torch.Tensor) -> float:
+        """Euclidean length."""
+        return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
-    A residual is |Hv - av| / |a|. `products` is what the solve cost; `converged` whether all residuals reached the
-    tolerance. `memory` is for a solve near by.
-    """
+    def divided(self, vector: torch.Tensor, number: float) -> torch.Tensor:
+        """The vector over a number."""
+        return vector / number
 
-    values: np.ndarray
-    vectors: torch.Tensor
-    residuals: np.ndarray
-    products: int
-    converged: bool
-    memory: Memory
+    def less(self, vector: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The difference of two."""
+        return vector - other
+
+    def normalised(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (n, P), each over its length."""
+        return rows / torch.stack([torch.as_tensor(self.norm(row)) for row in rows]).to(rows)[:, None]
+
+    def combined(self, coefficients: np.ndarray, rows: torch.Tensor) -> torch.Tensor:
+        """The combination (P,) of rows (n, P)."""
+        return torch.from_numpy(coefficients).to(rows) @ rows
+
+    def is_finite(self, vector: torch.Tensor) -> bool:
+        """Whether all its numbers are finite."""
+        return bool(torch.isfinite(vector).all())
+
+    def _random(self, generator: torch.Generator) -> torch.Tensor:
+        if self.size <= AT_ONCE:
+            noise = torch.randn(self.size, generator=generator, dtype=torch.float64)
+            return (noise / noise.norm()).to(self._empty)
+        found, square = self._empty.new_empty(self.size), 0.0
+        for piece in found.split(AT_ONCE):
+            noise = torch.randn(piece.shape, generator=generator, dtype=torch.float64)
+            square += float(noise.square().sum())
+            piece.copy_(noise)
+        return found.div_(square**0.5)
 
 
 def top_eigenpairs(
     product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, count: int, tolerance: float,
     limit: int = LIMIT, memory: Memory | None = None,
 ) -> Solution:  # fmt: skip
-    """Solve for the `count` most positive eigenpairs to the relative `tolerance`, from a nonzero (P,) `start`.
-
-    Memory: two vectors for each of ROOM + 4 K basis vectors at the most, and R. Raises ValueError for a tolerance that
-    the start's precision cannot reach, and for products that are not finite.
-
-    >>> diagonal = torch.tensor([3.0, -9.0, 1.0, 2.0], dtype=torch.float64)
-    >>> found = top_eigenpairs(lambda v: diagonal * v, torch.ones(4, dtype=torch.float64), 2, 1e-8)
-    >>> found.values.round(6).tolist()
-    [3.0, 2.0]
-    """
-    if start.dtype == torch.float32 and tolerance < SMALLEST_TOLERANCE:
-        raise ValueError(f"a tolerance of {tolerance:g} cannot be met in float32. Use {SMALLEST_TOLERANCE:g} or more")
-    size = start.numel()
-    count = min(count, size)
-    search = _Search(start, memory, min(size, ROOM + 4 * count))
-    direction = start / _norm(start)
-    while True:
-        search.add(direction, product)
-        values, residuals, errors = search.pairs(count + 1)
-        exhausted = search.size == size
-        # the next eigenvalue must not be on its way past these: a warm start hardly sees what overtook the last one
-        overtaken = len(values) > count and values[count] + errors[count] > values[count - 1]
-        values, residuals = values[:count], residuals[:count]
-        converged = len(values) == count and bool((residuals <= tolerance).all()) and not overtaken
-        enough = search.products > count + LOOK_ABOUT
-        if (converged and enough) or search.products == limit or exhausted:
-            break
-        wanted = np.flatnonzero(residuals > tolerance)
-        direction = search.next_direction(wanted if len(wanted) else np.arange(count + 1))
-    vectors = search.vectors(count)
-    return Solution(values, vectors, residuals, search.products, converged or exhausted, search.remember())
-
-
-class _Search:
-    """A remembered model (Q, q), the basis V and its images W = H V, and the Gram matrix of them all in float64.
-
-    Rows lie in the order Q, v_1, w_1, v_2, w_2, ... All that the search decides, it decides by the Gram matrix: long
-    vectors are only multiplied once, as they come, and combined into the next direction.
-    """
-
-    def __init__(self, like: torch.Tensor, memory: Memory | None, room: int):
-        known = like.new_empty(0, like.numel()) if memory is None else memory.vectors.to(like)
-        self._known = len(known)
-        self._values = np.empty(0) if memory is None else memory.values
-        self._room = room
-        self._rows = Rows(known)
-        self._gram = np.eye(len(known))
-        self._precision = torch.finfo(like.dtype).eps
-        self._generator = torch.Generator().manual_seed(2311)  # not one that a start is drawn from
-        self.products = 0
-
-    @property
-    def size(self) -> int:
-        """N, the number of basis vectors."""
-        return (len(self._gram) - self._known) // 2
-
-    def add(self, direction: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Take what of the direction (P,), of about unit length, is orthogonal to the basis into it, as it is or, where
-        that is rounding, a random one."""
-        if self.size == self._room:
-            self._cut_back()
-        vector = self._apart(direction)
-        while vector is None:
-            noise = torch.randn(direction.shape, generator=self._generator, dtype=torch.float64)
-            vector = self._apart((noise / noise.norm()).to(direction))
-        image = product(vector)
-        if not torch.isfinite(image).all():
-            raise ValueError(
-                "the Hessian is not finite at this checkpoint: the run has diverged. Choose others with --steps"
-            )
-        self._put(vector, image)
-        self.products += 1
-        self._ritz_values, self._ritz = np.linalg.eigh((self._vw + self._vw.T) / 2)
-
-    def pairs(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The largest Ritz values, decreasing, with their residuals, relative and absolute.
-
-        Lengths of combinations come from the Gram matrix, which is that of the rows as they are held.
-        """
-        values, ritz = self._ritz_values[::-1][:count].copy(), self._ritz[:, ::-1][:, :count]
-        coefficients = np.zeros((len(self._gram), len(values)))
-        coefficients[self._known :: 2] = -values * ritz
-        coefficients[self._known + 1 :: 2] = ritz
-        squares = np.einsum("nk,nm,mk->k", coefficients, self._gram, coefficients)
-        errors = np.sqrt(np.maximum(squares, 0))
-        errors = np.maximum(errors, self._precision * np.abs(values))  # what combining the rows in it would leave
-        return values, errors / np.maximum(np.abs(values), 1e-300), errors
-
-    def next_direction(self, ranks: np.ndarray) -> torch.Tensor:
-        """Of the model's eigenvectors of these ranks the one that is least in the basis: what it has outside, (P,)."""
-        coordinates, _, vectors = self._model()
-        ranks = ranks[ranks < vectors.shape[1]]
-        found = coordinates @ vectors[:, vectors.shape[1] - 1 - ranks]
-        found[self._known :: 2] -= self._gram[self._known :: 2] @ found
-        outside = np.einsum("nk,nm,mk->k", found, self._gram, found)
-        return self._rows.combine(found[:, [outside.argmax()]])[0]
-
-    def vectors(self, count: int) -> torch.Tensor:
-        """The largest Ritz vectors, (K, P), of unit length."""
-        found = self._rows.combine(self._ritz[:, ::-1][:, :count], self._known, 2)
-        return found / torch.stack([torch.as_tensor(_norm(v)) for v in found]).to(found)[:, None]
-
-    def remember(self) -> Memory:
-        """The model's eigenpairs of largest size."""
-        coordinates, values, vectors = self._model()
-        size = self._rows.like.element_size() * self._rows.like.shape[1]
-        rank = max(1, min(REMEMBERED, REMEMBERED_BYTES // size))
-        kept = np.argsort(-np.abs(values))[:rank]
-        return Memory(self._rows.combine(coordinates @ vectors[:, kept]), values[kept])
-
-    @property
-    def _vw(self) -> np.ndarray:
-        return self._gram[self._known :: 2, self._known + 1 :: 2]
-
-    def _model(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Coordinates (n, u) of an orthonormal basis of all rows, and the model's eigenpairs in it.
-
-        The model is W V' + V W' - V V'W V' + (I - V V') Q q Q' (I - V V'): the operator itself on V.
-        """
-        gram, first = self._gram, self._known
-        scale = np.sqrt(np.maximum(np.diag(gram), 1e-300))
-        shares, directions = np.linalg.eigh(gram / np.outer(scale, scale))
-        kept = shares > DEPENDENT
-        coordinates = directions[:, kept] / np.sqrt(shares[kept]) / scale[:, None]
-        along = gram @ coordinates
-        v, w = along[first::2], along[first + 1 :: 2]
-        rest = along[:first] - gram[:first, first::2] @ v
-        model = rest.T @ (self._values[:, None] * rest) + w.T @ v + v.T @ w - v.T @ self._vw @ v
-        values, vectors = np.linalg.eigh((model + model.T) / 2)
-        return coordinates, values, vectors
-
-    def _apart(self, vector: torch.Tensor) -> torch.Tensor | None:
-        """What of the vector is orthogonal to the basis, of unit length, or None where that is rounding."""
-        if self.size:
-            along = self._rows.products(vector[None], self._known, 2)
-            vector = vector - self._rows.combine(along, self._known, 2)[0]
-        length = _norm(vector)
-        return vector / length if length > ROUNDING * self._precision else None
-
-    def _cut_back(self) -> None:
-        """Keep the best half of the basis."""
-        kept = self._ritz[:, ::-1][:, : self._room // 2]
-        vectors, images = (self._rows.combine(kept, self._known + i, 2) for i in (0, 1))
-        self._gram = self._gram[: self._known, : self._known]
-        self._rows.keep(self._known)
-        for vector, image in zip(vectors, images, strict=True):
-            self._put(vector, image)
-
-    def _put(self, vector: torch.Tensor, image: torch.Tensor) -> None:
-        products = self._rows.products(self._rows.put(vector, image))
-        self._gram = np.block([[self._gram, products[:-2]], [products.T]])
-
-
-def lanczos_matrix(
-    product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, steps: int
-) -> tuple[list[float], list[float]]:
-    """Diagonal and off-diagonal of the (m, m) tridiagonal matrix after `steps` steps, fewer where the space ends."""
-    basis = start.new_empty(steps, start.numel())
-    basis[0] = start / _norm(start)
-    diagonal: list[float] = []
-    beside: list[float] = []
-    for step in range(steps):
-        image = product(basis[step])
-        scale = _norm(image)
-        diagonal.append(float(_products(basis[step : step + 1], image)[0]))
-        for _ in range(2):
-            _remove(basis[: step + 1], image)
-        remainder = _norm(image)
-        if step + 1 == steps or remainder <= 10 * torch.finfo(start.dtype).eps * scale:
-            break
-        beside.append(remainder)
-        basis[step + 1] = image / remainder
-    return diagonal, beside
+    """The `count` most positive eigenpairs of a product, from a nonzero (P,) `start`; see `opsig_linalg.eigen`."""
+    return eigen.top_eigenpairs(TorchSpace(start), product, start, count, tolerance, limit, memory)
 
 
 def random_start(like: torch.Tensor, seed: int) -> torch.Tensor:
     """A random unit vector of this shape, drawn on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    if like.numel() <= AT_ONCE:
-        noise = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-        return (noise / noise.norm()).to(like)
-    found, square = torch.empty_like(like), 0.0
-    for piece in found.split(AT_ONCE):
-        noise = torch.randn(piece.shape, generator=generator, dtype=torch.float64)
-        square += float(noise.square().sum())
-        piece.copy_(noise)
-    return found.div_(square**0.5)
-
-
-def _remove(basis: torch.Tensor, vector: torch.Tensor) -> None:
-    """Take out of the vector, in place, what lies along the basis."""
-    vector -= _products(basis, vector).to(vector) @ basis
-
-
-def _products(basis: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """Inner products with the rows of the basis, (m,) float64."""
-    total = torch.zeros(len(basis), dtype=torch.float64, device=basis.device)
-    for first in range(0, vector.numel(), PIECE):
-        piece = slice(first, first + PIECE)
-        total += basis[:, piece].double() @ vector[piece].double()
-    return total
-
-
-def _norm(vector: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+    return next(TorchSpace(like).noise(seed)).view(like.shape)

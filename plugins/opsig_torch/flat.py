@@ -22,13 +22,16 @@ from opsig_cli.errors import OpsigError
 class FlatModel:
     """`model` on `device`, what it trains rebound to slices of `vector`, (P,), and the gradients to `gradient`'s.
 
-    What is trained is what `requires_grad` says when the model is opened. Raises OpsigError where nothing is.
+    What is trained is what `requires_grad` says when the model is opened. Names in `order` come first, in that order.
+    Raises OpsigError where nothing is trained.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, double: bool):
+    def __init__(self, model: nn.Module, device: torch.device, double: bool, order: Sequence[str] = ()):
         dtype = torch.float64 if double else torch.float32
         self.model = model.to(device, dtype)
         named = list(model.named_parameters())  # tied parameters come once
+        if order:
+            named.sort(key=lambda each: order.index(each[0]) if each[0] in order else len(order))
         trained = [parameter for _, parameter in named if parameter.requires_grad]
         if not trained:
             what = "that is trained: requires_grad is False for all of them" if named else "at all"

@@ -11,11 +11,12 @@ import gc
 from collections.abc import Iterator
 
 import torch
+from opsig_linalg.eigen import ROOM, Memory, Solution
 
 from opsig_cli.errors import OpsigError
 from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
-from opsig_torch.eigen import ROOM, Memory, Solution, random_start, top_eigenpairs
+from opsig_torch.eigen import TorchSpace, random_start, top_eigenpairs
 from opsig_torch.memory import worded
 from opsig_torch.opened import Opened
 from opsig_torch.saved import saved_bytes
@@ -136,7 +137,7 @@ def solve(
             f"and {worded(max(0, vectors) * size)} of {worded(opened.bound())} are left for them. Give --memory "
             f"{worded(opened.bound() + (needed - vectors) * size).replace(' ', '')} or more, or a smaller -k"
         )
-    start = hessian.gradient() if memory is None else memory.start(count)
+    start = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
     noise = random_start(opened.flat.vector.detach(), seed)
     start = start / torch.linalg.vector_norm(start).clamp_min(1e-30)
     start += noise.mul_(NOVELTY)

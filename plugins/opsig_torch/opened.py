@@ -69,6 +69,7 @@ class Opened:
         self.memory: int | None = None
         """Bytes that this process may take of the device's memory; None for what is free, less a margin."""
         self._flat: FlatModel | None = None
+        self._order: list[str] = []
         self._running: Running | None = None
         self._targets: torch.Tensor | None = None
         self._all_targets: bool | None = True if self.positions == 1 else None
@@ -91,7 +92,7 @@ class Opened:
                 model = self.task.model()
                 dtype = torch.float64 if self.double else torch.float32
                 self._running = Running(model, self.device, dtype, lambda words: self.tell(words))
-                self._flat = FlatModel(model, torch.device(self.device), self.double)
+                self._flat = FlatModel(model, torch.device(self.device), self.double, self._order)
         return self._flat
 
     @property
@@ -143,6 +144,11 @@ class Opened:
         self._flat = None
         self.kept.clear()
         return self.state(0)
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Take this order of the trained parameters, as a run of another backend has them, for that of the vector."""
+        self._order, self._flat = list(names), None
+        self.kept.clear()
 
     def state(self, step: int) -> State:
         """Parameters and buffers as they are now."""

@@ -70,6 +70,11 @@ class SharedSession(TorchSession):
             self._known_frozen = frozen
         super().adopt(frozen)
 
+    def arrange(self, names: Sequence[str]) -> None:
+        """Take this order of the parameters, at every process."""
+        self._tell("arrange", list(names))
+        super().arrange(names)
+
     def losses(self, states: Sequence[State]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         rows = [LossRow(self.samples) for _ in states]
         for part in self._together("losses", [self._bare(state) for state in states]):
@@ -189,7 +194,7 @@ class SharedSession(TorchSession):
         """Do what the first process tells the others."""
         alone: dict[str, Callable[..., Any]] = {
             "begin": super().initial, "take": super().adopt, "load": self.load, "hessian": self.serve_hessian,
-            "bound": super().bound_by, "targets": self.know_targets,
+            "bound": super().bound_by, "targets": self.know_targets, "arrange": super().arrange,
         }  # fmt: skip
         if name in alone:
             alone[name](*arguments)

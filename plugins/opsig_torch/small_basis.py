@@ -1,7 +1,7 @@
 """The most positive eigenpairs of a symmetric operator, with no more vectors than there is room for.
 
 P parameters, K eigenpairs, N basis vectors. Lanczos's method with thick restarts (Wu & Simon 2000): a full basis is cut
-back to its best Ritz vectors, in place. Where `opsig_torch.eigen` keeps two vectors for each product, this keeps one.
+back to its best Ritz vectors, in place. Where `opsig_linalg.eigen` keeps two vectors for each product, this keeps one.
 Basis vectors are made orthogonal twice over, and every entry of the projected matrix is an inner product in float64.
 """
 
@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from opsig_linalg.eigen import LIMIT, LOOK_ABOUT, Memory, Solution, require_reachable
 
-from opsig_torch.eigen import LIMIT, LOOK_ABOUT, SMALLEST_TOLERANCE, Memory, Solution
+from opsig_torch.eigen import TorchSpace
 
 PIECE = 1 << 16
 """Columns that are rotated, or turned into float64, at a time."""
@@ -40,8 +41,7 @@ def top_eigenpairs(
     >>> found.values.round(6).tolist(), bool(found.products > 8)
     ([49.0, 48.0], True)
     """
-    if start.dtype == torch.float32 and tolerance < SMALLEST_TOLERANCE:
-        raise ValueError(f"a tolerance of {tolerance:g} cannot be met in float32. Use {SMALLEST_TOLERANCE:g} or more")
+    require_reachable(TorchSpace(start), tolerance)
     size = start.numel()
     count = min(count, size)
     room = min(room, size)

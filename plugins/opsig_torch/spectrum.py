@@ -9,10 +9,11 @@ from dataclasses import astuple, replace
 
 import numpy as np
 import torch
+from opsig_linalg.eigen import SMALLEST_TOLERANCE, lanczos_matrix
 
 from opsig_cli.errors import OpsigError
 from opsig_torch.batched_lanczos import ROOM, Largest, largest_eigenvalues
-from opsig_torch.eigen import SMALLEST_TOLERANCE, lanczos_matrix, random_start
+from opsig_torch.eigen import TorchSpace, random_start
 from opsig_torch.hessian import Hessian
 from opsig_torch.opened import Opened
 from opsig_torch.sample_products import sample_hessians
@@ -34,7 +35,7 @@ def spectral_density(opened: Opened) -> tuple[np.ndarray, np.ndarray, float]:
     size = like.numel()
     nodes, weights = np.zeros((2, PROBES, min(STEPS, size)))
     for probe in range(PROBES):
-        diagonal, beside = lanczos_matrix(hessian, random_start(like, probe), min(STEPS, size))
+        diagonal, beside = lanczos_matrix(TorchSpace(like), hessian, random_start(like, probe), min(STEPS, size))
         matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
         values, vectors = np.linalg.eigh(matrix)
         nodes[probe, : len(values)] = values

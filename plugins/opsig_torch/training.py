@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opsig_cli.backends import Snapshot, State, Training
+from opsig_cli.backends import Snapshot, State, Training, minibatch
 from opsig_cli.errors import UsageError
 from opsig_torch.forward import LossRow, smoothed
 from opsig_torch.opened import Opened
@@ -151,17 +151,6 @@ def _measured(opened: Opened, tracked: np.ndarray | None) -> Iterator[tuple[slic
     for start in range(0, len(items), opened.batch_size):
         chosen = items[start : start + opened.batch_size]
         yield opened.samples_of(chosen), opened.batches.take(chosen)
-
-
-def minibatch(items: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Items of the minibatch of a step; an epoch is a permutation drawn from (seed, epoch), its last batch smaller.
-
-    >>> sorted(np.concatenate([minibatch(5, 2, 0, step) for step in range(3)]).tolist())
-    [0, 1, 2, 3, 4]
-    """
-    epoch, position = divmod(step, -(-items // batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(items)
-    return order[position * batch_size : (position + 1) * batch_size]
 
 
 def _optimizer(opened: Opened, training: Training) -> Optimizer:

@@ -33,7 +33,7 @@ EACH_SIDE = 2
 
 
 def find(
-    run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str,
+    run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str | None,
     warn: Callable[[str], None], progress: Callable[[str, int], AbstractContextManager[Any]], *,
     samples: Sequence[int] | None = None, window: tuple[int | None, int | None] = (None, None),
     join: bool | None = None, sketch: int | None = None, test: str = "replay", budget: int | None = None,
@@ -103,7 +103,12 @@ def near(held: np.ndarray, first: int, last: int) -> np.ndarray:
 
 
 def with_opponents(
-    run: Trajectory, session: Session, backend: str, position: np.ndarray, window: Window, advance: Callable[..., None]
+    run: Trajectory,
+    session: Session,
+    backend: str | None,
+    position: np.ndarray,
+    window: Window,
+    advance: Callable[..., None],
 ) -> np.ndarray:
     """The positions, and for each group among them up to twice as many samples of the run that oppose it most.
 

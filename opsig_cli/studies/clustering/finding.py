@@ -56,7 +56,7 @@ class Found:
 
 
 def find(
-    run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str,
+    run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str | None,
     warn: Callable[[str], None], progress: Callable[[str, int], AbstractContextManager[Any]], *,
     samples: Sequence[int] | None = None, window: tuple[int | None, int | None] = (None, None),
     join: bool | None = None, sketch: int | None = None, test: str = "replay", budget: int | None = None,
@@ -132,7 +132,7 @@ def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
 
 
 def by_gradient(
-    run: Trajectory, session: Session, backend: str, position: np.ndarray, by: str, window: Window,
+    run: Trajectory, session: Session, backend: str | None, position: np.ndarray, by: str, window: Window,
     advance: Callable[..., None], *, widen: bool = True, joining: bool = True, sketch: int | None = None,
     coordinates: slopes.Coordinates | None = None,
 ) -> Clusters:  # fmt: skip

@@ -70,7 +70,7 @@ def with_largest_gradients(
 
 
 def mean_similarity(
-    run: Trajectory, session: Session, backend: str, position: np.ndarray, window: Window, sketch: int | None,
+    run: Trajectory, session: Session, backend: str | None, position: np.ndarray, window: Window, sketch: int | None,
     advance: Callable[..., None],
 ) -> np.ndarray:  # fmt: skip
     """Gradient cosines of the samples, averaged over checkpoints spread over the window, (M, M) float32.

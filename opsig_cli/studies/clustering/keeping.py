@@ -14,6 +14,7 @@ from opsig_cli.studies.clustering import around, finding, silencing
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.filled import filled
+from opsig_cli.studies.trained import backend_of
 from opsig_cli.trajectory.file import Trajectory
 
 GROUP = "clusters"
@@ -41,11 +42,13 @@ class Keeper:
     computed: Kept | None = None
 
     def find(
-        self, run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str,
-        warn: Callable[[str], None], progress: Any, tell: Callable[[str], None] = lambda words: None, **options: Any,
+        self, run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None,
+        backend: str | None, warn: Callable[[str], None], progress: Any,
+        tell: Callable[[str], None] = lambda words: None, **options: Any,
     ) -> Found:  # fmt: skip
         """What `finding.find` returns for these options; `tell` takes a line where it was read back."""
         self.computed = None
+        backend = backend_of(run, backend)
         if sighted.chosen(run):  # takes seconds: four checkpoints, and nothing is silenced
             return around.find(run, by, top, task, device, backend, warn, progress, **options)
         self.origin = kept.origin_of(run, _stated(by, top, device, backend, options), task, backend)
@@ -74,7 +77,7 @@ class Keeper:
 
 
 def _stated(
-    by: str | None, top: int | None, device: str | None, backend: str, options: dict[str, Any]
+    by: str | None, top: int | None, device: str | None, backend: str | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """The options by which a result is known, with their defaults."""
     given = {"samples": None, "window": (None, None), "join": None, "sketch": None, "test": "replay", "budget": None}

@@ -31,7 +31,7 @@ class Near:
 
 def near_to(
     run: Trajectory, whole: Trajectory, clusters: Clusters, sample: int, task: str | None, device: str | None,
-    backend: str, note: Note, progress: Progress, allow_changed_data: bool = False,
+    backend: str | None, note: Note, progress: Progress, allow_changed_data: bool = False,
 ) -> Near:  # fmt: skip
     """How similar a sample of this index is to all others, by what the groups were found by: the mean cosine of their
     gradients over the checkpoints that found the groups, or the correlation of loss changes, of `whole`, the run with

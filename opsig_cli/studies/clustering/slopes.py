@@ -71,7 +71,7 @@ def checkpoints_of(run: Trajectory, window: Window) -> list[int]:
 
 
 def gather(
-    run: Trajectory, session: Session, backend: str, window: Window, warn: Callable[[str], None],
+    run: Trajectory, session: Session, backend: str | None, window: Window, warn: Callable[[str], None],
     advance: Callable[..., None],
 ) -> Coordinates:  # fmt: skip
     """Measure every sample's slopes at the checkpoints of the window, or take them from the file where it has them."""
