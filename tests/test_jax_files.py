@@ -324,3 +324,44 @@ def test_what_is_no_tree_of_arrays_is_refused(tmp_path, given):
         with pytest.raises(OpsigError, match=r"must be a torch\.nn\.Module or a tree of JAX's arrays"):
             recorder.record(0, model=given)
         recorder.record(0, losses=np.ones(4))
+
+
+def test_a_run_of_flax_and_orbax_is_imported_and_measured_with_the_jax_backend(opsig, tmp_path):
+    jax = pytest.importorskip("jax", reason="needs jax")
+    optax = pytest.importorskip("optax", reason="needs optax")
+    pytest.importorskip("flax", reason="needs flax")
+    ocp = pytest.importorskip("orbax.checkpoint", reason="needs orbax")
+    from flax.training.train_state import TrainState
+    from tasks.tiny_jax import Linen
+
+    task = Linen()
+    batch = task.data()
+    state = TrainState.create(
+        apply_fn=task.model.apply, params=task.init(jax.random.key(3)), tx=optax.sgd(0.3, momentum=0.9)
+    )
+    gradient = jax.jit(jax.grad(lambda params: task.losses(params, batch).mean()))
+    expected, moments = {}, {}
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        for step in range(41):
+            if step % 20 == 0:
+                manager.save(step, args=ocp.args.StandardSave(state))
+                manager.wait_until_finished()
+                expected[step] = np.asarray(task.losses(state.params, batch))
+                moments[step] = np.concatenate([np.ravel(each) for each in jax.tree.leaves(state.opt_state[0].trace)])
+            state = state.apply_gradients(grads=gradient(state.params))
+    run, own = tmp_path / "run.h5", ("--task", f"{TASKS.parent / 'tiny_jax.py'}:Linen")
+    trained = ("--optimizer", "momentum", "--learning-rate", 0.3, "--momentum", 0.9, "--batch-size", "full")
+    outcome = opsig("import", tmp_path / "run", "--backend", "jax", *own, *trained, "--track", "-o", run)
+    assert outcome.code == 0, outcome.err
+    with open_trajectory(run) as kept:
+        assert kept.steps("checkpoints").tolist() == [0, 20, 40]
+        names = ["layers_0.bias", "layers_0.kernel", "layers_2.bias", "layers_2.kernel"]
+        assert kept.read("layout/name").tolist() == names
+        for step, losses in expected.items():
+            np.testing.assert_allclose(kept.row("losses/loss", step), losses, rtol=1e-6)
+            np.testing.assert_array_equal(kept.row("checkpoints/optimizer/momentum_buffer", step), moments[step])
+    outcome = opsig("sharpness", run, *own, "--format", "json")
+    assert outcome.code == 0, outcome.err
+    assert [record["threshold"] for record in outcome.records] == pytest.approx([3.8 / 0.3] * 3)
+    outcome = opsig("train", "-o", run, "--resume", "--steps", 60, *own)
+    assert outcome.code == 0, outcome.err

@@ -66,7 +66,7 @@ class Glance:
 
 def target_of(task: Task, session: Session, prefix: str | None, added_to: str | None = None) -> Target:
     """The task's model as what checkpoints must fit, and the run that they are added to."""
-    if callable(getattr(task, "model", None)):
+    if callable(getattr(task, "dataset", None)):
         model = task.model()
         aliases, converted = names.aliases_of(model), conversion.written_by_transformers(model)[1]
     else:  # parameters are a tree of JAX
