@@ -93,10 +93,10 @@ def test_gradient_cosines_and_their_means_are_those_of_autograd(backend, truth):
 def test_eigenpairs_products_and_curvatures_are_those_of_the_dense_hessian(backend, truth):
     losses, gradients, dense, direction, curvature = truth
     session, state = opened(backend, 13)
-    found = session.top_eigenpairs(state, 3, 1e-8)
+    found = session.top_eigenpairs(state, 3, 1e-7)
     assert found.converged
     np.testing.assert_allclose(found.values, np.linalg.eigvalsh(dense)[::-1][:3], rtol=1e-8)
-    np.testing.assert_allclose(found.vectors @ dense, found.values[:, None] * found.vectors, atol=1e-7)
+    np.testing.assert_allclose(found.vectors @ dense, found.values[:, None] * found.vectors, atol=3e-7)
     np.testing.assert_allclose(session.hessian_vectors(state, direction[None])[0], dense @ direction, atol=1e-10)
     measured = session.curvature_along(state, direction)
     for values, expected in zip(measured, (losses, gradients @ direction, curvature), strict=True):
@@ -105,7 +105,7 @@ def test_eigenpairs_products_and_curvatures_are_those_of_the_dense_hessian(backe
     np.testing.assert_allclose(slopes[:, 1], -2 * measured[1], rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(curvatures[:, 1], 4 * measured[2], rtol=1e-9, atol=1e-11)
     scale = np.linspace(1, 2, len(direction))
-    scaled = session.top_eigenpairs(state, 1, 1e-8, scale=scale)
+    scaled = session.top_eigenpairs(state, 1, 1e-7, scale=scale)
     np.testing.assert_allclose(scaled.values[0], np.linalg.eigvalsh(scale[:, None] * dense * scale)[-1], rtol=1e-8)
 
 

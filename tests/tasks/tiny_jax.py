@@ -18,7 +18,7 @@ class Tiny:
     """Sixty points in three classes through three linear layers."""
 
     classes = ("red", "green", "blue")
-    sizes = {"0": (5, 16), "1": (16, 16), "3": (16, 3)}
+    layers = (("0", 5, 16), ("1", 16, 16), ("3", 16, 3))
 
     def __init__(self, samples: int = 60):
         from tiny import Tiny
@@ -30,10 +30,10 @@ class Tiny:
         return self.x, self.y
 
     def init(self, key):
-        keys = jax.random.split(key, len(self.sizes))
+        keys = jax.random.split(key, len(self.layers))
         return {
             name: {"weight": jax.random.normal(key, (out, inner)) / inner**0.5, "bias": jnp.zeros(out)}
-            for key, (name, (inner, out)) in zip(keys, self.sizes.items(), strict=True)
+            for key, (name, inner, out) in zip(keys, self.layers, strict=True)
         }
 
     def outputs(self, params, x):
