@@ -680,6 +680,24 @@ def test_one_checkpoint_is_in_memory_at_a_time(opsig, tmp_path, monkeypatch):
     assert alive == [1 + len(weights())] * 4
 
 
+def test_a_file_of_many_checkpoints_is_taken_apart_and_read_through_once(opsig, tmp_path, monkeypatch):
+    path = save(tmp_path, "all.pt", [weights(step) for step in range(6)])
+    loads, summed = [], []
+    load, is_zip = checkpoints.load, checkpoints.zipfile.is_zipfile
+    monkeypatch.setattr(checkpoints, "load", lambda *given: (loads.append(given), load(*given))[1])
+    monkeypatch.setattr(checkpoints.zipfile, "is_zipfile", lambda name: (summed.append(name), is_zip(name))[1])
+    found = checkpoints.find([str(path)])
+    assert len(found) == 6
+    for number, each in enumerate(found):
+        with checkpoints.opened(each) as content:
+            for name, value in weights(number).items():
+                assert torch.equal(content.tensors[name].read(), value)
+        assert checkpoints.source_of(each).bytes == path.stat().st_size
+    assert len(loads) == len(summed) == 1
+    save(tmp_path, "all.pt", [weights(9), weights(8)])
+    assert len(checkpoints.find([str(path)])) == 2  # a file that has changed is another
+
+
 def test_where_a_checkpoint_is_from_can_be_read_by_xarray(opsig, tmp_path):
     import xarray
 

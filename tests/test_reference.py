@@ -1,5 +1,7 @@
 """A run that refers to its checkpoints measures as one that holds them, and never takes a changed file for the same."""
 
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -164,3 +166,27 @@ def test_every_format_whose_numbers_lie_in_it_is_referred_to(opsig, tmp_path, ki
         assert outcome.code == 0, outcome.err
     with open_trajectory(tmp_path / "held.h5") as held, open_trajectory(tmp_path / "refers.h5") as refers:
         np.testing.assert_array_equal(read_state(refers, 1).params, read_state(held, 1).params)
+
+
+def test_shards_are_summed_up_in_one_reading(opsig, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    from opsig_cli.studies.importing import checkpoints, referring
+    from opsig_cli.trajectory import external
+
+    weights = Tiny(norm=True).model().state_dict()
+    names = list(weights)
+    parts = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
+    folder = tmp_path / "c1"
+    folder.mkdir()
+    for file, inside in parts.items():
+        save_file({name: weights[name].contiguous() for name in inside}, folder / file)
+    listed = {name: file for file, inside in parts.items() for name in inside}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    own = {str(folder / file): external.sha256_of(str(folder / file)) for file in parts}
+    whole = hashlib.sha256(b"".join((folder / file).read_bytes() for file in parts)).hexdigest()
+    monkeypatch.setattr(external, "sha256_of", None)
+    source = checkpoints.source_of(str(folder), each=True)
+    assert source.sha256 == whole
+    extents = [external.Extent("checkpoints/params", 0, 1, path, 0, "float32") for path in own]
+    assert referring.hashes_of(extents, source) == own

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ class Group:
         self._store = store
         self.sessions = 0
         """How many sessions these processes have opened."""
+        self.held: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        """Those that the first process has not let go of, by number."""
 
     @property
     def leads(self) -> bool:
@@ -66,11 +69,11 @@ class Group:
 
     def tell(self, *values: Any) -> None:
         """Send values to the others, who `hear` them."""
-        self._broadcast(values, 0)
+        _parted(list(values), lambda part: dist.broadcast(part, 0), self._reached)
 
     def hear(self) -> list[Any]:
         """What the first process tells."""
-        return self._broadcast(None, 0)
+        return _put_together(lambda part: dist.broadcast(part, 0), self._reached)
 
     # -- among all
 
@@ -92,12 +95,16 @@ class Group:
                 words = bytes(said[1:].tolist()).rstrip(b"\0").decode(errors="replace")
                 raise MemoryError(words) if said[0] == 2 else Elsewhere(words)
 
-    def joined(self, value: Any) -> list[Any]:
-        """Everybody's value, in order of process, at every process."""
-        return [self._broadcast((value,) if rank == self.rank else None, rank)[0] for rank in range(self.size)]
+    def collected(self, value: Any) -> list[Any]:
+        """Everybody's value at the first process, in order of process; none at the others."""
+        if not self.leads:
+            self._send(value)
+            return []
+        return [value, *(self._receive(rank) for rank in range(1, self.size))]
 
     def done(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` gives at each process, in their order, at every process. Raises as `agree` where one fails."""
+        """What `work` gives at each process, in their order, at the first, and nothing at the others. Raises as
+        `agree` where one fails."""
         try:
             value = work()
         except Exception as error:  # whatever it is, nobody may wait for what this process will not send
@@ -105,13 +112,14 @@ class Group:
                 self.agree(error)
             raise
         self.agree()
-        return self.joined(value)
+        return self.collected(value)
 
     def total(self, terms: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's terms, (P,), in order of process: the bits of one process that adds up all of them.
 
         The terms are made at the same time. Then the sum goes from process to process, each adding its own in turn, and
-        at last to all. Terms of more than KEPT_BYTES are added up beforehand, out of order.
+        at last to the first; at the others it is not whole. Terms of more than KEPT_BYTES are added up beforehand, out
+        of order.
         """
         total = torch.zeros_like(like)
         kept: list[torch.Tensor] = []
@@ -134,9 +142,9 @@ class Group:
                 dist.recv(total, self.rank - 1)
                 for term in kept:
                     total += term
-            if self.rank + 1 < self.size:
-                dist.send(total, self.rank + 1)
-            dist.broadcast(total, self.size - 1)
+            dist.send(total, (self.rank + 1) % self.size)
+            if self.leads:
+                dist.recv(total, self.size - 1)
         return total
 
     def spread(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -164,24 +172,13 @@ class Group:
         except Exception:  # the store went with the process that kept it
             return self.rank == 1
 
-    def _broadcast(self, values: Sequence[Any] | None, source: int) -> list[Any]:
-        """One process's values, at every process."""
-        mine = values is not None
-        arrays: list[np.ndarray] = []
-        text = json.dumps(_packed(list(values), arrays)).encode() if mine else b""
-        with self._reached():
-            size = torch.tensor([len(text)])
-            dist.broadcast(size, source)
-            header = torch.empty(int(size), dtype=torch.uint8)
-            header.numpy()[: len(text)] = np.frombuffer(text, np.uint8)
-            dist.broadcast(header, source)
-            packed = json.loads(bytes(header.numpy()))
-            if not mine:
-                arrays = [np.empty(shape, dtype) for dtype, shape in _arrays_in(packed)]
-            for array in arrays:
-                if array.size:
-                    dist.broadcast(torch.from_numpy(array.reshape(-1).view(np.uint8)), source)
-        return list(values) if mine else _unpacked(packed, arrays)
+    def _send(self, value: Any) -> None:
+        """Give the first process a value, which it will `_receive`."""
+        _parted(value, lambda part: dist.send(part, 0), self._reached)
+
+    def _receive(self, rank: int) -> Any:
+        """What another process sends."""
+        return _put_together(lambda part: dist.recv(part, rank), self._reached)
 
     @contextmanager
     def _reached(self) -> Iterator[None]:
@@ -189,6 +186,38 @@ class Group:
             yield
         except RuntimeError as error:
             raise Lost(LOST.format(size=self.size)) from error
+
+
+Move = Callable[[torch.Tensor], Any]
+"""Sends a tensor to another process, or receives one in its place."""
+Reached = Callable[[], AbstractContextManager[None]]
+
+
+def _parted(value: Any, move: Move, reached: Reached) -> None:
+    """Send a value: the length of its text, its text, and the arrays beside it."""
+    arrays: list[np.ndarray] = []
+    text = np.frombuffer(json.dumps(_packed(value, arrays)).encode(), np.uint8)
+    with reached():
+        move(torch.tensor([len(text)]))
+        move(torch.from_numpy(text.copy()))
+        for array in arrays:
+            if array.size:
+                move(torch.from_numpy(array.reshape(-1).view(np.uint8)))
+
+
+def _put_together(move: Move, reached: Reached) -> Any:
+    """The value that another process sends in parts."""
+    with reached():
+        length = torch.tensor([0])
+        move(length)
+        text = torch.empty(int(length), dtype=torch.uint8)
+        move(text)
+        packed = json.loads(bytes(text.numpy()))
+        arrays = [np.empty(shape, dtype) for dtype, shape in _arrays_in(packed)]
+        for array in arrays:
+            if array.size:
+                move(torch.from_numpy(array.reshape(-1).view(np.uint8)))
+    return _unpacked(packed, arrays)
 
 
 def _is_told(error: Exception) -> bool:

@@ -8,6 +8,7 @@ named here is measured by the first process alone.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -150,7 +151,7 @@ class SharedSession(TorchSession):
         self.group.tell(self._number, name, *arguments)
 
     def _together(self, name: str, *arguments: Any) -> list[Any]:
-        """Every process's part of a measurement, in order."""
+        """Every process's part of a measurement, in order, at the first."""
         self._tell(name, *arguments)
         return self.perform(name, arguments)
 
@@ -187,7 +188,7 @@ class SharedSession(TorchSession):
     # -- at every process
 
     def perform(self, name: str, arguments: Sequence[Any]) -> list[Any]:
-        """Measure this process's part; everybody's, in order. Raises OpsigError at all where one fails."""
+        """Measure this process's part; everybody's, in order, at the first. OpsigError at all where one fails."""
         return self.group.done(lambda: getattr(self, f"share_of_{name}")(*arguments))
 
     def serve(self, name: str, arguments: Sequence[Any]) -> None:
@@ -323,7 +324,7 @@ class SharedSession(TorchSession):
         self.share_of_descent(Training("gd", 0.0, 0, weights=known, label_smoothing=smoothing))
 
     def share_of_descent(self, training: Training) -> tuple[float, LossRow]:
-        """The gradient of the whole loss into `flat.gradient`, the loss, and every sample's, at every process."""
+        """The gradient of the whole loss into `flat.gradient`, the loss, and every sample's; whole at the first."""
         row, sums, own = LossRow(self.samples), [], self.own(self.batch_size)
         self.measuring_mode()
 
@@ -340,12 +341,14 @@ class SharedSession(TorchSession):
         with self.batches.only(own):
             self.flat.gradient.copy_(self.group.total(terms(), self.flat.gradient))
         total = 0.0
-        for first, losses, predictions, its_sums in self.group.joined((own.start, *row.raw(own), sums)):
+        for first, losses, predictions, its_sums in self.group.collected((own.start, *row.raw(own), sums)):
             if len(losses):
                 held = None if predictions is None else torch.from_numpy(predictions)
                 row.put(slice(first, first + len(losses)), torch.from_numpy(losses), held)
             for part in its_sums:
                 total += part
+        if not self.group.leads:
+            return total, row
         whole = training.weights is None and training.label_smoothing is None
         return (row.mean(self.counts_S) if whole else total / self.target_count), row
 
@@ -357,8 +360,10 @@ def opened(group: Group, task: Any, options: Options) -> SharedSession:
         raise OpsigError("several processes share tasks that the command line names. Run this on one process")
     group.sessions += 1
     number = group.sessions
-    group.tell(number, "open", spec.name, dict(spec.options), spec.model, list(options))
+    gc.collect()  # sessions that nobody has any more, which the others then let go of, too
+    group.tell(number, "open", spec.name, dict(spec.options), spec.model, list(options), sorted(group.held))
     session = _built(group, number, lambda: task, options)
+    group.held[number] = session
     here = int(os.environ.get("LOCAL_WORLD_SIZE", str(group.size)))
     session.bound_by(bound_of(session.device) // (here if session.device == "cpu" else 1))
     return session
@@ -380,7 +385,8 @@ def _serve(group: Group) -> None:
         number, name, *arguments = message
         try:
             if name == "open":
-                task, options, model, how = arguments
+                task, options, model, how, held = arguments
+                sessions = {each: session for each, session in sessions.items() if each in held}
                 spec = TaskSpec(task, options, model)
                 sessions[number] = _built(group, number, lambda spec=spec: load(spec)[0], tuple(how))
             else:

@@ -82,10 +82,10 @@ class HFCausal:
 
     def _logits(self, model: nn.Module, batch: Any) -> Tensor:
         # a place for every token of every sequence, so that each sample's gradient stays apart
-        given = {"position_ids": batch[2]} if self._takes_places else {}
+        given = {"position_ids": batch[2].long()} if self._takes_places else {}
         if self._masks:
             given["attention_mask"] = _causal_mask(batch[0])
-        return model(input_ids=batch[0], use_cache=False, **given).logits
+        return model(input_ids=batch[0].long(), use_cache=False, **given).logits
 
     def _sees_all_before(self, model: nn.Module) -> bool:
         """Whether a plain causal mask does as the model's own, for the first sequence.

@@ -68,11 +68,11 @@ class Text:
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Loss of every position, (B, T), NaN without a target."""
-        return token_losses(model(batch[0]), batch)
+        return token_losses(model(batch[0].long()), batch)
 
     def predictions(self, model: nn.Module, batch: Any) -> Tensor:
         """The likeliest next token, (B, T)."""
-        return model(batch[0]).argmax(2)
+        return model(batch[0].long()).argmax(2)
 
 
 def read_text(path: Path) -> bytes:

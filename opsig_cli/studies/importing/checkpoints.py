@@ -9,7 +9,8 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from opsig_cli.errors import OpsigError
@@ -88,10 +89,21 @@ def _members(path: str) -> list[str]:
     if os.path.isdir(path) or not path.endswith(TORCH):
         return [path]
     try:
-        loaded = load(path)
+        return [f"{path}[{number}]" for number in _several(path, _stamp(path))] or [path]
     except OpsigError:
         return [path]  # which is said when it is opened
-    return [f"{path}[{number}]" for number in _listed(loaded)] or [path]
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    """What tells whether a file is still the one that was read. Raises OSError."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _several(path: str, stamp: tuple[int, ...]) -> Mapping[int, Any]:
+    """The checkpoints of a file that holds several, taken apart once for all of them: its tensors are not read yet."""
+    return _listed(load(path))
 
 
 def _listed(loaded: Any) -> Mapping[int, Any]:
@@ -181,7 +193,7 @@ def _open(path: str, content: Content, stack: contextlib.ExitStack) -> None:
     elif path.endswith(".distcp"):
         raise OpsigError(f"{path} is a part of a checkpoint: import its folder, {os.path.dirname(path) or '.'}")
     elif not os.path.exists(path) and (found := MEMBER.fullmatch(path)):
-        collect(_listed(load(found[1]))[int(found[2])], content, path)
+        collect(_several(found[1], _stamp(found[1]))[int(found[2])], content, path)
     else:
         collect(load(path), content, path)
 
@@ -257,23 +269,39 @@ def weight_files(path: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's weights as files: their bytes, their SHA-256 in order of name, and what in them is damaged."""
+    """A checkpoint's weights as files: their bytes, their SHA-256 in order of name, that of each by its path where it
+    is known, and what in them is damaged."""
 
     bytes: int
     sha256: str
     damaged: str | None
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
-def source_of(path: str) -> Source:
-    """Read a checkpoint's files once through. A part of a zip archive whose checksum is wrong is named: torch does not
-    look at these where it maps a file. Raises OSError."""
-    total, summed, damaged = 0, hashlib.sha256(), None
-    for name in weight_files(path):
+def source_of(path: str, each: bool = False) -> Source:
+    """Read a checkpoint's files once through, several checkpoints of one file once for all; `each`: sum up every file
+    by itself, too.
+
+    A part of a zip archive whose checksum is wrong is named: torch does not look at these where it maps a file. Raises
+    OSError.
+    """
+    return _read_through(tuple((name, _stamp(name)) for name in weight_files(path)), each)
+
+
+@lru_cache(maxsize=1)
+def _read_through(files: tuple[tuple[str, tuple[int, ...]], ...], each: bool) -> Source:
+    total, summed, damaged, hashes = 0, hashlib.sha256(), None, {}
+    for number, (name, _) in enumerate(files):
+        own = hashlib.sha256() if each and number else None  # of the first file both are the same
         with open(name, "rb") as file:
             while block := file.read(1 << 20):
                 total += len(block)
                 summed.update(block)
+                if own is not None:
+                    own.update(block)
+        if own is not None or not number:
+            hashes[os.path.abspath(name)] = (own or summed).hexdigest()
         if zipfile.is_zipfile(name) and not name.endswith(".distcp"):
             with contextlib.suppress(zipfile.BadZipFile, NotImplementedError, RuntimeError), zipfile.ZipFile(name) as z:
                 damaged = damaged or z.testzip()
-    return Source(total, summed.hexdigest(), damaged)
+    return Source(total, summed.hexdigest(), damaged, hashes)

@@ -158,7 +158,7 @@ def import_all(
     run = recorder.run
     with ThreadPoolExecutor(1) as beside:  # SHA-256 takes longer than the reading
         for step, path in sorted(paths.items()):
-            summed = beside.submit(checkpoints.source_of, path)
+            summed = beside.submit(checkpoints.source_of, path, size is not None)
             with checkpoints.opened(path) as content:
                 if size is None:
                     state, extents = read(content, target, path, step, warn), []
@@ -172,7 +172,7 @@ def import_all(
                 recorder.record(step, state=state, source={"path": _kept(path)} | about)
                 about["optimizer_state"] = sorted(state.optimizer)
             else:
-                hashes = dict(referring.hashes_of(extents, source, checkpoints.weight_files(path)))
+                hashes = dict(referring.hashes_of(extents, source))
                 recorder._refer(step, state, extents, hashes, size, {"path": _kept(path)} | about)
                 kinds = {each.kind.rpartition("/")[2] for each in extents}
                 about["optimizer_state"] = sorted(kinds - {"params"})

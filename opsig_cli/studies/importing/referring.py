@@ -47,7 +47,7 @@ def files_of(extents: list[Extent]) -> list[str]:
     return list(dict.fromkeys(each.path for each in extents))
 
 
-def hashes_of(extents: list[Extent], source: checkpoints.Source, weights: list[str]) -> Mapping[str, str]:
-    """The SHA-256 of each of these files, by its path; `source` is known of the weights'. Raises OSError."""
-    known = {os.path.abspath(weights[0]): source.sha256} if len(weights) == 1 else {}
+def hashes_of(extents: list[Extent], source: checkpoints.Source) -> Mapping[str, str]:
+    """The SHA-256 of each of these files, by its path; `source` knows of the weights'. Raises OSError."""
+    known = source.hashes
     return {path: known.get(os.path.abspath(path)) or external.sha256_of(path) for path in files_of(extents)}
