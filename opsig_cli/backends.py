@@ -122,7 +122,8 @@ class Session(Protocol):
     task's positions without a target; and `positions`: how many samples an item has, which share a forward pass but not
     a backward pass. It may say `couples_samples`: True where a sample's loss depends on the others of its chunk, as
     with batch norm by a chunk's statistics. Where a run has the same parameters in another order, as one of another
-    backend may, `arrange(names)` makes the order its own. Who opens one may set `tell`, which takes a line for a
+    backend may, `arrange(names)` makes the order its own. `versions`: of the
+    libraries behind it, for a new file. Who opens one may set `tell`, which takes a line for a
     person: that a slower way is taken, and why.
     """
 

@@ -170,16 +170,17 @@ def test_jax_trains_and_measures_without_torch(tmp_path):
         "    def init(self, key): return {'w': jnp.zeros(2)}\n"
         "    def losses(self, p, batch): return (batch[0] @ p['w'] - batch[1]) ** 2\n"
     )
+    run = str(tmp_path / "r.h5")
     code = (
         "import sys; from opsig_cli.main import run\n"
         f"sys.argv = ['opsig', 'train', '--task', {str(task) + ':Line'!r}, '--backend', 'jax', '--steps', '3',\n"
-        f"            '--learning-rate', '1e-4', '--sharpness-every', '1', '--track', '-o', {str(tmp_path / 'r.h5')!r}]\n"
+        f"            '--learning-rate', '1e-4', '--sharpness-every', '1', '--track', '-o', {run!r}]\n"
         "run()\n"
         "assert 'jax' in sys.modules and 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    with h5py.File(tmp_path / "r.h5") as file:
+    with h5py.File(run) as file:
         x = np.arange(12.0).reshape(6, 2)
         top = np.linalg.eigvalsh(2 * x.T @ x / 6)[-1]
         np.testing.assert_allclose(file["sharpness/eigenvalue"][:, 0], top, rtol=1e-5)

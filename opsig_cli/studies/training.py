@@ -300,7 +300,7 @@ def provenance(settings: Settings, session: Session) -> dict[str, Any]:
         "device": session.device_name,
         "settings_json": settings.stored_form(),
         "state": "training",
-    }
+    } | getattr(session, "versions", {})
 
 
 def _git_commit() -> str | None:

@@ -41,7 +41,9 @@ def _fields(*fields: Field) -> dict[str, Field]:
 
 ATTRIBUTES = {
     **dict.fromkeys(("schema_version", "state", "task", "task_source", "task_sha256", "command", "title"), str),
-    **dict.fromkeys(("opsig_version", "python_version", "torch_version", "device", "git_commit", "loss_unit"), str),
+    **dict.fromkeys(
+        ("opsig_version", "python_version", "torch_version", "jax_version", "device", "git_commit", "loss_unit"), str
+    ),
     **dict.fromkeys(("parent", "parent_path", "change"), str),
     "from_step": int,
     "settings_json": dict,

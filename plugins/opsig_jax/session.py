@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
+import jax
 import numpy as np
 
 from opsig_cli.backends import Eigenpairs, Snapshot, State, Training
@@ -14,6 +16,7 @@ class JaxSession(Opened):
     """A task on a device with all that this backend measures of it; how it is opened, see `opsig_jax.opened`."""
 
     optimizers = ("gd", "sgd", "momentum", "adam")
+    versions: ClassVar = {"jax_version": jax.__version__}
 
     def train(self, training: Training, start: State) -> Iterator[Snapshot]:
         """Snapshots of every step from `start.step` to `training.steps`, both included; see `opsig_jax.training`."""

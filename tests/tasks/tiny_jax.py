@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 from jax.nn import log_softmax, relu
 
 
@@ -21,9 +22,7 @@ class Tiny:
     layers = (("0", 5, 16), ("1", 16, 16), ("3", 16, 3))
 
     def __init__(self, samples: int = 60):
-        from tiny import Tiny
-
-        same = Tiny(samples)
+        same = tiny.Tiny(samples)
         self.x, self.y = same.x.numpy(), same.y.numpy()
 
     def data(self):
