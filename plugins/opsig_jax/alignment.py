@@ -24,7 +24,7 @@ VANISHES = 1e-15
 def blocks(opened: Opened, vector: jax.Array, samples: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Gradients (b, P) of chosen samples' losses on the host, a block at a time, with their places among the samples.
 
-    A block is as large as BLOCK_BYTES has room for; the last is filled up, so that each is of one shape.
+    A block is within BLOCK_BYTES; the last is filled up, so that each is of one shape.
     """
 
     def make() -> Callable[..., Any]:
@@ -37,12 +37,17 @@ def blocks(opened: Opened, vector: jax.Array, samples: np.ndarray) -> Iterator[t
 
     of_block = opened.compiled("sample gradients", make)
     fits = BLOCK_BYTES // (opened.dtype.itemsize * opened.tree.size)
-    size = max(1, min(len(samples), opened.batches.batch_size, fits))
+    size = max(1, min(_block(len(samples)), opened.batches.batch_size, fits))
     for first in range(0, len(samples), size):
         chosen = samples[first : first + size]
         filled = np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen))])
         rows = np.asarray(of_block(vector, opened.batches.take(filled)))
         yield slice(first, first + len(chosen)), rows[: len(chosen)]
+
+
+def _block(count: int) -> int:
+    """A power of two, so that few shapes are compiled: all of a few samples, else with at most a fifth filling."""
+    return 1 << (count - 1).bit_length() if count <= 32 else 1 << ((count // 4).bit_length() - 1)
 
 
 def gradient_norms(opened: Opened, vector: jax.Array, samples: np.ndarray) -> np.ndarray:
