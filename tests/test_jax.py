@@ -59,7 +59,7 @@ def test_what_one_backend_trained_the_other_measures_alike(jax_run, opsig):
     for metric in ("gradient_norm", "curvature"):
         values = [np.array([record[metric] for record in records]) for records in (our_norms, their_norms)]
         np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-4 * np.abs(values[1]).max())
-    ours, theirs = ([(r["group"], r["sample"]) for r in records if r["kind"] == "member"]
+    ours, theirs = ({(r["group"], r["sample"]) for r in records if r["kind"] == "member"}
                     for records in (our_groups, their_groups))  # fmt: skip
     assert ours
     assert ours == theirs

@@ -15,7 +15,7 @@ def linear(layer, x):
     return x @ layer["weight"].T + layer["bias"]
 
 
-class Tiny:
+class Plain:
     """Sixty points in three classes through three linear layers."""
 
     classes = ("red", "green", "blue")
@@ -35,8 +35,11 @@ class Tiny:
             for key, (name, inner, out) in zip(keys, self.layers, strict=True)
         }
 
+    def hidden(self, params, x):
+        return relu(linear(params["1"], linear(params["0"], x)))
+
     def outputs(self, params, x):
-        return linear(params["3"], relu(linear(params["1"], linear(params["0"], x))))
+        return linear(params["3"], self.hidden(params, x))
 
     def losses(self, params, batch):
         return cross_entropy(self.outputs(params, batch[0]), batch[1])
@@ -46,6 +49,13 @@ class Tiny:
 
     def label(self, i):
         return self.classes[int(self.y[i])]
+
+
+class Tiny(Plain):
+    """With features, which are found by no backend but torch's."""
+
+    def features(self, params, batch):
+        return self.hidden(params, batch[0])
 
 
 class Reduced(Tiny):
@@ -79,7 +89,7 @@ class Failing(Tiny):
         return cross_entropy(self.outputs(params, batch[0].T), batch[1])
 
 
-class Linen(Tiny):
+class Linen(Plain):
     """flax.linen, as its guides write it."""
 
     def __init__(self, samples: int = 60):
@@ -95,7 +105,7 @@ class Linen(Tiny):
         return self.model.apply({"params": params}, x)
 
 
-class Nnx(Tiny):
+class Nnx(Plain):
     """flax.nnx: the module is the pytree."""
 
     def init(self, key):
@@ -116,7 +126,7 @@ class Nnx(Tiny):
         return params(x)
 
 
-class Normed(Tiny):
+class Normed(Plain):
     """Batch norm, whose statistics are no parameters."""
 
     def init(self, key):
@@ -125,7 +135,7 @@ class Normed(Tiny):
         return nnx.BatchNorm(5, rngs=nnx.Rngs(key))
 
 
-class Equinox(Tiny):
+class Equinox(Plain):
     """equinox: a module of one sample, mapped over the batch; its activation is a leaf that is no array."""
 
     def init(self, key):
