@@ -39,3 +39,20 @@ def test_both_backends_measure_the_same_and_spend_as_many_products(kind):
     pairs = [session.top_eigenpairs(state, 1, 1e-3) for session in (one, other)]
     assert pairs[0].values[0] == pytest.approx(pairs[1].values[0], rel=AGREES)
     assert abs(pairs[0].products - pairs[1].products) <= 2, "from another random part of the start"
+
+
+def test_a_loop_that_jax_cannot_differentiate_is_one_line(opsig, tmp_path):
+    pytest.importorskip("jax", reason="needs jax")
+    pytest.importorskip("optax", reason="needs optax")
+    (tmp_path / "looping.py").write_text(
+        "import jax, jax.numpy as jnp\n"
+        "class Looping:\n"
+        "    def data(self): return jnp.ones((4, 2)),\n"
+        "    def init(self, key): return {'w': jnp.ones(2)}\n"
+        "    def losses(self, params, batch):\n"
+        "        h = batch[0] @ params['w']\n"
+        "        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1])), (0, h))[1]\n"
+    )
+    task = f"{tmp_path / 'looping.py'}:Looping"
+    outcome = opsig("train", "--backend", "jax", "--task", task, "--steps", 2, "-o", tmp_path / "run.h5")
+    outcome.fails(1, "JAX cannot compute this of the task", "while_loop")
