@@ -23,16 +23,27 @@ FORMULA = tuple("=+-@\t\n")
 """What a cell begins with that spreadsheets take for a formula, or skip before one."""
 GAP = 2
 """Blanks between the columns of a table."""
+PROSE = 100
+"""Characters of a line that the eye follows; longer text is broken on the widest terminal."""
 LONG = 24
 """Characters from which on a word, such as a path, may be broken in a table."""
 
 
+class Lines(tuple[str, ...]):
+    """A cell of several lines, under one another."""
+
+
 @dataclass(frozen=True)
 class Table:
-    """What a person sees instead of records: a title, and one row a record, under the records' own names."""
+    """What a person sees instead of records: a title, and one row a record, under the records' own names.
+
+    `narrower`: rows of less for terminals on which those before would be broken, the widest first; the last are broken
+    where even they do not fit.
+    """
 
     title: str
     rows: Sequence[Record]
+    narrower: Sequence[Sequence[Record]] = ()
 
 
 def write(
@@ -62,10 +73,16 @@ def write(
     out.flush()
 
 
+def check_format(name: str | None) -> None:
+    """Raise UsageError for a format that is not one of FORMATS."""
+    if name is not None and name not in FORMATS:
+        raise UsageError(f"no format is called '{name}'. Known: {', '.join(FORMATS)}")
+
+
 def read(stream: TextIO) -> list[dict[str, Any]]:
     """All records of a stream of JSON lines, read to its end.
 
-    Raises OpsigError where there are none, or naming the line that is not a JSON object.
+    Raises OpsigError where there are none, or naming the line that is not a JSON object, or whose sample is none.
     """
     records = []
     for number, line in enumerate(stream, 1):
@@ -79,6 +96,9 @@ def read(stream: TextIO) -> list[dict[str, Any]]:
             raise OpsigError(
                 f"stdin line {number} is not a JSON object. Pipe records in: opsig mine run.h5 | opsig cluster -"
             )
+        sample = record.get("sample")
+        if sample is not None and (not isinstance(sample, int) or isinstance(sample, bool)):
+            raise OpsigError(f"stdin line {number}: sample is {sample!r:.40}, and must be its index in the dataset")
         records.append(record)
     if not records:
         raise OpsigError("stdin holds no records. Pipe some in: opsig mine run.h5 --top 400 | opsig cluster -")
@@ -136,9 +156,12 @@ def _print_table(table: Table, out: TextIO) -> None:
         console.print(Text(title, style="italic"), soft_wrap=True)
     if not table.rows:
         return
-    names = list(dict.fromkeys(key for record in table.rows for key in record))
-    cells = {name: [_shown(_human(plain(record.get(name))), out) for record in table.rows] for name in names}
-    widths = _widths({name: (printable(name.replace("_", " ")), cells[name]) for name in names}, console.width)
+    for rows in (table.rows, *table.narrower):
+        cells = _cells(rows, out)
+        columns = {name: (printable(name.replace("_", " ")), cells[name]) for name in cells}
+        if sum(_longest(name, texts) + GAP for name, texts in columns.values()) - GAP <= console.width:
+            break
+    widths = _widths(columns, console.width)
     drawn = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, width in widths.items():
         header = Text(printable(name.replace("_", " ")))
@@ -146,15 +169,39 @@ def _print_table(table: Table, out: TextIO) -> None:
     for row in zip(*(cells[name] for name in widths), strict=True):
         drawn.add_row(*map(Text, row))
     console.print(drawn)
-    if left_out := [name.replace("_", " ") for name in names if name not in widths]:
+    if left_out := [
+        name.replace("_", " ") for name in _left_out(table.rows, rows) + [n for n in cells if n not in widths]
+    ]:
         console.print(Text(f"too narrow for: {', '.join(left_out)} (--format json has them)", style="italic"))
     console.print()
+
+
+def _left_out(rows: Sequence[Record], narrower: Sequence[Record]) -> list[str]:
+    """Columns that narrower rows go without, those aside that stand as a line of another."""
+    lines = {line for row in narrower for value in row.values() if isinstance(value, Lines) for line in value}
+    gone = dict.fromkeys(name for row in rows for name in row if not any(name in other for other in narrower))
+    return [name for name in gone if not all(row.get(name) in lines for row in rows)]
+
+
+def _cells(rows: Sequence[Record], out: TextIO) -> dict[str, list[str]]:
+    """What stands in every column, by its name."""
+    names = dict.fromkeys(key for record in rows for key in record)
+    return {name: [_shown(_human(record.get(name)), out) for record in rows] for name in names}
+
+
+def _longest(header: str, cells: Sequence[str]) -> int:
+    """The width of a column in which nothing is broken."""
+    from rich.cells import cell_len
+
+    return max(cell_len(line) for text in (header, *cells) for line in text.split("\n"))
 
 
 def _shown(text: str, out: TextIO) -> str:
     """Text as a stream without UTF-8 shows it: what it does not have by its code, so that columns stay in line."""
     encoding = getattr(out, "encoding", None) or "utf-8"
-    return text if encoding.lower().startswith("utf") else text.encode(encoding, "backslashreplace").decode(encoding)
+    if encoding.lower().startswith("utf"):
+        return text
+    return text.replace("\u2026", "...").encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _widths(columns: Mapping[str, tuple[str, Sequence[str]]], available: int) -> dict[str, int]:
@@ -169,7 +216,7 @@ def _widths(columns: Mapping[str, tuple[str, Sequence[str]]], available: int) ->
         whole = _numeric(cells)
         words = [word for text in (header, *([] if whole else cells)) for word in text.split()]
         least[name] = max([min(cell_len(word), LONG) for word in words] + [cell_len(cell) for cell in cells if whole])
-        most[name] = max(cell_len(text) for text in (header, *cells))
+        most[name] = max(least[name], min(_longest(header, cells), PROSE))
     kept = list(columns)
     while len(kept) > 1 and sum(least[name] + GAP for name in kept) - GAP > available:
         kept.pop()
@@ -188,6 +235,9 @@ def _numeric(cells: Sequence[str]) -> bool:
 
 
 def _human(value: Any) -> str:
+    if isinstance(value, Lines):
+        return "\n".join(printable(line) for line in value)
+    value = plain(value)
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -327,7 +327,7 @@ def test_pictures_say_of_which_run_and_steps_they_are_and_number_their_samples(o
     assert "run.h5, steps 10 to 30: the 8 samples that move most, by" in text
     said = " ".join(re.sub("<[^>]*>", " ", text).split())
     assert "The run has losses of steps 0 to 60" in said
-    assert all(f"#{record['sample']} at {record['step']}<" in text for record in found)
+    assert all(f"#{record['sample']}, step {record['step']}<" in text for record in found)
     pairs = [
         r for r in opsig("cluster", run, *OWN, "--test", "none", "--figure", "b.svg").records if r["kind"] == "pair"
     ]

@@ -25,7 +25,7 @@ NAMED = (
     "EmbeddingBag", "RNN", "GRU", "LSTM", "LSTMCell", "MultiheadAttention without weights", "old weight_norm",
     "weight_norm", "old spectral_norm", "orthogonal", "custom function", "cdist", "slices in place",
     "branch on each sample", "branch by a mask", "checkpointed", "compiled in place", "autocast", "kept in bfloat16",
-    "folded",
+    "folded", "energy", "energy by torch.func", "in float64", "complex pairs", "unpooled",
 )  # fmt: skip
 """The rest is held by benchmarks/layers.py."""
 
@@ -80,6 +80,24 @@ def test_a_model_that_mixes_samples_is_refused_in_one_line(name):
     with pytest.raises(OpsigError, match="depends on which samples are in its batch") as refused:
         session.initial(0)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "words"), [*zip(parts.CHANGING, ("max_norm", "scale_grad_by_freq"), strict=True)])
+def test_a_layer_that_is_no_function_of_its_weights_is_refused_in_one_line(name, words):
+    session = TorchBackend().open(parts.Part(name), "cpu", None, "running")
+    with pytest.raises(OpsigError, match=rf"layer '1.inner' \(Embedding\) .*{words}"):
+        session.initial(0)
+
+
+class Noisy(tiny.Tiny):
+    def losses(self, model, batch):
+        return super().losses(model, batch) * (1 + torch.rand(len(batch[0])))
+
+
+def test_a_random_loss_has_no_gradients_and_says_why():
+    session = TorchBackend().open(Noisy(), "cpu")
+    with pytest.raises(OpsigError, match="the task's losses differ when they are evaluated again"):
+        session.gradient_norms(session.initial(0))
 
 
 class Fixed(tiny.Tiny):

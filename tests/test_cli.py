@@ -587,7 +587,17 @@ def test_stdin_without_records(opsig, tiny_run):
     opsig("cluster", "-", stdin="{}\n").fails(1, "must name one trajectory")
     opsig("cluster", "-", stdin='{"trajectory": "gone.h5", "sample": 1}\n').fails(1, "gone.h5 does not exist")
     one = json.dumps({"trajectory": str(tiny_run), "sample": 1})
-    opsig("cluster", "-", *OWN, stdin=one).fails(1, "1 samples cannot be grouped")
+    opsig("cluster", "-", *OWN, stdin=one).fails(1, "one sample cannot be grouped")
+
+
+@pytest.mark.parametrize("sample", ["1.5", '"x"', "true", "NaN", "1e999", "[1]"])
+def test_a_piped_sample_that_is_no_index_is_refused_with_its_line(opsig, tiny_run, sample):
+    lines = f'{{"trajectory": "{tiny_run}", "sample": 1}}\n{{"trajectory": "{tiny_run}", "sample": {sample}}}\n'
+    opsig("cluster", "-", stdin=lines).fails(1, "stdin line 2: sample is", "must be its index in the dataset")
+
+
+def test_a_format_is_looked_at_before_the_work(opsig):
+    opsig("cluster", "absent.h5", "--format", "xml").fails(2, "no format is called 'xml'")
 
 
 def test_a_figure_that_cannot_be_written(opsig, tiny_run, tmp_path):

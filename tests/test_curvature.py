@@ -62,6 +62,16 @@ def test_a_negative_eigenvalue_of_larger_size_is_not_the_sharpness():
     assert found.converged
 
 
+def test_equal_eigenvalues_of_a_linear_model_for_several_outputs_are_all_found():
+    """H of half the squared errors is I kron X'X / S: each eigenvalue once for every output."""
+    x = np.random.default_rng(0).standard_normal((30, 5))
+    matrix = torch.from_numpy(np.kron(np.eye(3), x.T @ x / 30))
+    start = random_start(matrix[0], 0)
+    found = top_eigenpairs(lambda v: matrix @ v, start, 4, 1e-8)
+    np.testing.assert_allclose(found.values, np.linalg.eigvalsh(matrix)[::-1][:4], rtol=1e-9)
+    assert found.converged
+
+
 def test_two_eigenvalues_that_cross_are_followed():
     """The second one becomes the first while the first one stays an exact eigenvector."""
     generator = np.random.default_rng(0)

@@ -538,7 +538,7 @@ def test_losses_alone_make_a_run_that_is_mined_and_grouped(opsig, tmp_path):
         ("step,sample,loss\n1.5,2,1\n", "line 2: step is '1.5'"),
         ("step,sample,loss\n1,2,1\n1,2,3\n", "two losses of sample 2 at step 1"),
         ("\x00\x01", "has no column step"),
-        ("", "has no column step"),
+        ("", "is empty"),
     ],
 )
 def test_malformed_tables_of_losses_are_refused_by_line(opsig, tmp_path, text, words):

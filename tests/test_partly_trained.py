@@ -163,6 +163,24 @@ def test_an_optimizer_steps_what_torch_steps_and_nothing_frozen(name):
     assert all(len(row) == len(state.params) for row in last.optimizer.values())
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_no_loss_depends_on_does_not_decay(name):
+    """torch.optim leaves out what has no gradient, of which weight decay is a part."""
+    options, make = OPTIMIZERS[name]
+    session, state = opened(partly.Unreached())
+    last = list(session.train(Training(name, 0.2, 5, wants_state=lambda step: step == 5, **options), state))[-1].state
+    torch.manual_seed(0)
+    model = session.task.model().double()
+    nn.utils.vector_to_parameters(torch.from_numpy(state.params), model.parameters())
+    optimizer = make(model.parameters())
+    for _ in range(5):
+        optimizer.zero_grad()
+        session.task.losses(model, [session.task.x.double(), session.task.y]).mean().backward()
+        optimizer.step()
+    expected = nn.utils.parameters_to_vector(model.parameters()).detach()
+    np.testing.assert_allclose(last.params, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_states_with_other_frozen_weights_are_measured_with_their_own():
     session, state = opened(partly.Head())
     other = State(0, state.params, state.buffers, frozen=1.5 * state.frozen)

@@ -1,5 +1,6 @@
 """The recorder is a contract: what does not fit is refused at once, and nothing that was recorded is dropped."""
 
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,12 @@ ONES = np.ones(S)
 @pytest.fixture
 def path(tmp_path) -> Path:
     return tmp_path / "run.h5"
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
 
 
 REFUSED = {
@@ -48,6 +55,15 @@ REFUSED = {
     "short moments": (
         dict(state=State(4, np.ones(3), np.empty(0), {"exp_avg": np.ones(2)})), "exp_avg of shape .2,., and not .3,.",
     ),
+    "losses without numbers": (dict(losses=torch.ones(S, device="meta")), "losses is not an array of numbers"),
+    "a mask over integers": (dict(losses=np.ma.masked_equal(range(S), 3)), "losses has a mask"),
+    "a name that is not Unicode": (dict(scalars={"a\udc80": 1.0}), "scalars: 'a.udc80' is not valid Unicode"),
+    "a name with a NUL": (dict(scalars={"a\0": 1.0}), "scalars: 'a.x00' holds a NUL character"),
+    "a complex model": (dict(model=Holder(torch.ones(2, dtype=torch.complex64))), "model has complex numbers"),
+    "a model without numbers": (dict(model=torch.nn.Linear(2, 1, device="meta")), "model is on the device meta"),
+    "a model that waits": (dict(model=torch.nn.LazyLinear(3)), "model has 'weight', whose shape is not known before"),
+    "a model that trains nothing": (dict(model=torch.nn.ReLU()), "the model trains nothing"),
+    "weights for a state": (dict(state=torch.nn.Linear(2, 1).state_dict()), "state must be a State, not OrderedDict"),
     "unknown moments": (
         dict(state=State(4, np.ones(3), np.empty(0), {"third": np.ones(3)})), "state.optimizer.'third'. has no place",
     ),
@@ -91,6 +107,11 @@ def test_a_step_may_be_of_any_type_of_number(step, path):
         (dict(samples=S, labels=["a"] * 5), "labels has 5 entries, and there are 12 samples"),
         (dict(samples=S, labels="abc"), "labels must be a list of text"),
         (dict(samples=S, classes=[]), "classes is empty"),
+        (dict(samples=S, labels=["\udc80"] * S), "labels: '.udc80' is not valid Unicode"),
+        (dict(samples=S, commit_every=0), "commit_every is 0, and must be a number of calls"),
+        (dict(samples=S, attributes=[1]), "attributes must be values by name, not list"),
+        (dict(samples=S, attributes={"x": {"y": 1}}), "attributes.'x'. must be text or numbers, not dict"),
+        (dict(samples=S, attributes={"settings_json": {"f": open}}), "attributes.'settings_json'. is not a JSON value"),
         (dict(samples=S, resume=True), "does not exist. Leave resume=True out"),
         (dict(samples=S, resume=True, replace=True), "Give one of them"),
     ],
@@ -99,6 +120,49 @@ def test_a_recorder_that_cannot_be_is_refused_and_leaves_no_file(arguments, word
     with pytest.raises(OpsigError, match=words):
         Recorder(path, **arguments)
     assert not list(path.parent.iterdir())
+
+
+USES = {
+    "record": lambda recorder: recorder.record(1, losses=ONES),
+    "observe": lambda recorder: recorder.observe(1, [0], [1.0]),
+    "rewind": lambda recorder: recorder.rewind(0),
+    "commit": lambda recorder: recorder.commit(),
+    "last_step": lambda recorder: recorder.last_step,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_closed_recorder_says_so_and_how_to_go_on(use, path):
+    with Recorder(path, samples=S) as recorder:
+        recorder.record(0, losses=ONES)
+    assert repr(recorder) == f"Recorder({path}: closed)"
+    with pytest.raises(OpsigError, match=r"run.h5 is closed. Go on with it by Recorder\(.*, resume=True\)"):
+        USES[use](recorder)
+
+
+def test_a_forked_child_neither_writes_nor_closes_its_parents_file(path):
+    with Recorder(path, samples=S) as recorder:
+        recorder.record(0, losses=ONES)
+        if not (child := os.fork()):
+            refused = 0
+            for use in USES.values():
+                try:
+                    use(recorder)
+                except OpsigError as error:
+                    refused += "from which this one was forked" in str(error)
+            recorder.close()
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(USES)
+        recorder.record(1, losses=ONES)
+    with open_trajectory(path) as run:
+        assert run.steps("losses").tolist() == [0, 1]
+
+
+def test_what_is_masked_is_not_known(path):
+    with Recorder(path, samples=S) as recorder:
+        recorder.record(0, losses=np.ma.masked_equal(np.arange(S, dtype=float), 3))
+    with open_trajectory(path) as run:
+        assert np.flatnonzero(np.isnan(run.row("losses/loss", 0))).tolist() == [3]
 
 
 def test_a_file_opens_from_the_first_line_on(path):
@@ -158,7 +222,7 @@ def _state(step: int, value: float) -> State:
 @settings(max_examples=40, deadline=None)
 @given(
     st.dictionaries(
-        st.text(min_size=1, max_size=30).filter(lambda n: len(n.encode(errors="replace")) < 200),
+        st.text(min_size=1, max_size=30).filter(lambda n: "\0" not in n and len(n.encode(errors="replace")) < 200),
         st.floats(width=32),
         min_size=1,
         max_size=4,

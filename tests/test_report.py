@@ -144,7 +144,7 @@ def test_the_page_is_whole_and_loads_nothing(report, tiny_run, digits_run, tmp_p
     for _, attributes in page.tags:
         assert not {name for name in attributes if name.startswith("on") or name in ("style", "srcset", "action")}
         for name in ("src", "href"):
-            inside = ("#", "data:image/png;base64,", "data:text/csv;charset=utf-8;base64,")
+            inside = ("#", "data:image/png;base64,", "data:image/jpeg;base64,", "data:text/csv;charset=utf-8;base64,")
             assert attributes.get(name, "#").startswith(inside), attributes
     assert not {"link", "iframe", "object", "embed", "form", "base"} & {tag for tag, _ in page.tags}
     assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r'"data:[^"]*"', "", page.html))

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.file import create_trajectory, open_trajectory
+from opsig_cli.trajectory.recorder import Recorder
 
 SAMPLES = 300
 LAYERS = 40_000  # parameters: enough for writes that go straight to the file
@@ -299,3 +300,18 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+
+
+def test_a_file_with_two_names_takes_no_writer_and_is_read_under_both(tmp_path):
+    path, other = tmp_path / "run.h5", tmp_path / "other.h5"
+    with Recorder(path, 3) as recorder:
+        recorder.record(0, losses=[1.0, 2.0, 3.0])
+    os.link(path, other)
+    for name in (path, other):
+        with pytest.raises(OpsigError, match=r"has another name, too \(a hard link\).*cp .* NEW && mv NEW"):
+            Recorder(name, 3, resume=True)
+        with open_trajectory(name) as run:
+            assert run.losses().tolist() == [[1, 2, 3]]
+    os.remove(other)
+    with Recorder(path, 3, resume=True) as recorder:
+        recorder.record(1, losses=[1.0, 2.0, 3.0])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import TASKS
 
+from opsig_cli import Recorder
 from opsig_cli.report.words import rise_sentence
 
 OWN = ("--task", f"{TASKS}:Tiny")
@@ -109,6 +110,15 @@ def test_what_a_file_lacks_is_said_with_a_command_that_adds_it(opsig, tmp_path):
     run = tmp_path / "run.h5"
     assert opsig("import", "--losses", losses, "-o", run).code == 0
     opsig("sharpness", run).fails(1, "lacks checkpoints/params", "opsig import CHECKPOINT... --task TASK")
+
+
+def test_a_run_without_checkpoints_is_not_sent_to_measure_losses_at_them(opsig, tmp_path):
+    with Recorder(tmp_path / "run.h5", 3) as recorder:
+        recorder.record(0, scalars={"accuracy": 0.5})
+    refused = opsig("mine", tmp_path / "run.h5")
+    refused.fails(1, "lacks losses/loss", "opsig train")
+    assert "opsig track" not in refused.err
+    assert "found: a run of 3 samples to step 0" in opsig("info", tmp_path / "run.h5").err
 
 
 def test_a_rise_smaller_than_the_figures_shown_is_told_by_its_size():

@@ -543,3 +543,124 @@ def test_losses_with_random_holes_end_no_command_in_a_traceback(tmp_path, seed, 
     import missing  # pyright: ignore[reportMissingImports]
 
     assert missing.problems(seed, tmp_path) == []
+
+
+# -- tasks of other kinds
+
+
+OTHERS = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+
+class Still:
+    def __init__(self, scale: float = 0.0):
+        self.scale = scale
+
+    def model(self):
+        return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+
+    def data(self):
+        draw = torch.Generator().manual_seed(0)
+        return torch.randn(60, 8, generator=draw), torch.randint(0, 3, (60,), generator=draw)
+
+    def dataset(self):
+        return TensorDataset(*self.data())
+
+    def losses(self, model, batch):
+        return cross_entropy(model(batch[0]), batch[1], reduction="none") * self.scale
+
+
+class Detached(Still):
+    def losses(self, model, batch):
+        return super().losses(model, batch).detach()
+
+
+class Counted(Still):
+    def losses(self, model, batch):
+        return (model(batch[0]).argmax(1) != batch[1]).long()
+
+
+class Listed(Still):
+    def losses(self, model, batch):
+        return list(super().losses(model, batch))
+
+
+class Double(Still):
+    def model(self):
+        return nn.Linear(8, 3, bias=False).double()
+
+    def data(self):
+        x, y = super().data()
+        return x.double(), y
+"""
+
+
+@pytest.fixture
+def others(tmp_path, opsig):
+    (tmp_path / "others.py").write_text(OTHERS)
+
+    def run(command, name, *more):
+        task = ("--task", f"{tmp_path / 'others.py'}:{name}")
+        if command == "train":
+            more = ("-o", tmp_path / "run.h5", "--learning-rate", 0.3, "--track", "--replace", *more)
+        else:
+            more = (tmp_path / "run.h5", *more)
+        return opsig(command, *more, *(() if command == "mine" else task))
+
+    return run
+
+
+def test_where_no_loss_changes_nothing_moves_and_nothing_is_grouped(others):
+    assert others("train", "Still", "--steps", 20).code == 0
+    mined = others("mine", "Still", "--top", 3)
+    assert "no loss changes" in mined.err
+    assert "found: no sample moves" in mined.err
+    found = others("cluster", "Still")
+    assert found.code == 0, found.err
+    assert [r["kind"] for r in found.records] == ["tests"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Detached", "losses() do not depend on what is trained"),
+        ("Counted", "losses() do not depend on what is trained"),
+        ("Listed", "losses() returned list. It must return a tensor"),
+    ],
+)
+def test_losses_that_nothing_can_be_trained_by_are_refused(others, name, words):
+    others("train", name, "--steps", 2).fails(1, words)
+
+
+def test_a_gradient_that_overflows_before_anything_is_trained_is_not_laid_to_the_learning_rate(others):
+    done = others("train", "Still:scale=1e30", "--steps", 2)
+    done.fails(1, "the gradient is not finite at step 0", "the scale of losses()")
+    assert "learning rate" not in done.err
+
+
+def test_a_model_in_float64_is_run_in_it(others, tmp_path):
+    assert "is kept in float64, and is run in it" in others("train", "Double:scale=1", "--steps", 3).err
+    done = others("sharpness", "Double:scale=1", "--steps", 3, "-k", 2)
+    with open_trajectory(tmp_path / "run.h5") as run:
+        weight = run.row("checkpoints/params", 3).astype(float).reshape(3, 8)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 8, generator=draw).double().numpy()
+    p = np.exp(x @ weight.T)
+    p /= p.sum(1, keepdims=True)
+    blocks = np.stack([np.diag(row) - np.outer(row, row) for row in p])  # of a softmax's Hessian by its logits
+    hessian = np.einsum("nij,na,nb->iajb", blocks, x, x).reshape(24, 24) / 60
+    expected = np.linalg.eigvalsh(hessian)[::-1][:2]
+    np.testing.assert_allclose([r["eigenvalue"] for r in done.records], expected, rtol=1e-6)
+
+
+def test_a_loss_that_is_infinite_once_is_not_said_to_stay_so(opsig, tmp_path):
+    losses = np.random.default_rng(0).random((40, 20)) + 1
+    losses[7, 3] = np.inf
+    np.save(tmp_path / "losses.npy", losses)
+    assert opsig("import", "--losses", tmp_path / "losses.npy", "-o", tmp_path / "run.h5").code == 0
+    found = opsig("mine", tmp_path / "run.h5")
+    assert "sample 3 at step 7, though not at all later ones" in found.err
+    assert [(r["sample"], r["recovers"]) for r in found.records if r.get("kind") == "not_finite"] == [(3, True)]

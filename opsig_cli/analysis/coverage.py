@@ -20,8 +20,9 @@ class Coverage:
     """Which losses are there. `rows` T; `gaps` of the cells before `diverged` were not measured.
 
     `first_S`, `first_row_S`: each sample's first finite loss, float32, and its row; NaN and T without any. `broken_N`:
-    columns of samples that are not finite while the others are, increasing in `broken_row_N`, the row from which on, or
-    at which, they are not. `diverged`: the row from which on most are not, None for a run that did not diverge.
+    columns of samples that are not finite while the others are, increasing in `broken_row_N`, the row from which on,
+    or, where `passing_N`, at which, they are not. `diverged`: the row from which on most are not, None for a run that
+    did not diverge.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Coverage:
     broken_N: np.ndarray
     broken_row_N: np.ndarray
     diverged: int | None
+    passing_N: np.ndarray
 
     @property
     def never(self) -> np.ndarray:
@@ -93,7 +95,9 @@ def coverage(blocks: Iterable[np.ndarray], samples: int, targets_S: np.ndarray |
     if targets_S is not None:
         lost += int((~targets_S).sum()) * end
     gaps = max(0, samples * end - sum(measured[:end]) - lost - within)
-    return Coverage(row, gaps, first_S, first_row_S, broken, start_S[broken], diverged)
+    return Coverage(
+        row, gaps, first_S, first_row_S, broken, start_S[broken], diverged, last_S[broken] > start_S[broken]
+    )
 
 
 def _diverged(last_S: np.ndarray, seen_S: np.ndarray, ended_S: np.ndarray, rows: int, sudden: int) -> int | None:

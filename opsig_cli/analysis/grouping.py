@@ -128,7 +128,8 @@ def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int, loo
         for group in range(len(partner_G) if loose is not None else 0):
             inside = groups == group
             least_M[inside] = np.clip(loose * alignment[inside].mean(), 0, BELONGS)
-        kept = drop_small(np.where(alignment >= least_M, groups, -1), smallest)
+        moves_M = alignment > 0  # what has no gradient moves with nobody, whatever it looks like
+        kept = drop_small(np.where(moves_M & (alignment >= least_M), groups, -1), smallest)
         if np.array_equal(kept >= 0, groups >= 0):
             return _by_size(groups, partner_G, alignment)
         groups = kept

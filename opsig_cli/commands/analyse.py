@@ -41,13 +41,14 @@ def analyse(
     """
     from opsig_cli import records
     from opsig_cli.report import making, page
-    from opsig_cli.studies import analysing, answers, door
+    from opsig_cli.studies import analysing, answers, describing, door
     from opsig_cli.studies.clustering import tables as shortened
     from opsig_cli.trajectory.file import open_trajectory
 
     path = output or Path(run).with_suffix(".html")
     note, progress = options.once(quiet), partial(options.progress, quiet=quiet)
     page.check_output(path, run, replace)
+    describing.renew(run, task, note)
     moved = door.mine(run)
     options.say(moved.damage, False)
     options.say(moved.notes, quiet)
@@ -80,9 +81,10 @@ def analyse(
     options.say([words for words in made.found.notes if words not in moved.notes], quiet)
     written = [{"kind": "mover"} | record for record in moved]
     written += [{"kind": "eigenvalue"} | record for record in measured or []]
+    rows = shortened.pair_table(made.records)
     tables = [
         records.Table(moved.title, options.mover_rows(moved)[:SHOWN]),
-        records.Table(f"{run}: {shortened.headline(made.records)}", shortened.pair_table(made.records)),
+        records.Table(f"{run}: {shortened.headline(made.records)}", rows, shortened.narrow_rows(rows)),
     ]
     if said := shortened.sentence_table(made.records):
         tables.append(records.Table("in words", said))

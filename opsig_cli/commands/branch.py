@@ -111,7 +111,8 @@ def branch(
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)
-    tables = [records.Table(found.title, effects.table(found))]
+    rows = effects.table(found)
+    tables = [records.Table(found.title, rows, effects.narrow_rows(rows))]
     if gains := effects.group_table(found):
         tables.append(
             records.Table(f"groups' losses against the unchanged future{found.unit and ', in ' + found.unit}", gains)

@@ -39,6 +39,8 @@ def cluster(
             "--sample", metavar="N", min=0, help="Who opposes this sample: groups, nearest opponents and allies."
         ),
     ] = None,
+    verdict: options.VerdictOption = None,
+    pair: options.PairOption = None,
     truth: Annotated[bool, typer.Option("--truth", help="Compare with the sides that the task planted.")] = False,
     test: Annotated[
         str,
@@ -72,6 +74,8 @@ def cluster(
     all samples' movement that it makes up at the step where its sides move apart most, and the p-value. Pairs are
     numbered by that part, the strongest first; after +- stands a standard error over held-out checkpoints.
 
+    `--verdict established` shows those pairs alone, in the table, the pipe and the figure, `--pair 1` one of them.
+
     Example: opsig mine run.h5 --top 400 | opsig cluster - --figure pairs.png
     """
     from opsig_cli import records
@@ -82,8 +86,8 @@ def cluster(
     path, piped = options.records_of(run)
     found = door.cluster(
         path, by=by, top=top, window=window, join=join, sketch=sketch, explain=explain, truth=truth, test=test,
-        budget=budget, sample=sample, replace=replace, records=piped, task=task, device=device, backend=backend,
-        allow_changed_data=allow_changed_data, note=options.once(quiet),
+        budget=budget, sample=sample, verdict=verdict or (), pair=pair or (), replace=replace, records=piped, task=task,
+        device=device, backend=backend, allow_changed_data=allow_changed_data, note=options.once(quiet),
         progress=partial(options.progress, quiet=quiet),
     )  # fmt: skip
     options.save_figure(figure, found.figure)
@@ -98,7 +102,9 @@ def cluster(
         near = found.answer if figure is None or found.answer is None else answers.Answer(found.answer.found)
         options.conclude(near, quiet, figure)
         return
-    tables.append(records.Table(f"{found.title}: {shortened.headline(found)}", shortened.pair_table(found)))
+    head = "chosen pairs" if verdict or pair else shortened.headline(found)
+    rows = shortened.pair_table(found)
+    tables.append(records.Table(f"{found.title}: {head}", rows, shortened.narrow_rows(rows)))
     if said := shortened.sentence_table(found):
         tables.append(records.Table(f"in words{ERROR}", said))
     if alone := shortened.alone_table(found):

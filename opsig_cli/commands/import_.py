@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -121,7 +123,7 @@ def import_(
     bar = partial(options.progress, quiet=quiet)
     written = entry.run(request, partial(options.note, quiet=quiet), bar)
     rows = [{key: value for key, value in each.items() if key not in ("trajectory", "sha256")} for each in written]
-    records.write(written, format, [records.Table(output, rows)])
+    records.write(written, format, [records.Table(output, rows if len(rows) <= LISTED else summary(rows))])
     tracked = losses is not None or any(r.get("loss") is not None for r in written)
     found = f"{len(written)} {'steps' if paths is None or not paths else 'checkpoints'}"
     found += f", steps {written[0]['step']} to {written[-1]['step']}" if written else " that were not there"
@@ -129,3 +131,28 @@ def import_(
         seen = sighted.chosen(run) and not run.has("checkpoints/params")
     follow = answers.command("mine" if seen else "analyse" if tracked else "track", output, task=None if seen else task)
     options.conclude(answers.Answer(found, follow), quiet, output)
+
+
+LISTED = 40
+"""Steps up to which each has a row; of more, a row says what they are."""
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of steps as one for each source: how many, from which to which, and the first and last loss.
+
+    >>> summary([{"step": 0, "source": "log.csv"}, {"step": 5, "source": "log.csv"}])
+    [{'source': 'log.csv', 'steps': 2, 'first': 0, 'last': 5}]
+    """
+    sources = {row["source"] for row in rows}
+    by_source: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        source = row["source"] if len(sources) <= LISTED else os.path.dirname(row["source"]) or "."
+        by_source.setdefault(source, []).append(row)
+    found = []
+    for source, own in by_source.items():
+        losses = [row["loss"] for row in own if row.get("loss") is not None]
+        found.append(
+            {"source": source, "steps": len(own), "first": own[0]["step"], "last": own[-1]["step"]}
+            | ({"first loss": losses[0], "last loss": losses[-1]} if losses else {})
+        )
+    return found

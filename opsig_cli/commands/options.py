@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,8 @@ from typer.core import TyperCommand
 
 from opsig_cli.commands import completions
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.figures.canvas import SUFFIXES
+from opsig_cli.figures.canvas import SUFFIXES, cut
+from opsig_cli.trajectory.texts import NUMBERS, context
 
 if TYPE_CHECKING:
     from opsig_cli.studies.answers import Answer
@@ -35,6 +38,15 @@ def check_output(context: typer.Context, path: Any) -> Any:
     if path is not None and not context.resilient_parsing:
         _check_writable("-o", Path(path))
     return path
+
+
+def check_format(context: typer.Context, name: str | None) -> str | None:
+    """Raise UsageError, before any work is done, for a format that is not known."""
+    if not context.resilient_parsing:
+        from opsig_cli import records
+
+        records.check_format(name)
+    return name
 
 
 def check_figure(context: typer.Context, path: Path | None) -> Path | None:
@@ -60,6 +72,8 @@ def _check_writable(option: str, path: Path) -> None:
         raise OpsigError(f"{option} {path}: {error.strerror or error}") from error
 
 
+LARGE = 1e4
+"""Losses from which on a table shows digits and an exponent."""
 TEXT = 40
 """Characters of a text sample that fit into a table."""
 Result = TypeVar("Result")
@@ -86,6 +100,7 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         metavar="table|json|csv",
+        callback=check_format,
         help="Default: table on a terminal, JSON lines in a pipe.",
         autocompletion=completions.among("table", "json", "csv"),
     ),
@@ -231,6 +246,20 @@ ByOption = Annotated[
         autocompletion=completions.among("gradient", "slope", "loss", "both"),
     ),
 ]
+VerdictOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--verdict",
+        metavar="established|likely|unclear|refuted",
+        help="Show pairs of this verdict alone. May be given again.",
+        show_default=False,
+        autocompletion=completions.among("established", "likely", "unclear", "refuted"),
+    ),
+]
+PairOption = Annotated[
+    list[int] | None,
+    typer.Option("--pair", metavar="N", help="Show this pair alone. May be given again.", show_default=False),
+]
 WindowOption = Annotated[str | None, typer.Option(metavar="A:B", help="Steps to look at, both ends included.")]
 StepsOption = Annotated[
     str | None,
@@ -330,29 +359,37 @@ def mover_rows(found: Any) -> list[dict[str, Any]]:
 
 
 def _mover_row(r: dict[str, Any]) -> dict[str, Any]:
-    if "text" in r:
-        what = {"text": " ".join(r["text"].split())[-TEXT:]}
-    else:
-        what = {"name": r["name"][-TEXT:]} if "name" in r else {}
-        what |= {"label": _short(r["label"])} if r["label"] is not None or not what else {}
+    what = {"name": cut(r["name"], TEXT, end=True)} if "name" in r else {}
+    text, label = r.get("text"), r["label"]
+    if (label is not None and (text is None or context(text, label) is None)) or (text is None and not what):
+        what |= {"label": _short(label)}
+    if text is not None and not (label is not None and text.startswith(NUMBERS)):
+        what |= {"text": cut(" ".join(text.split()), TEXT, end=True)}
     if r.get("seen") == "sighting":
         share = r["share"]
         return {
             "rank": r["rank"], "sample": r["sample"], **what, "step": r["step"], "loss": r["loss_after"],
             "expected": r["loss_before"], "excess": r["change"],
-            "share": None if share is None or math.isnan(share) else f"{share:.1%}",
+            "share": None if share is None or math.isnan(share) else f"{share:.1%}".replace("-0.0%", "0.0%"),
             "seen_before": r["previous_step"], "loss_then": r["loss_last"],
         }  # fmt: skip
+    guesses = [r["prediction_before"], r["prediction_after"]]
+    predicted = {} if guesses == [None, None] else {"predicted": " -> ".join(str(_short(guess)) for guess in guesses)}
     return {
         "rank": r["rank"],
         "sample": r["sample"],
         **what,
-        "predicted": f"{_short(r['prediction_before'])} -> {_short(r['prediction_after'])}",
+        **predicted,
         "step": r["step"],
-        "loss": f"{r['loss_before']:.2f} -> {r['loss_after']:.2f}",
+        "loss": f"{_loss(r['loss_before'])} -> {_loss(r['loss_after'])}",
         "score": r["score"],
         "of movement": "-" if r["movement"] is None else f"{r['movement']:.1%}",
     }
+
+
+def _loss(value: float) -> str:
+    """A loss to two places, or a very large one to three digits."""
+    return f"{value:.2f}" if abs(value) < LARGE else f"{value:.3g}"
 
 
 def _short(name: Any) -> Any:
@@ -375,9 +412,19 @@ def conclude(answer: Answer | None, quiet: bool, *wrote: Path | str | None) -> N
     for path in filter(None, wrote):
         note(f"wrote: {path}", quiet)
     if answer is not None:
-        note(f"found: {answer.found}", quiet)
+        for line in _lines("found: ", answer.found):
+            note(line, quiet)
         if answer.next is not None:
             note(f"next:  {answer.next}", quiet)
+
+
+def _lines(head: str, text: str) -> list[str]:
+    """What is said, on a terminal with each of its parts on lines of its own under the first; elsewhere on one line."""
+    if not sys.stderr.isatty():
+        return [head + text]
+    room = max(20, shutil.get_terminal_size().columns - len(head))
+    parts = [line for part in text.split("; ") for line in textwrap.wrap(part, room, break_on_hyphens=False)]
+    return [(" " * len(head) if place else head) + line for place, line in enumerate(parts)]
 
 
 def say(notes: list[str], quiet: bool) -> None:

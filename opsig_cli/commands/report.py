@@ -19,6 +19,8 @@ def report(
     by: options.ByOption = None,
     top: options.TopOption = None,
     replace: options.ReplacePageOption = False,
+    verdict: options.VerdictOption = None,
+    pair: options.PairOption = None,
     branch: Annotated[
         list[str] | None,
         typer.Option("--branch", metavar="BRANCH", help="Branches to list. Default: those in the run's folder."),
@@ -41,15 +43,18 @@ def report(
     """
     from opsig_cli import records
     from opsig_cli.report import making
-    from opsig_cli.studies import answers
+    from opsig_cli.studies import answers, describing
+    from opsig_cli.studies.clustering import selecting
     from opsig_cli.trajectory.file import open_trajectory
 
     path = output or Path(run).with_suffix(".html")
+    describing.renew(run, task, partial(options.note, quiet=quiet))
     with open_trajectory(run) as trajectory:
         made = making.make(
-            trajectory, path, shlex.join(["opsig", *sys.argv[1:]]), by=by, top=top, branches=branch, task=task,
-            device=device, backend=backend, allow_changed_data=allow_changed_data, replace=replace,
-            note=partial(options.note, quiet=quiet), progress=partial(options.progress, quiet=quiet),
+            trajectory, path, shlex.join(["opsig", *sys.argv[1:]]), by=by, top=top, branches=branch,
+            chosen=selecting.Selection(verdict or (), pair or ()), task=task, device=device, backend=backend,
+            allow_changed_data=allow_changed_data, replace=replace, note=partial(options.note, quiet=quiet),
+            progress=partial(options.progress, quiet=quiet),
         )  # fmt: skip
         answer = answers.of_clusters(trajectory, made.found, made.records, task)
     made.keeper.keep(run)

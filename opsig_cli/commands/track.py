@@ -31,11 +31,13 @@ def track(
     Example: opsig track run.h5
     """
     from opsig_cli import records
-    from opsig_cli.studies import answers, planning, tracking
+    from opsig_cli.studies import answers, describing, planning, tracking
     from opsig_cli.studies.parts import share
     from opsig_cli.trajectory.file import open_trajectory
 
     part = share.part_of(part_text, output)
+    if part is None and not plan:
+        describing.renew(run, task, partial(options.note, quiet=quiet))
     with open_trajectory(run, "r" if part else "r+") as whole, ExitStack() as stack:
         whole.require("checkpoints/params")
         trajectory = whole

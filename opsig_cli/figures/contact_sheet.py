@@ -23,7 +23,7 @@ LONGEST = 15
 @dataclass(frozen=True)
 class Tile:
     """One sample: `picture` is (h, w, 1 or 3) uint8, text, or None; `before` and `after` are predicted labels; `sample`
-    its index."""
+    its index, `name` what a person's own log calls it."""
 
     picture: np.ndarray | str | None
     label: str | None
@@ -31,6 +31,7 @@ class Tile:
     after: str | None
     caption: str = ""
     sample: int | None = None
+    name: str | None = None
 
     def lines(self) -> list[tuple[str, str, str]]:
         """What is written under the picture: text, colour and weight of each line."""
@@ -43,8 +44,10 @@ class Tile:
                 mark = " \N{MULTIPLICATION SIGN}" if wrong else ""
                 lines.append((f"{word} {cut(predicted, LONGEST - 4)}{mark}", WRONG if wrong else "#333333", "normal"))
         number = None if self.sample is None else f"#{self.sample}"
-        if caption := " ".join(filter(None, (number, self.caption))):
+        if caption := ", ".join(filter(None, (number, self.caption))):
             lines.append((typeset(caption), FAINT, "normal"))
+        if self.name is not None:
+            lines.append((cut(self.name, LONGEST, end=True), FAINT, "normal"))
         return lines
 
 
@@ -53,7 +56,7 @@ def sheet_height(tiles: Sequence[Tile], columns: int) -> float:
     if listed := text_lines(tiles):
         return 0.3 + lines_height(listed)
     rows = -(-len(tiles) // columns)
-    return 0.3 + max(1, rows) * (PITCH + _text_height(tiles)) if tiles else 0.6
+    return 0.3 + max(1, rows) * _pitch(tiles) if tiles else 0.6
 
 
 def draw_sheet(area: Area, left: float, title: str, tiles: Sequence[Tile], columns: int, colour: str) -> None:
@@ -66,20 +69,21 @@ def draw_sheet(area: Area, left: float, title: str, tiles: Sequence[Tile], colum
     if listed := text_lines(tiles):
         draw_lines(area, left, 0.28, columns * PITCH, listed, colour)
         return
-    text = _text_height(tiles)
-    rows = -(-len(tiles) // columns)
-    height = rows * (PITCH + text)
+    pitch, shown = _pitch(tiles), _shown(tiles)
+    height = -(-len(tiles) // columns) * pitch
     axes = area.axes(left, 0.26, columns * PITCH, height)
     axes.set(xlim=(0, columns * PITCH), ylim=(height, 0))
     axes.set_axis_off()
     inner = PITCH - 0.16
+    under = inner + 0.08 if shown else 0.05
     for number, tile in enumerate(tiles):
         x = number % columns * PITCH
-        y = number // columns * (PITCH + text)
-        _draw_picture(axes, tile.picture, x + 0.03, y + 0.03, inner, colour)
+        y = number // columns * pitch
+        if shown:
+            _draw_picture(axes, tile.picture, x + 0.03, y + 0.03, inner, colour)
         for line, (words, ink, weight) in enumerate(tile.lines()):
             axes.text(
-                x + 0.03, y + inner + 0.08 + line * LINE, visible(words), color=ink, fontweight=weight, fontsize=7,
+                x + 0.03, y + under + line * LINE, visible(words), color=ink, fontweight=weight, fontsize=7,
                 va="top", parse_math=False,
             )  # fmt: skip
 
@@ -90,7 +94,8 @@ def text_lines(tiles: Sequence[Tile]) -> list[TextLine]:
     for tile in tiles:
         if not isinstance(tile.picture, str) or "\n" in tile.picture:
             return []
-        notes = tile.lines()[tile.label is not None :]  # the target says what the label does
+        told = tile.label is not None and tile.picture.endswith("]")  # the target says what the label does
+        notes = tile.lines()[told:]
         found.append(TextLine(tile.picture, [(words, ink) for words, ink, _ in notes]))
     return found
 
@@ -114,8 +119,15 @@ def _draw_picture(axes, picture: np.ndarray | str | None, x: float, y: float, si
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
 
 
-def _text_height(tiles: Sequence[Tile]) -> float:
-    return LINE * max(len(tile.lines()) for tile in tiles) + 0.02
+def _shown(tiles: Sequence[Tile]) -> bool:
+    """Whether any sample has a picture: without, there are lines and no boxes."""
+    return any(tile.picture is not None for tile in tiles)
+
+
+def _pitch(tiles: Sequence[Tile]) -> float:
+    """Inches from row to row."""
+    text = LINE * max(len(tile.lines()) for tile in tiles) + 0.02
+    return text + (PITCH if _shown(tiles) else 0.1)
 
 
 FULL_COLUMNS = int((WIDTH - 2 * MARGIN) / PITCH)

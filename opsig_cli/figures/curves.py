@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEIGHT = 2.75
+EVEN = 4
+"""How many times the least the largest loss is up to which ticks of a logarithmic axis are evenly spaced numbers."""
 NAME = 44
 """Columns of a line's name; longer ones are cut."""
 
@@ -70,7 +72,7 @@ def legend(axes: Axes, most: int, size: float = 8) -> None:
 
 def log_scale(axes: Axes, values: Sequence[np.ndarray]) -> None:
     """A logarithmic y axis where there is anything positive, with few and plain ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     everything = np.concatenate([np.ravel(v) for v in values]) if values else np.empty(0)
     positive = everything[np.isfinite(everything) & (everything > 0)]
@@ -79,7 +81,10 @@ def log_scale(axes: Axes, values: Sequence[np.ndarray]) -> None:
     axes.set_yscale("log", nonpositive="mask")
     low, high = positive.min(), positive.max()
     axes.set_ylim(low / 1.15, high * 1.15)
-    narrow = high / low < 30
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    if high / low < EVEN:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

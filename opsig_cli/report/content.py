@@ -18,6 +18,7 @@ from opsig_cli.studies import comparing, missing
 from opsig_cli.studies.clustering import explaining
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.clustering.records import by_strength, established
+from opsig_cli.studies.clustering.selecting import Selection
 from opsig_cli.studies.numbers import in_unit, loss_unit
 from opsig_cli.trajectory.file import Trajectory
 
@@ -28,11 +29,12 @@ OPENING = 6
 
 
 def gather(
-    run: Trajectory, found: Found, records: Sequence[Mapping[str, Any]], task: str | None, warnings: Sequence[str] = (),
-    branches: Sequence[Mapping[str, Any]] = (),
+    run: Trajectory, found: Found, records: Sequence[dict[str, Any]], task: str | None, warnings: Sequence[str] = (),
+    branches: Sequence[Mapping[str, Any]] = (), chosen: Selection | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that the template names, from the groups found and the records `cluster` would print of them.
 
+    `chosen`: the pairs to list and to show, all by default; the numbers under the opening are of all.
     `branches`: of the run, as `lineage` found them; `warnings`: what was said while the task was opened.
     """
     clusters, window = found.clusters, found.clusters.window
@@ -48,7 +50,8 @@ def gather(
     curvature = run_facts.curvature_of(run, rise)
     unit = loss_unit(run)
     most = TEXT_PAIRS if run.has("samples/text") else PAIRS
-    shown = [show_pair(run, clusters, samples, loss, pair) for pair in pairs[:most]]
+    listed = by_strength((chosen or Selection()).pairs(records))
+    shown = [show_pair(run, clusters, samples, loss, pair) for pair in listed[:most]]
     vectors, alone = show_vectors(run, rise, samples), tables.alone(clusters, samples, groups)
     movers = tables.movers(run, found, samples)
     members = tables.members(run, window, records, samples)
@@ -86,7 +89,8 @@ def gather(
         "contributions": tables.contributions(explained, pairs),
         "pairs": shown,
         "linked": [pair.record["pair"] for pair in shown],
-        "overview": pairs,
+        "overview": listed,
+        "left_out": len(pairs) - len(listed),
         "alone": alone,
         "alone_count": sum(group["pair"] is None for group in groups),
         "movers": movers,

@@ -10,7 +10,7 @@ from typing import Any
 from opsig_cli.errors import UsageError
 from opsig_cli.report import content, page
 from opsig_cli.studies.branching import lineage
-from opsig_cli.studies.clustering import finding, keeping
+from opsig_cli.studies.clustering import finding, keeping, selecting
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.results import Note, Progress
 from opsig_cli.trajectory.checking import without_damage
@@ -31,12 +31,14 @@ class Made:
 
 def make(
     run: Trajectory, path: Path, command: str, *, by: str | None = None, top: int | None = None,
-    branches: Sequence[str] | None = None, task: str | None = None, device: str | None = None,
-    backend: str | None = None, allow_changed_data: bool = False, replace: bool = False, note: Note, progress: Progress,
+    branches: Sequence[str] | None = None, chosen: selecting.Selection | None = None, task: str | None = None,
+    device: str | None = None, backend: str | None = None, allow_changed_data: bool = False, replace: bool = False,
+    note: Note, progress: Progress,
 ) -> Made:  # fmt: skip
     """Find a run's groups and write the page of them to `path`; `command`: the one that made it, for the page.
 
-    `branches`: files of branches to list, None for those in the run's folder. Raises OpsigError where the page cannot
+    `branches`: files of branches to list, None for those in the run's folder; `chosen`: the
+    pairs to show, all by default. Raises OpsigError where the page cannot
     be written, or groups cannot be found.
     """
     if by not in (None, *finding.BY):
@@ -61,7 +63,7 @@ def make(
             run, by, top, task, device, backend, warn, progress, note, allow_changed_data=allow_changed_data
         )  # fmt: skip
         written = clustered.records(run, found.clusters)
-        return found, written, content.gather(found.whole(run), found, written, task, [*damage, *said], beside)
+        return found, written, content.gather(found.whole(run), found, written, task, [*damage, *said], beside, chosen)
 
     found, written, shown = without_damage(work, damage.append)
     size = page.write(path, page.render(shown, command))

@@ -10,7 +10,8 @@ import numpy as np
 
 from opsig_cli.report.images import LARGEST, SMALL, thumbnail
 from opsig_cli.studies.clustering.clusters import Clusters
-from opsig_cli.studies.drawing import Pictures, predictions_at
+from opsig_cli.studies.drawing import predictions_at
+from opsig_cli.studies.pictures import Pictures
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.texts import context
 

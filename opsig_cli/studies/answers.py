@@ -5,7 +5,9 @@ Functions of the records that the command prints. `run` is the trajectory's path
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import re
 import shlex
 from collections import Counter
@@ -17,6 +19,7 @@ import numpy as np
 
 from opsig_cli.studies.clustering.records import by_strength, established
 from opsig_cli.studies.clustering.sentences import describe
+from opsig_cli.studies.filled import targets_of
 from opsig_cli.studies.numbers import percent, short, with_unit
 from opsig_cli.studies.trained import settings_of
 from opsig_cli.trajectory.file import Trajectory
@@ -72,15 +75,19 @@ def mined(records: Sequence[Record], run: str, unit: str, task: str | None = Non
     said = []
     if broken:
         more = f" and of {len(broken) - 1} more" if len(broken) > 1 else ""
-        said.append(f"the loss of sample {broken[0]['sample']} is not finite from step {broken[0]['step']} on{more}")
-    if not movers:
+        when = f"at step {broken[0]['step']}" if broken[0].get("recovers") else f"from step {broken[0]['step']} on"
+        said.append(f"the loss of sample {broken[0]['sample']} is not finite {when}{more}")
+    if not any(r["score"] for r in movers):
         return Answer("; ".join([*said, "no sample moves"]))
     first = movers[0]
     labels = Counter(r["label"] for r in movers if r["label"] is not None)
     mostly = ", ".join(f"{count} x {short(label)}" for label, count in labels.most_common(3))
-    who = f"{len(movers)} samples" + (f", mostly {mostly}" if len(movers) > labels.total() / 2 and mostly else "")
+    who = f"{len(movers)} sample{'s' * (len(movers) > 1)}" + (
+        f", mostly {mostly}" if len(movers) > labels.total() / 2 and mostly else ""
+    )
     change = with_unit(f"{first['loss_before']:.3g} -> {first['loss_after']:.3g}", unit)
-    said.append(f"{who}; sample {first['sample']} moves most, {change} at step {first['step']}")
+    named = f" ({short(first['name'])})" if "name" in first else ""
+    said.append(f"{who}; sample {first['sample']}{named} moves most, {change} at step {first['step']}")
     return Answer("; ".join(said), command("cluster", run, task=task))
 
 
@@ -107,18 +114,25 @@ def sighted(
     for record in sorted(movers, key=lambda r: -(r["share"] or 0)):
         if carried >= MOST:
             break
-        carried, rows = carried + (record["share"] or 0), [*rows, str(record["sample"])]
+        carried, rows = carried + (record["share"] or 0), [*rows, str(record.get("name", record["sample"]))]
     named = ", ".join(rows[:TOLD_ROWS]) + (f" and {len(rows) - TOLD_ROWS} more" if len(rows) > TOLD_ROWS else "")
-    return Answer(f"{len(rows)} rows carry {carried:.0%} of what step {step} exceeds the expected: {named}", follow)
+    part = f"{carried:.0%}" if carried < 0.995 else "all"  # others lie below the expected
+    verb = "rows carry" if len(rows) > 1 else "row carries"
+    return Answer(f"{len(rows)} {verb} {part} of what step {step} exceeds the expected: {named}", follow)
 
 
 def clustered(
-    records: Sequence[Record], run: str, task: str | None, since: int | None, fork: tuple[int, int] | None
+    records: Sequence[Record],
+    run: str,
+    task: str | None,
+    since: int | None,
+    fork: tuple[int, int] | None,
+    output: str = "branch.h5",
 ) -> Answer:
     """Of `cluster`: which pairs are established, which is the strongest, and since when losses alternate.
 
     `fork`: a checkpoint and a number of steps with which the strongest pair can be left out, where the run can be
-    trained on.
+    trained on; `output`: a file for that.
     """
     for record in records:
         if record["kind"] == "sample":  # that is what was asked
@@ -143,7 +157,7 @@ def clustered(
         )
         found += f"{best['reason']}{started}"
     if fork is not None and best["by"] != "loss":
-        name, drop = "branch", ("--drop", f"pair:{best['pair']}", "-o", "branch.h5")
+        name, drop = "branch", ("--drop", f"pair:{best['pair']}", "-o", output)
         return Answer(found, command(name, run, "--from", str(fork[0]), "--steps", str(fork[1]), *drop, task=task))
     return Answer(found, command("report", run, task=task))
 
@@ -165,7 +179,14 @@ def _told(pair: Record) -> str:
 
 def of_clusters(run: Trajectory, found: Found, records: Sequence[Record], task: str | None) -> Answer:
     """Of the records of `cluster`, from the run that they are of, which is open, and what was found in it."""
-    return clustered(records, run.path, task, _since(run, found), _fork(run, records))
+    return clustered(records, run.path, task, _since(run, found), _fork(run, found, records), unused("branch.h5"))
+
+
+def unused(path: str) -> str:
+    """A path of which there is no file yet, by a number behind its name, so that a command to write it runs."""
+    stem, suffix = os.path.splitext(path)
+    numbered = (f"{stem}-{number}{suffix}" for number in itertools.count(2))
+    return path if not os.path.exists(path) else next(each for each in numbered if not os.path.exists(each))
 
 
 def _since(run: Trajectory, found: Found) -> int | None:
@@ -174,22 +195,37 @@ def _since(run: Trajectory, found: Found) -> int | None:
     return None if begin is None else int(run.steps("losses")[found.movers.first + begin])
 
 
-def _fork(run: Trajectory, records: Sequence[Record]) -> tuple[int, int] | None:
-    """A checkpoint, and a number of steps from it on, that show the strongest pair's swing; None where the run cannot
-    be trained on."""
+def _fork(run: Trajectory, found: Found, records: Sequence[Record]) -> tuple[int, int] | None:
+    """A checkpoint, and a number of steps from it on, in which the loss of all but the strongest pair's samples rises
+    most, or the pair swings where it never rises; None where the run cannot be trained on."""
     pairs = by_strength(record for record in records if record["kind"] == "pair")
     settings = settings_of(run)
     if not pairs or settings is None or not run.has("checkpoints/params") or not settings.task or settings.untold():
         return None
-    swings = pairs[0]["apart_step"] or pairs[0]["rise_step"]
+    swings = _rise_of_others(run, found, pairs[0]) or pairs[0]["apart_step"] or pairs[0]["rise_step"]
     before = [step for step in run.steps("checkpoints").tolist() if step < swings]
     return None if not before else (before[-1], max(20, swings - before[-1] + 10))
 
 
-def sharp(records: Sequence[Record], run: str, task: str | None, rates: Mapping[int, float]) -> Answer:
+def _rise_of_others(run: Trajectory, found: Found, pair: Record) -> int | None:
+    """The step of the window at which the loss of all but a pair's samples rises most, None where it never does."""
+    clusters, first = found.clusters, found.clusters.window.first - found.movers.first
+    steps_T = clusters.window.steps_T
+    mean_T = found.movers.movement.mean_T[first : first + len(steps_T)]
+    inside = np.isin(clusters.grouping.group_M, [group - 1 for group in pair["groups"]])
+    if clusters.losses_TM.shape[0] != len(steps_T) or len(mean_T) != len(steps_T):  # of sightings
+        return None
+    others_T = mean_T * targets_of(run).sum() - clusters.losses_TM[:, inside].sum(1, dtype=np.float64)
+    rises = np.nan_to_num(np.diff(others_T), nan=-np.inf)
+    return int(steps_T[rises.argmax() + 1]) if len(rises) and rises.max() > 0 else None
+
+
+def sharp(
+    records: Sequence[Record], run: str, task: str | None, rates: Mapping[int, float], batch: str | None = None
+) -> Answer:
     """Of `sharpness`: whether the learning rate is above the threshold, and since when; or what the metrics show.
 
-    `rates`: the learning rate by step.
+    `rates`: the learning rate by step; `batch`: what the run's minibatches are, None where its batches are full.
     """
     if not records:
         return Answer("nothing was measured")
@@ -199,7 +235,7 @@ def sharp(records: Sequence[Record], run: str, task: str | None, rates: Mapping[
     if first.get("kind") == "eigenvector":
         return Answer(records[0]["sentence"], command("cluster", run, "--by", "slope", task=task))
     if "eigenvalue" in first:
-        return _against_threshold([r for r in records if r["rank"] == 1], run, task, rates)
+        return _against_threshold([r for r in records if r["rank"] == 1], run, task, rates, batch)
     if "sample" in first:
         return Answer(_metrics(records), command("cluster", run, task=task))
     last = records[-1]
@@ -210,7 +246,9 @@ def sharp(records: Sequence[Record], run: str, task: str | None, rates: Mapping[
     return Answer(f"at step {last['step']} {', '.join(parts)}", command("sharpness", run, task=task))
 
 
-def _against_threshold(top: Sequence[Record], run: str, task: str | None, rates: Mapping[int, float]) -> Answer:
+def _against_threshold(
+    top: Sequence[Record], run: str, task: str | None, rates: Mapping[int, float], batch: str | None
+) -> Answer:
     known = [r for r in top if r["threshold"] is not None and math.isfinite(r["threshold"]) and r["threshold"] > 0]
     last = top[-1]
     if not known:
@@ -220,6 +258,7 @@ def _against_threshold(top: Sequence[Record], run: str, task: str | None, rates:
         most = max(known, key=lambda r: r["eigenvalue"] / r["threshold"])
         found = f"the learning rate is below the stability threshold at all {len(known)} steps measured: sharpness at "
         found += f"most {most['eigenvalue']:.3g} against {most['threshold']:.3g}, at step {most['step']}"
+        found += f". The threshold is that of full batches: {batch} can be unstable below it" if batch else ""
         return Answer(found, command("mine", run))
     since = above[0]
     rate = rates.get(since["step"])
@@ -316,7 +355,8 @@ def described(record: Record, task: str | None = None) -> Answer:
     run, groups = record["trajectory"], record["groups"]
     has = [name for name in ("losses", "checkpoints", "sharpness", "floor", "slopes") if name in groups]
     state = record["state"] or "of no stated state"
-    found = f"a run of {record['samples']:,} samples to step {record['steps']}, {state}"
+    count, last = record["samples"], record["steps"]
+    found = f"a run of {count:,} sample{'s' * (count != 1)}{'' if last is None else f' to step {last}'}, {state}"
     seen = record.get("sightings")
     if seen:
         has.insert(0, f"{seen:,} sightings of samples' losses")
@@ -330,7 +370,7 @@ def described(record: Record, task: str | None = None) -> Answer:
 
 def simulated(record: Record, what: str, path: str | None) -> Answer:
     """Of `simulate`: how the sharpness went, and whether the theorems' conclusions hold."""
-    follow = command("cluster", path) if path else shlex.join(["opsig", "simulate", what, "-o", f"{what}.h5"])
+    follow = command("cluster", path) if path else shlex.join(["opsig", "simulate", what, "-o", unused(f"{what}.h5")])
     if record.get("diverged_at") is not None:
         return Answer(f"descent diverges at step {record['diverged_at']}", follow)
     crossing = record["crossing_step"]

@@ -52,6 +52,8 @@ def stop(recorder: Recorder, session: Session, training: Training, latest: State
     keeps = f"{run.path} keeps this row, and the state at step {kept}"
     if 0 < len(samples) <= session.samples / 2:
         raise OpsigError(f"{words}: the {of} of {named(run, samples)} is not. {keeps}. Look at this part of the data")
+    if not step:  # nothing has been trained yet
+        raise OpsigError(f"{words}. {keeps}. Look at the first weights, the data and the scale of losses()")
     raise OpsigError(f"{words}. {keeps}. Try a learning rate below {training.learning_rate:g}")
 
 

@@ -33,7 +33,7 @@ from opsig_cli.studies import (
     tracking,
 )
 from opsig_cli.studies.branching import changes, flow, fork, naming, request
-from opsig_cli.studies.clustering import agreement, explaining, finding, keeping, neighbours
+from opsig_cli.studies.clustering import agreement, explaining, finding, keeping, neighbours, selecting
 from opsig_cli.studies.clustering import records as clustered
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.filled import filled
@@ -116,10 +116,10 @@ def mine(
 def cluster(
     run: Run, *, by: str | None = None, top: int | None = None, window: str | None = None, join: bool | None = None,
     sketch: int | None = None, explain: int | None = None, truth: bool = False, test: str = "replay",
-    budget: int | None = None, replace: bool = False, sample: int | None = None,
-    records: Sequence[dict[str, Any]] | None = None, task: str | None = None, device: str | None = None,
-    backend: str | None = None, allow_changed_data: bool = False,
-    note: Note = quietly, progress: Progress = unseen,
+    budget: int | None = None, replace: bool = False, sample: int | None = None, verdict: Sequence[str] = (),
+    pair: Sequence[int] = (), records: Sequence[dict[str, Any]] | None = None, task: str | None = None,
+    device: str | None = None, backend: str | None = None, allow_changed_data: bool = False, note: Note = quietly,
+    progress: Progress = unseen,
 ) -> Records:  # fmt: skip
     """Groups of samples that move together and the pairs that oppose: records of kind "pair", "group" and "member".
 
@@ -132,23 +132,26 @@ def cluster(
     planted; `test`: "replay" repeats training with a pair's samples silent, for at most `budget` steps in all,
     "held-out" looks at checkpoints that had no part in finding it, "none" leaves both out of the verdict; `sample`: add
     one record of kind "sample" that says which groups are against this sample, and of kind "neighbour" those of its
-    nearest opponents and allies. What was
-    found with the same options, and nothing has changed since, is read from the file, unless `replace`; of a `run` that
-    is a path it is kept there.
+    nearest opponents and allies; `verdict`, `pair`: give and draw the pairs of these verdicts or numbers alone, with
+    their groups and members. What was found with the same options, and nothing has changed since, is read from the
+    file, unless `replace`; of a `run` that is a path it is kept there.
     """
+    chosen = selecting.Selection(verdict, pair)
+    if chosen and sample is not None:
+        raise UsageError("--sample is of one sample's opponents. Leave --verdict and --pair out")
     return _cluster(
-        run, keeping.Keeper(replace), by, top, window, join, sketch, explain, truth, test, budget, sample, records,
-        task, device, backend, allow_changed_data, note, progress,
+        run, keeping.Keeper(replace), by, top, window, join, sketch, explain, truth, test, budget, sample, chosen,
+        records, task, device, backend, allow_changed_data, note, progress,
     )  # fmt: skip
 
 
 def _cluster(
     run: Run, keeper: keeping.Keeper, by: str | None, top: int | None, window: str | None, join: bool | None,
     sketch: int | None, explain: int | None, truth: bool, test: str, budget: int | None, sample: int | None,
-    records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None, backend: str | None,
-    allow_changed_data: bool, note: Note, progress: Progress,
+    chosen: selecting.Selection, records: Sequence[dict[str, Any]] | None, task: str | None, device: str | None,
+    backend: str | None, allow_changed_data: bool, note: Note, progress: Progress,
 ) -> Records:  # fmt: skip
-    from opsig_cli.studies import drawing
+    from opsig_cli.studies import describing, drawing
 
     if by not in (None, *finding.BY):
         raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
@@ -159,6 +162,8 @@ def _cluster(
     samples = None if records is None else _samples_of(records)
     span = parse_range(window, "--window") if window else mining.mined_window(records or [])
     damage: list[str] = []
+    if not isinstance(run, Trajectory):
+        describing.renew(run, task, note)
     with opened(run) as trajectory:
         if sample is not None:
             mining.positions_of(trajectory, [sample])  # refused before anything is loaded
@@ -188,6 +193,7 @@ def _cluster(
         answer, unit = answers.of_clusters(trajectory, found, written, task), loss_unit(trajectory)
     if not isinstance(run, Trajectory):
         keeper.keep(trajectory.path)
+    written = chosen.of(written)
     clusters, notes = found.clusters, list(found.notes)
     if explain is not None and not clusters.window.steps_T[0] <= explain <= clusters.window.steps_T[-1]:
         first, last = clusters.window.steps_T[[0, -1]].tolist()
@@ -197,6 +203,9 @@ def _cluster(
             f"grouped are the {len(samples)} samples of the records alone: opsig cluster {trajectory.path} also takes "
             "those with the largest gradients, so that its groups and pairs can have other numbers"
         )
+    if chosen and clusters.pairs:
+        shown = sum(record["kind"] == "pair" for record in written)
+        notes.append(f"of {len(clusters.pairs)} pairs {shown or 'none'} {'is' if shown < 2 else 'are'} {chosen.words}")
     if not clusters.pairs:
         more = "Mine more: opsig mine --top" if records else "Look at more: --top, or other steps: --window"
         notes.append(f"no opposing pair was found among {len(clusters.position)} samples. {more}")
@@ -206,7 +215,7 @@ def _cluster(
             whole = found.whole(again) if found.view is None else measured.again(found.view, again)
             if near is not None:
                 return drawing.draw_neighbours(whole, clusters, near, written)
-            return drawing.draw_pairs(whole, clusters, written)
+            return drawing.draw_pairs(whole, clusters, written, len(clusters.pairs), bool(chosen))
 
     return Records(written, notes=notes, damage=damage, title=trajectory.path, draw=draw, answer=answer, unit=unit)
 
@@ -312,7 +321,7 @@ def sharpness(
                 )
 
         written = without_damage(work, damage.append)
-        rates = _rates(trajectory)
+        rates, minibatches = _rates(trajectory), _minibatches(trajectory)
     if isinstance(written, Records):
         return written
     measured = ("residual", "sample_sharpness_residual")
@@ -329,10 +338,18 @@ def sharpness(
         title += ": preconditioned Hessian"
     if any(record.get("at") == "floor" for record in written):
         title += ", at the floor of the valley"
-    answer = answers.sharp(written, trajectory.path, task, rates)
+    answer = answers.sharp(written, trajectory.path, task, rates, minibatches)
     if divided and answer:
         answer = answers.Answer(answer.found, answers.command("merge", trajectory.path, str(output)))
     return Records(written, notes=notes, damage=damage, title=title, draw=draw, answer=answer)
+
+
+def _minibatches(run: Trajectory) -> str | None:
+    """What the run's minibatches are, in words; None where its batches are full, or it does not say."""
+    settings = settings_of(run)
+    if settings is None or settings.batch_size is None:
+        return None
+    return f"batches of {settings.batch_size:,}" if settings.batch_size else "minibatches"
 
 
 def _rates(run: Trajectory) -> dict[int, float]:
@@ -453,7 +470,8 @@ def branch(
             note(f"groups are those of: opsig cluster {trajectory.path}")
             found = _cluster(
                 trajectory, keeping.Keeper(any_of=("test", "budget")), None, None, None, None, None, None, False,
-                "replay", 0, None, None, task, device, backend, allow_changed_data, note, progress,
+                "replay", 0, None, selecting.Selection(), None, task, device, backend, allow_changed_data, note,
+                progress,
             )  # fmt: skip
             damage.extend(found.damage)
             return found

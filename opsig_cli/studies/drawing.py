@@ -12,7 +12,6 @@ from opsig_cli.analysis.density import smoothed_density
 from opsig_cli.figures.alignment import alignment_block
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
-from opsig_cli.studies import mining as finding
 from opsig_cli.studies.branching.effects import Line, Panel
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.neighbours import Near
@@ -23,6 +22,7 @@ from opsig_cli.studies.curvature import SAMPLE_METRICS
 from opsig_cli.studies.filled import mean_losses
 from opsig_cli.studies.mining import Movers
 from opsig_cli.studies.numbers import in_unit, loss_unit, percent, plus_minus
+from opsig_cli.studies.pictures import Pictures
 from opsig_cli.studies.sighted import Sighted
 from opsig_cli.trajectory import sightings
 from opsig_cli.trajectory.file import Trajectory
@@ -37,6 +37,8 @@ PAIR_TILES = 15
 """Pictures of each group of a pair."""
 PANELS = 4
 """Pairs that are drawn, the established ones first, then by verdict those that move most; all are in the matrix."""
+CHOSEN = 24
+"""The same of pairs that were asked for by verdict or number."""
 ZOOM = 40
 """Steps of the close-up."""
 
@@ -67,7 +69,7 @@ def draw_movers(run: Trajectory, movers: Movers, records: list[dict[str, Any]]) 
         tiles = [
             pictures.tile(
                 int(movers.position[rank]), records[rank]["prediction_before"], records[rank]["prediction_after"],
-                f"at {records[rank]['step']}",
+                f"step {records[rank]['step']}",
             )
             for rank in chosen[:TILES]
         ]  # fmt: skip
@@ -79,7 +81,8 @@ def draw_movers(run: Trajectory, movers: Movers, records: list[dict[str, Any]]) 
     recorded = run.steps("losses")
     looked = recorded[movers.first : movers.first + len(movers.movement.mean_T)]
     title = titled(run, looked, f"the {len(records)} samples that move most, by {movers.score_name}")
-    said = "under a picture: label, what it was taken for before and after its largest change, its index, and the step"
+    said = "Of each sample: label, what it was taken for before and after its largest change, its index, and the step"
+    said += f". {pictures.words}" if pictures.words else ""
     if len(looked) < len(recorded):
         said += f". The run has losses of {spanned(recorded)}"
     return movers_figure(
@@ -108,21 +111,29 @@ def draw_sighted(run: Trajectory, found: Sighted, records: list[dict[str, Any]])
             seen = sightings.of_samples(run, ids[found.rows["place"][shown[:TILES]]])
             points.append(Points(title, seen.step, seen.loss.astype(np.float64)))
     centre = int(np.median(found.rows["step"])) if len(found.rows) else int(found.steps_T[-1])
-    title = f"{Path(run.path).name}: samples seen in batches, by {found.score_name}"
+    steps = sorted({record["step"] for record in records})
+    what = f"rows of the batch of step {steps[0]}" if len(steps) == 1 else "samples seen in batches"
+    title = f"{Path(run.path).name}: {what}, by {found.score_name}"
     return seen_figure(
         sheets, found.steps_T, found.means_T, found.trend.before, points, close_up(found.steps_T, centre), title
     )
 
 
-def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]]) -> Figure:
-    """Every opposing pair: the two groups' pictures, and their mean losses against the whole loss."""
+def draw_pairs(
+    run: Trajectory, clusters: Clusters, records: list[dict[str, Any]], count: int, chosen: bool = False
+) -> Figure:
+    """Every opposing pair: the two groups' pictures, and their mean losses against the whole loss.
+
+    `count`: of all pairs; `chosen`: draw all those of the records, which were asked for, up to CHOSEN.
+    """
     pictures = Pictures(run)
     window, found = clusters.window, clusters.grouping
     rise = int(window.steps_T[window.rise_row])
     steps = run.steps("losses")
     panels = []
     pairs = by_strength(record for record in records if record["kind"] == "pair")
-    for record in pairs[:PANELS]:
+    most = CHOSEN if chosen else PANELS
+    for record in pairs[:most]:
         groups = [group - 1 for group in record["groups"]]
         centre = rise if record["apart_step"] is None else record["apart_step"]
         before, after = (predictions_at(run, step) for step in (centre - 1, centre))
@@ -150,14 +161,18 @@ def draw_pairs(run: Trajectory, clusters: Clusters, records: list[dict[str, Any]
         panels.append(PairPanel(title, sides[0], sides[1], close_up(steps, centre)))
     whole = mean_losses(run)
     title = titled(run, steps, "pairs of groups whose losses pull against each other")
-    if len(pairs) > PANELS:
-        title += f", the first {PANELS} of {len(pairs)}"
+    if len(panels) < count:
+        title += f", {len(panels)} of {count}"
     mixes = {record["group"]: record["labels"] or {"": 1} for record in records if record["kind"] == "group"}
     names = [f"G{group} {next(iter(mix))}".strip() for group, mix in sorted(mixes.items())]
+    place = {group - 1: at for at, group in enumerate(sorted(mixes))}
+    group_M = np.array([place.get(int(group), -1) for group in found.group_M], np.int64)
+    framed = [(place[a - 1], place[b - 1]) for a, b in (record["groups"] for record in pairs)]
     kind = "correlation of loss changes" if clusters.by == "loss" else "cosine of gradients"
-    matrix = alignment_block(clusters.similarity_MM, found.group_M, names, found.pairs(), kind)
+    matrix = alignment_block(clusters.similarity_MM, group_M, names, framed, kind)
     return pairs_figure(
-        panels, steps, whole, title, close_up(steps, rise), matrix if names else [], _how(clusters),
+        panels, steps, whole, title, close_up(steps, rise), matrix if names else [],
+        ". ".join(filter(None, (_how(clusters), pictures.words))),
         in_unit("mean loss", loss_unit(run)),
     )  # fmt: skip
 
@@ -209,7 +224,8 @@ def draw_neighbours(run: Trajectory, clusters: Clusters, near: Near, records: li
         side("nearest opponents", positions["opponents"]), steps, whole, close_up(steps, centre),
         titled(run, steps, f"sample {own['sample']}, its allies and its opponents"),
         f"{own['sentence']}. Under each picture: its {measure} with the sample; predictions around step {centre}, at "
-        "which the sample's loss changes most", in_unit("loss", loss_unit(run)),
+        "which the sample's loss changes most" + (f". {pictures.words}" if pictures.words else ""),
+        in_unit("loss", loss_unit(run)),
     )  # fmt: skip
 
 
@@ -364,29 +380,6 @@ def draw_branches(panels: Sequence[Panel], run: str, unit: str = "") -> Figure:
 
 def _run_name(path: str) -> str:
     return Path(path).name
-
-
-class Pictures:
-    """What a person sees of each sample: its picture or text, its label, and names for its predictions."""
-
-    def __init__(self, run: Trajectory):
-        self._pictures = next((run.read(n) for n in ("samples/thumbnail", "samples/text") if run.has(n)), None)
-        self._labels = run.read("samples/label") if run.has("samples/label") else None
-        self._names = run.read("class_name") if run.has("class_name") else None
-        self._ids = run.samples
-
-    def tile(self, position: int, before: Any, after: Any, caption: str = "") -> Tile:
-        """The tile of the sample in this column."""
-        picture = None if self._pictures is None else self._pictures[position]
-        label = None if self._labels is None else str(self._labels[position])
-        was, now = (None if name is None else str(name) for name in (before, after))
-        return Tile(
-            str(picture) if isinstance(picture, str) else picture, label, was, now, caption, int(self._ids[position])
-        )
-
-    def name(self, predictions: np.ndarray | None, position: int) -> Any:
-        """The predicted class of the sample in this column."""
-        return None if predictions is None else finding.class_name(self._names, predictions[position])
 
 
 def predictions_at(run: Trajectory, step: int) -> np.ndarray | None:

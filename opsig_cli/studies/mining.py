@@ -105,7 +105,7 @@ def _find(
         return _movers(run, last - 1, last + 1, "change", count, direction, known)
     first, stop = window_rows(run, steps, window)
     if stop - first < 2:
-        raise OpsigError(f"{run.path} has {stop - first} steps with losses in this window; at least two are needed")
+        raise OpsigError(f"{run.path} has one step with losses in this window; at least two are needed")
     if score == "surprise" and stop - first < mining.WIDTH + 2:
         raise OpsigError(f"{run.path} has {stop - first} steps here, and surprise needs {mining.WIDTH + 2}")
     if score not in (None, "oscillation"):
@@ -128,6 +128,8 @@ def _find(
 
 
 def _worst(steps: np.ndarray, movers: Movers) -> str:
+    if not movers.movement.score.any():
+        return "no loss changes, so that the order says nothing"
     rises = np.diff(movers.movement.mean_T)
     row = int(rises.argmax())
     return f"the whole loss rose most at step {steps[row + 1]}" if rises[row] > 0 else "the whole loss never rose"
@@ -174,7 +176,7 @@ def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> l
     """
     steps = run.steps("losses")
     ids = run.samples
-    labels = missing.labels_of(run)
+    labels, names = missing.labels_of(run), missing.names_of(run)
     previous = movers.row - 1 if movers.known is None else measured_before(run, movers.position, movers.row)
     before, after = predictions_around(run, movers)
     moved = movers.movement
@@ -191,6 +193,7 @@ def records(run: Trajectory, movers: Movers, share_step: int | None = None) -> l
             "trajectory": run.path,
             "rank": rank + 1,
             "sample": int(ids[position]),
+            **missing.name_of(names, position),
             "step": int(steps[row]),
             "previous_step": int(steps[previous[rank]]),
             "direction": "up" if change > 0 else "down",

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from opsig_cli import backends, tasks
 from opsig_cli.backends import Session, Snapshot, State, Training
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
-from opsig_cli.studies import divergence, tracking
+from opsig_cli.studies import describing, divergence, tracking
 from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory import external
 from opsig_cli.trajectory.checking import without_damage
@@ -28,11 +28,6 @@ from opsig_cli.trajectory.file import Trajectory, check_new, open_trajectory
 from opsig_cli.trajectory.recorder import Recorder
 from opsig_cli.trajectory.states import check_samples, read_state, write_layout
 
-INPUTS = 4
-"""Numbers of a regression's input, and of its target, up to which a person sees them instead of a picture."""
-THUMBNAIL_BYTES = 64 << 20
-"""Pictures of all samples are kept in the file up to this total; larger ones stay with the task."""
-THUMBNAIL_SIDE = 64
 SHARPNESS_TOLERANCE = 1e-2
 """Enough for the eigenvalue, whose error goes with the residual's square. Each solve begins anew, so that a resumed run
 measures the same bits: from the last one's memory it would take 2% to 25% fewer products (measured on MLPs), and every
@@ -134,7 +129,7 @@ def new_recorder(
     count = session.samples
     check_batch(settings, session)
     check_new(path, replace)
-    about = _description(session, task)
+    about = _about(session, task)
     recorder = Recorder(
         path,
         count,
@@ -154,26 +149,15 @@ def describe(recorder: Recorder, settings: Settings, session: Session, task: tas
     run = recorder.run
     told = {"task": str(spec), "task_source": spec.source, "task_sha256": spec.digest}
     run.set_attributes(**(provenance(settings, session) | told))
-    for name, values in _description(session, task).items():
+    for name, values in _about(session, task).items():
         if not run.has(name):
             run.write(name, values)
     run.commit()
 
 
-def _description(session: Session, task: tasks.Task) -> dict[str, np.ndarray]:
-    """What the samples are, by the datasets that say it."""
-    count = session.samples
-    labels, classes = tasks.labels(task, count), getattr(task, "classes", None)
-    found = {} if labels is None else {"samples/label": np.array(labels, dtype=str)}
-    if classes is not None:
-        found["class_name"] = np.array(classes, dtype=str)
-    for name in ("truth", "feature"):
-        planted = getattr(task, name, None)
-        if planted is not None:
-            found[f"samples/{name}"] = np.asarray(planted())
-    if not (targets := backends.targets_of(session)).all():
-        found["samples/target"] = targets.astype(np.uint8)
-    return found | _pictures(task, count)
+def _about(session: Session, task: tasks.Task) -> dict[str, np.ndarray]:
+    """What all samples are, by the datasets that say it."""
+    return describing.description(task, range(session.samples), backends.targets_of(session))
 
 
 def _describe(run: Trajectory, session: Session, about: dict[str, np.ndarray]) -> None:
@@ -243,7 +227,7 @@ def resume_point(
     a run that did not begin with its seed.
     """
     if not recorder.run.has("layout/name"):
-        _describe(recorder.run, session, _description(session, task))
+        _describe(recorder.run, session, _about(session, task))
     if recorder.run.has(external.EXTENTS):
         raise OpsigError(
             f"{recorder.run.path} keeps its checkpoints in other files, and takes none into itself. Import the run "
@@ -309,52 +293,3 @@ def _git_commit() -> str | None:
     except OSError:
         return None
     return found.stdout.strip() if found.returncode == 0 else None
-
-
-def _pictures(task: tasks.Task, count: int) -> dict[str, np.ndarray]:
-    """Every sample's picture or text, to be kept in the file, so that figures need neither the task nor its data."""
-    render = getattr(task, "render", None)
-    if render is None:
-        return _regression(task, count)
-    first = render(0)
-    if isinstance(first, str):
-        return {"samples/text": np.array([render(i) for i in range(count)])}
-    shape = _thumbnail(first).shape
-    if count * math.prod(shape) > THUMBNAIL_BYTES:
-        return {}
-    pictures = np.zeros((count, *shape), np.uint8)
-    for i in range(count):
-        picture = _thumbnail(render(i))
-        if picture.shape != shape:
-            return {}  # pictures of several sizes stay with the task
-        pictures[i] = picture
-    return {"samples/thumbnail": pictures}
-
-
-def _regression(task: tasks.Task, count: int) -> dict[str, np.ndarray]:
-    """The few inputs and the target of every sample of a regression without pictures: what a person sees of it."""
-    if hasattr(task, "classes") or hasattr(task, "predictions"):
-        return {}
-    dataset = getattr(task, "dataset", None)
-    if dataset is None:
-        return {}
-    data = cast(Any, dataset())
-    texts = []
-    for i in range(count):
-        item = data[i]
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            return {}
-        x, y = (np.atleast_1d(np.asarray(part)) for part in item)
-        if x.size > INPUTS or y.size > INPUTS or not all(part.dtype.kind == "f" for part in (x, y)):
-            return {}
-        given, target = (", ".join(f"{value:+.3g}" for value in part.ravel().tolist()) for part in (x, y))
-        texts.append(f"x = {given}\ny = {target}")
-    return {"samples/text": np.array(texts)}
-
-
-def _thumbnail(picture: Any) -> np.ndarray:
-    if max(picture.size) > THUMBNAIL_SIDE:
-        picture = picture.copy()
-        picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    pixels = np.asarray(picture)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -5,6 +5,7 @@ S samples, N of them given. Arrays may be tensors of torch with gradients, on an
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,12 +55,24 @@ def as_texts(name: str, values: Sequence[Any], count: int | None = None) -> np.n
     """Text, one a sample where `count` says how many."""
     if isinstance(values, str | bytes):
         raise OpsigError(f"{name} must be a list of text, not text")
-    texts = [str(value) for value in values]
+    texts = [as_text(name, value) for value in values]
     if count is not None and len(texts) != count:
         raise OpsigError(f"{name} has {len(texts):,} entries, and there are {count:,} samples")
     if not texts:
         raise OpsigError(f"{name} is empty")
     return np.array(texts, dtype=str)
+
+
+def as_text(name: str, value: Any) -> str:
+    """Text that a file can hold."""
+    text = str(value)
+    if "\0" in text:
+        raise OpsigError(f"{name}: {text!r:.60} holds a NUL character, and cannot be written")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OpsigError(f"{name}: {text!r:.60} is not valid Unicode, and cannot be written") from error
+    return text
 
 
 def as_losses(losses: Any, count: int) -> np.ndarray:
@@ -92,10 +105,35 @@ def as_scalars(scalars: Mapping[str, Any]) -> dict[str, float]:
     for name, value in scalars.items():
         if not isinstance(name, str) or not name or len(name.encode(errors="replace")) > LONGEST_NAME:
             raise OpsigError(f"scalars: a name must be text of 1 to {LONGEST_NAME} bytes, not {name!r:.60}")
-        number = _array(f"scalars['{name}']", value)
+        number = _array(f"scalars['{as_text('scalars', name)}']", value)
         if number.size != 1 or number.dtype.kind not in "fiub":
             raise OpsigError(f"scalars['{name}'] must be one number, not {_what(number)}")
         found[name] = float(number.reshape(-1)[0])
+    return found
+
+
+def as_attributes(attributes: Any) -> dict[str, Any]:
+    """What a file says of its run: text or numbers by name; None is left out, and `_json` names take any JSON value."""
+    if not isinstance(attributes, Mapping):
+        raise OpsigError(f"attributes must be values by name, not {type(attributes).__name__}")
+    found = {}
+    for name, value in attributes.items():
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise OpsigError(f"attributes: a name must be text, not {name!r:.60}")
+        as_text("attributes", name)
+        if name.endswith("_json"):
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise OpsigError(f"attributes['{name}'] is not a JSON value: {error!s:.100}") from error
+        elif isinstance(value, str):
+            as_text(f"attributes['{name}']", value)
+        elif value is not None and _array(f"attributes['{name}']", value).dtype.kind not in "fiubS":
+            raise OpsigError(
+                f"attributes['{name}'] must be text or numbers, not {type(value).__name__}. A name that ends in _json "
+                "takes any JSON value"
+            )
+        found[name] = value
     return found
 
 
@@ -108,11 +146,15 @@ def as_vector(name: str, values: Any, dtype: type) -> np.ndarray:
 
 
 def _array(name: str, values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):  # a tensor of torch
-        values = values.detach().cpu()
-        if "bfloat16" in str(values.dtype) or "float8" in str(values.dtype):
-            values = values.float()  # numpy lacks these
     try:
+        if hasattr(values, "detach"):  # a tensor of torch
+            values = values.detach().cpu()
+            if "bfloat16" in str(values.dtype) or "float8" in str(values.dtype):
+                values = values.float()  # numpy lacks these
+        if isinstance(values, np.ma.MaskedArray) and values.mask.any():
+            if values.dtype.kind != "f":
+                raise OpsigError(f"{name} has a mask, for which {values.dtype} has no number. Give values without one")
+            values = values.filled(np.nan)  # what is masked is not known
         array = np.asarray(values)
         return array.astype(np.float32) if array.dtype.name in ("bfloat16", "float16") else array
     except (ValueError, TypeError, RuntimeError) as error:

@@ -32,6 +32,8 @@ def layout_of(model: Any) -> list[Tensor]:
         return trees.layout_of(model)
     named = [(name, "parameter" if p.requires_grad else "frozen", p) for name, p in _named(model, "parameters")]
     named += [(name, "buffer", tensor) for name, tensor in _named(model, "buffers")]
+    if lazy := [name for name, _, tensor in named if hasattr(tensor, "materialize")]:
+        raise OpsigError(f"model has '{lazy[0]}', whose shape is not known before its first batch. Show it one")
     found: list[Tensor] = []
     ends: dict[str, int] = {"parameter": 0, "frozen": 0, "buffer": 0}
     for name, kind, tensor in named:
@@ -74,5 +76,12 @@ def _named(model: Any, kind: str) -> list[tuple[str, Any]]:
 
 
 def _row(tensors: Iterable[Any], dtype: Any) -> np.ndarray:
+    tensors = list(tensors)
+    if any(tensor.is_complex() for tensor in tensors):
+        raise OpsigError(
+            "model has complex numbers, of which a file holds none. Keep them as pairs: torch.view_as_real"
+        )
+    if any(tensor.is_meta for tensor in tensors):
+        raise OpsigError("model is on the device meta, where tensors have no numbers")
     parts = [tensor.detach().cpu().double().reshape(-1).numpy().astype(dtype) for tensor in tensors]
     return np.concatenate(parts) if parts else np.empty(0, dtype)

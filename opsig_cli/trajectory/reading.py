@@ -94,7 +94,7 @@ class Reading:
         if not self.has(name):
             field = field_of(name)
             how = "Record it in a run of its own: opsig train, or opsig import CHECKPOINT... --task TASK"
-            if field.made_by:
+            if field.made_by and (name == "checkpoints/params" or self.has("checkpoints/params")):
                 how = f"Run: {field.made_by} {self.path}"
             raise OpsigError(f"{self.path} lacks {name} ({field.long_name}). {how}")
 

@@ -65,7 +65,10 @@ class Recorder:
     ):
         if resume and replace:
             raise OpsigError("resume=True goes on with a file and replace=True overwrites it. Give one of them")
+        if commit_every is not None and commit_every < 1:
+            raise OpsigError(f"commit_every is {commit_every}, and must be a number of calls, at least 1")
         ids = given.as_ids(samples)
+        stated = given.as_attributes(attributes or {})
         texts = {} if labels is None else {"samples/label": given.as_texts("labels", labels, len(ids))}
         if classes is not None:
             texts["class_name"] = given.as_texts("classes", classes)
@@ -73,11 +76,11 @@ class Recorder:
             raise OpsigError(f"{os.fspath(path)} does not exist. Leave resume=True out to begin it")
         if not resume and not replace and os.path.exists(path):
             raise OpsigError(f"{os.fspath(path)} exists. Go on with it by resume=True, or overwrite it by replace=True")
-        self._run = open_trajectory(path, "r+") if resume else create_trajectory(path, ids, attributes, replace=replace)
+        self._run = open_trajectory(path, "r+") if resume else create_trajectory(path, ids, stated, replace=replace)
         try:
             if resume:
                 _check_ids(self._run, ids)
-                self._run.set_attributes(**(attributes or {}))
+                self._run.set_attributes(**stated)
             for name, values in texts.items():
                 _write_once(self._run, name, values)
             if layout is not None:
@@ -102,6 +105,7 @@ class Recorder:
         if "checkpoints/params" in self._run._file:
             self._bfloat16 = self._run._file["checkpoints/params"].dtype.kind == "u"
         self._closed = False
+        self._process = os.getpid()
         self._looked_at: set[str] = set()
         self._uncommitted = 0
         self._frozen: np.ndarray | None = None
@@ -114,6 +118,8 @@ class Recorder:
         self.close()  # a row that was not finished does not count: see Trajectory.append
 
     def __repr__(self) -> str:
+        if not self._run._file:
+            return f"Recorder({self._run.path}: closed)"
         held = {group: self.run.steps(group) for group in ROW_GROUPS}
         said = [f"{group} at {len(s):,} steps, {s[0]} to {s[-1]}" for group, s in held.items() if len(s)]
         if seen := sightings.count(self._run) + sum(map(len, self._unwritten)):
@@ -123,6 +129,7 @@ class Recorder:
     @property
     def run(self) -> Trajectory:
         """The file, with everything that was recorded so far."""
+        self._require_open()
         self._write()
         return self._run
 
@@ -155,6 +162,7 @@ class Recorder:
         may be recorded in several calls as long as none gives what another gave. Nothing is written where OpsigError is
         raised.
         """
+        self._require_open()
         step = given.as_step(step)
         plan: list[tuple[str, dict[str, Any]]] = []
         if scalars is not None:
@@ -195,6 +203,7 @@ class Recorder:
         other samples; one that the batch drew twice counts twice. NaN is a loss that is not known. Nothing is written
         where OpsigError is raised.
         """
+        self._require_open()
         step = given.as_step(step)
         wanted = self._ids[self._places(samples, once=False)]
         values = given.as_losses(losses, len(wanted))
@@ -242,6 +251,7 @@ class Recorder:
     def rewind(self, step: int) -> None:
         """Go back to a step, as to the checkpoint that a loop continues from after a crash: what was recorded of later
         steps is dropped, at once and for good. What is recorded of `step` itself stays until it is recorded again."""
+        self._require_open()
         step = given.as_step(step)
         self._write()
         self._run.rewind(step)
@@ -253,6 +263,7 @@ class Recorder:
 
     def commit(self) -> None:
         """Make what was recorded so far durable, and visible to others."""
+        self._require_open()
         began = time.monotonic()
         self._write()
         self._run.commit()
@@ -292,13 +303,22 @@ class Recorder:
         return sightings.at(self._run, step)
 
     def close(self) -> None:
-        """Commit and close: the file is complete then."""
-        if not self._closed:
+        """Commit and close: the file is complete then. In a forked child nothing happens: the file is its parent's."""
+        if not self._closed and os.getpid() == self._process:
             self._closed = True
             try:
                 self._write()
             finally:
                 self._run.close()
+
+    def _require_open(self) -> None:
+        path = self._run.path
+        if os.getpid() != self._process:
+            raise OpsigError(
+                f"{path} is written by process {self._process}, from which this one was forked. Record there"
+            )
+        if not self._run._file:
+            raise OpsigError(f"{path} is closed. Go on with it by Recorder('{path}', ..., resume=True)")
 
     def _samples(self, losses: Any, predictions: Any, samples: Any) -> dict[str, np.ndarray]:
         """Columns of the row group `losses`, (S,) each."""
@@ -326,6 +346,8 @@ class Recorder:
         """Columns of the row group `checkpoints`."""
         if self._run.has(external.EXTENTS):
             raise OpsigError(f"{self._run.path} keeps its checkpoints in other files, and takes none into itself")
+        if not isinstance(state, State):
+            raise OpsigError(f"state must be a State, not {type(state).__name__}. A model of torch is given as model=")
         if state.step != step:
             raise OpsigError(f"state is of step {state.step}, and is recorded at step {step}")
         params = given.as_vector("state.params", state.params, np.float32)
@@ -344,6 +366,10 @@ class Recorder:
                 expected = params.shape if FIELDS[path].dims[-1] == "parameter" else ()
             if row.shape != expected:
                 raise OpsigError(f"state has {name.rpartition('__')[2]} of shape {row.shape}, and not {expected}")
+        if not params.size:
+            raise OpsigError(
+                "the model trains nothing: it has no parameter with requires_grad, and needs no checkpoint"
+            )
         self._check_frozen(state.frozen)
         parts = {"parameter": params, "buffer": buffers, "frozen": state.frozen}
         for kind, row in parts.items() if self._run.has("layout/name") else ():

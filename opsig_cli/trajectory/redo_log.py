@@ -141,7 +141,7 @@ def own_log(path: str, fd: int) -> Log | None:
     if log is not None and not log.fits(fd):
         of = f", of run {log.base.data[:32].decode(errors='replace')}" if log.base.place else ""
         raise OpsigError(
-            f"{path}{LOG_SUFFIX} is the log of another file than {path}{of}. Move one of them away: "
+            f"{path}{LOG_SUFFIX} is the log of another file than {path}{of}, or was cut off. Move one of them away: "
             "the log holds the last steps of its own file"
         )
     return log

@@ -44,6 +44,7 @@ ATTRIBUTES = {
     **dict.fromkeys(
         ("opsig_version", "python_version", "torch_version", "jax_version", "device", "git_commit", "loss_unit"), str
     ),
+    "pictures_sha256": str,
     **dict.fromkeys(("parent", "parent_path", "change"), str),
     "from_step": int,
     "settings_json": dict,
@@ -105,6 +106,7 @@ FIELDS = _fields(
     Field("samples/label", ("sample",), "S*", "1", "label of the sample, as a person reads it"),
     Field("samples/name", ("sample",), "S*", "1", "name of the sample in the log that it was imported from"),
     Field("samples/thumbnail", ("sample", "row", "column", "channel"), "u1", "1", "small picture of the sample"),
+    Field("samples/vector", ("sample", "number"), "f4", "1", "the sample's input, of which figures draw a plot"),
     Field("samples/weight", ("sample",), "f8", "1", "weight of the sample's loss in what a branch minimises"),
     Field("samples/text", ("sample",), "S*", "1", "the sample as text"),
     Field("samples/target", ("sample",), "u1", "1", "1 where the sample has a loss; where it never has, it is NaN"),
@@ -221,6 +223,7 @@ DIMENSIONS = (
     ("clusters", "byte"),
     ("sightings", "sighting"),
     ("per_sample", "step"),
+    ("", "number"),
 )
 """Group and name of every dimension; its place is its netCDF number. Append only."""
 

@@ -89,6 +89,11 @@ class RedoFile(PendingFile):
                 now = os.fstat(self.fd)
                 if like is not None and (now.st_dev, now.st_ino) != (like.st_dev, like.st_ino):
                     raise OpsigError(f"{path} was replaced while it was being opened. Try again")
+                if now.st_nlink > 1:  # the lock is on the log, which goes by the name
+                    raise OpsigError(
+                        f"{path} has another name, too (a hard link), under which others could write to it at the same "
+                        f"time. Make it a file of its own: cp {path} NEW && mv NEW {path}"
+                    )
                 recover(path, self.fd, self._log)
             super().__init__(path, self.fd)
             self._applied = Stamp.of(self.fd, stamp)  # of what the file holds

@@ -14,6 +14,8 @@ import numpy as np
 
 from opsig_cli.trajectory.file import Trajectory
 
+NUMBERS = "x = "
+"""What a text begins with that is the numbers of an input: where there is a label, that says more in a table."""
 LONGEST = 16
 """Characters of the longest ending that is looked for."""
 SHARED = 0.5

@@ -27,6 +27,9 @@ SMALLEST_TOLERANCE = 1e-5
 """A float32 product is good to about 5e-7; residuals below this would be noise."""
 SEED = 2311
 """Of random directions; not one that a start is drawn from."""
+WHOLE = 64
+"""Parameters up to which several eigenpairs are looked for in the whole space: equal eigenvalues, as those of a linear
+model for several outputs, lie in no one vector's Krylov space."""
 LOOK_ABOUT = 3
 """Products beyond the number of eigenpairs before a solve may end."""
 REMEMBERED = 16
@@ -87,7 +90,8 @@ def top_eigenpairs(
     require_reachable(space, tolerance)
     size = space.size
     count = min(count, size)
-    search = _Search(space, memory, min(size, ROOM + 4 * count))
+    whole = count > 1 and size <= WHOLE
+    search = _Search(space, memory, size if whole else min(size, ROOM + 4 * count))
     direction = space.divided(start, space.norm(start))
     while True:
         search.add(direction, product)
@@ -98,7 +102,7 @@ def top_eigenpairs(
         values, residuals = values[:count], residuals[:count]
         converged = len(values) == count and bool((residuals <= tolerance).all()) and not overtaken
         enough = search.products > count + LOOK_ABOUT
-        if (converged and enough) or search.products == limit or exhausted:
+        if (converged and enough and not whole) or search.products == limit or exhausted:
             break
         wanted = np.flatnonzero(residuals > tolerance)
         direction = search.next_direction(wanted if len(wanted) else np.arange(count + 1))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from opsig_torch import layer_gradients, plain
@@ -210,7 +211,7 @@ def _captured_uses(
     others: set[nn.Module] = set()  # not one tensor to one tensor
 
     def keep(module: nn.Module, inputs: tuple, named: dict[str, torch.Tensor], output: torch.Tensor) -> None:
-        if len(inputs) + len(named) != 1 or not isinstance(output, torch.Tensor):
+        if len(inputs) + len(named) != 1 or not isinstance(output, torch.Tensor) or is_functorch_wrapped_tensor(output):
             others.add(module)
         elif output.requires_grad:  # nothing comes back through a layer that is entered without gradients
             # The edge is taken now: an in-place ReLU that follows would shift the gradient past itself.
@@ -268,7 +269,10 @@ def _kind(module: nn.Module, name: str) -> str | None:
 
 def _separate(uses: list[Use], samples: int) -> bool:
     """Whether a layer was entered, each time with the samples along the first axis."""
-    return bool(uses) and all(len(use.inputs) == len(use.gradients) == samples for use in uses)
+    return bool(uses) and all(
+        not use.inputs.is_nested and not use.gradients.is_nested and len(use.inputs) == len(use.gradients) == samples
+        for use in uses
+    )
 
 
 def _is_exact(found: Captured, exact: list[torch.Tensor]) -> bool:

@@ -46,6 +46,16 @@ class Batches:
         elif sum(t.nbytes for t in self._tensors) <= CACHE_BYTES:
             self._tensors = tuple(self._place(t) for t in self._tensors)
 
+    def widen(self) -> None:
+        """Floating-point data in float64 from now on."""
+        self._double = True
+        self._cache.clear()
+        self._cached_bytes = 0
+        if self._tensors is not None:
+            self._tensors = tuple(
+                t.double() if t.is_floating_point() and t.device == self._device else t for t in self._tensors
+            )
+
     @property
     def resident(self) -> bool:
         """Whether every batch stays on the device, so that another pass costs no loading."""

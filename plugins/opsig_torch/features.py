@@ -51,7 +51,7 @@ def mean_feature_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndar
 
 def _fits(opened: Opened, count: int) -> bool:
     """Whether the features of so many samples fit HELD_BYTES."""
-    with torch.inference_mode():
+    with torch.no_grad():
         found = _features(opened, opened.batches.take(range(min(2, opened.items))))
     return found is not None and found.shape[1] * found.element_size() * count <= HELD_BYTES
 
@@ -83,7 +83,7 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
 
 def _everybody(opened: Opened) -> Iterator[tuple[slice, torch.Tensor]]:
     """Features of all samples, piece by piece, each in the company that it was trained in; nothing without features."""
-    with torch.inference_mode():
+    with torch.no_grad():
         for indices, batch in opened.batches.in_pieces(opened.inference_batch()):
             found = _features(opened, batch)
             if found is None:

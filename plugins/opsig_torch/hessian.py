@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from opsig_linalg.eigen import ROOM, Memory, Solution
@@ -80,13 +81,13 @@ class Hessian:
         keep: bool | None = False if cut else None
         kept = []
         for indices, batch in opened.batches.in_pieces(size) if cut else opened.batches:
-            with saved_bytes() as saved:
+            with nullcontext() if "unheard" in opened.kept else saved_bytes() as saved:
                 with ChannelScales():
                     losses = opened.batch_losses(batch, 2)
                 loss = opened.counted(losses, indices).sum() / opened.target_count
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
-                keep = saved.total * count <= GRAPH_BYTES
+                keep = saved is not None and saved.total * count <= GRAPH_BYTES
             if keep:
                 kept.append(gradients)
             yield gradients, keep

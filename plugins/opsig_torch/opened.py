@@ -5,6 +5,7 @@ The ground that every measurement of this package stands on; it knows none of th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -40,7 +41,8 @@ class Opened:
 
     `statistics` is the batch-norm convention: "chunk" normalises by each fixed batch of `batch_size` consecutive
     items, as full-batch training that accumulates over those batches does; "running" uses the running statistics,
-    as evaluation does. Dropout is off except while training on minibatches. `double` computes in float64.
+    as evaluation does. Dropout is off except while training on minibatches. `double` computes in float64, as happens
+    where the model is kept in it.
     """
 
     def __init__(
@@ -90,6 +92,10 @@ class Opened:
         if self._flat is None:
             with torch.inference_mode(False):  # what is first measured may be trained next
                 model = self.task.model()
+                if not self.double and any(parameter.dtype is torch.float64 for parameter in model.parameters()):
+                    self.double = True
+                    self.batches.widen()
+                    self.tell("note: the model is kept in float64, and is run in it; checkpoints are float32")
                 dtype = torch.float64 if self.double else torch.float32
                 self._running = Running(model, self.device, dtype, lambda words: self.tell(words))
                 self._flat = FlatModel(model, torch.device(self.device), self.double, self._order)
@@ -216,13 +222,16 @@ class Opened:
         return 1 << (max(1, fits).bit_length() - 1)
 
     def _graph_bytes(self, items: list[int], order: int) -> int:
-        """What autograd saves of these items' losses, to be differentiated so often."""
-        with torch.enable_grad(), saved_bytes() as saved:
+        """What autograd saves of these items' losses, to be differentiated so often; 0 where it cannot be listened to,
+        as in a model that takes derivatives by torch.func itself."""
+        with torch.enable_grad(), suppress(Exception), saved_bytes() as saved:
+            # what is amiss with the model is said, or refused by name, where it is asked for
             losses = self.batch_losses(self.batches.take(items), order)
             if order > 1 and losses.requires_grad:
-                with suppress(Exception):  # what a model has no derivative of is refused by name where it is asked for
-                    torch.autograd.grad(losses.sum(), self.flat.parameters, create_graph=True, allow_unused=True)
-        return saved.total
+                torch.autograd.grad(losses.sum(), self.flat.parameters, create_graph=True, allow_unused=True)
+            return saved.total
+        self.kept["unheard"] = True
+        return 0
 
     def bound(self) -> int:
         """Bytes that this process may take in all."""
@@ -308,7 +317,8 @@ def _choose_device(name: str | None) -> str:
 
 def _make_deterministic(device: str) -> None:
     # As torch.use_deterministic_algorithms, which would import torch._inductor: a second of every command.
-    torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
+    torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")
+    warnings.filterwarnings("ignore", message=".* does not have a deterministic implementation")  # such as unpooling
     # Nothing here reads what it has not written, and the filling took a quarter of the time of gradient cosines.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.allow_tf32 = (

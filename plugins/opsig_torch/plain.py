@@ -24,11 +24,23 @@ def sample_loss(opened: Opened, sample: int, order: int = 1) -> torch.Tensor:
 
 def require_losses(losses: torch.Tensor, samples: int) -> torch.Tensor:
     """The losses. Raises OpsigError where there is not one a sample."""
+    if not isinstance(losses, torch.Tensor):
+        raise OpsigError(f"the task's losses() returned {type(losses).__name__}. It must return a tensor, one a sample")
     if losses.shape != (samples,):
         hint = ". A squeeze() without an axis takes the batch's away, too" if samples == 1 else ""
         raise OpsigError(
             f"the task's losses() returned shape {tuple(losses.shape)} for {samples} samples. "
             f"It must return one unreduced loss a sample{hint}"
+        )
+    return losses
+
+
+def require_graph(losses: torch.Tensor) -> torch.Tensor:
+    """The losses. Raises OpsigError where there is nothing to train by."""
+    if not losses.requires_grad:
+        raise OpsigError(
+            "the task's losses() do not depend on what is trained: they are detached, made under no_grad, or counted. "
+            "Return a loss that has a gradient"
         )
     return losses
 

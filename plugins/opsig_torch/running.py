@@ -22,7 +22,7 @@ class Running:
     """What a model needs, read from its layers before they are moved anywhere.
 
     `kept_half`: it was given in half precision, and is run in full. Raises OpsigError for parameters that no flat
-    vector of real numbers can hold.
+    vector of real numbers can hold, and for embeddings that are no function of their weights.
     """
 
     def __init__(self, model: nn.Module, device: str, dtype: torch.dtype, tell: Callable[[str], None]):
@@ -33,6 +33,15 @@ class Running:
                 )
             if parameter.is_complex():
                 raise OpsigError(f"parameter {name} of the task's model is complex. Only real parameters are measured")
+        for name, module in model.named_modules():
+            kind = f"layer '{name}' ({type(module).__name__})"
+            if getattr(module, "max_norm", None) is not None:
+                raise OpsigError(f"{kind} changes its weights as it is run (max_norm): losses are no function of them")
+            if getattr(module, "scale_grad_by_freq", False):
+                raise OpsigError(
+                    f"{kind} scales gradients by how often a row is in the batch (scale_grad_by_freq): no sample has a "
+                    "gradient of its own"
+                )
         self.kept_half = any(tensor.dtype in HALF for tensor in model.parameters())
         self._tell = tell
         self._dtype = dtype

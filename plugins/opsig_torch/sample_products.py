@@ -141,7 +141,7 @@ def _one_by_one(opened: Opened, samples: np.ndarray) -> Hessians:
     def products(vectors: torch.Tensor, places: np.ndarray) -> torch.Tensor:
         with ways.refusing(opened, "products with samples' Hessians", 2):
             rows = [
-                plain.product(opened, slopes[place], plain.pieces(opened, vector), keep=True)
+                plain.product(opened, slopes[place], plain.pieces(opened, vector.clone()), keep=True)  # aligned
                 for place, vector in zip(places.tolist(), vectors, strict=True)
             ]
         return torch.stack(rows)

@@ -69,7 +69,7 @@ class TorchSession(Opened):
         Where the data must be loaded anew on each pass, one pass serves all the states.
         """
         results = [LossRow(self.samples) for _ in states]
-        with torch.inference_mode():
+        with torch.no_grad():
             if self.batches.resident or len(states) == 1:
                 for state, result in zip(states, results, strict=True):
                     with self.at(state):
@@ -86,7 +86,7 @@ class TorchSession(Opened):
         """Losses of chosen samples, (M,) float64; where samples are coupled, each in its whole chunk."""
         chunks = [np.arange(s.start, s.stop) for s in self.batches.slices()] if self.couples_samples else [samples]
         found = np.full(self.samples, np.nan)
-        with self.at(state), torch.inference_mode(), self.running.as_trained():
+        with self.at(state), torch.no_grad(), self.running.as_trained():
             for chunk in chunks:
                 if np.isin(chunk, samples).any():
                     items, places = self.placed(chunk)
@@ -169,7 +169,7 @@ class TorchSession(Opened):
         """
         task: Any = self.task
         features = getattr(task, "features", None)
-        with self.at(state), torch.inference_mode(), self.running.as_trained():
+        with self.at(state), torch.no_grad(), self.running.as_trained():
             mean = None
             if features is not None:
                 norms = [features(self.flat.model, batch).norm(dim=1) for _, batch in self.batches]

@@ -17,6 +17,7 @@ from opsig_cli.backends import Snapshot, State, Training, minibatch
 from opsig_cli.errors import UsageError
 from opsig_torch.forward import LossRow, smoothed
 from opsig_torch.opened import Opened
+from opsig_torch.plain import require_graph, require_losses
 from opsig_torch.splitsgd import SignSGD, SplitSGD
 from opsig_torch.updates import Adam, Descent
 
@@ -43,9 +44,10 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
             "with batch norm by chunks a sample's loss depends on its whole chunk. Use --statistics running, or leave "
             "--track-samples out"
         )
-    optimizer = _optimizer(opened, training)
     with opened.at(start):
         assert opened.target_count  # found now: later it would cost draws of dropout, and move running statistics
+        spared = _without_gradient(opened) if training.weight_decay else []
+    optimizer = _optimizer(opened, training, spared)
     opened.load(start)
     _restore(optimizer, opened, start, training.began)
     gradient = (full_batch or _full_batch_gradient) if training.batch_size is None else _minibatch_gradient
@@ -83,7 +85,7 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
         counted, losses, predictions = counted_losses(opened, training, indices, batch)
         row.put(indices, losses, predictions)
         counted = opened.counted(counted, indices)
-        (counted.sum() / opened.target_count).backward()
+        (require_graph(counted).sum() / opened.target_count).backward()
         if not plain:
             total += counted.detach().double().sum().item()
     return row.mean(opened.counts_S) if plain else total / opened.target_count, row
@@ -133,7 +135,7 @@ def _minibatch_gradient(
             losses = opened.task.losses(opened.flat.model, batch)
         else:
             losses = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)[0]
-    weighted = _weighted(losses, training, chosen)
+    weighted = _weighted(require_graph(require_losses(losses, len(chosen))), training, chosen)
     if opened.counts_S is None:
         mean = weighted.mean()
     else:
@@ -153,15 +155,30 @@ def _measured(opened: Opened, tracked: np.ndarray | None) -> Iterator[tuple[slic
         yield opened.samples_of(chosen), opened.batches.take(chosen)
 
 
-def _optimizer(opened: Opened, training: Training) -> Optimizer:
+def _without_gradient(opened: Opened) -> list[slice]:
+    """Where the parameters lie on which no loss depends: they do not decay, as torch.optim has them."""
+    left = dict(enumerate(opened.flat.parameters))
+    for _, batch in opened.batches:
+        with torch.enable_grad():
+            losses = require_graph(opened.batch_losses(batch))
+            found = torch.autograd.grad(losses.nansum(), list(left.values()), allow_unused=True)
+        left = {number: left[number] for number, part in zip(left, found, strict=True) if part is None}
+        if not left:
+            break
+    places = [tensor for tensor in opened.layout if tensor.kind == "parameter"]
+    return [slice(places[n].offset, places[n].offset + places[n].size) for n in left]
+
+
+def _optimizer(opened: Opened, training: Training, spared: list[slice]) -> Optimizer:
+    """`spared`: see `_without_gradient`."""
     vector, rate, decay = opened.flat.vector, training.learning_rate, training.weight_decay
     match training.optimizer:
         case "gd" | "sgd":
-            return Descent(vector, rate, weight_decay=decay)
+            return Descent(vector, rate, weight_decay=decay, spared=spared)
         case "momentum":
-            return Descent(vector, rate, training.momentum, decay)
+            return Descent(vector, rate, training.momentum, decay, spared)
         case "adam":
-            return Adam(vector, rate, training.betas, training.epsilon, decay)
+            return Adam(vector, rate, training.betas, training.epsilon, decay, spared)
         case "splitsgd" | "signsgd" if decay:
             raise UsageError(f"{training.optimizer} has no weight decay. Leave --weight-decay out")
         case "signsgd":

@@ -5,13 +5,15 @@ torch.optim loads torch's compiler with the first optimizer that is made, which 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
 class Descent:
     """theta <- theta - lr m with m <- momentum m + g, m = g at the first step; g has weight_decay theta added to it.
 
-    `state`: what is remembered of a vector, by name, as torch.optim keeps it.
+    `state`: what is remembered of a vector, by name, as torch.optim keeps it; `spared`: where nothing decays.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> weight.grad = torch.tensor([2.0])
@@ -20,14 +22,18 @@ class Descent:
     0.5
     """
 
-    def __init__(self, vector: torch.nn.Parameter, lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+    def __init__(
+        self, vector: torch.nn.Parameter, lr: float, momentum: float = 0.0, weight_decay: float = 0.0,
+        spared: Sequence[slice] = (),
+    ):  # fmt: skip
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = {vector: {}}
         self._vector, self._lr, self._momentum, self._decay = vector, lr, momentum, weight_decay
+        self._spared = spared
 
     @torch.no_grad()
     def step(self) -> None:
         """Take one step by the vector's gradient."""
-        gradient, slots = _decayed(self._vector, self._decay), self.state[self._vector]
+        gradient, slots = _decayed(self._vector, self._decay, self._spared), self.state[self._vector]
         if self._momentum:
             if "momentum_buffer" in slots:
                 slots["momentum_buffer"].mul_(self._momentum).add_(gradient)
@@ -45,16 +51,16 @@ class Adam:
 
     def __init__(
         self, vector: torch.nn.Parameter, lr: float, betas: tuple[float, float], epsilon: float,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0.0, spared: Sequence[slice] = (),
     ):  # fmt: skip
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = {vector: {}}
-        self.count = 0
+        self.count, self._spared = 0, spared
         self._vector, self._lr, self._betas, self._epsilon, self._decay = vector, lr, betas, epsilon, weight_decay
 
     @torch.no_grad()
     def step(self) -> None:
         """Take one step by the vector's gradient."""
-        gradient, slots = _decayed(self._vector, self._decay), self.state[self._vector]
+        gradient, slots = _decayed(self._vector, self._decay, self._spared), self.state[self._vector]
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in slots:
                 slots[name] = torch.zeros_like(self._vector)
@@ -66,6 +72,11 @@ class Adam:
         self._vector.addcdiv_(first, size, value=-self._lr / (1 - beta1**self.count))
 
 
-def _decayed(vector: torch.nn.Parameter, decay: float) -> torch.Tensor:
+def _decayed(vector: torch.nn.Parameter, decay: float, spared: Sequence[slice]) -> torch.Tensor:
     assert vector.grad is not None
-    return vector.grad.add(vector, alpha=decay) if decay else vector.grad
+    if not decay:
+        return vector.grad
+    gradient = vector.grad.add(vector, alpha=decay)
+    for part in spared:
+        gradient[part] = 0
+    return gradient

@@ -88,6 +88,11 @@ def refusing(opened: Opened, what: str, order: int) -> Iterator[None]:
 def refusal(opened: Opened, what: str, error: Exception, order: int) -> OpsigError:
     """The one line for derivatives that a model does not have."""
     works = "Losses, mine and cluster --by loss still work"
+    if isinstance(error, Disagrees) and not _repeats(opened):
+        return OpsigError(
+            f"{what} cannot be measured: the task's losses differ when they are evaluated again at the same "
+            f"parameters. Turn dropout, noise and random augmentation off. {works}"
+        )
     if order > 1:
         try:
             plain.gradients(opened, plain.sample_loss(opened, 0))
@@ -98,6 +103,13 @@ def refusal(opened: Opened, what: str, error: Exception, order: int) -> OpsigErr
     reason = " ".join(str(error).split()).split(". ")[0][:160]
     layer = culprit(opened, order=order)
     return OpsigError(f"{what} cannot be measured: {layer} has no {derivative} in torch ({reason}). {works}")
+
+
+def _repeats(opened: Opened) -> bool:
+    """Whether a sample's loss is the same again."""
+    with torch.no_grad():
+        first, second = (opened.losses_of([0]) for _ in range(2))
+    return torch.equal(first, second)
 
 
 def ran_out_of_memory(error: Exception) -> bool:

@@ -1,7 +1,7 @@
 """Small networks, each around one kind of layer: what per-sample derivatives must be right for, or refuse in one line.
 
-PARTS names layers that keep samples apart, COUPLED ones that do not, and REFUSED ones of which not everything can be
-measured. Every part takes (B, 12) and gives (B, 12). `Part:which=NAME` is the task.
+PARTS names layers that keep samples apart, COUPLED and CHANGING ones that do not, and REFUSED ones of which not
+everything can be measured. Every part takes (B, 12) and gives (B, 12). `Part:which=NAME` is the task.
 """
 
 import random
@@ -244,6 +244,46 @@ class Low(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+class Energy(nn.Module):
+    """The gradient of an energy by what enters, as in networks that are held to an equation of physics."""
+
+    def __init__(self, transformed=False):
+        super().__init__()
+        self.inner, self.transformed = nn.Linear(12, 12), transformed
+
+    def energy(self, x):
+        return self.inner(x).tanh().square().sum()
+
+    def forward(self, x):
+        if self.transformed:
+            return torch.func.vmap(torch.func.grad(self.energy))(x)
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x), x, create_graph=True)[0]
+
+
+class Doubled64(nn.Module):
+    """A layer in float64 in a model in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(12, 12).double()
+
+    def forward(self, x):
+        return self.inner(x.double()).to(x.dtype)
+
+
+def in_pairs(x, weight):
+    """Complex numbers whose parameters are pairs of real ones."""
+    turned = torch.view_as_complex(x.view(-1, 6, 2)) @ torch.view_as_complex(weight)
+    return torch.view_as_real(turned).flatten(1)
+
+
+def unpooled(x, weight):
+    pooled, places = F.max_pool2d((x @ weight).view(-1, 3, 2, 2), 2, return_indices=True)
+    return F.max_unpool2d(pooled, places, 2).flatten(1)
+
+
 class Zero(nn.Module):
     """A branch that begins as nothing, as in many residual networks."""
 
@@ -375,6 +415,11 @@ PARTS = {
     "FeatureAlphaDropout": lambda: nn.FeatureAlphaDropout(),
     "PixelShuffle": lambda: Shaped(nn.PixelShuffle(2), 12, 1, 1),
     "zero at first": Zero,
+    "energy": Energy,
+    "energy by torch.func": lambda: Energy(True),
+    "in float64": Doubled64,
+    "complex pairs": lambda: Own(in_pairs, 6, 6, 2),
+    "unpooled": lambda: Own(unpooled),
 }  # fmt: skip
 
 
@@ -410,7 +455,13 @@ REFUSED = {
     "reentrant": partial(Checkpointed, True),
 }
 
-EVERY = PARTS | COUPLED | STOPPED | REFUSED
+CHANGING = {
+    "Embedding of bounded norm": lambda: WordBag(nn.Embedding(7, 4, max_norm=1.0)),
+    "Embedding by frequency": lambda: WordBag(nn.Embedding(7, 4, scale_grad_by_freq=True)),
+}
+"""Layers whose losses, or gradients, are no function of their weights."""
+
+EVERY = CHANGING | PARTS | COUPLED | STOPPED | REFUSED
 
 
 class Part:

@@ -134,7 +134,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "change": r["change"] if r["control"] is None else _control(r),
             "samples": r["samples_changed"],
             "largest rise": _cell(r["largest_rise"]),
-            "of untouched": _cell(r["rise_of_untouched"]),
+            "others' rise": _cell(r["rise_of_untouched"]),
             "at step": r["rise_of_untouched_step"],
             "unchanged": _cell(r["unchanged_rise_of_untouched"]),
             "swing of changed": _cell(r["swing_of_changed"], sign=False),
@@ -144,6 +144,13 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for r in records
         if r["kind"] == "branch" and not (same and r["control"] == "unchanged")
     ]
+
+
+def narrow_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of `table` with fewer columns, for narrower terminals: what the others' loss did, beside the unchanged."""
+    short = ("change", "samples", "others' rise", "unchanged")
+    longer = (*(("from",) if len({row["from"] for row in rows}) > 1 else ()), *short, "at step", "last loss")
+    return [[{name: row[name] for name in names} for row in rows] for names in (longer, short)]
 
 
 def group_table(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ class Names:
         found = np.flatnonzero(labels == label)
         if not len(found):
             known = sorted(set(labels.tolist()))
-            near = difflib.get_close_matches(label, known, SHOWN) or known
+            near = known if len(known) <= SHOWN else difflib.get_close_matches(label, known, SHOWN) or known
             raise OpsigError(f"{self._run.path} has no sample with the label '{label}'. {_listed('Labels', near)}")
         return found
 

@@ -17,7 +17,7 @@ from opsig_cli.analysis import grouping, mining
 from opsig_cli.analysis.pairing import OPPOSES
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import sighted, tracking
+from opsig_cli.studies import missing, sighted, tracking
 from opsig_cli.studies.clustering import finding, gathering, silencing, slopes, weighing
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.clustering.sentences import caveat
@@ -59,7 +59,7 @@ def find(
     mined = sighted.find(run, top or default_count(len(run.samples)), None, None, window, "both")
     position = mined.rows["place"] if samples is None else positions_of(run, samples)
     if len(position) < 2:
-        raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
+        raise OpsigError(missing.too_few(run, len(position)))
     steps = near(held, *mined.window)
     session, _ = tracking.open_session(run, task, device, backend, warn, allow_changed_data)
     view = measured(run, session, steps.tolist())

@@ -17,7 +17,7 @@ from opsig_cli.analysis.significance import NOTHING
 from opsig_cli.analysis.verdicts import Evidence, judge
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies import mining, tracking
+from opsig_cli.studies import mining, missing, tracking
 from opsig_cli.studies.clustering import gathering, silencing, slopes, weighing
 from opsig_cli.studies.clustering.clusters import Clusters, Tests
 from opsig_cli.studies.clustering.joining import Candidates, candidates, cosines
@@ -76,7 +76,7 @@ def find(
     if found.known is not None:
         position = position[~np.isin(position, found.known.never)]
     if len(position) < 2:
-        raise OpsigError(f"{len(position)} samples cannot be grouped. Mine more: opsig mine {run.path} --top 200")
+        raise OpsigError(missing.too_few(run, len(position)))
     whole = len(position) * (2 if samples is None and by != "loss" else 1)  # as many again by their gradients
     if whole > MOST_GROUPED:
         raise OpsigError(

@@ -10,6 +10,7 @@ import numpy as np
 
 from opsig_cli.analysis.significance import ROUNDS
 from opsig_cli.analysis.verdicts import LEVEL, VERDICTS
+from opsig_cli.studies import missing
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
 from opsig_cli.studies.clustering.sentences import (
     caveat,
@@ -116,7 +117,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     position = np.concatenate([clusters.position, clusters.joined.position])
     group_of = np.concatenate([found.group_M, clusters.joined.group])
     alignment = np.concatenate([found.alignment_M, clusters.joined.alignment])
-    ids = run.samples
+    ids, names_S = run.samples, missing.names_of(run)
     places: dict[int, list[tuple[int | None, int | None]]] = {}  # of a group: its pairs, with its side in each
     for number, pair in sorted(zip(numbers, pairs, strict=True)):
         for group, side in zip(pair, (1, -1), strict=True):
@@ -128,6 +129,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
                 "kind": "member",
                 "trajectory": run.path,
                 "sample": int(ids[position[i]]),
+                **missing.name_of(names_S, int(position[i])),
                 "group": group + 1,
                 "pair": number,
                 "side": side,

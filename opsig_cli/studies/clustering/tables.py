@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from opsig_cli.records import Lines
 from opsig_cli.studies.clustering.records import by_strength, established
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.numbers import p_value, percent, plus_minus
 
+NARROW = ({"on vector"}, {"on vector", "alike"}, {"on vector", "alike", "R", "p", "cosine", "correlation"})
+"""Columns that narrower and narrower tables of pairs go without."""
 SENTENCES = 5
 """Pairs that a table tells in words."""
 
@@ -43,6 +46,17 @@ def pair_table(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
             **({} if pair["eigenvectors"] is None else {"on vector": _vector(pair)}),
         })  # fmt: skip
     return rows
+
+
+def narrow_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of `pair_table` with the two sides under one another, and then with the least of numbers, for terminals of
+    fewer columns."""
+    stacked = [
+        {("sides" if name == "one side" else name): Lines((value, row["against"])) if name == "one side" else value
+         for name, value in row.items() if name != "against"}
+        for row in rows
+    ]  # fmt: skip
+    return [[{name: row[name] for name in row if name not in without} for row in stacked] for without in NARROW]
 
 
 def _vector(pair: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ COLUMNS = {
     "label": ("label", "labels", "target", "gold"),
 }  # fmt: skip
 """What a column may be called, in any case of letters, the likeliest first."""
+MISSING = {"na", "n/a", "#n/a", "<na>", "nan", "null", "none"}
+"""What stands in a cell without a number, as pandas knows them, in any case of letters."""
+WIDE = re.compile(r"(.*?)(\d+)")
+"""The header of a sample's own column: what all have in common, and the sample."""
 NEEDED = ("step", "sample", "loss")
 LONGEST = 16 << 20
 """Bytes of a line, as of the lists of a batch."""
@@ -83,7 +88,7 @@ def read(path: str, named: Mapping[str, str], warn: Warn) -> Log:
     empty = 0
     for number, values in lines:
         for record in _spread(path, number, dict(zip(columns, values, strict=True))):
-            if _is_empty(record["sample"]) and _is_empty(record["loss"]):
+            if _is_empty(record["sample"]) and _is_missing(record["loss"]):
                 empty += 1  # of an evaluation, say, in the same log
                 continue
             step.append(whole_of(path, number, "step", record["step"]))
@@ -144,6 +149,8 @@ def opened(path: str) -> Iterator[str]:
     """The lines of a text file, unpacked as far as a log may unpack. Raises OpsigError where it unpacks to more."""
     most = MAX_EXPANSION * os.path.getsize(path) + SPARE_BYTES
     zipped = path.lower().endswith(".gz")
+    if zipped and not _is_gzipped(path):
+        raise OpsigError(f"{path} is not gzipped, whatever its name says. Rename it")
     with open(path, "rb") as raw, gzip.open(raw) if zipped else raw as data:
         whole = _said_size(path) if zipped else 0
         if whole > most:
@@ -157,8 +164,15 @@ def opened(path: str) -> Iterator[str]:
                 if whole > most:
                     raise OpsigError(f"{path} would unpack to more than {MAX_EXPANSION} times its size")
                 yield line.decode("utf-8-sig" if whole == len(line) else "utf-8")
-        except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, ValueError) as error:
+        except UnicodeDecodeError as error:
+            raise OpsigError(f"{path} is not text in UTF-8 ({first_words(error)}). Save it as UTF-8") from error
+        except (EOFError, gzip.BadGzipFile, ValueError) as error:
             raise OpsigError(f"{path} is not readable as text ({first_words(error)})") from error
+
+
+def _is_gzipped(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) in (b"\x1f\x8b", b"")
 
 
 def _said_size(path: str) -> int:
@@ -173,28 +187,126 @@ def _said_size(path: str) -> int:
 def _lines_of_csv(
     path: str, text: Iterator[str], named: Mapping[str, str], warn: Warn, tabs: bool
 ) -> tuple[dict[str, str], Lines]:
-    first = next(text, "")
-    comma = "\t" if tabs or ("," not in first and "\t" in first) else ";" if "," not in first and ";" in first else ","
-    reader = csv.reader(itertools.chain([first], text), delimiter=comma)
+    skipped, begun, comma = _beginning(path, text)
+    comma = "\t" if tabs else comma
+    last = begun[-1:]
+    reader = csv.reader(itertools.chain(begun, _kept(text, last)), delimiter=comma)
     try:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         raise OpsigError(f"{path} is not readable as CSV ({first_words(error)})") from error
-    columns = choose(path, header, named, warn)
-    places = [header.index(name) for name in columns.values()]
+    wide = wide_columns(header) if not named else None
+    if wide is not None:
+        step, places = wide
+        columns = {"step": header[step], "sample": "number in its header", "loss": header[places[0]]}
+        ids = [WIDE.fullmatch(header[place])[2] for place in places]  # pyright: ignore[reportOptionalSubscript]
+        warn(f"{path}: a column for each of {len(ids):,} samples, {header[places[0]]} to {header[places[-1]]}")
+    else:
+        columns = choose(path, header, named, warn)
+        step, places, ids = 0, [header.index(name) for name in columns.values()], []
+    decimal = comma != ","  # then a comma is the point of a number
 
     def lines() -> Lines:
         try:
             for values in reader:
                 if not values:
                     continue
+                number = reader.line_num + skipped
+                if len(values) < len(header) and not last[0].endswith("\n"):
+                    warn(f"{path}: the last line, {number}, is cut off in its middle, and left out")
+                    return
                 if len(values) != len(header):
-                    raise OpsigError(f"{path} line {reader.line_num} has {len(values)} values, not {len(header)}")
-                yield reader.line_num, [values[place].strip() for place in places]
+                    raise OpsigError(f"{path} line {number} has {len(values)} values, not {len(header)}")
+                found: list[Any] = [values[place].strip() for place in places]
+                if decimal:
+                    found = [_pointed(value) for value in found]
+                yield number, [values[step].strip(), ids, found] if wide is not None else found
         except csv.Error as error:
             raise OpsigError(f"{path} is not readable as CSV ({first_words(error)})") from error
 
     return columns, lines()
+
+
+def _beginning(path: str, text: Iterator[str]) -> tuple[int, list[str], str]:
+    """How many lines come before the header, the header, with the first line of numbers where it was read to find out,
+    and what separates columns.
+
+    Spreadsheets put "sep=;" above it, and numpy.savetxt writes it as a comment.
+    """
+    skipped, first = 0, next(text, "")
+    separator = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)
+    if separator:
+        skipped, first = 1, next(text, "")
+    comment = ""
+    while first.startswith("#"):
+        comment, first = first, next(text, "")
+        skipped += 1
+    if not first.strip() and not comment.strip("# \n"):
+        raise OpsigError(f"{path} is empty" if not first else f"{path} begins with an empty line, not with a header")
+    if "\r" in first.rstrip("\r\n"):
+        raise OpsigError(
+            f"{path} has lines that end in a carriage return alone. Write them anew: tr '\\r' '\\n' < FILE"
+        )
+    comma = separator[1] if separator else separator_of(first)
+    if _numbers_alone(first, comma):
+        if not comment:
+            raise OpsigError(
+                f"{path} has no header: its first line is {first.strip()[:60]}. Put the columns' names above it, as in "
+                "step,sample,loss"
+            )
+        return skipped - 1, [comment.lstrip("# "), first], comma
+    return skipped, [first], comma
+
+
+def separator_of(header: str) -> str:
+    """What separates the columns of a header: a comma, else a tab, a semicolon or a bar."""
+    return next((sign for sign in ",\t;|" if sign in header), ",")
+
+
+def _numbers_alone(line: str, comma: str) -> bool:
+    """Whether a line holds numbers, and so no names of columns; one line of a wide table has a step's name at least."""
+    cells = [cell.strip().strip('"') for cell in line.split(comma)]
+    return all(cell and _is_number(_pointed(cell)) for cell in cells)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _kept(text: Iterator[str], last: list[str]) -> Iterator[str]:
+    """The lines, of which `last` holds the one that was read last."""
+    for line in text:
+        last[0] = line
+        yield line
+
+
+def _pointed(value: str) -> str:
+    """A number with a decimal comma with a point instead."""
+    return value.replace(",", ".") if value.count(",") == 1 and "." not in value else value
+
+
+def wide_columns(header: Sequence[str]) -> tuple[int, list[int]] | None:
+    """The places of the step and of the samples' columns in a header with one for each sample; None for others.
+
+    >>> wide_columns(["step", "loss_0", "loss_1", "loss_7"])
+    (0, [1, 2, 3])
+    """
+    names = [folded(name) for name in header]
+    if set(names) & {*COLUMNS["sample"], *COLUMNS["loss"]}:
+        return None
+    steps = [names.index(name) for name in COLUMNS["step"] if name in names]
+    found: dict[str, list[int]] = {}
+    for place, name in enumerate(header):
+        if match := WIDE.fullmatch(name):
+            found.setdefault(match[1], []).append(place)
+    known = [p for p in found if folded(p.rstrip("_-/. []#:")) in ("", *COLUMNS["sample"], *COLUMNS["loss"])]
+    if not steps or len(known) != 1 or len(found[known[0]]) < 2:
+        return None
+    return steps[0], found[known[0]]
 
 
 def _lines_of_json(
@@ -208,9 +320,12 @@ def _lines_of_json(
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
+            if value is None and not line.endswith("\n"):
+                warn(f"{path}: the last line, {number}, is cut off in its middle, and left out")
+                return
             if not isinstance(value, dict):
                 raise OpsigError(f"{path} line {number} is not a JSON object")
-            yield number, value
+            yield number, _by_sample(value)
 
     every = objects()
     first = list(itertools.islice(every, LOOKED_AT))
@@ -219,6 +334,14 @@ def _lines_of_json(
         (number, [value.get(name) for name in columns.values()]) for number, value in itertools.chain(first, every)
     )
     return columns, lines
+
+
+def _by_sample(value: dict[str, Any]) -> dict[str, Any]:
+    """A line whose losses are an object by sample as one with two lists."""
+    for name, inner in value.items():
+        if isinstance(inner, dict) and folded(name) in COLUMNS["loss"]:
+            return value | {"sample": list(inner), name: list(inner.values())}
+    return value
 
 
 def _lines_of_parquet(path: str, named: Mapping[str, str], warn: Warn) -> tuple[dict[str, str], Lines]:
@@ -254,26 +377,38 @@ def choose(path: str, header: Sequence[str], named: Mapping[str, str], warn: War
     >>> choose("log.csv", ["_step", "idx", "loss/train"], {}, lambda text: None)
     {'step': '_step', 'sample': 'idx', 'loss': 'loss/train'}
     """
-    folded = {name.casefold(): name for name in reversed(header)}
+    known = {folded(name): name for name in reversed(header)}
     found = {}
     for what, names in COLUMNS.items():
         if what in named:
             if named[what] not in header:
-                raise OpsigError(f"{path} has no column {named[what]}. It has: {_listed(header)}")
+                raise OpsigError(f"{path} has no column {named[what]}. It has: {listed(header)}")
             found[what] = named[what]
-        elif there := [folded[name] for name in names if name in folded]:
+        elif there := [known[name] for name in names if name in known]:
             found[what] = there[0]
         elif what in NEEDED:
             raise OpsigError(
-                f"{path} has no column {what}. It has: {_listed(header)}. --{what}-column NAME says which it is"
+                f"{path} has no column {what}. It has: {listed(header)}. --{what}-column NAME says which it is"
+                + (", and a log of the run's own loss goes to --scalars" if what == "sample" else "")
             )
+    if twice := [name for name in found.values() if list(header).count(name) > 1]:
+        raise OpsigError(f"{path} has two columns {twice[0]}. Rename one of them")
     told = [f"{what} from {name}" for what, name in found.items() if name != what]
     if told:
         warn(f"{path}: {', '.join(told)}")
     return found
 
 
-def _listed(header: Sequence[str]) -> str:
+def folded(name: str) -> str:
+    """A column's name in small letters, without its unit.
+
+    >>> folded("Sample ID"), folded("Loss [nats]")
+    ('sample_id', 'loss')
+    """
+    return re.sub(r"\s*(\[[^\]]*\]|\([^)]*\))$", "", name).strip().casefold().replace(" ", "_").replace("-", "_")
+
+
+def listed(header: Sequence[str]) -> str:
     shown = ", ".join(repr(name)[1:-1][:40] for name in header[:12])
     return f"{shown} and {len(header) - 12} more" if len(header) > 12 else shown or "none"
 
@@ -295,6 +430,11 @@ def _spread(path: str, number: int, record: dict[str, Any]) -> Iterator[dict[str
 
 def _is_empty(value: Any) -> bool:
     return value is None or value == ""
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether there is no number, as tables write it."""
+    return _is_empty(value) or (isinstance(value, str) and value.casefold() in MISSING)
 
 
 def number_of(value: Any) -> int | None:
@@ -332,12 +472,12 @@ def whole_of(path: str, number: int, name: str, value: Any) -> int:
 
 def _float(path: str, number: int, name: str, value: Any) -> float:
     try:
-        return math.nan if _is_empty(value) else float(value)
+        return math.nan if _is_missing(value) else float(value)
     except (ValueError, TypeError, OverflowError):
         raise OpsigError(f"{path} line {number}: {name} is '{value!s:.40}', which is not a number") from None
 
 
 def _prediction(value: Any, classes: dict[str, int]) -> int:
-    if _is_empty(value) or str(value) == "-1":
+    if _is_missing(value) or str(value) == "-1":
         return -1
     return classes.setdefault(str(_name_of(value)), len(classes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -174,11 +175,15 @@ def _rows(path: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str
     """Lines of a CSV file as dictionaries, with their numbers."""
     count = 0
     with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
+        first = file.readline()
+        reader = csv.reader(itertools.chain([first], file), delimiter=logs.separator_of(first))
         try:
-            header = [name.strip() for name in next(reader, [])]
+            header = [_known_name(name.strip()) for name in next(reader, [])]
             if missing := [name for name in needed if name not in header]:
-                raise OpsigError(f"{path} has no column {missing[0]} in its first line. It needs {', '.join(needed)}")
+                raise OpsigError(
+                    f"{path} has no column {missing[0]} in its first line. It has: {logs.listed(header)}. Name the "
+                    f"column of {missing[0]}s '{missing[0]}'"
+                )
             for values in reader:
                 if not values:
                     continue
@@ -192,6 +197,17 @@ def _rows(path: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str
         raise OpsigError(f"{path} has a header and no lines")
 
 
+def _known_name(name: str) -> str:
+    """What commands call a column: without the run's name that exports put before it, a step by any name."""
+    inner = name.rpartition(" - ")[2]
+    folded = logs.folded(inner)
+    if folded in logs.COLUMNS["step"]:
+        return "step"
+    if folded in logs.COLUMNS["loss"] or folded in SCALAR_NAMES:
+        return SCALAR_NAMES.get(folded, "train_loss")
+    return name
+
+
 def _whole(path: str, number: int, name: str, text: str) -> int:
     if not (text.isdecimal() and len(text) < 19):
         raise OpsigError(f"{path} line {number}: {name} is '{text[:40]}', which is not a whole number from 0 on")
@@ -200,6 +216,6 @@ def _whole(path: str, number: int, name: str, text: str) -> int:
 
 def _float(path: str, number: int, name: str, text: str) -> float:
     try:
-        return float(text) if text else float("nan")
+        return float(text.replace(",", ".")) if text else float("nan")
     except ValueError:
         raise OpsigError(f"{path} line {number}: {name} is '{text[:40]}', which is not a number") from None
