@@ -141,7 +141,7 @@ def test_what_the_backend_lacks_is_refused_by_name(jax_run, opsig):
     lacks = "backend jax cannot compute sample_sharpness"
     assert lacks in opsig("sharpness", jax_run, "--metrics", "sample_sharpness", *task, "--backend", "jax").err
     opsig(*train(jax_run.with_name("x.h5"), "--optimizer", "splitsgd")).fails(2, "no optimizer is called 'splitsgd'")
-    assert "cannot compute a plan" in opsig("track", jax_run, "--plan", *task).err
+    assert "cannot compute a plan" in opsig("sharpness", jax_run, "--plan", *task).err
 
 
 def test_without_jax_one_line_names_the_extra(opsig, tmp_path, monkeypatch):
