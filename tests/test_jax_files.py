@@ -163,6 +163,7 @@ ATTACKS = {
     + b"\xc4\x04\x00\x00\x00\x00",
     "a shape below 0": b"\x81\xa1w\xc7\x0f\x01\x93\x91\xff\xa7float32\xc4\x00" + b"\x00" * 2,
     "a key that is a list": b"\x81\x91\x01\x01",
+    "no such type": b"\x81\xa4step" + b"\xc7\x0d\x01\x93\x90\xa4abcd\xc4\x04" + b"\x00" * 4,
     "no such byte": b"\x81\xa1w\xc1",
     "two files in one": packed({"a": 1}) * 2,
     "a number alone": b"\x07",

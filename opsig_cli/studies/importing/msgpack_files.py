@@ -174,11 +174,11 @@ def _read(path: str, begin: int, length: int, name: str, shape: tuple[int, ...])
     import torch
 
     if name not in SIZES:
-        raise ValueError(f"an array of type {name}")
+        raise OpsigError(f"{path} holds an array of type '{name[:40]}', which is none of numbers")
     with open(path, "rb") as file:
         file.seek(begin)
         data = bytearray(file.read(length))
     if len(data) < length:
-        raise ValueError("the file has become shorter")
+        raise OpsigError(f"{path} has become shorter while it was read")
     dtype = getattr(torch, name)
     return torch.frombuffer(data, dtype=dtype).view(shape) if length else torch.empty(shape, dtype=dtype)
