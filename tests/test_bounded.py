@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import TASKS
 from opsig_torch import captured, eigen, hessian, small_basis
+from opsig_torch.hessian import Hessian
 from opsig_torch.session import TorchSession
 
 from opsig_cli.tasks import load, parse_spec
@@ -75,8 +76,22 @@ def test_a_batch_is_cut_where_its_graph_does_not_fit(task):
     for order in (1, 2):
         session.kept["item bytes", order] = session.bound() // 40  # five items are an eighth
     assert session.fitting_batch(1) == session.fitting_batch(2) == 4
-    assert np.allclose(session.gradient_norms(state), whole, rtol=1e-5, equal_nan=True)
+    assert np.allclose(session.gradient_norms(state), whole, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert np.allclose(session.hessian_vectors(state, vector), product, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bound", "times"), [(320 << 20, 1), (160 << 10, 2)], ids=["kept", "made anew"])
+def test_graphs_of_cut_batches_are_kept_where_they_fit_beside_the_vectors_of_a_solve(bound, times):
+    session = TorchSession(load(parse_spec(f"{TASKS}:Tiny"))[0], "cpu")
+    session.initial(0)
+    session.memory, session.kept["item bytes", 2] = bound, bound // 40  # four items a batch
+    runs = []
+    session.flat.model.register_forward_hook(lambda *_: runs.append(1))
+    product = Hessian(session)
+    runs.clear()
+    for _ in range(2):
+        product(torch.ones_like(session.flat.vector))
+    assert len(runs) == times * -(-session.items // 4)
 
 
 def test_transposed_weights_and_a_tied_embedding_are_captured():

@@ -17,8 +17,7 @@ def sums_over_groups(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.nda
     sizes = np.bincount(groups[groups >= 0], minlength=groups.max(initial=-1) + 1)
     sums = np.zeros((len(groups), len(sizes)))
     if len(sizes):
-        members = np.argsort(groups, kind="stable")[len(groups) - sizes.sum() :]
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        members, starts = _in_order(groups, sizes)
         for first in range(0, len(groups), ROWS):
             rows = similarity[first : first + ROWS]
             sums[first : first + ROWS] = np.add.reduceat(rows[:, members], starts, axis=1, dtype=np.float64)
@@ -32,8 +31,10 @@ def between_groups(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray
     [[0.5, 0.0], [0.0, 1.0]]
     """
     sums_MG, sizes = sums_over_groups(similarity_MM, group_M)
-    rows = [sums_MG[group_M == group].mean(0) / sizes for group in range(len(sizes))]
-    return np.array(rows).reshape(len(sizes), len(sizes))
+    if not len(sizes):
+        return np.zeros((0, 0))
+    members, starts = _in_order(group_M, sizes)
+    return np.add.reduceat(sums_MG[members], starts, axis=0) / np.outer(sizes, sizes)
 
 
 def group_means(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
@@ -44,3 +45,9 @@ def group_means(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
     """
     sums_MG, sizes = sums_over_groups(similarity_MM, group_M)
     return sums_MG / np.maximum(sizes, 1)
+
+
+def _in_order(groups: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The members of all groups, group after group, and where each group begins, (G,)."""
+    members = np.argsort(groups, kind="stable")[len(groups) - sizes.sum() :]
+    return members, np.concatenate([[0], np.cumsum(sizes)[:-1]])

@@ -50,7 +50,7 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
         others = partner[chosen]
         chosen[others[others >= 0]] = True
         chosen[a] = chosen[b] = False
-        near = np.flatnonzero(chosen)
+        near = chosen.nonzero()[0]
         if not len(near):
             continue
         own = partner[near]
@@ -58,7 +58,7 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
         allowed = paired | ((own < 0)[:, None] & (own < 0))
         np.fill_diagonal(allowed, False)
         gain = weight[a, near][:, None] + weight[b, near] - weight[a, b]  # by c and d
-        gain -= np.where(paired, weight[np.ix_(near, near)], 0)
+        gain -= np.where(paired, weight[near[:, None], near], 0)
         gain = np.where(allowed, gain, 0)
         c, d = np.unravel_index(gain.argmax(), gain.shape)
         if gain[c, d] > 1e-9:

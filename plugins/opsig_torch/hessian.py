@@ -19,7 +19,7 @@ from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
 from opsig_torch.eigen import TorchSpace, random_start, top_eigenpairs
 from opsig_torch.memory import worded
-from opsig_torch.opened import Opened
+from opsig_torch.opened import GRAPH_SHARE, Opened
 from opsig_torch.saved import saved_bytes
 from opsig_torch.second import tell_of_second_derivative
 
@@ -78,7 +78,7 @@ class Hessian:
         size = opened.fitting_batch(2)
         cut = opened.batches.divisible and size < opened.batch_size
         count = len(opened.batches.slices(size if cut else None))
-        keep: bool | None = False if cut else None
+        keep: bool | None = None
         kept = []
         for indices, batch in opened.batches.in_pieces(size) if cut else opened.batches:
             with nullcontext() if "unheard" in opened.kept else saved_bytes() as saved:
@@ -87,12 +87,18 @@ class Hessian:
                 loss = opened.counted(losses, indices).sum() / opened.target_count
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
-                keep = saved is not None and saved.total * count <= GRAPH_BYTES
+                room = self._graph_room() if cut else GRAPH_BYTES
+                keep = saved is not None and saved.total * count <= room
             if keep:
                 kept.append(gradients)
             yield gradients, keep
         if keep:
             self._kept = kept
+
+    def _graph_room(self) -> int:
+        """Bytes of graphs that are kept where memory is short: what a batch's may take, less the solver's vectors."""
+        vectors = 2 * ROOM * self._opened.flat.vector.nbytes
+        return min(GRAPH_BYTES, int(self._opened.bound() * GRAPH_SHARE) - vectors)
 
     def _check_repeatable(self) -> None:
         opened = self._opened

@@ -5,7 +5,6 @@ The ground that every measurement of this package stands on; it knows none of th
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from opsig_cli.backends import State
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.tasks import Task, positions_of
+from opsig_torch import arithmetic
 from opsig_torch.data import Batches
 from opsig_torch.flat import FlatModel
 from opsig_torch.forward import forward
@@ -57,7 +57,7 @@ class Opened:
             raise UsageError(f"batch-norm statistics are {' or '.join(STATISTICS)}, not '{statistics}'")
         self.task = by_sample(task)
         self.device = _choose_device(device)
-        _make_deterministic(self.device)
+        arithmetic.prepare(self.device)
         self.positions = positions_of(task)
         self.batch_size = batch_size or (BATCH_SIZE if self.positions == 1 else max(1, TOGETHER // self.positions))
         self.statistics = statistics or "chunk"
@@ -313,15 +313,3 @@ def _choose_device(name: str | None) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise OpsigError("no CUDA device can be used here. Use --device cpu, or install a CUDA build of torch")
     return name
-
-
-def _make_deterministic(device: str) -> None:
-    # As torch.use_deterministic_algorithms, which would import torch._inductor: a second of every command.
-    torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")
-    warnings.filterwarnings("ignore", message=".* does not have a deterministic implementation")  # such as unpooling
-    # Nothing here reads what it has not written, and the filling took a quarter of the time of gradient cosines.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    torch.backends.cudnn.allow_tf32 = (
-        False  # ten bits of mantissa are too few for losses that are compared step by step
-    )
-    torch.backends.cuda.matmul.allow_tf32 = False
