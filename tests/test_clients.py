@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from clients import by_hand, libraries
+from clients import by_hand, jax_files, libraries
 from clients.__main__ import check, command, missing
 
 from opsig_cli.trajectory.file import open_trajectory
@@ -21,6 +21,13 @@ def test_a_layout_is_imported_as_its_library_would_load_it(client, tmp_path):
 
 @pytest.mark.parametrize("client", LIBRARIES, ids=lambda client: client.name)
 def test_a_library_s_checkpoints_are_imported_as_it_saved_them(client, tmp_path):
+    if absent := missing(client):
+        pytest.skip(f"needs {absent}")
+    check(client, tmp_path)
+
+
+@pytest.mark.parametrize("client", jax_files.CLIENTS, ids=lambda client: client.name)
+def test_what_jax_s_libraries_save_is_imported(client, tmp_path):
     if absent := missing(client):
         pytest.skip(f"needs {absent}")
     check(client, tmp_path)

@@ -48,7 +48,7 @@ REFUSED = {
     "text": (dict(scalars={"loss": "low"}), r"scalars\['loss'\] must be one number"),
     "no name": (dict(scalars={"": 1.0}), "scalars: a name must be text"),
     "a list of scalars": (dict(scalars=[1.0]), "scalars must be numbers by name"),
-    "no model": (dict(model="resnet"), "model must be a torch.nn.Module, not str"),
+    "no model": (dict(model="resnet"), "model must be a torch.nn.Module or a tree of JAX's arrays, not str"),
     "no optimizer": (dict(model=torch.nn.Linear(2, 1), optimizer=3), "optimizer must be a torch.optim.Optimizer"),
     "an optimizer alone": (dict(optimizer=3), "optimizer goes with model"),
     "another step": (dict(state=State(3, np.ones(3), np.empty(0))), "state is of step 3, and is recorded at step 4"),

@@ -117,7 +117,7 @@ def import_(
     )
     request = entry.Request(
         output, paths or [], task, model, steps, steps_from, prefix, entry.chosen(given), losses, scalars, track,
-        append, replace, device, backend or "torch", allow_changed_data, reference,
+        append, replace, device, backend, allow_changed_data, reference,
         {what: name for what, name in columns.items() if name is not None}, sightings, order,
     )  # fmt: skip
     bar = partial(options.progress, quiet=quiet)

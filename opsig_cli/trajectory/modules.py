@@ -1,4 +1,5 @@
 """Checkpoints of a plain torch model and its optimizer. torch itself is not imported: the tensors bring it along.
+Parameters of JAX are `trees`.
 
 P trained parameters, B buffers.
 """
@@ -13,6 +14,7 @@ import numpy as np
 
 from opsig_cli.backends import State, Tensor
 from opsig_cli.errors import OpsigError
+from opsig_cli.trajectory import trees
 
 SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 """What of an optimizer's state has a place in a trajectory."""
@@ -24,8 +26,10 @@ def layout_of(model: Any) -> list[Tensor]:
     """Names, shapes and places of a model's parameters, trained and frozen, in its own order, tied ones once, and of
     its buffers.
 
-    Raises OpsigError where it is not a model of torch.
+    Raises OpsigError where it is neither a model of torch nor a tree of JAX's arrays.
     """
+    if not hasattr(model, "named_parameters"):
+        return trees.layout_of(model)
     named = [(name, "parameter" if p.requires_grad else "frozen", p) for name, p in _named(model, "parameters")]
     named += [(name, "buffer", tensor) for name, tensor in _named(model, "buffers")]
     if lazy := [name for name, _, tensor in named if hasattr(tensor, "materialize")]:
@@ -42,8 +46,10 @@ def state_of(model: Any, optimizer: Any = None, step: int = 0) -> State:
     """What a model and its optimizer hold now, as a checkpoint of `step` in the order of `layout_of`: a copy.
 
     Of the optimizer SLOTS are kept; a parameter that it has no state of yet counts as 0. Raises OpsigError where these
-    are no model and optimizer of torch.
+    are no model and optimizer of torch, nor a tree of JAX's arrays.
     """
+    if not hasattr(model, "named_parameters"):
+        return trees.state_of(model, optimizer, step)
     named = [tensor for _, tensor in _named(model, "parameters")]
     parameters, frozen = [p for p in named if p.requires_grad], [p for p in named if not p.requires_grad]
     buffers = [tensor for _, tensor in _named(model, "buffers")]

@@ -157,9 +157,10 @@ class Recorder:
 
         `losses` and `predictions` are (S,), NaN and -1 for samples that were not measured; or (N,), of the `samples`
         with these dataset indices. `scalars`: numbers by any name; the schema's own, such as train_loss, are what
-        commands look at. `model`, with its `optimizer`, is a torch model that becomes a checkpoint; or `state` does, of
-        which `source` says where it is from: path, bytes, sha256. A step may be recorded in several calls as long as
-        none gives what another gave. Nothing is written where OpsigError is raised.
+        commands look at. `model`, with its `optimizer`, is a torch model, or a tree of JAX's arrays with optax's state,
+        that becomes a checkpoint; or `state` does, of which `source` says where it is from: path, bytes, sha256. A step
+        may be recorded in several calls as long as none gives what another gave. Nothing is written where OpsigError is
+        raised.
         """
         self._require_open()
         step = given.as_step(step)

@@ -145,6 +145,12 @@ class Opened:
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise MemoryError from error
                 raise
+            except (NotImplementedError, TypeError, ValueError) as error:
+                if own_frames(error):  # with the line of theirs
+                    raise
+                raise OpsigError(
+                    f"JAX cannot compute this of the task: {' '.join(str(error).split())[:200]}"
+                ) from error
 
     def compiled(self, name: str, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         """The function that `make` gives, compiled once a shape and called as JAX is."""

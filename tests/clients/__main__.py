@@ -6,19 +6,19 @@ import contextlib
 import io
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from clients import by_hand, libraries
+from clients import by_hand, jax_files, libraries
 from clients.case import Client, Made
 from opsig_cli.settings import Settings
 from opsig_cli.studies.trained import settings_at
 from opsig_cli.trajectory.file import open_trajectory
 
-CLIENTS = [*libraries.CLIENTS, *by_hand.CLIENTS]
+CLIENTS = [*libraries.CLIENTS, *jax_files.CLIENTS, *by_hand.CLIENTS]
 
 
 def command(*arguments: object) -> tuple[int, str]:
@@ -94,7 +94,9 @@ def main(words: list[str]) -> int:
     for client in CLIENTS:
         if words and not any(word.lower() in client.name.lower() for word in words):
             continue
-        writer = client.writer if find_spec(client.writer) is None else f"{client.writer} {version(client.writer)}"
+        writer = client.writer
+        with contextlib.suppress(PackageNotFoundError):
+            writer = f"{writer} {version(writer)}"
         if absent := missing(client):
             print(f"| {client.name} | {client.writer} | skipped: {absent} is not installed | | | |")
             continue

@@ -1,5 +1,5 @@
-"""Checkpoints as people have them, opened one at a time: files of torch.save, safetensors and npz, and the folders that
-Hugging Face's libraries, torch.distributed.checkpoint, DeepSpeed and Megatron write."""
+"""Checkpoints as people have them, opened one at a time: files of torch.save, safetensors, npz and msgpack, and the
+folders that Hugging Face's libraries, torch.distributed.checkpoint, DeepSpeed, Megatron and orbax write."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from functools import lru_cache
 from typing import Any
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.importing import array_files, distributed, partitions
+from opsig_cli.studies.importing import array_files, distributed, msgpack_files, orbax_folders, partitions
 from opsig_cli.studies.importing.content import Content, collect, collect_numbers
+from opsig_cli.studies.importing.pytrees import collect_tree
 from opsig_cli.studies.importing.torch_files import first_words, load
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
-SUFFIXES = (*TORCH, ".safetensors", ".npz")
+SUFFIXES = (*TORCH, ".safetensors", ".npz", ".eqx", *msgpack_files.SUFFIXES)
 WEIGHTS = (
     "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors",
-    "adapter_model.bin",
+    "adapter_model.bin", "flax_model.msgpack",
 )  # fmt: skip
 """Names of the weights in a Hugging Face folder; sharded, they are listed by NAME.index.json."""
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
@@ -31,6 +32,8 @@ INSIDE = ("pytorch_model_fsdp_0", "checkpoint")
 """Folders in which a folder's weights may lie: of FSDP in a Hugging Face folder, of DeepSpeed under Lightning."""
 NUMBERS = ("meta.pt", "common.pt")
 """Files beside a distributed checkpoint that hold its step: Lightning's and Megatron's."""
+FLAX = re.compile(r"checkpoint_\d+")
+"""What flax called its files of msgpack, without a suffix."""
 MEMBER = re.compile(r"(.+)\[(-?\d+)\]")
 
 
@@ -56,11 +59,15 @@ def _expand(path: str) -> list[str]:
         raise OpsigError(f"{path} does not exist")
     if not os.path.isdir(path):
         return [path]
+    if orbax_folders.UNFINISHED in os.path.basename(os.path.normpath(path)):
+        raise OpsigError(f"{path} is a checkpoint that orbax had not finished writing. Leave it out")
+    if orbax_folders.is_checkpoint(path):
+        return [path]
     inside = sorted((os.path.join(path, name) for name in os.listdir(path)), key=natural)
     if os.path.isfile(os.path.join(path, "trainer_state.json")) and _kind(path):
         return [path]
     folders = [each for each in inside if os.path.isdir(each) and os.path.basename(each) not in INSIDE and _kind(each)]
-    files = [each for each in inside if each.endswith(SUFFIXES) and os.path.isfile(each)]
+    files = [each for each in inside if _is_named_as_one(each) and os.path.isfile(each)]
     if folders and not _kind(path, own=True):
         return folders
     if folders or _kind(path):
@@ -71,6 +78,10 @@ def _expand(path: str) -> list[str]:
             f"{', '.join(SUFFIXES)}"
         )
     return files
+
+
+def _is_named_as_one(path: str) -> bool:
+    return path.endswith(SUFFIXES) or bool(FLAX.fullmatch(os.path.basename(path)))
 
 
 def _members(path: str) -> list[str]:
@@ -125,6 +136,8 @@ def _kind(folder: str, own: bool = False) -> str | None:
     """How a folder keeps weights; `own`: itself, and not in a folder of its own for them."""
     if os.path.isfile(os.path.join(folder, distributed.METADATA)):
         return "distributed"
+    if orbax_folders.is_checkpoint(folder):
+        return "orbax"
     names = os.listdir(folder)
     if any(map(partitions.ZERO_MODEL.fullmatch, names)):
         return "deepspeed"
@@ -173,6 +186,10 @@ def _open(path: str, content: Content, stack: contextlib.ExitStack) -> None:
         array_files.open_safetensors(path, content, stack)
     elif path.endswith(".npz"):
         array_files.open_npz(path, content, stack)
+    elif path.endswith(".eqx"):
+        array_files.open_equinox(path, content)
+    elif os.path.isfile(path) and not path.endswith(TORCH) and msgpack_files.is_msgpack(path):
+        collect_tree(msgpack_files.load(path), content)
     elif path.endswith(".distcp"):
         raise OpsigError(f"{path} is a part of a checkpoint: import its folder, {os.path.dirname(path) or '.'}")
     elif not os.path.exists(path) and (found := MEMBER.fullmatch(path)):
@@ -191,6 +208,8 @@ def _open_folder(folder: str, content: Content, stack: contextlib.ExitStack) -> 
             distributed.open_distributed(folder, content)
         case "deepspeed":
             partitions.open_deepspeed(folder, content)
+        case "orbax":
+            orbax_folders.open_orbax(folder, content)
         case "megatron":
             for file in partitions.megatron_files(folder):
                 partitions.open_megatron(file, content)
@@ -228,6 +247,8 @@ def weight_files(path: str) -> list[str]:
             return partitions.deepspeed_files(path)
         case "megatron":
             return partitions.megatron_files(path)
+        case "orbax":
+            return orbax_folders.files(path)
         case "inside":
             return weight_files(_inner(path) or "")
         case None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.importing.entries import Entry
+from opsig_cli.studies.importing.entries import Entry, tensor_of
 from opsig_cli.studies.importing.stand_ins import StandIn, StoredArray, pairs_of, state_of
 from opsig_cli.studies.importing.torch_files import WRAPPERS, is_plain, number_of
 
@@ -22,16 +22,18 @@ DIGITS = 18
 
 @dataclass
 class Content:
-    """What one checkpoint holds. `log`: what a trainer logged on the way, as it wrote it."""
+    """What one checkpoint holds. `log`: what a trainer logged on the way, as it wrote it; `unnamed`: tensors that have
+    no names, in the order of the model's."""
 
     tensors: dict[str, Entry] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
     optimizers: list[Mapping[str, Any]] = field(default_factory=list)
     log: list[Mapping[str, Any]] = field(default_factory=list)
+    unnamed: list[Entry] = field(default_factory=list)
 
     def clear(self) -> None:
         """Let go of what was read."""
-        for part in (self.tensors, self.optimizers, self.log):
+        for part in (self.tensors, self.optimizers, self.log, self.unnamed):
             part.clear()
 
 
@@ -114,12 +116,7 @@ def optimizer_of(value: Any) -> Mapping[str, Any] | None:
 def entry_of(array: StoredArray) -> Entry:
     """A pickled numpy array as a tensor."""
 
-    def read() -> Any:
-        import torch
-
-        return torch.from_numpy(array.array().copy())
-
-    return Entry(array.shape, read)
+    return Entry(array.shape, lambda: tensor_of(array.array()))
 
 
 def collect_numbers(values: Mapping[Any, Any], content: Content) -> None:
@@ -133,5 +130,8 @@ def collect_numbers(values: Mapping[Any, Any], content: Content) -> None:
 def _number(value: Any) -> int | None:
     if isinstance(value, str):
         return int(value) if value.isdecimal() and len(value) < DIGITS else None
+    if isinstance(value, StoredArray):
+        with contextlib.suppress(TypeError, IndexError):
+            value = entry_of(value)
     number = number_of(value)
     return int(number) if number is not None and abs(number) < 10**DIGITS and number == int(number) else None

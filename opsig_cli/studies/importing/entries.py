@@ -49,6 +49,15 @@ class Entry:
         return math.prod(self.shape)
 
 
+def tensor_of(values: Any) -> Any:
+    """A numpy array as a torch tensor; bfloat16, which numpy saves as two bytes without a type, as such."""
+    import torch
+
+    if values.dtype.name == "bfloat16" or values.dtype.str[1:] == "V2":
+        return torch.from_numpy(values.view("int16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
 class Split(Entry):
     """A tensor of which a file holds one process's part alone."""
 

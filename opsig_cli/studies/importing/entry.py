@@ -47,7 +47,7 @@ class Request:
     append: bool
     replace: bool
     device: str | None
-    backend: str
+    backend: str | None
     allow_changed_data: bool = False
     reference: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -150,7 +150,8 @@ def _import_checkpoints(
         raise OpsigError(f"{request.output} was made with a task of your own. Give it again: --task {spec.name}")
     task, spec = tasks.load(spec)
     used = stored or Settings(str(spec), chunk_size=given["chunk_size"], statistics=given["statistics"])
-    session = load_backend(request.backend).open(task, request.device, used.chunk_size, used.statistics)
+    backend = request.backend or (stored or Settings).backend
+    session = load_backend(backend).open(task, request.device, used.chunk_size, used.statistics)
     session.tell = warn
     _check_session(request, session, losses, warn)
     warn(f"device: {session.device_name}")
@@ -180,6 +181,7 @@ def _import_checkpoints(
             )
     settling.say_counts(glances, steps, warn)
     settings, told = settling.settle(glances, steps, given, request.task or used.task, spec.model, warn)
+    settings = replace(settings, backend=backend)
     longest = max((each.log for each in glances), key=len)
     logged = trainer_logs.of_trainer(
         longest, {step: at["learning_rate"] for step, at in told.items() if "learning_rate" in at}

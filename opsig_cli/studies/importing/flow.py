@@ -16,8 +16,9 @@ import numpy as np
 
 from opsig_cli.backends import Session, State, Tensor
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.importing import checkpoints, conversion, names, optimizers, referring
+from opsig_cli.studies.importing import checkpoints, conversion, names, optimizers, referring, unnamed
 from opsig_cli.studies.importing.logs import Log
+from opsig_cli.studies.importing.pytrees import plain
 from opsig_cli.studies.importing.series import Losses
 from opsig_cli.studies.importing.torch_files import first_words
 from opsig_cli.studies.importing.weights import FrozenRow, put
@@ -65,8 +66,12 @@ class Glance:
 
 def target_of(task: Task, session: Session, prefix: str | None, added_to: str | None = None) -> Target:
     """The task's model as what checkpoints must fit, and the run that they are added to."""
-    model = task.model()
-    aliases, converted = names.aliases_of(model), conversion.written_by_transformers(model)[1]
+    if callable(getattr(task, "dataset", None)):
+        model = task.model()
+        aliases, converted = names.aliases_of(model), conversion.written_by_transformers(model)[1]
+    else:  # parameters are a tree of JAX
+        aliases = {tensor.name: list(dict.fromkeys((tensor.name, plain(tensor.name)))) for tensor in session.layout}
+        converted = {}
     made = session.initial(0)
     frozen = FrozenRow(session.layout, made.frozen)
     if added_to is not None:
@@ -113,6 +118,8 @@ def glance(path: str, target: Target, warn: Warn, reference: bool = False) -> Gl
 
 
 def _fit(content: checkpoints.Content, target: Target, path: str) -> names.Fit:
+    if content.unnamed:
+        unnamed.give_names(content, target.layout, path)
     conversion.put_together(content.tensors, target.converted)
     shapes = {name: entry.shape for name, entry in content.tensors.items()}
     try:

@@ -69,7 +69,7 @@ def fit(
     shape, naming the first of them.
     """
     found = []
-    for inner in _common_prefixes([tensor.name for tensor in layout]):
+    for inner in common_prefixes([tensor.name for tensor in layout]):
         votes = _votes(shapes, layout, aliases, inner)
         found += [(place, inner, votes[place]) for place in votes if prefix is None or place.startswith(prefix)]
     if not found:
@@ -93,7 +93,7 @@ def fit(
     return Fit(best, keys, kept, unused, others, tied)
 
 
-def _common_prefixes(names: Sequence[str]) -> list[str]:
+def common_prefixes(names: Sequence[str]) -> list[str]:
     """ "" and every prefix, up to a dot, that all names have: "net." of net.0.weight and net.0.bias."""
     found, rest = [""], list(names)
     while rest and all("." in name for name in rest) and len({name.split(".")[0] for name in rest}) == 1:

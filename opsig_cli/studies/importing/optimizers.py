@@ -10,6 +10,8 @@ import numpy as np
 from opsig_cli.backends import Tensor
 from opsig_cli.settings import OTHER
 from opsig_cli.studies.importing.entries import Entry
+from opsig_cli.studies.importing.names import common_prefixes
+from opsig_cli.studies.importing.pytrees import plain
 from opsig_cli.studies.importing.torch_files import WRAPPERS, is_plain, number_of
 
 SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
@@ -60,6 +62,10 @@ def settings_of(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if momentum and group.get("nesterov"):
             settings["nesterov"] = True
             notes.append("its momentum is nesterov's, whose threshold is (2 + 2 beta)/(1 + 2 beta) over the rate")
+    elif any(each.get("optax") for each in groups):
+        notes.append(
+            "optax's state does not say whose it is: --optimizer adam or momentum does, where it is one of these"
+        )
     settings = {"learning_rate": rate} | settings
     return {key: value for key, value in settings.items() if value is not None}, notes
 
@@ -192,9 +198,12 @@ def _named(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_name(states: Mapping[Any, Any], parameters: Sequence[Tensor], prefix: str) -> list[Any] | None:
     """States keyed by parameters' names, as distributed training saves them."""
-    for start in ("", prefix, prefix.split(".", 1)[-1], "module."):
-        if all(start + tensor.name in states for tensor in parameters):
-            return [states[start + tensor.name] for tensor in parameters]
+    own = [tensor.name for tensor in parameters]
+    for inner in common_prefixes(own):  # JAX's states go by the path below what was given to the optimizer
+        for start in ("", prefix, prefix.split(".", 1)[-1], "module."):
+            names = [start + plain(name.removeprefix(inner)) for name in own]
+            if all(name in states for name in names) or (states and set(states) <= set(names)):
+                return [states.get(name, {}) for name in names]
     return None
 
 

@@ -36,6 +36,13 @@ def _array_of_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_: An
     return made
 
 
+def _jax_array(_: Any, __: Any, state: Any, *___: Any) -> StoredArray:
+    """An array of JAX is written as one of numpy."""
+    made = StoredArray()
+    made.__setstate__(state)
+    return made
+
+
 def _scalar(dtype: Any, data: Any = b"") -> Any:
     data = data.encode("latin1") if isinstance(data, str) else data
     try:
@@ -88,6 +95,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys((f"{module}._reconstruct" for module in NUMPY), _array),
     **dict.fromkeys(("numpy._core.numeric._frombuffer", "numpy.core.numeric._frombuffer"), _array_of_buffer),
     "numpy.dtype": Dtype,
+    "jax._src.array._reconstruct_array": _jax_array,
 }
 """What is made of what a pickle asks for by these names. Everything else is a StandIn."""
 

@@ -127,7 +127,9 @@ class Dtype(Inert):
         self.order = state[1] if state[1] in ("<", ">") else "="
 
     def numpy(self) -> np.dtype:
-        """The dtype. Raises ValueError where it is not of numbers."""
+        """The dtype; two bytes without a type for bfloat16. Raises ValueError where it is not of numbers."""
+        if getattr(self.code, "kind", None) == "ml_dtypes.bfloat16":
+            return np.dtype("V2")
         if not (isinstance(self.code, str) and re.fullmatch(r"[biufc]\d{1,2}", self.code)):
             raise ValueError(f"an array of type {self.code}")
         return np.dtype(self.order + self.code)
