@@ -21,6 +21,8 @@ KINDS = (
     "branch",
 )  # fmt: skip
 """What records of studies can be of."""
+Run = str | os.PathLike | Trajectory
+"""A run's path, or one that is open."""
 Note = Callable[[str], None]
 """Takes what a person should know while a study runs: the device, what is skipped."""
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
@@ -91,9 +93,7 @@ def unseen(label: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def opened(
-    run: str | os.PathLike | Trajectory, mode: str = "r", like: Trajectory | None = None
-) -> Iterator[Trajectory]:
+def opened(run: Run, mode: str = "r", like: Trajectory | None = None) -> Iterator[Trajectory]:
     """The trajectory of this path, open for the time inside; one that is open already is given as it is.
 
     `like`: one whose damaged rows were left out, as they are then here.
