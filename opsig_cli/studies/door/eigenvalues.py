@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,107 +41,39 @@ def sharpness(
     """
     from opsig_cli.studies import drawing
 
-    wanted = [name for name in (metrics or "").split(",") if name]
-    known = (*curvature.SAMPLE_METRICS, *curvature.STEP_METRICS)
-    for metric in wanted:
-        if metric not in known:
-            raise UsageError(f"no metric is called '{metric}'. Known: {', '.join(known)}")
-    if at not in (None, *floor.PLACES):
-        raise UsageError(f"--at is one of {', '.join(floor.PLACES)}, not '{at}'")
-    if at == "floor" and (wanted or slice is not None):
-        raise UsageError("--metrics and --slice are measured where the iterates stand. Leave --at floor out")
-    if name and (wanted or slice is not None or plain):
-        raise UsageError("--name is of what decides stability. Leave --metrics, --slice and --plain out")
-    of_samples = [metric for metric in wanted if metric in curvature.SAMPLE_METRICS]
-    keeps = not wanted and slice is None
-    divided = share.part_of(part, output)
-    if divided and (name or slice is not None or replace or set(wanted) - set(of_samples)):
-        raise UsageError(
-            "parts are of eigenvalues and of single samples' metrics. Leave --part, or the other option, out"
-        )
-    with opened(run, "r+" if keeps and not divided else "r") as trajectory:
-        if keeps and not divided and not trajectory.writable:
+    wanted = [metric for metric in (metrics or "").split(",") if metric]
+    asked = _Asked(
+        wanted, k, steps, tolerance, slice, span, at, name, plain, replace, share.part_of(part, output), output,
+        records or [], random, seed,
+    )  # fmt: skip
+    asked.check()
+    writes = asked.keeps and not asked.part
+    damage: list[str] = []
+    with opened(run, "r+" if writes else "r") as trajectory:
+        if writes and not trajectory.writable:
             raise OpsigError(f"{trajectory.path} is open for reading. Eigenvalues are kept in it: open it with 'r+'")
-        damage: list[str] = []
 
-        def work():
-            chosen_steps = curvature.select_steps(trajectory, steps if slice is None else str(slice))
-            if slice is None and (few := curvature.few_words(trajectory, steps, chosen_steps)):
-                note(few)
-            if name and steps is None:
-                chosen_steps = chosen_steps[-1:]
+        def open_session() -> backends.Session:
+            session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
+            backends.require(session, backends.Curvature, backend, "curvature")
+            return session
 
-            def open_session() -> backends.Session:
-                session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
-                backends.require(session, backends.Curvature, backend, "curvature")
-                return session
-
-            session = tracking.opened_later(open_session) if keeps and not plan else open_session()
-            own_steps = divided.share(chosen_steps) if divided else chosen_steps
-            if wanted:
-                chosen = named.chosen(trajectory, records or [], random, seed) if of_samples else {}
-                samples = len(np.unique(np.concatenate([*chosen.values(), []])))
-                row = 8 * len(trajectory.samples) * len(of_samples) if divided else 0
-                takes = foreseen.metrics(trajectory, own_steps, wanted, samples, row)
-            else:
-                count = k or (ends.NAMED if name else 1)
-                takes = foreseen.eigenvalues(trajectory, own_steps, count, name)
-            if slice is not None:
-                takes = foreseen.along(own_steps)
+        def work() -> list[dict[str, Any]]:
+            chosen = asked.chosen_steps(trajectory, note)
+            session = tracking.opened_later(open_session) if asked.keeps and not plan else open_session()
+            takes = asked.takes(trajectory, chosen)
             if plan:
                 return takes.plan(trajectory, session, backend)
             if wanted:  # what solves for eigenvalues refuses by itself, when its checkpoint is loaded
                 takes.require(trajectory, session)
-            if not wanted and (other := other_loss(trajectory, settings_of(trajectory))):
-                note(f"note: measured of the mean loss of all samples, while {trajectory.path} minimises {other}")
-            if "gradient_norm" in of_samples and getattr(session, "couples_samples", False):
-                note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
-            if "sample_sharpness" in of_samples:
-                backends.require(session, backends.SampleSharpness, backend, "sample_sharpness")
-            if slice is not None:
-                groups = named.groups_of(trajectory, records or [])
-                return curvature.slice_records(trajectory, session, slice, span, groups)
-            if of_samples:
-                how = {"what": ",".join(of_samples), "steps": steps, "tolerance": tolerance}
-                apart = _measured_apart(trajectory, divided, output, share.OF_SAMPLES, how)
-                with (
-                    apart as into,
-                    progress("curvature", len(own_steps)) as shown,
-                    paced(session, shown, len(own_steps), backends.PRODUCTS) as advance,
-                ):
-                    return curvature.sample_records(
-                        into, session, own_steps, chosen, of_samples, tolerance, advance, keep=divided is not None
-                    )
-            if wanted:
-                with (
-                    progress("curvature", len(chosen_steps)) as shown,
-                    paced(session, shown, len(chosen_steps), backends.PRODUCTS) as advance,
-                ):
-                    return curvature.step_records(trajectory, session, chosen_steps, wanted, advance, note)
-            if name:
-                return _ends(
-                    trajectory, session, backend, chosen_steps, k or ends.NAMED, tolerance, at, replace, note, progress
-                )
-            place, words = floor.choose_place(trajectory, session, chosen_steps, at)
-            how = {
-                "what": "eigenvalues",
-                "k": k or 1,
-                "at": place,
-                "plain": plain,
-                "steps": steps,
-                "tolerance": tolerance,
-            }
-            with _measured_apart(trajectory, divided, output, share.CURVATURE, how) as into:
-                return _eigenvalues(
-                    into, session, own_steps, k or 1, tolerance, (place, words), plain, replace, note, progress
-                )
+            return _measured(asked, trajectory, session, backend, chosen, note, progress)
 
         written = without_damage(work, damage.append)
         rates, minibatches = _rates(trajectory), _minibatches(trajectory)
     if isinstance(written, Records):
         return written
     measured = ("residual", "sample_sharpness_residual")
-    groups_named = named.names_of(records or []) if slice is not None else {}
+    groups_named = named.names_of(asked.records) if slice is not None else {}
     unmet = sum(any((r.get(key) or 0) > tolerance for key in measured) for r in written)
     notes = [f"{unmet} eigenvalues did not reach the tolerance; see their residuals"] if unmet else []
 
@@ -154,9 +87,140 @@ def sharpness(
     if any(record.get("at") == "floor" for record in written):
         title += ", at the floor of the valley"
     answer = answers.sharp(written, trajectory.path, task, rates, minibatches)
-    if divided and answer:
+    if asked.part and answer:
         answer = answers.Answer(answer.found, answers.command("merge", trajectory.path, str(output)))
     return Records(written, notes=notes, damage=damage, title=title, draw=draw, answer=answer)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `sharpness` is asked to measure, of which checkpoints, and how; see there."""
+
+    metrics: list[str]
+    k: int | None
+    steps: str | None
+    tolerance: float
+    slice: int | None
+    span: float
+    at: str | None
+    name: bool
+    plain: bool
+    replace: bool
+    part: share.Part | None
+    output: str | None
+    records: Sequence[dict[str, Any]]
+    random: int
+    seed: int
+
+    @property
+    def of_samples(self) -> list[str]:
+        """The metrics of single samples among those that are asked for."""
+        return [metric for metric in self.metrics if metric in curvature.SAMPLE_METRICS]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is measured is kept in the run's file."""
+        return not self.metrics and self.slice is None
+
+    @property
+    def count(self) -> int:
+        """K, of eigenpairs."""
+        return self.k or (ends.NAMED if self.name else 1)
+
+    def check(self) -> None:
+        """Raise UsageError for what is unknown, or excludes another."""
+        known = (*curvature.SAMPLE_METRICS, *curvature.STEP_METRICS)
+        for metric in self.metrics:
+            if metric not in known:
+                raise UsageError(f"no metric is called '{metric}'. Known: {', '.join(known)}")
+        if self.at not in (None, *floor.PLACES):
+            raise UsageError(f"--at is one of {', '.join(floor.PLACES)}, not '{self.at}'")
+        if self.at == "floor" and not self.keeps:
+            raise UsageError("--metrics and --slice are measured where the iterates stand. Leave --at floor out")
+        if self.name and (not self.keeps or self.plain):
+            raise UsageError("--name is of what decides stability. Leave --metrics, --slice and --plain out")
+        apart = self.name or self.slice is not None or self.replace or set(self.metrics) - set(self.of_samples)
+        if self.part and apart:
+            raise UsageError(
+                "parts are of eigenvalues and of single samples' metrics. Leave --part, or the other option, out"
+            )
+
+    def chosen_steps(self, run: Trajectory, note: Note) -> list[int]:
+        """The checkpoints to measure, all parts' together."""
+        if self.slice is not None:
+            return curvature.select_steps(run, str(self.slice))
+        chosen = curvature.select_steps(run, self.steps)
+        if few := curvature.few_words(run, self.steps, chosen):
+            note(few)
+        return chosen[-1:] if self.name and self.steps is None else chosen
+
+    def own(self, steps: list[int]) -> list[int]:
+        """Of these checkpoints, those of this part."""
+        return self.part.share(steps) if self.part else steps
+
+    def chosen_samples(self, run: Trajectory) -> dict[str, np.ndarray]:
+        """Positions of the samples to measure by the name of their set; none where no metric is of samples."""
+        return named.chosen(run, self.records, self.random, self.seed) if self.of_samples else {}
+
+    def takes(self, run: Trajectory, steps: list[int]) -> foreseen.Foreseen:
+        """What measuring these checkpoints takes."""
+        if self.slice is not None:
+            return foreseen.along(self.own(steps))
+        if not self.metrics:
+            return foreseen.eigenvalues(run, self.own(steps), self.count, self.name)
+        samples = len(np.unique(np.concatenate([*self.chosen_samples(run).values(), []])))
+        row = 8 * len(run.samples) * len(self.of_samples) if self.part else 0
+        return foreseen.metrics(run, self.own(steps), self.metrics, samples, row)
+
+    @contextmanager
+    def rows_in(self, run: Trajectory, groups: Sequence[str], **settings: Any) -> Iterator[Trajectory]:
+        """The run, whose rows of these groups are a part's where there is one."""
+        if self.part is None:
+            yield run
+            return
+        settings |= {"steps": self.steps, "tolerance": self.tolerance}
+        with share.opened_part(run, self.part, str(self.output), groups, settings) as divided:
+            yield divided
+
+
+def _measured(
+    asked: _Asked, run: Trajectory, session: backends.Session, backend: str | None, steps: list[int], note: Note,
+    progress: Progress,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Records of what is asked for at these checkpoints."""
+    if asked.keeps and (other := other_loss(run, settings_of(run))):
+        note(f"note: measured of the mean loss of all samples, while {run.path} minimises {other}")
+    if "gradient_norm" in asked.metrics and getattr(session, "couples_samples", False):
+        note("note: with batch norm in chunks, gradient norms hold each chunk's statistics fixed")
+    if "sample_sharpness" in asked.metrics:
+        backends.require(session, backends.SampleSharpness, backend, "sample_sharpness")
+    if asked.slice is not None:
+        groups = named.groups_of(run, asked.records)
+        return curvature.slice_records(run, session, asked.slice, asked.span, groups)
+    if asked.metrics:
+        return _metrics(asked, run, session, steps, note, progress)
+    if asked.name:
+        return _ends(asked, run, session, backend, steps, note, progress)
+    return _eigenvalues(asked, run, session, steps, note, progress)
+
+
+def _metrics(
+    asked: _Asked, run: Trajectory, session: backends.Session, steps: list[int], note: Note, progress: Progress
+) -> list[dict[str, Any]]:
+    """Metrics of single samples, or of the whole loss."""
+    own = asked.own(steps) if asked.of_samples else steps
+    rows = asked.rows_in(run, share.OF_SAMPLES, what=",".join(asked.of_samples))
+    with (
+        rows as into,
+        progress("curvature", len(own)) as shown,
+        paced(session, shown, len(own), backends.PRODUCTS) as advance,
+    ):
+        if not asked.of_samples:
+            return curvature.step_records(run, session, own, asked.metrics, advance, note)
+        return curvature.sample_records(
+            into, session, own, asked.chosen_samples(run), asked.of_samples, asked.tolerance, advance,
+            keep=asked.part is not None,
+        )  # fmt: skip
 
 
 def _minibatches(run: Trajectory) -> str | None:
@@ -179,68 +243,55 @@ def _rates(run: Trajectory) -> dict[int, float]:
 
 
 def _ends(
-    run: Trajectory, session: backends.Session, backend: str | None, steps: list[int], count: int, tolerance: float,
-    at: str | None, replace: bool, note: Note, progress: Progress,
+    asked: _Asked, run: Trajectory, session: backends.Session, backend: str | None, steps: list[int], note: Note,
+    progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Who stands at the ends of `count` eigenvectors, measured where they are missing."""
-    if replace:
+    """Who stands at the ends of eigenvectors, measured where they are missing."""
+    if asked.replace:
         run.remove("slopes")
-    have = set(run.steps("slopes").tolist()) & set(steps)
-    run.check("slopes", have)
-    place, words = _place_of_name(run, session, steps, at)
-    missing, held = slopes.check_kept(run, steps, count, place)
+    run.check("slopes", set(run.steps("slopes").tolist()) & set(steps))
+    place, words = _place_of_name(run, session, steps, asked.at)
+    missing, held = slopes.check_kept(run, steps, asked.count, place)
     if missing:
         backends.require(session, backends.Slopes, backend, "slopes")
     if words:
         note(words)
     bar = progress("eigenvectors", len(missing))
-    with bar as shown, paced(session, shown, len(missing), count * backends.PRODUCTS) as advance:
-        for step in slopes.measure(run, session, missing, held, tolerance, place):
+    with bar as shown, paced(session, shown, len(missing), asked.count * backends.PRODUCTS) as advance:
+        for step in slopes.measure(run, session, missing, held, asked.tolerance, place):
             advance(note=f"step {step}")
-    return ends.records(run, steps, count, place)
-
-
-@contextmanager
-def _measured_apart(
-    run: Trajectory, part: share.Part | None, output: str | None, groups: Sequence[str], settings: dict[str, Any]
-) -> Iterator[Trajectory]:
-    """The run, whose rows of these groups are a part's where there is one."""
-    if part is None:
-        yield run
-        return
-    with share.opened_part(run, part, str(output), groups, settings) as divided:
-        yield divided
+    return ends.records(run, steps, asked.count, place)
 
 
 def _eigenvalues(
-    run: Trajectory, session: backends.Session, steps: list[int], k: int, tolerance: float,
-    where: tuple[str, str | None], plain: bool, replace: bool, note: Note, progress: Progress,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The `k` largest eigenvalues, measured where they are missing or rougher than the tolerance.
-
-    `where`: the place, and what to say of it.
-    """
-    place, words = where
-    group = curvature.group_of(None if plain else settings_of(run), place)
-    if replace:
-        run.remove(group)
-    run.check(group, set(run.steps(group).tolist()) & set(steps))
-    count = curvature.count_to_measure(run, group, k)
-    if words:
-        note(words)
-    missing, rough = curvature.to_measure(run, group, steps, k, tolerance)
-    if len(missing) < len(steps):
-        note(f"measured already: {len(steps) - len(missing)} of {len(steps)} checkpoints")
-    bar = progress("sharpness", len(missing))
-    with bar as shown, paced(session, shown, len(missing), backends.PRODUCTS) as advance:
-        for step in curvature.measure(run, session, group, missing, count, tolerance):
-            advance(note=f"step {step}")
-    if rough:
-        note(f"measured again: {rough} checkpoints, held to a residual above the tolerance {tolerance:g}")
-    found = curvature.records(run, group, steps, tolerance, k)
-    if settings_of(run) is None:
-        note("no stability threshold: the file does not say how it was trained. Recorder takes that as settings_json")
-    return found
+    asked: _Asked, run: Trajectory, session: backends.Session, steps: list[int], note: Note, progress: Progress
+) -> list[dict[str, Any]]:
+    """The largest eigenvalues, measured where they are missing or rougher than the tolerance."""
+    place, words = floor.choose_place(run, session, steps, asked.at)
+    how = {"what": "eigenvalues", "k": asked.count, "at": place, "plain": asked.plain}
+    with asked.rows_in(run, share.CURVATURE, **how) as into:
+        own, group = asked.own(steps), curvature.group_of(None if asked.plain else settings_of(into), place)
+        if asked.replace:
+            into.remove(group)
+        into.check(group, set(into.steps(group).tolist()) & set(own))
+        count = curvature.count_to_measure(into, group, asked.count)
+        if words:
+            note(words)
+        missing, rough = curvature.to_measure(into, group, own, asked.count, asked.tolerance)
+        if len(missing) < len(own):
+            note(f"measured already: {len(own) - len(missing)} of {len(own)} checkpoints")
+        bar = progress("sharpness", len(missing))
+        with bar as shown, paced(session, shown, len(missing), backends.PRODUCTS) as advance:
+            for step in curvature.measure(into, session, group, missing, count, asked.tolerance):
+                advance(note=f"step {step}")
+        if rough:
+            note(f"measured again: {rough} checkpoints, held to a residual above the tolerance {asked.tolerance:g}")
+        found = curvature.records(into, group, own, asked.tolerance, asked.count)
+        if settings_of(into) is None:
+            note(
+                "no stability threshold: the file does not say how it was trained. Recorder takes that as settings_json"
+            )
+        return found
 
 
 def _place_of_name(
