@@ -413,6 +413,8 @@ def test_cheap_curvature_and_mistakes_about_metrics(opsig, tiny_run, tmp_path):
     assert record["threshold"] == 4
     assert sum(record["density_weights"]) == pytest.approx(419)
     opsig("sharpness", tiny_run, *OWN, "--metrics", "beauty").fails(2, "no metric is called 'beauty'", "curvature")
+    both = opsig("sharpness", tiny_run, *OWN, "--metrics", "gradient_norm,trace")
+    both.fails(2, "gradient_norm is of single samples and trace of the whole loss", "--metrics trace")
     opsig("sharpness", tiny_run, *OWN, "--steps", "70:80").fails(1, "no checkpoint at --steps 70:80", "0 to 60")
     opsig("sharpness", tiny_run, *OWN, "--steps", "a:b").fails(2, "is not a range of steps")
 

@@ -133,13 +133,19 @@ class _Asked:
         for metric in self.metrics:
             if metric not in known:
                 raise UsageError(f"no metric is called '{metric}'. Known: {', '.join(known)}")
+        if self.of_samples and len(self.of_samples) < len(self.metrics):
+            others = ",".join(metric for metric in self.metrics if metric not in self.of_samples)
+            raise UsageError(
+                f"{','.join(self.of_samples)} is of single samples and {others} of the whole loss. Measure one after "
+                f"the other: --metrics {others}"
+            )
         if self.at not in (None, *floor.PLACES):
             raise UsageError(f"--at is one of {', '.join(floor.PLACES)}, not '{self.at}'")
         if self.at == "floor" and not self.keeps:
             raise UsageError("--metrics and --slice are measured where the iterates stand. Leave --at floor out")
         if self.name and (not self.keeps or self.plain):
             raise UsageError("--name is of what decides stability. Leave --metrics, --slice and --plain out")
-        apart = self.name or self.slice is not None or self.replace or set(self.metrics) - set(self.of_samples)
+        apart = self.name or self.slice is not None or self.replace or (self.metrics and not self.of_samples)
         if self.part and apart:
             raise UsageError(
                 "parts are of eigenvalues and of single samples' metrics. Leave --part, or the other option, out"
