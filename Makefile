@@ -36,6 +36,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.tools: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[jax-test]' || echo "No JAX here: its tests are skipped."
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
