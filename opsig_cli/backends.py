@@ -34,6 +34,16 @@ class Tensor:
     size: int
 
 
+def parameter_name(keys: Sequence[str]) -> str:
+    """What a parameter in nested containers is called, by the keys on its path; what wraps an array (a Variable of
+    flax's nnx, whose key is `value`) adds no name.
+
+    >>> parameter_name(["layers", "0", "kernel", "value"]), parameter_name([])
+    ('layers.0.kernel', 'params')
+    """
+    return ".".join(keys[:-1] if len(keys) > 1 and keys[-1] == "value" else keys) or "params"
+
+
 @dataclass(frozen=True)
 class State:
     """A point of a run: step, parameters (P,) float32, buffers (B,) float64, optimizer state by name, (P,) each.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.backends import State, Tensor
+from opsig_cli.backends import State, Tensor, parameter_name
 from opsig_cli.errors import OpsigError
 
 SLOTS = {"mu": "exp_avg", "nu": "exp_avg_sq", "trace": "momentum_buffer"}
@@ -69,8 +69,7 @@ def _arrays(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _name(jax: Any, path: Sequence[Any]) -> str:
-    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    return ".".join(keys[:-1] if len(keys) > 1 and keys[-1] == "value" else keys) or "params"
+    return parameter_name([jax.tree_util.keystr((key,), simple=True) for key in path])
 
 
 def _kinds(node: Any) -> set[str]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opsig_cli.backends import Tensor
+from opsig_cli.backends import Tensor, parameter_name
 from opsig_cli.errors import OpsigError
 
 
@@ -83,11 +83,7 @@ class Tree:
 
 
 def _name(path: Sequence[Any]) -> str:
-    """Keys joined by dots: "layers.0.kernel". What wraps an array (flax's variables) adds no name."""
-    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    if len(keys) > 1 and keys[-1] == "value":
-        keys.pop()
-    return ".".join(keys) or "params"
+    return parameter_name([jax.tree_util.keystr((key,), simple=True) for key in path])
 
 
 def _refuse_state(params: Any) -> None:
