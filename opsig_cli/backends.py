@@ -266,8 +266,11 @@ class Curvature(Protocol):
         """Norm of every sample's gradient, (S,) float64; of chosen ones, (M,), where a session has `positions`."""
         ...
 
-    def gradient(self, state: State) -> np.ndarray:
-        """Gradient of the mean training loss, (P,)."""
+    def gradient(self, state: State, weights: np.ndarray | None = None) -> np.ndarray:
+        """Gradient of the mean training loss, (P,), each sample's times its own of `weights` (S,) where they are given.
+
+        The mean is over as many samples as without weights, as in `Training`.
+        """
         ...
 
     def curvature_along(self, state: State, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

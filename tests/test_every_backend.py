@@ -76,6 +76,8 @@ def test_losses_and_gradients_are_those_of_autograd(backend, truth):
     chosen = np.array([5, 59, 0])
     np.testing.assert_allclose(session.sample_losses(state, chosen), losses[chosen], rtol=1e-6)
     np.testing.assert_allclose(session.gradient(state), gradients.mean(0), atol=1e-12)
+    weights = np.where(np.arange(60) % 7, np.linspace(0, 2, 60), 0)
+    np.testing.assert_allclose(session.gradient(state, weights), weights @ gradients / 60, atol=1e-12)
     np.testing.assert_allclose(session.gradient_norms(state), np.linalg.norm(gradients, axis=1), rtol=1e-10)
 
 

@@ -79,6 +79,9 @@ def test_the_whole_loss_is_the_mean_over_targets(tied):
     session, state, _ = tied
     gradients = alone(session, state, np.flatnonzero(session.task._task.counts.numpy()))
     np.testing.assert_allclose(session.gradient(state), gradients.mean(0), atol=1e-12)
+    weights = np.linspace(0, 2, session.samples)
+    weighted = weights[session.task._task.counts.numpy()] @ gradients / len(gradients)
+    np.testing.assert_allclose(session.gradient(state, weights), weighted, atol=1e-12)
     snapshot = next(session.train(Training("gd", 0.1, 1, wants_losses=lambda _: True), state))
     assert snapshot.train_loss == pytest.approx(np.nanmean(snapshot.losses), rel=1e-6)
     assert snapshot.grad_norm == pytest.approx(np.linalg.norm(gradients.mean(0)), rel=1e-6)

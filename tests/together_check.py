@@ -61,6 +61,7 @@ def compare(backend, name: str, chunk: int) -> None:
     }.items():
         same(name, getattr(shared, name)(*arguments), getattr(alone, name)(*arguments))
     same("gradient", [shared.gradient(state)], [alone.gradient(state)])
+    same("weighted gradient", [shared.gradient(state, weights)], [alone.gradient(state, weights)])
     for (a, b), (c, d) in zip(
         shared.losses([state, earlier, start]), alone.losses([state, earlier, start]), strict=True
     ):

@@ -50,18 +50,20 @@ class Hessian:
         return found if self._scale is None else found * self._scale
 
 
-def gradient(opened: Opened, vector: jax.Array) -> np.ndarray:
-    """Gradient of the mean loss, (P,)."""
+def gradient(opened: Opened, vector: jax.Array, weights: np.ndarray | None = None) -> np.ndarray:
+    """Gradient of the mean loss, (P,), each sample's times its own of `weights` (S,) where they are given."""
 
     def make() -> Callable[..., Any]:
-        def total(parts: Any, batch: Any) -> Any:
-            return opened.losses_at(parts, batch).sum()
+        def total(parts: Any, batch: Any, weights: Any) -> Any:
+            return (opened.losses_at(parts, batch) * weights).sum()
 
-        return lambda vector, batch: opened.tree.joined(jax.grad(total)(opened.tree.split(vector), batch))
+        return lambda vector, *given: opened.tree.joined(jax.grad(total)(opened.tree.split(vector), *given))
 
+    if weights is None:
+        weights = np.ones(opened.samples)
     of_batch, found = opened.compiled("gradient", make), None
-    for _, batch in opened.batches:
-        part = of_batch(vector, batch)
+    for samples, batch in opened.batches:
+        part = of_batch(vector, batch, opened.put(weights[samples]))
         with opened.computing():
             found = part if found is None else found + part
     return np.asarray(found) / opened.dtype.type(opened.samples)

@@ -36,11 +36,11 @@ class JaxSession(Opened):
 
         return measured(self, self.vector_of(state), samples)[0][samples].astype(np.float64)
 
-    def gradient(self, state: State) -> np.ndarray:
-        """Gradient of the mean training loss, (P,)."""
+    def gradient(self, state: State, weights: np.ndarray | None = None) -> np.ndarray:
+        """Gradient of the mean training loss, (P,), with weights of the samples (S,) where they are given."""
         from opsig_jax.curvature import gradient
 
-        return gradient(self, self.vector_of(state))
+        return gradient(self, self.vector_of(state), weights)
 
     def gradient_norms(self, state: State, samples: np.ndarray | None = None) -> np.ndarray:
         """Norm of every sample's gradient, (S,) float64, or of chosen ones', (M,)."""

@@ -180,15 +180,17 @@ class TorchSession(Opened):
             own = None if features is None else features(self.flat.model, batch).norm(dim=1).double().cpu().numpy()
         return logits, own, mean
 
-    def gradient(self, state: State) -> np.ndarray:
-        """Gradient of the mean training loss, (P,)."""
+    def gradient(self, state: State, weights: np.ndarray | None = None) -> np.ndarray:
+        """Gradient of the mean training loss, (P,), with weights of the samples (S,) where they are given."""
+
+        def mean(indices: slice, batch: Any) -> torch.Tensor:
+            losses = self.counted(self.batch_losses(batch), indices)
+            if weights is not None:
+                losses = losses * torch.from_numpy(weights[indices]).to(losses)
+            return losses.sum() / self.target_count
+
         with self.at(state), refusing(self, "the gradient", 1):
-            terms = (
-                plain.flattened(
-                    plain.gradients(self, self.counted(self.batch_losses(batch), indices).sum() / self.target_count)
-                )
-                for indices, batch in self.batches
-            )
+            terms = (plain.flattened(plain.gradients(self, mean(*each))) for each in self.batches)
             return self.total(terms, self.flat.vector.detach()).cpu().numpy()
 
     def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:

@@ -128,8 +128,8 @@ class SharedSession(TorchSession):
         slopes, curvatures = np.concatenate(self._together("slopes", self._bare(state), directions), 1)
         return slopes, curvatures
 
-    def gradient(self, state: State) -> np.ndarray:
-        return self._together("gradient", self._bare(state))[0]
+    def gradient(self, state: State, weights: np.ndarray | None = None) -> np.ndarray:
+        return self._together("gradient", self._bare(state), weights)[0]
 
     def top_eigenpairs(
         self, state: State, count: int, tolerance: float, previous: Eigenpairs | None = None,
@@ -310,9 +310,9 @@ class SharedSession(TorchSession):
         with self.batches.only(own):
             return np.stack(super().slopes_along(state, directions))[:, own]
 
-    def share_of_gradient(self, state: State) -> np.ndarray:
+    def share_of_gradient(self, state: State, weights: np.ndarray | None) -> np.ndarray:
         with self._shared_sums():
-            found = super().gradient(state)
+            found = super().gradient(state, weights)
         return found if self.group.leads else found[:0]
 
     def serve_hessian(self, state: State, scale: np.ndarray | None) -> None:

@@ -12,17 +12,13 @@ from dataclasses import replace
 import numpy as np
 
 from opsig_cli import backends
-from opsig_cli.backends import Session, State, Training
+from opsig_cli.backends import Curvature, Session, State
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.silencing import controls_of, strata_of, units_of
 from opsig_cli.studies.trained import weights_of
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
-
-STRIDE = 100.0
-"""Learning rate of the step that a gradient is read from: so large that the rounding of the parameters that it starts
-from is nothing beside it."""
 
 
 def curvature_left(
@@ -35,7 +31,7 @@ def curvature_left(
     is left out is what silence leaves out (see `silencing.silence`): the family that a pair belongs to, or as many
     others. Empty where nobody can measure it.
     """
-    if not asked or not isinstance(session, backends.Slopes) or "gd" not in session.optimizers:
+    if not asked or not isinstance(session, backends.Slopes) or not isinstance(session, Curvature):
         return {}
     pairs = clusters.grouping.pairs()
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
@@ -52,7 +48,7 @@ def curvature_left(
             controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
             ratio = {}
             for group in sorted({group for number in chosen for group in pairs[number]}):
-                direction = gradient_of(session, state, run.samples[members[group]])
+                direction = direction_of(session, state, run.samples[members[group]])
                 try:
                     curvature_S = session.slopes_along(state, direction[None])[1][run.samples, 0]
                 except OpsigError:  # a layer without a second derivative
@@ -64,17 +60,12 @@ def curvature_left(
     return found
 
 
-def gradient_of(session: Session, state: State, samples: np.ndarray) -> np.ndarray:
-    """Direction of the gradient of these samples' mean loss, (P,) float32 of unit length, 0 where there is none.
-
-    It is read off one step of gradient descent with the others at weight zero, which every backend can take.
-    """
+def direction_of(session: Curvature, state: State, samples: np.ndarray) -> np.ndarray:
+    """Direction of the gradient of these samples' mean loss, (P,) float32 of unit length, 0 where there is none."""
     weights = np.zeros(session.samples)
     weights[samples] = session.samples / len(samples)
-    plan = Training("gd", STRIDE, state.step + 1, weights=weights, wants_state=lambda step: True)
-    before, after = (snapshot.state.params for snapshot in session.train(plan, state) if snapshot.state is not None)
-    step = before.astype(np.float64) - after
-    return (step / max(float(np.linalg.norm(step)), 1e-300)).astype(np.float32)
+    gradient = session.gradient(state, weights).astype(np.float64)
+    return (gradient / max(float(np.linalg.norm(gradient)), 1e-300)).astype(np.float32)
 
 
 def left(curvature_S: np.ndarray, silent: np.ndarray, controls: np.ndarray) -> float:
