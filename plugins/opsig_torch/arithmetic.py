@@ -1,17 +1,48 @@
-"""How torch calculates here: the same bits every time, float32 in full, and as fast as the processor can."""
+"""How torch calculates here: the same bits every time, float32 in full, and as fast as the processor can.
+
+All of it is set for a whole process, which may be a person's notebook: it holds inside `calculating` alone.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 
+UNDETERMINED = "does not have a deterministic implementation"
+"""Of torch's warning of an operation whose bits may differ from run to run, such as unpooling."""
+_inside = 0
+_restore: Callable[[], None] | None = None
+
+
+@contextmanager
+def calculating(device: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Inside, torch calculates so on "cpu" or "cuda"; what the process had comes back as the last to enter has left.
+
+    `tell` takes a line where an operation has no deterministic way.
+    """
+    global _inside, _restore
+    if not _inside:
+        _restore = _settings()
+        prepare(device)
+        _listen(tell)
+    _inside += 1
+    try:
+        yield
+    finally:
+        _inside -= 1
+        if not _inside and _restore is not None:
+            _restore()
+
 
 def prepare(device: str) -> None:
-    """Make torch calculate so on "cpu" or "cuda", for the whole process."""
+    """Make torch calculate so from now on."""
     # As torch.use_deterministic_algorithms, which would import torch._inductor: a second of every command.
     torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")
-    warnings.filterwarnings("ignore", message=".* does not have a deterministic implementation")  # such as unpooling
     # Nothing here reads what it has not written, and the filling took a quarter of the time of gradient cosines.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if torch.accelerator.is_available():
@@ -19,21 +50,26 @@ def prepare(device: str) -> None:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
     else:
-        multiply_at_full_width()
+        torch.set_float32_matmul_precision(width())
 
 
-def multiply_at_full_width() -> None:
-    """Let oneDNN take float32 matrix products on the CPU where it keeps all of their bits; MKL takes them elsewhere.
+@cache
+def width() -> str:
+    """The setting by which oneDNN takes float32 matrix products on the CPU where it keeps all of their bits.
 
     MKL leaves half of the vector unit of AMD's processors with AVX-512 idle: oneDNN multiplies there 1.9 to 2.4 times
     as fast. torch hands it products only under a setting that lets it round to bfloat16 where the processor has units
     for that (AMX), for some shapes and not for others: there it is never set, elsewhere it is tried.
     """
     able = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-    fast = able.get("avx512_f", False) and not any(able.get(unit, True) for unit in ("amx_tile", "amx_bf16"))
-    torch.set_float32_matmul_precision("medium" if fast else "highest")
-    if fast and not multiplies_exactly():
-        torch.set_float32_matmul_precision("highest")
+    if not able.get("avx512_f", False) or any(able.get(unit, True) for unit in ("amx_tile", "amx_bf16")):
+        return "highest"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return "medium" if multiplies_exactly() else "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def multiplies_exactly() -> bool:
@@ -45,3 +81,44 @@ def multiplies_exactly() -> bool:
     matrix = torch.full((size, size), 1 + 2**-12)
     exact = size * (1 + 2**-12) ** 2
     return bool((matrix @ matrix - exact).abs().max() < 1e-5 * exact)
+
+
+def _settings() -> Callable[[], None]:
+    """Puts the process's settings of now back."""
+    mode, shown = torch.get_deterministic_debug_mode(), warnings.showwarning
+    deterministic: Any = torch.utils.deterministic
+    fills = deterministic.fill_uninitialized_memory
+    on_device = torch.accelerator.is_available()
+    if on_device:
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    else:
+        precision = torch.get_float32_matmul_precision()
+
+    def restore() -> None:
+        torch.set_deterministic_debug_mode(mode)
+        deterministic.fill_uninitialized_memory = fills
+        warnings.showwarning = shown
+        if on_device:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+        else:
+            torch.set_float32_matmul_precision(precision)
+
+    return restore
+
+
+def _listen(tell: Callable[[str], None]) -> None:
+    """Have one line told of an operation without a deterministic way, in the place of torch's warning; Python gives a
+    warning once a line of code. Other warnings are shown as before."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, *where: Any, **kwargs: Any) -> None:
+        words = str(message)
+        if UNDETERMINED not in words:
+            shown(message, *where, **kwargs)
+            return
+        tell(
+            f"note: {words.split()[0]} has no deterministic way in torch: where what it takes overlaps, numbers differ "
+            "in their last bits from run to run"
+        )
+
+    warnings.showwarning = show

@@ -6,7 +6,7 @@ The ground that every measurement of this package stands on; it knows none of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,6 @@ class Opened:
             raise UsageError(f"batch-norm statistics are {' or '.join(STATISTICS)}, not '{statistics}'")
         self.task = by_sample(task)
         self.device = _choose_device(device)
-        arithmetic.prepare(self.device)
         self.positions = positions_of(task)
         self.batch_size = batch_size or (BATCH_SIZE if self.positions == 1 else max(1, TOGETHER // self.positions))
         self.statistics = statistics or "chunk"
@@ -76,6 +75,10 @@ class Opened:
         self._running: Running | None = None
         self._targets: torch.Tensor | None = None
         self._all_targets: bool | None = True if self.positions == 1 else None
+
+    def calculating(self) -> AbstractContextManager[None]:
+        """Torch calculates as it does here; see `arithmetic`."""
+        return arithmetic.calculating(self.device, lambda words: self.tell(words))
 
     def total(self, terms: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """The sum of what batches contribute, shaped like a tensor, one after the other."""
@@ -189,7 +192,8 @@ class Opened:
         self.load(state)
         self.measuring_mode()
         try:
-            yield
+            with self.calculating():
+                yield
         finally:
             if frozen is not None:
                 self.adopt(frozen)

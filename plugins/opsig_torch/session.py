@@ -46,8 +46,9 @@ class TorchSession(Opened):
     def initial(self, seed: int) -> State:
         """The run's first state, from the task's model built after seeding torch. Raises OpsigError where the model
         couples samples: before hours are spent on it."""
-        state = super().initial(seed)
-        require_apart(self)
+        with self.calculating():
+            state = super().initial(seed)
+            require_apart(self)
         return state
 
     @contextmanager
@@ -61,7 +62,8 @@ class TorchSession(Opened):
         """Snapshots of every step from `start.step` to `training.steps`, both included; see `opsig_torch.training`."""
         from opsig_torch.training import train
 
-        return train(self, training, start)
+        with self.calculating():
+            yield from train(self, training, start)
 
     def losses(self, states: Sequence[State]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Loss (S,) float32 and prediction (S,) int32 or None of every sample at every state.

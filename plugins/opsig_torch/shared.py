@@ -21,7 +21,7 @@ import torch
 from opsig_cli.backends import Eigenpairs, Snapshot, State, Training
 from opsig_cli.errors import OpsigError
 from opsig_cli.tasks import TaskSpec, load, origin_of
-from opsig_torch import features
+from opsig_torch import arithmetic, features
 from opsig_torch import training as descent
 from opsig_torch.forward import LossRow
 from opsig_torch.group import Elsewhere, Group, Lost
@@ -37,6 +37,7 @@ class SharedSession(TorchSession):
 
     def __init__(self, group: Group, number: int, task: Any, options: Options):
         super().__init__(task, *options)
+        arithmetic.prepare(self.device)  # these processes are opsig's own
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if self.device == "cuda" and local >= torch.cuda.device_count():
             raise OpsigError(
