@@ -113,7 +113,10 @@ def test_zipped_tables_and_a_name_with_a_comma_and_a_line_break_are_read(opsig, 
     assert f"sample {found.records[0]['sample']} (image,{found.records[0]['sample']}" in found.err
 
 
-@pytest.mark.parametrize("text", ["Step;train_loss\n3;0,5\n", '"Step","run-3 - train/loss"\n"3","0.5"\n'])
+EXPORTED = '"Step","run-3 - _step","run-3 - train/loss","run-3 - train/loss__MAX"\n"3","3","0.5","0.9"\n'
+
+
+@pytest.mark.parametrize("text", ["Step;train_loss\n3;0,5\n", EXPORTED])
 def test_scalars_of_other_tables_are_read(opsig, tmp_path, text):
     (tmp_path / "losses.csv").write_text(table(LONG))
     (tmp_path / "scalars.csv").write_text(text)
@@ -121,3 +124,17 @@ def test_scalars_of_other_tables_are_read(opsig, tmp_path, text):
     assert opsig("import", *given, "-o", tmp_path / "run.h5").code == 0
     with open_trajectory(tmp_path / "run.h5") as run:
         assert run.row("scalars/train_loss", 3) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('"Step","a - loss","b - loss"\n3,0.5,0.6\n', "has several columns of train_loss: a - loss and b - loss"),
+        ('step,train_loss\n3,"1,234"\n', "train_loss is '1,234', which is not a number"),
+    ],
+)
+def test_scalars_that_could_be_two_numbers_are_refused(opsig, tmp_path, text, words):
+    (tmp_path / "losses.csv").write_text(table(LONG))
+    (tmp_path / "scalars.csv").write_text(text)
+    given = ("--losses", tmp_path / "losses.csv", "--scalars", tmp_path / "scalars.csv")
+    opsig("import", *given, "-o", tmp_path / "run.h5").fails(1, words)

@@ -106,7 +106,7 @@ def open_equinox(path: str, content: Content) -> None:
                 shape, fortran, dtype = _header(file)
                 begins, count = file.tell(), math.prod(shape)
                 kind = "bfloat16" if dtype.str[1:] == "V2" else dtype.name
-                if dtype.hasobject or begins + count * dtype.itemsize > size:
+                if min(shape, default=0) < 0 or dtype.hasobject or begins + count * dtype.itemsize > size:
                     raise ValueError("an array that is not whole, or of objects")
                 file.seek(count * dtype.itemsize, os.SEEK_CUR)
                 pieces = None if fortran or dtype.byteorder == ">" else [Piece(path, begins, kind, 0, count)]

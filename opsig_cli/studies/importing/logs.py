@@ -219,7 +219,7 @@ def _lines_of_csv(
                     raise OpsigError(f"{path} line {number} has {len(values)} values, not {len(header)}")
                 found: list[Any] = [values[place].strip() for place in places]
                 if decimal:
-                    found = [_pointed(value) for value in found]
+                    found = [pointed(value) for value in found]
                 yield number, [values[step].strip(), ids, found] if wide is not None else found
         except csv.Error as error:
             raise OpsigError(f"{path} is not readable as CSV ({first_words(error)})") from error
@@ -266,7 +266,7 @@ def separator_of(header: str) -> str:
 def _numbers_alone(line: str, comma: str) -> bool:
     """Whether a line holds numbers, and so no names of columns; one line of a wide table has a step's name at least."""
     cells = [cell.strip().strip('"') for cell in line.split(comma)]
-    return all(cell and _is_number(_pointed(cell)) for cell in cells)
+    return all(cell and _is_number(pointed(cell)) for cell in cells)
 
 
 def _is_number(text: str) -> bool:
@@ -284,7 +284,7 @@ def _kept(text: Iterator[str], last: list[str]) -> Iterator[str]:
         yield line
 
 
-def _pointed(value: str) -> str:
+def pointed(value: str) -> str:
     """A number with a decimal comma with a point instead."""
     return value.replace(",", ".") if value.count(",") == 1 and "." not in value else value
 

@@ -54,7 +54,7 @@ def load(path: str) -> Any:
         return value
     except _Damaged as error:
         raise OpsigError(f"{path} is not a readable file of flax.serialization: {error}") from error
-    except (ValueError, struct.error) as error:
+    except (ValueError, TypeError, OverflowError, struct.error) as error:
         raise OpsigError(f"{path} is not a readable file of flax.serialization ({first_words(error)})") from error
 
 

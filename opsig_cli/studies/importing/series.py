@@ -176,9 +176,17 @@ def _rows(path: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str
     count = 0
     with open(path, newline="", encoding="utf-8-sig") as file:
         first = file.readline()
-        reader = csv.reader(itertools.chain([first], file), delimiter=logs.separator_of(first))
+        separator = logs.separator_of(first)
+        reader = csv.reader(itertools.chain([first], file), delimiter=separator)
         try:
-            header = [_known_name(name.strip()) for name in next(reader, [])]
+            given = [name.strip() for name in next(reader, [])]
+            header = [_known_name(name) for name in given]
+            for place, name in enumerate(header):
+                if name == "step" and place > header.index("step"):  # exports repeat it for each run
+                    header[place] = given[place]
+            if twice := [name for name in header if name in SCALAR_NAMES and header.count(name) > 1]:
+                columns = " and ".join(own for own, name in zip(given, header, strict=True) if name == twice[0])
+                raise OpsigError(f"{path} has several columns of {twice[0]}: {columns}. Leave one of them")
             if missing := [name for name in needed if name not in header]:
                 raise OpsigError(
                     f"{path} has no column {missing[0]} in its first line. It has: {logs.listed(header)}. Name the "
@@ -190,7 +198,10 @@ def _rows(path: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str
                 if len(values) != len(header):
                     raise OpsigError(f"{path} line {reader.line_num} has {len(values)} values, not {len(header)}")
                 count += 1
-                yield reader.line_num, dict(zip(header, (value.strip() for value in values), strict=True))
+                cells = [value.strip() for value in values]
+                if separator != ",":  # then a comma is the point of a number
+                    cells = [logs.pointed(cell) for cell in cells]
+                yield reader.line_num, dict(zip(header, cells, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
             raise OpsigError(f"{path} is not readable as CSV ({first_words(error)})") from error
     if not count:
@@ -216,6 +227,6 @@ def _whole(path: str, number: int, name: str, text: str) -> int:
 
 def _float(path: str, number: int, name: str, text: str) -> float:
     try:
-        return float(text.replace(",", ".")) if text else float("nan")
+        return float(text) if text else float("nan")
     except ValueError:
         raise OpsigError(f"{path} line {number}: {name} is '{text[:40]}', which is not a number") from None
