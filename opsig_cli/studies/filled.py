@@ -27,7 +27,9 @@ def coverage_of(run: Trajectory) -> Coverage:
     if not (run.attributes.get("settings_json") or {}).get("track_samples"):
         return found
     kept = ~np.isin(found.broken_N, found.never)
-    return replace(found, broken_N=found.broken_N[kept], broken_row_N=found.broken_row_N[kept])
+    return replace(
+        found, broken_N=found.broken_N[kept], broken_row_N=found.broken_row_N[kept], passing_N=found.passing_N[kept]
+    )  # fmt: skip
 
 
 def targets_of(run: Trajectory) -> np.ndarray:
