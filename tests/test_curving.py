@@ -25,7 +25,7 @@ def test_the_direction_is_the_gradient_of_a_sides_mean_loss():
     state = session.initial(0)
     side = np.array([0, 3, 11])
     expected = autograd_gradients(session, state, side.tolist()).mean(0)
-    found = curving.direction_of(session, state, side)
+    found = curving.direction_of(session, state, side, session.samples)
     np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=1e-6)
 
 
@@ -61,7 +61,7 @@ def test_what_is_left_of_the_curvature_is_that_of_the_hessian_without_the_pair(t
 
 
 def test_nothing_is_known_of_the_curvature_where_nobody_can_measure_it():
-    assert curving.curvature_left(None, SimpleNamespace(optimizers=("gd",)), None, {0}, [1], print) == {}  # pyright: ignore
+    assert curving.curvature_left(None, SimpleNamespace(), None, {0}, [1], print) == {}  # pyright: ignore
 
 
 def test_curvature_is_asked_for_where_all_but_silence_speaks_for_a_pair():

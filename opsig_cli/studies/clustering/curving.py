@@ -48,8 +48,8 @@ def curvature_left(
             controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
             ratio = {}
             for group in sorted({group for number in chosen for group in pairs[number]}):
-                direction = direction_of(session, state, run.samples[members[group]])
                 try:
+                    direction = direction_of(session, state, run.samples[members[group]], session.samples)
                     curvature_S = session.slopes_along(state, direction[None])[1][run.samples, 0]
                 except OpsigError:  # a layer without a second derivative
                     return {}
@@ -60,10 +60,11 @@ def curvature_left(
     return found
 
 
-def direction_of(session: Curvature, state: State, samples: np.ndarray) -> np.ndarray:
-    """Direction of the gradient of these samples' mean loss, (P,) float32 of unit length, 0 where there is none."""
-    weights = np.zeros(session.samples)
-    weights[samples] = session.samples / len(samples)
+def direction_of(session: Curvature, state: State, samples: np.ndarray, count: int) -> np.ndarray:
+    """Direction of the gradient of the mean loss of some of `count` samples, (P,) float32 of unit length, 0 where there
+    is none."""
+    weights = np.zeros(count)
+    weights[samples] = count / len(samples)
     gradient = session.gradient(state, weights).astype(np.float64)
     return (gradient / max(float(np.linalg.norm(gradient)), 1e-300)).astype(np.float32)
 
