@@ -36,7 +36,7 @@ KEPT_BYTES = 256 << 20
 """And so many bytes of them; a single result that is larger is not kept."""
 WITHOUT = {"clusters", "mined", *GROUPS.values()}
 """Groups of which no result is made: results themselves, and eigenvalues."""
-LIBRARIES = ("opsig", "numpy", "scipy", "scikit-learn", "torch")
+LIBRARIES = ("opsig", "numpy", "scipy", "scikit-learn", "torch", "jax")
 
 Origin = dict[str, Any]
 
@@ -53,7 +53,7 @@ def origin_of(
         return None
     if content is None or told is None:
         return None
-    plugins = set() if backend is None else _packages(ENTRY_POINT_GROUP, backend)
+    plugins = set() if backend is None else {"opsig_linalg", *_packages(ENTRY_POINT_GROUP, backend)}
     code = {"opsig_cli", *plugins, *told.pop("packages")}
     return json.loads(
         json.dumps({
