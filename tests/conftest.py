@@ -95,6 +95,6 @@ def tiny_run(tmp_path_factory) -> Path:
     """A short tracked run, made once; tests copy it before they change it."""
     path = tmp_path_factory.mktemp("runs") / "tiny.h5"
     process = start_opsig(*train_tiny(path))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     return path

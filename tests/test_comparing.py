@@ -26,7 +26,7 @@ def runs(tmp_path_factory):
 
     def call(*arguments):
         process = start_opsig(*arguments)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=280)
         assert process.returncode == 0, err
 
     base = ("--task", "digits", "--model", "mlp:width=32", "--learning-rate", 0.5, "--steps", STEPS)

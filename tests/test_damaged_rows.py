@@ -37,7 +37,7 @@ def whole(tmp_path_factory) -> Path:
         ["sharpness", path, "--steps", "0:60:2", "--at", "iterate", *TASK],
     ):
         process = start_opsig(*command)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=280)
         assert process.returncode == 0, err
     return path
 

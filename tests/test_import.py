@@ -45,7 +45,7 @@ def original(tmp_path_factory):
         every = ("--checkpoint-every", 10, "--track-every", 10)
         arguments = train_tiny(folder / f"{name}.h5", "--optimizer", name, *every, task=task, steps=40)
         process = start_opsig(*arguments, *more)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=280)
         assert process.returncode == 0, err
     return folder
 

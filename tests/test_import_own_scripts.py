@@ -290,7 +290,7 @@ def test_control_c_while_losses_are_tracked_keeps_the_checkpoints(opsig, tmp_pat
         time.sleep(0.2)
     time.sleep(4)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=250)
     assert process.returncode == 130, err
     assert "--append" in err
     assert opsig("info", run).records[0]["checkpoints"] == 40

@@ -230,7 +230,7 @@ def run(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("partly") / "run.h5"
     options = ("--learning-rate", 0.3, "--weight-decay", 0.1, "--steps", 12, "--checkpoint-every", 4, "--track")
     process = start_opsig("train", *named(request.param), *options, "-o", path)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     return path, request.param
 

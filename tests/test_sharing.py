@@ -322,7 +322,7 @@ def test_a_lock_of_another_program_is_waited_for_and_named(tmp_path, command):
     with open(path) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         call = f"{waits}import sys; sys.argv = ['opsig', '{command}', '{path}']; from opsig_cli.main import run; run()"
-        done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=250)
     said, failed = done.stderr.splitlines()
     assert f"waiting up to 1 seconds for process {os.getpid()}" in said
     assert failed.startswith(f"opsig: {path} has been locked")

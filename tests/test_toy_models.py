@@ -216,7 +216,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulations")
     for name, options in RUNS.items():
         process = start_opsig("simulate", *options, "-o", folder / f"{name}.h5", "--figure", folder / f"{name}.png")
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=280)
         assert process.returncode == 0, err
     return folder
 

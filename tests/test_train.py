@@ -70,10 +70,11 @@ def test_a_run_killed_at_a_random_step_resumes_to_the_same_bits(tmp_path, opsig,
 def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_continue(tmp_path, opsig):
     process = start_opsig(*train_tiny(tmp_path / "run.h5", "--checkpoint-every", 100000, steps=100000))
     while not (tmp_path / "run.h5").exists():
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     time.sleep(0.7)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == 130
     assert "--resume" in err
     steps = arrays(tmp_path / "run.h5")["checkpoints/step"]

@@ -37,10 +37,14 @@ def start(
     ]  # fmt: skip
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 120) -> list[Ended]:
-    """How they ended, in order."""
+def finish(processes: list[subprocess.Popen], timeout: float = 800) -> list[Ended]:
+    """How they ended, in order; none is left running. `timeout` is one for a process that hangs, on a busy machine."""
     ends = []
-    for process in processes:
-        out, err = process.communicate(timeout=timeout)
-        ends.append(Ended(process.returncode, out, err))
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=timeout)
+            ends.append(Ended(process.returncode, out, err))
+    finally:
+        for process in processes:
+            process.kill()  # nothing, where it has ended
     return ends
