@@ -81,11 +81,12 @@ class Watched(Tiny):
 
 def test_what_a_person_has_set_in_torch_holds_again_after_every_call():
     task, before = Watched(), settings()
+    random = torch.get_rng_state()
     session = TorchBackend().open(task, "cpu")
     state = session.initial(0)
     other = TorchBackend().open(Watched(), "cpu").train(Training("gd", 0.1, 2), state)
     next(other)  # another session in the middle of its training, which ends later
-    snapshots = session.train(Training("gd", 0.1, 2), state)
+    snapshots = session.train(Training("sgd", 0.1, 2, batch_size=8), state)
     next(snapshots)
     assert task.seen[0] == 1
     other.close()  # pyright: ignore[reportAttributeAccessIssue]
@@ -93,6 +94,7 @@ def test_what_a_person_has_set_in_torch_holds_again_after_every_call():
     assert task.seen[:3] == (1, False, arithmetic.width())
     snapshots.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert settings() == before
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.filterwarnings("default")

@@ -6,7 +6,7 @@ The ground that every measurement of this package stands on; it knows none of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -76,9 +76,18 @@ class Opened:
         self._targets: torch.Tensor | None = None
         self._all_targets: bool | None = True if self.positions == 1 else None
 
-    def calculating(self) -> AbstractContextManager[None]:
-        """Torch calculates as it does here; see `arithmetic`."""
-        return arithmetic.calculating(self.device, lambda words: self.tell(words))
+    @contextmanager
+    def calculating(self) -> Iterator[None]:
+        """Inside, torch calculates as it does here (see `arithmetic`), and runs a model that is built uncompiled."""
+        uncompiled = nullcontext() if self._running is None else self._running.uncompiled()
+        with arithmetic.calculating(self.device, lambda words: self.tell(words)), uncompiled:
+            yield
+
+    @contextmanager
+    def seeding(self) -> Iterator[None]:
+        """Inside, torch may be seeded and numbers drawn: its random numbers go on afterwards as before."""
+        with torch.random.fork_rng([] if self.device == "cpu" else [torch.cuda.current_device()]):
+            yield
 
     def total(self, terms: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """The sum of what batches contribute, shaped like a tensor, one after the other."""
@@ -94,7 +103,7 @@ class Opened:
     def flat(self) -> FlatModel:
         """The model as one vector, built on first use."""
         if self._flat is None:
-            with torch.inference_mode(False):  # what is first measured may be trained next
+            with torch.inference_mode(False), self.seeding():  # what is first measured may be trained next
                 model = self.task.model()
                 if not self.double and any(parameter.dtype is torch.float64 for parameter in model.parameters()):
                     self.double = True
@@ -234,7 +243,7 @@ class Opened:
     def _graph_bytes(self, items: list[int], order: int) -> int:
         """What autograd saves of these items' losses, to be differentiated so often; 0 where it cannot be listened to,
         as in a model that takes derivatives by torch.func itself."""
-        with torch.enable_grad(), suppress(Exception), saved_bytes() as saved:
+        with self.calculating(), torch.enable_grad(), suppress(Exception), saved_bytes() as saved:
             # what is amiss with the model is said, or refused by name, where it is asked for
             losses = self.batch_losses(self.batches.take(items), order)
             if order > 1 and losses.requires_grad:

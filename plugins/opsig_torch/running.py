@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,7 +55,9 @@ class Running:
         for module in model.modules():
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 module.sparse = False  # a matter of storage alone
-        self._run_uncompiled(model)
+        self._compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+        if self._compiled:
+            tell("note: compiled layers are run as they were before compilation")
         if self.kept_half:
             tell(f"note: the model is kept in half precision, and is run in {str(dtype)[6:]}")
 
@@ -97,12 +99,11 @@ class Running:
                     f"{str(self._dtype)[6:]}"
                 )
 
-    def _run_uncompiled(self, model: nn.Module) -> None:
-        """Compiled layers hide what enters and leaves their parts, and need a compiler."""
-        compiled = [m for m in model.modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None]
-        if compiled:
-            torch.compiler.set_stance("force_eager")
-            self._tell("note: compiled layers are run as they were before compilation")
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Compiled layers hide what enters and leaves their parts, and need a compiler: inside, none is."""
+        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
+            yield
 
 
 class FullPrecision(TorchFunctionMode):

@@ -46,8 +46,9 @@ class TorchSession(Opened):
     def initial(self, seed: int) -> State:
         """The run's first state, from the task's model built after seeding torch. Raises OpsigError where the model
         couples samples: before hours are spent on it."""
-        with self.calculating():
+        with self.seeding(), self.calculating():
             state = super().initial(seed)
+        with self.calculating():
             require_apart(self)
         return state
 
@@ -62,7 +63,8 @@ class TorchSession(Opened):
         """Snapshots of every step from `start.step` to `training.steps`, both included; see `opsig_torch.training`."""
         from opsig_torch.training import train
 
-        with self.calculating():
+        self.adopt(start.frozen)  # builds the model
+        with self.seeding(), self.calculating():
             yield from train(self, training, start)
 
     def losses(self, states: Sequence[State]) -> list[tuple[np.ndarray, np.ndarray | None]]:

@@ -365,7 +365,7 @@ class SharedSession(TorchSession):
                 sums.append(counted.detach().double().sum().item())
                 yield self.flat.gradient.clone()
 
-        with self.batches.only(own):
+        with self.batches.only(own), self.calculating():
             self.flat.gradient.copy_(self.group.total(terms(), self.flat.gradient))
         total = 0.0
         for first, losses, predictions, its_sums in self.group.collected((own.start, *row.raw(own), sums)):
