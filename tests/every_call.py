@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from opsig_cli.trajectory import identity, store
+from opsig_cli.trajectory import identity, recorder, store
 
 KINDS = ("kill", "torn", "EIO", "ENOSPC", "EINTR", "EMFILE", "short")
 """To be killed before the call, or in the middle of a write; errors; and calls that do half of what they were asked."""
@@ -221,7 +221,7 @@ class EveryCall:
             self._drawn is None
         ):  # what copies draw, they draw alike: what they leave is the same where they did the same
             self._drawn = random.Random(0)
-            identity.os = _Drawing(self._drawn)  # pyright: ignore
+            identity.os = recorder.os = _Same(self._drawn)  # pyright: ignore
         here = not self._inert and self.count in self._calls
         kinds = [kind for kind in self._kinds if here and applies(kind, name)]
         if kinds:
@@ -290,14 +290,17 @@ def _without_our_link(found: os.stat_result) -> os.stat_result:
     return os.stat_result((*found[:3], max(1, found.st_nlink - 1), *found[4:10]))
 
 
-class _Drawing:
-    """Stands for the module `os`, with random numbers that a seed gives."""
+class _Same:
+    """Stands for the module `os` in a process and its copies: numbers drawn from a seed, and one process id."""
 
     def __init__(self, drawn: random.Random):
-        self._drawn = drawn
+        self._drawn, self._process = drawn, os.getpid()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
 
     def urandom(self, count: int) -> bytes:
         return self._drawn.randbytes(count)
+
+    def getpid(self) -> int:
+        return self._process

@@ -27,9 +27,8 @@ def coverage_of(run: Trajectory) -> Coverage:
     if not (run.attributes.get("settings_json") or {}).get("track_samples"):
         return found
     kept = ~np.isin(found.broken_N, found.never)
-    return replace(
-        found, broken_N=found.broken_N[kept], broken_row_N=found.broken_row_N[kept], passing_N=found.passing_N[kept]
-    )  # fmt: skip
+    broken = {name: getattr(found, name)[kept] for name in ("broken_N", "broken_row_N", "passing_N")}
+    return replace(found, **broken)
 
 
 def targets_of(run: Trajectory) -> np.ndarray:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opsig_cli.trajectory.file import Trajectory
+if TYPE_CHECKING:  # `opsig --help` reads no file
+    from opsig_cli.trajectory.file import Trajectory
 
 NUMBERS = "x = "
 """What a text begins with that is the numbers of an input: where there is a label, that says more in a table."""

@@ -7,7 +7,7 @@ uninterrupted one bit for bit on the CPU. What an optimizer remembers is in a fi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def _update(optimizer: optax.GradientTransformation, clip_norm: float | None) ->
         if clip_norm is not None:
             slope = jnp.where(norm > clip_norm, slope * (clip_norm / norm), slope)
         change, slots = optimizer.update(slope, slots, vector)
-        new = optax.apply_updates(vector, change)
+        new = cast(jax.Array, optax.apply_updates(vector, change))
         return new, slots, norm, jnp.linalg.norm(new - vector)
 
     return update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from opsig_cli.studies.clustering.records import by_strength, established
 from opsig_cli.studies.clustering.sentences import describe
 from opsig_cli.studies.numbers import p_value, percent, plus_minus
 
-NARROW = ({"on vector"}, {"on vector", "alike"}, {"on vector", "alike", "R", "p", "cosine", "correlation"})
-"""Columns that narrower and narrower tables of pairs go without."""
+DISPENSABLE = (("on vector",), ("alike",), ("p",), ("R",), ("cosine", "correlation"))
+"""Columns that narrower and narrower tables of pairs go without, one after the other; sentences tell of most."""
 SENTENCES = 5
 """Pairs that a table tells in words."""
 
@@ -56,7 +57,8 @@ def narrow_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]
          for name, value in row.items() if name != "against"}
         for row in rows
     ]  # fmt: skip
-    return [[{name: row[name] for name in row if name not in without} for row in stacked] for without in NARROW]
+    without = accumulate(DISPENSABLE)
+    return [[{name: row[name] for name in row if name not in left_out} for row in stacked] for left_out in without]
 
 
 def _vector(pair: Mapping[str, Any]) -> str | None:
