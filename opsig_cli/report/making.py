@@ -37,9 +37,8 @@ def make(
 ) -> Made:  # fmt: skip
     """Find a run's groups and write the page of them to `path`; `command`: the one that made it, for the page.
 
-    `branches`: files of branches to list, None for those in the run's folder; `chosen`: the
-    pairs to show, all by default. Raises OpsigError where the page cannot
-    be written, or groups cannot be found.
+    `branches`: files of branches to list, None for those in the run's folder; `chosen`: the pairs to show, all by
+    default. Raises OpsigError where the page cannot be written, or groups cannot be found.
     """
     if by not in (None, *finding.BY):
         raise UsageError(f"--by is one of {', '.join(finding.BY)}, not '{by}'")
