@@ -296,6 +296,22 @@ def test_a_planted_pair_swings_by_itself(opsig, tmp_path):
         assert other["opposition"] == pytest.approx(planted["opposition"])
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("mine run.h5 --top -1", "'--top': Input should be greater than or equal to 1. See "),
+        ("mine run.h5 --tpo 3", "No such option: --tpo"),
+        ("mine", "Missing argument 'RUN'. See "),
+        ("mine run.h5 other.h5", "unexpected extra argument"),
+        ("clutser run.h5", "No such command 'clutser'. Did you mean 'cluster'? See "),
+        ("simulate hill", "No such command 'hill'. See "),
+        ("cluster run.h5 --figure a.png --figure=a.pdf", "--figure is given twice"),
+    ],
+)
+def test_a_line_that_cannot_be_parsed_is_answered_in_one(opsig, line, said):
+    opsig(*line.split()).fails(2, said)
+
+
 def test_a_spike_is_taken_apart_into_groups_that_sum_to_it(opsig, tiny_run):
     parts = [r for r in opsig("cluster", tiny_run, *OWN, "--explain", 9).records if r["kind"] == "explain"]
     with h5py.File(tiny_run) as file:
