@@ -546,7 +546,7 @@ def test_no_such_file(opsig):
 
 def test_a_file_that_is_not_hdf5_or_not_a_trajectory(opsig, tmp_path):
     (tmp_path / "text.h5").write_text("hello" * 100)
-    opsig("info", tmp_path / "text.h5").fails(1, "text.h5", "not a readable HDF5 file")
+    opsig("info", tmp_path / "text.h5").fails(1, "text.h5", "not a readable HDF5 file", "opsig import makes")
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = 1
     opsig("info", tmp_path / "other.h5").fails(1, "not an opsig trajectory")
@@ -580,6 +580,7 @@ def test_a_task_that_cannot_be_imported(opsig, tmp_path):
     opsig(*start, f"{TASKS}:Tiny", "--model", "mlp").fails(2, "brings its own model")
     opsig(*start, f"{TASKS}:Tiny", "--optimizer", "lion").fails(2, "no optimizer is called 'lion'", "momentum")
     opsig(*start, f"{TASKS}:Tiny", "--batch-size", 8).fails(2, "gd is full batch")
+    opsig(*start, f"{tmp_path}/empty.py").fails(2, f"names no class. Write --task {tmp_path}/empty.py:NAME")
     opsig("train", "-o", tmp_path / "run.h5").fails(2, "--task is missing")
     assert not (tmp_path / "run.h5").exists()
 
