@@ -43,6 +43,7 @@ def test_pairs_of_a_verdict_come_with_their_groups_and_members_alone(opsig, tmp_
     assert none.code == 0
     assert {r["kind"] for r in none.records} == {"tests"}
     assert f"none is {other}" in none.err
+    assert "none of the pairs that were found is of those asked for" in (tmp_path / "b.svg").read_text()
 
 
 def test_a_pair_is_chosen_by_its_number_and_a_wrong_one_lists_what_there_is(opsig, tmp_path):
