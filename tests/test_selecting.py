@@ -148,4 +148,6 @@ def test_rows_are_named_as_a_persons_log_names_them(opsig, tmp_path):
     found = opsig("mine", tmp_path / "run.h5", "--step", 30, "--figure", tmp_path / "a.svg")
     assert "1 row carries all of what step 30 exceeds the expected: row-4" in found.err
     assert "row-4" in (tmp_path / "a.svg").read_text()
+    after = opsig("mine", tmp_path / "run.h5", "--step", 32)
+    assert "these 10 rows of step 32 do not exceed what was to be expected of them" in after.err
     assert json.loads(found.out.splitlines()[0])["name"] == "row-4"
