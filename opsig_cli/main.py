@@ -32,7 +32,7 @@ from opsig_cli.commands import (
     verify,
 )
 from opsig_cli.commands.launched import launched, value_of
-from opsig_cli.commands.options import Command
+from opsig_cli.commands.options import Command, Commands
 from opsig_cli.errors import OpsigError
 from opsig_cli.tasks import own_frames
 
@@ -41,6 +41,7 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 app = typer.Typer(
     name="opsig",
+    cls=Commands,
     help="Find the opposing groups of samples that make a neural network's training loss oscillate and spike.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -61,7 +62,7 @@ app.command(cls=Command)(info.info)
 app.command(cls=Command)(merge.merge)
 app.command(cls=Command)(verify.verify)
 app.command(cls=Command)(repack.repack)
-app.add_typer(simulate.app, name="simulate")
+app.add_typer(simulate.app, name="simulate", cls=Commands)
 
 
 def _version(wanted: bool) -> None:

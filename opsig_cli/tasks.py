@@ -210,6 +210,8 @@ def load(spec: TaskSpec) -> tuple[Task, TaskSpec]:
     """
     if is_own(spec):
         factory, spec = _load_own(spec)
+    elif spec.name.endswith(".py"):
+        raise UsageError(f"--task {spec.name} names no class. Write --task {spec.name}:NAME, with a class of that file")
     else:
         factory = load_entry_point(ENTRY_POINT_GROUP, spec.name, "task", "--task file.py:Name loads your own.")
     options = dict(spec.options)

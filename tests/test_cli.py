@@ -296,6 +296,22 @@ def test_a_planted_pair_swings_by_itself(opsig, tmp_path):
         assert other["opposition"] == pytest.approx(planted["opposition"])
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("mine run.h5 --top -1", "'--top': Input should be greater than or equal to 1. See "),
+        ("mine run.h5 --tpo 3", "No such option: --tpo"),
+        ("mine", "Missing argument 'RUN'. See "),
+        ("mine run.h5 other.h5", "unexpected extra argument"),
+        ("clutser run.h5", "No such command 'clutser'. Did you mean 'cluster'? See "),
+        ("simulate hill", "No such command 'hill'. See "),
+        ("cluster run.h5 --figure a.png --figure=a.pdf", "--figure is given twice"),
+    ],
+)
+def test_a_line_that_cannot_be_parsed_is_answered_in_one(opsig, line, said):
+    opsig(*line.split()).fails(2, said)
+
+
 def test_a_spike_is_taken_apart_into_groups_that_sum_to_it(opsig, tiny_run):
     parts = [r for r in opsig("cluster", tiny_run, *OWN, "--explain", 9).records if r["kind"] == "explain"]
     with h5py.File(tiny_run) as file:
@@ -530,7 +546,7 @@ def test_no_such_file(opsig):
 
 def test_a_file_that_is_not_hdf5_or_not_a_trajectory(opsig, tmp_path):
     (tmp_path / "text.h5").write_text("hello" * 100)
-    opsig("info", tmp_path / "text.h5").fails(1, "text.h5", "not a readable HDF5 file")
+    opsig("info", tmp_path / "text.h5").fails(1, "text.h5", "not a readable HDF5 file", "opsig import makes")
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = 1
     opsig("info", tmp_path / "other.h5").fails(1, "not an opsig trajectory")
@@ -564,6 +580,7 @@ def test_a_task_that_cannot_be_imported(opsig, tmp_path):
     opsig(*start, f"{TASKS}:Tiny", "--model", "mlp").fails(2, "brings its own model")
     opsig(*start, f"{TASKS}:Tiny", "--optimizer", "lion").fails(2, "no optimizer is called 'lion'", "momentum")
     opsig(*start, f"{TASKS}:Tiny", "--batch-size", 8).fails(2, "gd is full batch")
+    opsig(*start, f"{tmp_path}/empty.py").fails(2, f"names no class. Write --task {tmp_path}/empty.py:NAME")
     opsig("train", "-o", tmp_path / "run.h5").fails(2, "--task is missing")
     assert not (tmp_path / "run.h5").exists()
 

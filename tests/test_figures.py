@@ -47,6 +47,13 @@ def test_a_run_without_pairs_says_so(tmp_path):
     assert "no opposing pair was found" in (tmp_path / "a.svg").read_text()
 
 
+def test_numbers_of_a_sample_are_written_out_where_no_target_takes_their_room(tmp_path):
+    rows = [Tile(f"x = +0.70{n}, -1.51", "outer", "outer", "inner", f"#{n}") for n in range(3)]
+    panel = PairPanel("pair 1", ("G1: outer", rows, WHOLE), ("G2: inner", rows, WHOLE[::-1]))
+    save(pairs_figure([panel], STEPS, WHOLE, "a run", zoom=(10, 30)), tmp_path / "a.svg")
+    assert "x = +0.701, -1.51" in (tmp_path / "a.svg").read_text()
+
+
 def test_what_is_missing_does_not_stop_a_picture(tmp_path):
     bare = [Tile(None, None, None, None), Tile("x = 1\ny = 2", "x\x1b[2J", None, "7")]
     losses = np.where(np.arange(50) % 2, np.nan, 0.0)

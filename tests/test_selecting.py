@@ -43,6 +43,7 @@ def test_pairs_of_a_verdict_come_with_their_groups_and_members_alone(opsig, tmp_
     assert none.code == 0
     assert {r["kind"] for r in none.records} == {"tests"}
     assert f"none is {other}" in none.err
+    assert "none of the pairs that were found is of those asked for" in (tmp_path / "b.svg").read_text()
 
 
 def test_a_pair_is_chosen_by_its_number_and_a_wrong_one_lists_what_there_is(opsig, tmp_path):
@@ -147,4 +148,6 @@ def test_rows_are_named_as_a_persons_log_names_them(opsig, tmp_path):
     found = opsig("mine", tmp_path / "run.h5", "--step", 30, "--figure", tmp_path / "a.svg")
     assert "1 row carries all of what step 30 exceeds the expected: row-4" in found.err
     assert "row-4" in (tmp_path / "a.svg").read_text()
+    after = opsig("mine", tmp_path / "run.h5", "--step", 32)
+    assert "these 10 rows of step 32 do not exceed what was to be expected of them" in after.err
     assert json.loads(found.out.splitlines()[0])["name"] == "row-4"

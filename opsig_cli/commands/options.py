@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from opsig_cli.commands import completions
 from opsig_cli.errors import OpsigError, UsageError
@@ -200,6 +200,37 @@ CALLED = {
 """What options are called elsewhere, and here."""
 
 
+MISTAKE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+"""What the parser raises for a mistake: a class of click's, which typer has brought along under another name."""
+
+
+@contextmanager
+def in_one_line(ctx) -> Iterator[None]:
+    """Raise the parser's own mistakes as a UsageError of ours, which is one line; it would draw a box around them."""
+    try:
+        yield
+    except MISTAKE as error:
+        if ctx.resilient_parsing or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        said = error.format_message()
+        said += "" if said.endswith((".", "?", "!")) else "."
+        raise UsageError(f"{said} See {ctx.command_path} --help") from error
+
+
+class Commands(TyperGroup):
+    """A group of commands that answers a mistake in one line."""
+
+    def parse_args(self, ctx, args):
+        """Parse the group's own options."""
+        with in_one_line(ctx):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx, args):
+        """The command that is called so."""
+        with in_one_line(ctx):
+            return super().resolve_command(ctx, args)
+
+
 class Command(TyperCommand):
     """A command whose help shows no type for a flag, and N or X for a number, as the rest of the help has names; an
     option by the name that it has elsewhere is answered with ours."""
@@ -214,7 +245,10 @@ class Command(TyperCommand):
             ours = CALLED.get(name)
             if name not in known and ours in known and not ctx.resilient_parsing:
                 raise UsageError(f"{ctx.command_path} has no option {name}. It is called {ours}")
-        return super().parse_args(ctx, args)
+        if sum(arg.partition("=")[0] == "--figure" for arg in args) > 1 and not ctx.resilient_parsing:
+            raise UsageError("--figure is given twice. A call draws one picture: give the other name in a second call")
+        with in_one_line(ctx):
+            return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
         """All parameters, with what stands for their values."""

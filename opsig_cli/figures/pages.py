@@ -53,15 +53,16 @@ def sheet_block(name: str, tiles: Sequence[Tile], colour: str) -> Block:
 
 def pairs_figure(
     panels: Sequence[PairPanel], steps: np.ndarray, whole: np.ndarray, title: str, zoom: tuple[int, int],
-    after: Sequence[Block] = (), said: str = "", axis: str = "loss",
+    after: Sequence[Block] = (), said: str = "", axis: str = "loss", without: str = "no opposing pair was found",
 ) -> Figure:  # fmt: skip
     """Opposing pairs: each its groups' sheets side by side over their mean losses with the whole loss (T,).
 
-    `after`: blocks that follow; `said`: a line under the title; `axis`: what the losses are, with their unit.
+    `after`: blocks that follow; `said`: a line under the title; `axis`: what the losses are, with their unit;
+    `without`: what is said where there are no pairs.
     """
     blocks = [heading(title), *([sentence(said)] if said and panels else [])]
     if not panels:
-        blocks.append(sentence("no opposing pair was found"))
+        blocks.append(sentence(without))
         blocks.append(
             (HEIGHT, lambda area: draw_losses(area, steps, [Curve("all samples", whole, style="--")], zoom, axis))
         )

@@ -32,7 +32,8 @@ def lines_height(lines: Sequence[TextLine]) -> float:
 def draw_lines(area: Area, left: float, top: float, width: float, lines: Sequence[TextLine], colour: str) -> None:
     """Write the lines; of a long context its end, behind an ellipsis. The colour is the targets'."""
     parts = [_split(line.text) for line in lines]
-    room = int((width - TARGET - NOTE * max(len(line.notes) for line in lines)) / CHARACTER)
+    beside = TARGET if any(target for _, target in parts) else 2 * CHARACTER
+    room = int((width - beside - NOTE * max(len(line.notes) for line in lines)) / CHARACTER)
     end = min(room, max(columns(context) for context, _ in parts)) * CHARACTER
     style = {"family": fonts("DejaVu Sans Mono"), "fontsize": 7}
     for number, (line, (context, target)) in enumerate(zip(lines, parts, strict=True)):
@@ -40,7 +41,7 @@ def draw_lines(area: Area, left: float, top: float, width: float, lines: Sequenc
         area.text(left + end, y, cut(visible(context), room, end=True), ha="right", **style)
         area.text(left + end, y, fitted(target, TARGET), color=colour, fontweight="bold", **style)
         for place, (words, ink) in enumerate(line.notes):
-            area.text(left + end + TARGET + place * NOTE, y, fitted(words, NOTE), color=ink, **style)
+            area.text(left + end + beside + place * NOTE, y, fitted(words, NOTE), color=ink, **style)
 
 
 def _split(text: str) -> tuple[str, str]:

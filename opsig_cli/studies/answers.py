@@ -68,8 +68,10 @@ def task_of(run: Trajectory, given: str | None) -> str | None:
     return recorded if ".py:" in recorded or re.match(r"[\w.]+:[A-Za-z_]\w*(:|$)", recorded) else None
 
 
-def mined(records: Sequence[Record], run: str, unit: str, task: str | None = None) -> Answer:
-    """Of `mine`: who moves most, and how far."""
+def mined(
+    records: Sequence[Record], run: str, unit: str, task: str | None = None, step: int | None = None
+) -> Answer:  # fmt: skip
+    """Of `mine`: who moves most, and how far; at one `step`, which is then to be taken apart, or over a window."""
     movers = [r for r in records if r.get("kind") != "not_finite"]
     broken = [r for r in records if r.get("kind") == "not_finite"]
     said = []
@@ -88,7 +90,8 @@ def mined(records: Sequence[Record], run: str, unit: str, task: str | None = Non
     change = with_unit(f"{first['loss_before']:.3g} -> {first['loss_after']:.3g}", unit)
     named = f" ({short(first['name'])})" if "name" in first else ""
     said.append(f"{who}; sample {first['sample']}{named} moves most, {change} at step {first['step']}")
-    return Answer("; ".join(said), command("cluster", run, task=task))
+    apart = () if step is None else ("--explain", str(step))
+    return Answer("; ".join(said), command("cluster", run, *apart, task=task))
 
 
 def sighted(
@@ -110,6 +113,8 @@ def sighted(
         count = sum(r["step"] == most for r in movers)
         found = f"of the {len(movers)} samples that exceed the expected most, those at step {most} do so most: {count}"
         return Answer(found, command("mine", run, "--step", str(most)))
+    if sum(record["change"] or 0 for record in movers) < 0:
+        return Answer(f"these {len(movers)} rows of step {step} do not exceed what was to be expected of them", follow)
     carried, rows = 0.0, []
     for record in sorted(movers, key=lambda r: -(r["share"] or 0)):
         if carried >= MOST:
@@ -256,7 +261,7 @@ def _against_threshold(
     above = [r for r in known if r["eigenvalue"] >= r["threshold"]]
     if not above:
         most = max(known, key=lambda r: r["eigenvalue"] / r["threshold"])
-        found = f"the learning rate is below the stability threshold at all {len(known)} steps measured: sharpness at "
+        found = f"the learning rate is below the stability threshold at {_measured(len(known))}: sharpness at "
         found += f"most {most['eigenvalue']:.3g} against {most['threshold']:.3g}, at step {most['step']}"
         found += f". The threshold is that of full batches: {batch} can be unstable below it" if batch else ""
         return Answer(found, command("mine", run))
@@ -266,8 +271,12 @@ def _against_threshold(
     found += (
         f"step {since['step']}, sharpness {since['eigenvalue']:.3g} against {since['threshold']:.3g}, and above it "
     )
-    found += f"at {len(above)} of the {len(known)} steps measured"
+    found += "at " + (_measured(1) if len(known) == 1 else f"{len(above)} of the {len(known)} steps measured")
     return Answer(found, command("sharpness", run, "--name", task=task))
+
+
+def _measured(steps: int) -> str:
+    return f"all {steps} steps measured" if steps > 1 else "the one step measured"
 
 
 def _metrics(records: Sequence[Record]) -> str:

@@ -174,6 +174,7 @@ def draw_pairs(
         panels, steps, whole, title, close_up(steps, rise), matrix if names else [],
         ". ".join(filter(None, (_how(clusters), pictures.words))),
         in_unit("mean loss", loss_unit(run)),
+        "none of the pairs that were found is of those asked for" if count else "no opposing pair was found",
     )  # fmt: skip
 
 

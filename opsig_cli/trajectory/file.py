@@ -215,7 +215,8 @@ def file_errors(path: str) -> Iterator[None]:
             raise OpsigError(f"{path}: the disk is full. Free some space and continue with --resume") from error
         reason = " ".join(str(error).split())
         if "file signature not found" in reason or "truncated" in reason:
-            raise OpsigError(f"{path} is not a readable HDF5 file") from error
+            other = "" if "truncated" in reason else ". Of checkpoints or a log, opsig import makes a run"
+            raise OpsigError(f"{path} is not a readable HDF5 file{other}") from error
         name = error.filename if isinstance(error.filename, str) else path
         about = "" if os.path.abspath(name) == os.path.abspath(path) else f" ({name})"
         raise OpsigError(f"{path}: {error.strerror or reason}{about}") from error

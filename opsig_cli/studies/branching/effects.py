@@ -149,7 +149,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def narrow_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     """Rows of `table` with fewer columns, for narrower terminals: what the others' loss did, beside the unchanged."""
     short = ("change", "samples", "others' rise", "unchanged")
-    longer = (*(("from",) if len({row["from"] for row in rows}) > 1 else ()), *short, "at step", "last loss")
+    longer = ("change", "samples", "others' rise", "at step", "unchanged", "last loss")
+    longer = (*(("from",) if len({row["from"] for row in rows}) > 1 else ()), *longer)
     return [[{name: row[name] for name in names} for row in rows] for names in (longer, short)]
 
 

@@ -73,5 +73,5 @@ def mine(
     if isinstance(found, sighted.Sighted):
         answer = answers.sighted(records, trajectory.path, step, grouped, own)
     else:
-        answer = answers.mined(broken + records, trajectory.path, unit, own)
+        answer = answers.mined(broken + records, trajectory.path, unit, own, step)
     return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw, answer=answer)

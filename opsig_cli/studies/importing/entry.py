@@ -19,7 +19,7 @@ from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import tracking, training
 from opsig_cli.studies.importing import checkpoints, doubles, flow, order, series, settling, trainer_logs
-from opsig_cli.studies.importing.logs import Log
+from opsig_cli.studies.importing.logs import ENDINGS, Log
 from opsig_cli.studies.importing.steps import PLACES, REMEDY, given_steps, steps_of
 from opsig_cli.trajectory import external
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
@@ -143,7 +143,9 @@ def _import_checkpoints(
     paths = checkpoints.find(list(request.paths))
     stored = _stored(request) if request.append else None
     if stored is None and request.task is None:
-        raise UsageError("--task is missing. Write --task NAME or --task file.py:Name")
+        table = next((path for path in request.paths if path.removesuffix(".gz").endswith(ENDINGS)), None)
+        hint = "" if table is None else f". A table of losses needs none: --losses {table}"
+        raise UsageError(f"--task is missing. Write --task NAME or --task file.py:Name{hint}")
     given = {"statistics": "running", "chunk_size": None} | dict(request.given)
     spec = tasks.parse_spec(request.task or (stored.task if stored else ""), request.model or (stored and stored.model))
     if request.task is None and tasks.is_own(spec):

@@ -77,8 +77,8 @@ def _say_settings(
         warn("the optimizer is not one of opsig's: thresholds are left out. --optimizer says what comes nearest")
     if settings.batch_size == UNKNOWN_BATCH:
         warn(
-            "the checkpoints do not say the batch size: thresholds are those of full-batch training, and losses are "
-            "not held against a log. --batch-size N or full says it"
+            "the checkpoints do not say the batch size: thresholds are those of full-batch training, pairs cannot be "
+            "silenced, and losses are not held against a log. --batch-size N or full says it"
         )
     if math.isnan(settings.learning_rate):
         warn("the checkpoints do not say the learning rate: thresholds are left out. --learning-rate says it")
