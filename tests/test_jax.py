@@ -139,7 +139,7 @@ def test_a_task_of_the_other_backend_is_named(opsig, tmp_path):
 def test_what_the_backend_lacks_is_refused_by_name(jax_run, opsig):
     task = ("--task", f"{JAX}:Tiny", "--allow-changed-data")
     lacks = "backend jax cannot compute sample_sharpness"
-    assert lacks in opsig("sharpness", jax_run, "--metrics", "sample_sharpness", *task, "--backend", "jax").err
+    assert lacks in opsig("sharpness", jax_run, "--metrics", "sample_sharpness", *task).err
     opsig(*train(jax_run.with_name("x.h5"), "--optimizer", "splitsgd")).fails(2, "no optimizer is called 'splitsgd'")
     assert "cannot compute a plan" in opsig("sharpness", jax_run, "--plan", *task).err
 

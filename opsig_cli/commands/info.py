@@ -42,6 +42,7 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
         rows = options.without_damage(lambda: recorded(trajectory))
         seen = options.without_damage(lambda: sightings.extent(trajectory))
         ends = [int(steps[-1]) for steps in rows.values() if len(steps)] + ([seen[1]] if seen else [])
+        settings = attributes.get("settings_json") or {}
         record = {
             "trajectory": run,
             "task": attributes.get("task"),
@@ -54,10 +55,10 @@ def info(run: options.RunArgument, format: options.FormatOption = None) -> None:
             "groups": trajectory.groups(),
             "bytes": os.path.getsize(run),
             "state": attributes.get("state"),
+            "backend": settings.get("backend"),
         } | referred
         if "from_step" in attributes:
             record |= {key: attributes.get(key) for key in ("parent_path", "from_step", "change")}
-        settings = attributes.get("settings_json") or {}
         optimizer = settings.get("optimizer")
         settings = {key: value for key, value in settings.items() if optimizer in TAKES.get(key, (optimizer,))}
         settings = {key: value for key, value in settings.items() if key != "began" or value}

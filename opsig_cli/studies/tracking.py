@@ -71,10 +71,11 @@ def open_run(
     loaded, found = tasks.load(spec)
     if found.digest and attributes.get("task_sha256") not in (None, found.digest):
         warn(f"{spec.name} has changed since {run.path} was recorded")
-    session = load_backend(backend_of(run, backend)).open(loaded, device, stored.chunk_size, stored.statistics)
+    name = backend_of(run, backend)
+    session = load_backend(name).open(loaded, device, stored.chunk_size, stored.statistics)
     session.tell = warn
     if (most := MEMORY.get()) is not None:
-        backends.require(session, backends.Bounded, backend, "within a bound of memory")
+        backends.require(session, backends.Bounded, name, "within a bound of memory")
         session.bound_by(most)  # pyright: ignore[reportAttributeAccessIssue]
     check_samples(run, session.samples)
     check_model(run, session)

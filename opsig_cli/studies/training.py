@@ -271,7 +271,7 @@ def _record_sharpness(recorder: Recorder, session: Session, settings: Settings, 
     """Append the top eigenvalue at a state where the file lacks it; returns it."""
     if state.step in recorder.run.steps("sharpness"):
         return float(recorder.run.row("sharpness/eigenvalue", state.step)[0])
-    backends.require(session, backends.Curvature, "of this run", "sharpness")
+    backends.require(session, backends.Curvature, None, "sharpness")
     found = session.top_eigenpairs(state, 1, SHARPNESS_TOLERANCE)  # pyright: ignore
     threshold = float("nan") if settings.preconditioned else settings.threshold
     recorder.run.append("sharpness", state.step, eigenvalue=found.values, residual=found.residuals, threshold=threshold)

@@ -163,6 +163,6 @@ def assumed(texts: Sequence[str]) -> dict[str, Any]:
 
 def sharpness_at(session: Session, settings: Settings, state: State) -> float:
     """The top eigenvalue, of the preconditioned Hessian for Adam, of the mean loss of all samples."""
-    backends.require(session, backends.Curvature, "of this run", "sharpness")
+    backends.require(session, backends.Curvature, None, "sharpness")
     scale = scale_of(settings, state)
     return float(session.top_eigenpairs(state, 1, training.SHARPNESS_TOLERANCE, None, scale).values[0])  # pyright: ignore

@@ -16,7 +16,7 @@ from opsig_cli.studies.door import named
 from opsig_cli.studies.pace import paced
 from opsig_cli.studies.parts import share
 from opsig_cli.studies.results import Note, Progress, Records, Run, opened, quietly, unseen
-from opsig_cli.studies.trained import other_loss, settings_of
+from opsig_cli.studies.trained import backend_of, other_loss, settings_of
 from opsig_cli.trajectory.checking import without_damage
 from opsig_cli.trajectory.file import Trajectory
 
@@ -52,6 +52,7 @@ def sharpness(
     with opened(run, "r+" if writes else "r") as trajectory:
         if writes and not trajectory.writable:
             raise OpsigError(f"{trajectory.path} is open for reading. Eigenvalues are kept in it: open it with 'r+'")
+        backend = backend_of(trajectory, backend)
 
         def open_session() -> backends.Session:
             session, _ = tracking.open_session(trajectory, task, device, backend, note, allow_changed_data)
