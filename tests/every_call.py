@@ -214,6 +214,7 @@ class EveryCall:
         self.count, self._inert = 0, False
         self._drawn: random.Random | None = None
         states.mkdir(parents=True)
+        (states / "outcomes").touch()  # there may be none: a command may make fewer calls
 
     def __call__(self, name: str, call: Callable, *arguments: Any, **keywords: Any) -> Any:
         self.count += 1
