@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from opsig_cli.errors import OpsigError
+from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.tasks import Task, load_entry_point
 
 ENTRY_POINT_GROUP = "opsig.backends"
@@ -363,13 +363,34 @@ class Backend(Protocol):
     """What an entry point of the group `opsig.backends` names."""
 
     def open(
-        self, task: Task, device: str | None = None, batch_size: int | None = None, statistics: str | None = None
-    ) -> Session:
+        self, task: Task, device: str | None = None, batch_size: int | None = None, statistics: str | None = None,
+        double: bool = False,
+    ) -> Session:  # fmt: skip
         """Open a task on "cpu" or "cuda" (None: the best there is), measured in batches of `batch_size`.
 
-        `statistics` is the batch-norm convention, "chunk" or "running". Raises OpsigError where the device is absent.
+        `statistics` is the batch-norm convention, one of STATISTICS. `double`: in float64. Raises OpsigError where the
+        device is absent, UsageError where `statistics` is unknown.
         """
         ...
+
+
+STATISTICS = ("chunk", "running")
+
+
+def check_statistics(name: str | None) -> None:
+    """Raise UsageError for a batch-norm convention that is not one of STATISTICS."""
+    if name not in (None, *STATISTICS):
+        raise UsageError(f"batch-norm statistics are {' or '.join(STATISTICS)}, not '{name}'")
+
+
+def require_each(shape: tuple[int, ...], samples: int, method: str = "losses") -> None:
+    """Raise OpsigError where what a task's method returned is not of one value a sample."""
+    if shape != (samples,):
+        hint = ". A squeeze() without an axis takes the batch's away, too" if samples == 1 else ""
+        raise OpsigError(
+            f"the task's {method}() returned shape {shape} for {samples} samples. "
+            f"It must return one {'unreduced loss' if 'losses' in method else 'class'} a sample{hint}"
+        )
 
 
 PRODUCTS = 10

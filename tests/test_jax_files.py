@@ -185,17 +185,18 @@ values = st.recursive(
 )
 
 
+def damaged(whole, place, byte, cut):
+    """The bytes, cut at a place (0 to 1) or with another byte there."""
+    at = int(place * (len(whole) - 1))
+    return whole[:at] if cut else whole[:at] + bytes([byte]) + whole[at + 1 :]
+
+
 @settings(max_examples=150, deadline=None)
 @given(beside=values, place=st.floats(0, 1), byte=st.integers(0, 255), cut=st.booleans())
 def test_damaged_msgpack_is_read_or_refused(beside, place, byte, cut, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "damaged.msgpack"
     whole = bytearray(packed({"beside": beside, "params": tree(), "opt_state": {"0": {"count": 3, "mu": tree()}}}))
-    at = int(place * (len(whole) - 1))
-    if cut:
-        del whole[at:]
-    else:
-        whole[at] = byte
-    path.write_bytes(whole)
+    path.write_bytes(damaged(whole, place, byte, cut))
     try:
         read_all(path)
     except OpsigError as error:
@@ -211,12 +212,7 @@ def test_damaged_leaves_of_equinox_are_read_or_refused(place, byte, cut, tmp_pat
     for shape in ((3, 2), (3,), ()):
         np.save(file, np.ones(shape, np.float32))
     whole = bytearray(file.getvalue())
-    at = int(place * (len(whole) - 1))
-    if cut:
-        del whole[at:]
-    else:
-        whole[at] = byte
-    path.write_bytes(whole)
+    path.write_bytes(damaged(whole, place, byte, cut))
     try:
         read_all(path)
     except (OpsigError, ValueError) as error:

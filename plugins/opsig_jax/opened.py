@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from opsig_linalg.space import NumpySpace
 
-from opsig_cli.backends import State
+from opsig_cli.backends import State, check_statistics, require_each
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.tasks import Task, own_frames, positions_of
 
@@ -30,7 +30,6 @@ from opsig_jax.tree import Tree
 BATCH_SIZE = 500
 BLOCK_BYTES = 64 << 20
 """Bound on the gradients of a block of samples, of which there may be three at a time."""
-STATISTICS = ("chunk", "running")
 AGREES = 1e-4
 """Relative difference up to which a float32 loss is the same in other company."""
 
@@ -52,8 +51,7 @@ class Opened:
         statistics: str | None = None,
         double: bool = False,
     ):
-        if statistics not in (None, *STATISTICS):
-            raise UsageError(f"batch-norm statistics are {' or '.join(STATISTICS)}, not '{statistics}'")
+        check_statistics(statistics)
         if positions_of(task) > 1:
             raise OpsigError("the jax backend takes items of one sample, and the task's have more (positions)")
         self.task: Any = task
@@ -193,12 +191,7 @@ class Opened:
     def _each(self, values: Any, count: int, method: str) -> jax.Array:
         """The values. Raises OpsigError where there is not one a sample."""
         values = jnp.asarray(values)
-        if values.shape != (count,):
-            hint = ". A squeeze() without an axis takes the batch's away, too" if count == 1 else ""
-            raise OpsigError(
-                f"the task's {method}() returned shape {values.shape} for {count} samples. "
-                f"It must return one {'unreduced loss' if 'losses' in method else 'class'} a sample{hint}"
-            )
+        require_each(values.shape, count, method)
         return values
 
     def _built(self, seed: int) -> Tree:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from opsig_cli.backends import State
+from opsig_cli.backends import State, check_statistics
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.tasks import Task, positions_of
 from opsig_torch import arithmetic
@@ -33,7 +33,6 @@ GRAPH_FACTOR = 3
 """What a pass needs besides what autograd saves: gradients of the same, and temporaries."""
 TOGETHER = 4096
 """Samples of a batch by default where an item has several: what they take grows with their number, too."""
-STATISTICS = ("chunk", "running")
 
 
 class Opened:
@@ -53,8 +52,7 @@ class Opened:
         statistics: str | None = None,
         double: bool = False,
     ):
-        if statistics not in (None, *STATISTICS):
-            raise UsageError(f"batch-norm statistics are {' or '.join(STATISTICS)}, not '{statistics}'")
+        check_statistics(statistics)
         self.task = by_sample(task)
         self.device = _choose_device(device)
         self.positions = positions_of(task)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from opsig_cli.backends import require_each
 from opsig_cli.errors import OpsigError
 from opsig_torch.opened import Opened
 
@@ -27,12 +28,7 @@ def require_losses(losses: torch.Tensor, samples: int) -> torch.Tensor:
     """The losses. Raises OpsigError where there is not one a sample."""
     if not isinstance(losses, torch.Tensor):
         raise OpsigError(f"the task's losses() returned {type(losses).__name__}. It must return a tensor, one a sample")
-    if losses.shape != (samples,):
-        hint = ". A squeeze() without an axis takes the batch's away, too" if samples == 1 else ""
-        raise OpsigError(
-            f"the task's losses() returned shape {tuple(losses.shape)} for {samples} samples. "
-            f"It must return one unreduced loss a sample{hint}"
-        )
+    require_each(tuple(losses.shape), samples)
     return losses
 
 
