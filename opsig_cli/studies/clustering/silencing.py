@@ -18,7 +18,7 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.weighing import related
-from opsig_cli.studies.filled import targets_of
+from opsig_cli.studies.filled import LOSS, targets_of
 from opsig_cli.studies.missing import labels_of
 from opsig_cli.studies.replaying import replay
 from opsig_cli.studies.trained import settings_at, weights_of, why_not_repeated
@@ -82,6 +82,9 @@ def silence(
     left = budget // LENGTH
     plains = {}
     for step in steps:
+        if (known := recorded(run, step)) is not None:
+            plains[step] = known
+            continue
         if left > 0:
             plains[step] = Replay(run, session, settings, step)(None)
             left, outcome.replays = left - 1, outcome.replays + 1
@@ -97,7 +100,7 @@ def silence(
                 continue
             replayed = Replay(run, session, settings, step)
             controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
-            without, controlled = replayed(silent), replayed(controls)
+            without, controlled = replayed(silent, silent), replayed(controls, silent)
             left, outcome.replays = left - 2, outcome.replays + 2
             advance(2, note=f"step {step}")
             for n in swinging:
@@ -109,6 +112,18 @@ def silence(
         if n not in swung and n not in outcome.untested:
             outcome.untested[n] = _why_not(plains, [members[g] for g in pairs[n]])
     return outcome
+
+
+def recorded(run: Trajectory, step: int) -> np.ndarray | None:
+    """The run's own losses (T, S) from a checkpoint on, which a replay of all samples would repeat; None where they are
+    not all in the file."""
+    steps = run.steps("losses")
+    first = int(np.searchsorted(steps, step))
+    if not np.array_equal(steps[first : first + LENGTH + 1], np.arange(step, step + LENGTH + 1)):
+        return None
+    raw = getattr(run, "_run", run)  # without what stands for gaps
+    losses_TS = raw.rows(LOSS, first, first + LENGTH + 1)
+    return losses_TS if np.isfinite(losses_TS[:, targets_of(run)]).all() else None
 
 
 def strata_of(run: Trajectory) -> np.ndarray:
@@ -171,8 +186,8 @@ def _drawn(pools: list[np.ndarray], count: int, generator: np.random.Generator) 
 
 
 class Replay:
-    """Losses (T, S) of all samples when training is repeated from a checkpoint with some of them silent; NaN from the
-    step at which they stop being finite."""
+    """Losses (T, S) of all samples, or of some, when training is repeated from a checkpoint with some of them silent;
+    NaN of the others, and from the step at which they stop being finite."""
 
     def __init__(self, run: Trajectory, session: Session, settings: Settings, step: int):
         self._samples = run.samples
@@ -181,13 +196,18 @@ class Replay:
         self._settings = settings_at(run, settings, step)
         self._weights = weights_of(run)
 
-    def __call__(self, silent: np.ndarray | None) -> np.ndarray:
+    def __call__(self, silent: np.ndarray | None, wanted: np.ndarray | None = None) -> np.ndarray:
+        couples = getattr(self._session, "couples_samples", False)
+        tracked = None if wanted is None or couples else np.sort(self._samples[wanted])
         weights = self._weights
         if silent is not None:
             weights = np.ones(self._session.samples) if weights is None else weights.copy()
             weights[self._samples[silent]] = 0
         losses = np.full((LENGTH + 1, self._session.samples), np.nan, np.float32)
-        for row, snapshot in enumerate(replay(self._session, self._settings, self._state, LENGTH, weights)):
+        again = replay(
+            self._session, self._settings, self._state, LENGTH, weights, tracked=tracked, last_gradient=False
+        )  # fmt: skip
+        for row, snapshot in enumerate(again):
             losses[row] = snapshot.losses
         return losses[:, self._samples]
 
