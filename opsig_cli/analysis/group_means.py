@@ -1,6 +1,6 @@
 """Means of a similarity over groups. M samples, G groups.
 
-A similarity is a signed (M, M) array in [-1, 1]: +1 moves together, -1 pulls against. Groups are numbered 0 to G - 1 in
+A similarity is a signed symmetric (M, M) array in [-1, 1]: +1 moves together, -1 pulls against. Groups are numbered 0 to G - 1 in
 (M,) integers, with -1 for none.
 """
 
@@ -15,13 +15,13 @@ ROWS = 512
 def sums_over_groups(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sums of every sample's similarity over each group, (M, G) float64, and the groups' sizes, (G,)."""
     sizes = np.bincount(groups[groups >= 0], minlength=groups.max(initial=-1) + 1)
-    sums = np.zeros((len(groups), len(sizes)))
-    if len(sizes):
-        members, starts = _in_order(groups, sizes)
-        for first in range(0, len(groups), ROWS):
-            rows = similarity[first : first + ROWS]
-            sums[first : first + ROWS] = np.add.reduceat(rows[:, members], starts, axis=1, dtype=np.float64)
-    return sums, sizes
+    sums_GM = np.zeros((len(sizes), len(groups)))
+    members, _ = _in_order(groups, sizes)
+    for first in range(0, len(members), ROWS):  # whole rows, which lie together: they are the columns as well
+        part = members[first : first + ROWS]
+        names, starts = np.unique(groups[part], return_index=True)
+        sums_GM[names] += np.add.reduceat(similarity[part], starts, axis=0, dtype=np.float64)
+    return sums_GM.T, sizes
 
 
 def between_groups(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ from opsig_cli.analysis.group_means import between_groups, sums_over_groups
 
 OPPOSES = -0.15
 """Two groups can be a pair where their mean similarity is below this."""
+GAIN = 1e-9
+"""An exchange of partners must make the sum of the weights larger by more than this."""
 
 
 def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None) -> np.ndarray:
@@ -45,6 +47,10 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
     for a, b in pairs_of(partner):
         if partner[a] != b:
             continue
+        gains = weight[[a, b]]
+        gains[0, b] = gains[1, a] = 0
+        if gains.max(1).sum() - weight[a, b] <= GAIN:  # nor could the best c and d, were they free
+            continue
         chosen = (weight[a] > 0) | (weight[b] > 0)  # others cannot gain anything
         chosen[np.flatnonzero((partner < 0) & ~chosen)[:1]] = True  # one may be needed to leave a group alone
         others = partner[chosen]
@@ -61,7 +67,7 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
         gain -= np.where(paired, weight[near[:, None], near], 0)
         gain = np.where(allowed, gain, 0)
         c, d = np.unravel_index(gain.argmax(), gain.shape)
-        if gain[c, d] > 1e-9:
+        if gain[c, d] > GAIN:
             for x, y in ((a, near[c]), (b, near[d])):
                 partner[x], partner[y] = (y, x) if weight[x, y] else (-1, -1)
             changed = True

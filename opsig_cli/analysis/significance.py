@@ -97,6 +97,8 @@ def gaussian_null(
     has at most MOST_IN_NULL samples; strengths are scaled to all. Where labels are none or of nearly one sample each,
     as in a regression, the sign of a sample's error stands for it; without a likeness gradients are their own looks.
     """
+    from scipy.linalg import qr
+
     total = len(similarity_MM)
     generator = np.random.default_rng(seed)
     fitted = generator.choice(total, min(MOST_FITTED, total), replace=False)
@@ -116,9 +118,11 @@ def gaussian_null(
         looks = rows @ rows.T
         if likeness_MM is None:
             return looks, looks, looks, None
-        code = np.ix_(*[codes[generator.integers(0, len(codes), count)]] * 2)
-        turn = np.linalg.qr(generator.standard_normal((count, count)))[0]
-        aligned = np.clip(offset[code] + slope[code] * looks + (turn * rest) @ turn.T, -1, 1)
+        code = codes[generator.integers(0, len(codes), count)]
+        # numpy has no such decomposition in float32, which takes half the time
+        turn = qr(generator.standard_normal((count, count)).astype(np.float32), mode="economic", check_finite=False)[0]
+        aligned = offset[code][:, code] + slope[code][:, code] * looks + (turn * rest.astype(np.float32)) @ turn.T
+        np.clip(aligned, -1, 1, out=aligned)
         np.fill_diagonal(aligned, 1)
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
