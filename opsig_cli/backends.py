@@ -69,9 +69,9 @@ class Training:
     (of the minibatch) as before: weight 0 leaves a sample out and no other one counts for more. Gradients longer than
     `clip_norm` are shortened to it. `label_smoothing` is what is minimised instead of the task's own; recorded losses
     stay the task's. `tracked`: the samples whose losses snapshots carry, increasing, None for all; the others' are NaN.
-    `began`: the step at which the optimizer began to count, later than 0 where a branch changed it. `last_gradient`:
-    whether the gradient of the last step, which no update takes, is wanted for its norm; without it a backend may
-    measure the losses alone.
+    `began`: the step at which the optimizer began to count, later than 0 where a branch changed it. `replayed`:
+    whether steps are repeated for their losses alone. Then the gradient of the last step, which no update takes, need
+    not be measured, and that of the first may be made from what another training from the same state left, to rounding.
     """
 
     optimizer: str
@@ -93,7 +93,7 @@ class Training:
     clip_norm: float | None = None
     label_smoothing: float | None = None
     began: int = 0
-    last_gradient: bool = True
+    replayed: bool = False
 
 
 def minibatch(items: int, batch_size: int, seed: int, step: int) -> np.ndarray:

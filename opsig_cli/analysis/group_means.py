@@ -1,7 +1,7 @@
 """Means of a similarity over groups. M samples, G groups.
 
-A similarity is a signed symmetric (M, M) array in [-1, 1]: +1 moves together, -1 pulls against. Groups are numbered 0 to G - 1 in
-(M,) integers, with -1 for none.
+A similarity is a signed symmetric (M, M) array in [-1, 1]: +1 moves together, -1 pulls against. Groups are numbered 0
+to G - 1 in (M,) integers, with -1 for none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def sums_over_groups(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.nda
         part = members[first : first + ROWS]
         names, starts = np.unique(groups[part], return_index=True)
         sums_GM[names] += np.add.reduceat(similarity[part], starts, axis=0, dtype=np.float64)
-    return sums_GM.T, sizes
+    return sums_GM.transpose(), sizes
 
 
 def between_groups(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:

@@ -120,7 +120,8 @@ def gaussian_null(
             return looks, looks, looks, None
         code = codes[generator.integers(0, len(codes), count)]
         # numpy has no such decomposition in float32, which takes half the time
-        turn = qr(generator.standard_normal((count, count)).astype(np.float32), mode="economic", check_finite=False)[0]
+        normals = generator.standard_normal((count, count)).astype(np.float32)
+        turn = np.asarray(qr(normals, mode="economic", check_finite=False)[0])
         aligned = offset[code][:, code] + slope[code][:, code] * looks + (turn * rest.astype(np.float32)) @ turn.T
         np.clip(aligned, -1, 1, out=aligned)
         np.fill_diagonal(aligned, 1)

@@ -54,7 +54,7 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
     for step in range(start.step, training.steps + 1):
         wants_losses = training.wants_losses(step)
         state = _state(opened, optimizer, step) if training.wants_state(step) else None
-        if step == training.steps and wants_losses and not training.last_gradient:
+        if step == training.steps and wants_losses and training.replayed:
             losses, predictions = _losses_alone(opened, training.tracked).arrays()
             if training.tracked is not None:
                 _keep(training.tracked, losses, predictions)
@@ -63,7 +63,11 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
                 step, float(np.nanmean(losses)), training.learning_rate, nothing, nothing, losses, predictions, state
             )  # fmt: skip
             return
-        train_loss, row = gradient(opened, training, step, wants_losses)
+        silent = _silent(opened, training) if gradient is _full_batch_gradient and step == start.step else None
+        if silent is not None:
+            train_loss, row = _gradient_without(opened, training, start, silent)
+        else:
+            train_loss, row = gradient(opened, training, step, wants_losses)
         grad_norm = opened.flat.gradient.norm().item()
         if training.clip_norm is not None and grad_norm > training.clip_norm:
             opened.flat.gradient.mul_(training.clip_norm / grad_norm)
@@ -103,6 +107,41 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
         if not plain:
             total += counted.detach().double().sum().item()
     return row.mean(opened.counts_S) if plain else total / opened.target_count, row
+
+
+def _silent(opened: Opened, training: Training) -> np.ndarray | None:
+    """The samples of weight 0 of a replay where they are few, all others weigh 1 and each has a gradient of its own;
+    else None."""
+    if (
+        not training.replayed
+        or training.weights is None
+        or training.label_smoothing is not None
+        or opened.couples_samples
+    ):
+        return None
+    silent = np.flatnonzero(training.weights != 1)
+    few = 0 < len(silent) <= opened.samples // 2 and opened.positions == 1
+    return silent if few and not training.weights[silent].any() else None
+
+
+def _gradient_without(opened: Opened, training: Training, start: State, silent: np.ndarray) -> tuple[float, LossRow]:
+    """As `_full_batch_gradient` of a first step with some samples at weight 0: the gradient of all, which is kept for
+    the next training from the same state, less that of these few."""
+    kept = opened.kept.get("first step")
+    if kept is None or kept[0] is not start:
+        _, row = _full_batch_gradient(opened, replace(training, weights=None), start.step, True)
+        kept = opened.kept["first step"] = (start, opened.flat.gradient.clone(), row)
+    _, whole, row = kept
+    opened.measuring_mode()
+    opened.flat.gradient.zero_()
+    out = 0.0
+    for first in range(0, len(silent), opened.batch_size):
+        losses, _ = opened.forward(opened.batches.take(silent[first : first + opened.batch_size]))
+        counted = opened.counted(losses, silent[first : first + opened.batch_size])
+        (-counted.sum() / opened.target_count).backward()
+        out += counted.detach().double().sum().item()
+    opened.flat.gradient.add_(whole)
+    return row.mean(opened.counts_S) - out / opened.target_count, row
 
 
 def counted_losses(

@@ -89,24 +89,27 @@ def silence(
             plains[step] = Replay(run, session, settings, step)(None)
             left, outcome.replays = left - 1, outcome.replays + 1
             advance(note=f"step {step}")
+    affordable: dict[int, list[tuple[list[int], list[int]]]] = {step: [] for step in plains}
     for unit, numbers in units_of(clusters):
-        silent = np.concatenate([members[group] for group in unit])
         for step, plain in plains.items():
             swinging = [n for n in numbers if swings(plain, [members[g] for g in pairs[n]])]
-            if not swinging:
-                continue
-            if left < 2:
+            if swinging and left < 2:
                 outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
-                continue
-            replayed = Replay(run, session, settings, step)
+            elif swinging:
+                affordable[step].append((unit, swinging))
+                left -= 2
+    for step, units in affordable.items():  # all of a checkpoint in turn: they have their first gradient in common
+        replayed = Replay(run, session, settings, step)
+        for unit, swinging in units:
+            silent = np.concatenate([members[group] for group in unit])
             controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
             without, controlled = replayed(silent, silent), replayed(controls, silent)
-            left, outcome.replays = left - 2, outcome.replays + 2
+            outcome.replays += 2
             advance(2, note=f"step {step}")
             for n in swinging:
                 swung[n] = swung.get(n, 0) + 1
                 outcome.silenced.setdefault(n, []).append(
-                    compared(step, [members[group] for group in pairs[n]], plain, without, controlled)
+                    compared(step, [members[group] for group in pairs[n]], plains[step], without, controlled)
                 )
     for n in range(len(pairs)):
         if n not in swung and n not in outcome.untested:
@@ -205,7 +208,7 @@ class Replay:
             weights[self._samples[silent]] = 0
         losses = np.full((LENGTH + 1, self._session.samples), np.nan, np.float32)
         again = replay(
-            self._session, self._settings, self._state, LENGTH, weights, tracked=tracked, last_gradient=False
+            self._session, self._settings, self._state, LENGTH, weights, tracked=tracked, alone=True
         )  # fmt: skip
         for row, snapshot in enumerate(again):
             losses[row] = snapshot.losses
