@@ -85,7 +85,7 @@ def p_value(value: float, null: np.ndarray) -> float:
 
 def gaussian_null(
     similarity_MM: np.ndarray, likeness_MM: np.ndarray | None, labels_M: np.ndarray | None, rounds: int = ROUNDS,
-    smallest: int = SMALLEST, seed: int = 0,
+    smallest: int = SMALLEST, seed: int = 0, total: int | None = None,
 ) -> Null:  # fmt: skip
     """The null of samples that share no feature: looks from one Gaussian, under the labels that there are.
 
@@ -95,19 +95,19 @@ def gaussian_null(
     that some samples look alike among themselves, and that looks and labels go together (the one-Gaussian null of
     SigClust, Liu et al. 2008, JASA 103). Each round goes through the whole search, and its strongest group and pair at
     any cut are kept, so that a p-value held against them accounts for the search and for the number of pairs. A round
-    has at most MOST_IN_NULL samples; strengths are scaled to all. Where labels are none or of nearly one sample each,
-    as in a regression, the sign of a sample's error stands for it; without a likeness gradients are their own looks.
+    has at most MOST_IN_NULL samples; strengths are scaled to all, or to a `total` of which these are some. Where labels
+    are none or of nearly one sample each, as in a regression, the sign of a sample's error stands for it; without a
+    likeness gradients are their own looks.
     """
-    total = len(similarity_MM)
-    generator = np.random.default_rng(seed)
-    fitted = generator.choice(total, min(MOST_FITTED, total), replace=False)
-    similarity = np.nan_to_num(similarity_MM[np.ix_(fitted, fitted)]).astype(np.float64)
-    likeness = similarity if likeness_MM is None else likeness_MM[np.ix_(fitted, fitted)].astype(np.float64)
+    total = total or len(similarity_MM)
+    some = fitted(len(similarity_MM), seed)
+    similarity = np.nan_to_num(similarity_MM[np.ix_(some, some)]).astype(np.float64)
+    likeness = similarity if likeness_MM is None else likeness_MM[np.ix_(some, some)].astype(np.float64)
     spread = np.sqrt(np.maximum(np.linalg.eigvalsh(likeness)[::-1], 0))
     spread = spread[spread > 1e-4 * spread[:1]]
-    codes = _codes(similarity, likeness, None if labels_M is None else labels_M[fitted])
+    codes = _codes(similarity, likeness, None if labels_M is None else labels_M[some])
     offset, slope = _aligned_by(similarity, likeness, codes)
-    count = min(MOST_IN_NULL, total)
+    count = min(MOST_IN_NULL, len(similarity_MM))
     within = np.ix_(*[codes[:count]] * 2)
     rest = np.linalg.eigvalsh(similarity[:count, :count] - offset[within] - slope[within] * likeness[:count, :count])
 
@@ -126,6 +126,11 @@ def gaussian_null(
     labelled = labels_M is not None and shared(labels_M)
     found = _null(drawn, rounds, smallest, seed, OPPOSES_ALIKE if labelled else OPPOSES)
     return _of_all(found, total / count)
+
+
+def fitted(count: int, seed: int = 0) -> np.ndarray:
+    """Which of so many samples a null is fitted to, at most MOST_FITTED, in random order."""
+    return np.random.default_rng(seed).choice(count, min(MOST_FITTED, count), replace=False)
 
 
 def shared(labels: np.ndarray) -> bool:

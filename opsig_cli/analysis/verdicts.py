@@ -122,7 +122,7 @@ def judge(found: Evidence) -> tuple[str, str]:
         return "established", f"{why} swing them {_whose(found.curved)}"
     if goes >= REPLAYS and stays <= 1 and remains(found.silenced) < SILENCES:
         why = "the swing of both sides goes when they are silent" + f", at {goes} of {len(ratios)} checkpoints" * stays
-        if found.at_ends and lacks:
+        if found.at_ends and (chance or (looks and found.labelled)):
             why += ", as at any two ends of an eigenvector"
             return ("unclear" if chance else "likely"), f"{why}, but {lacks}"
         related = found.alike >= RELATED or not (found.labelled or chance)

@@ -144,8 +144,14 @@ def by_gradient(
         others = candidates(run, session, position, sets, window, looks=likeness_MM is not None)
     means_CMG, joined = cosines(run, session, tested_on, position, others, found, sets, advance)
     null = NOTHING
-    if members:
+    if members and coordinates is None:
         null = significance.gaussian_null(similarity_MM, likeness_MM, labels, smallest=smallest)
+    elif members:  # what a pair is weighed by are cosines of gradients
+        some = significance.fitted(len(position))
+        cosines_MM = gathering.mean_similarity(run, session, backend, position[some], window, sketch, advance)
+        looks_MM = None if likeness_MM is None else likeness_MM[np.ix_(some, some)]
+        labels = None if labels is None else labels[some]
+        null = significance.gaussian_null(cosines_MM, looks_MM, labels, smallest=smallest, total=len(position))
     clusters = Clusters(
         by, position, found, [], [], similarity_MM, losses_TM, window, evidence.period_two(losses_TM), alike_GG, joined,
         tests=Tests(steps.tolist(), held_out.tolist(), []), sketch_error=sketch_error, labelled=labelled,
