@@ -69,7 +69,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         run, raw = make(Path(directory), options.steps, options.samples)
-        ours = [measure([sys.executable, "-m", "opsig_cli.main", "mine", str(run)]) for _ in range(options.repeats)]
+        ours = [  # of another number of samples each time, as the last result is kept
+            measure([sys.executable, "-m", "opsig_cli.main", "mine", str(run), "--top", str(40 + repeat), "-q"])
+            for repeat in range(options.repeats)
+        ]
         plain = Path(__file__).with_name("plain_scan.py")
         bare = {
             name: [measure([sys.executable, str(plain), str(raw), str(options.samples), name]) for _ in ours]
