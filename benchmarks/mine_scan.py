@@ -8,6 +8,7 @@ Makes the run once (2 GB with the defaults, and the same array raw) and prints t
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from opsig_cli.trajectory.file import Trajectory, create_trajectory, open_trajec
 PLANTED = 200
 
 
-def make(directory: Path, steps: int, samples: int) -> tuple[Path, Path]:
+def make(directory: Path, steps: int, samples: int) -> None:
     """A run of losses that fall, with noise, and whose first PLANTED samples alternate in the second half."""
     run, raw = directory / "run.h5", directory / "raw.f32"
     generator = np.random.default_rng(0)
@@ -40,7 +41,6 @@ def make(directory: Path, steps: int, samples: int) -> tuple[Path, Path]:
             if step % 500 == 499:
                 trajectory.commit()
             file.write(row.tobytes())
-    return run, raw
 
 
 def measure(command: list[str]) -> tuple[float, float, str]:
@@ -68,7 +68,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        run, raw = make(Path(directory), options.steps, options.samples)
+        maker = multiprocessing.Process(target=make, args=(Path(directory), options.steps, options.samples))
+        maker.start()  # a process begins with the peak memory of the one that starts it
+        maker.join()
+        run, raw = Path(directory) / "run.h5", Path(directory) / "raw.f32"
         ours = [  # of another number of samples each time, as the last result is kept
             measure([sys.executable, "-m", "opsig_cli.main", "mine", str(run), "--top", str(40 + repeat), "-q"])
             for repeat in range(options.repeats)

@@ -22,7 +22,7 @@ however unevenly, at most the root of a half."""
 TILE = 4096
 """Samples worked on at a time."""
 _PIECE_ROWS = 32
-_PIECE_BYTES = 128 << 20
+_PIECE_BYTES = 64 << 20
 _REACHES = (1, 1, *(1 << power for power in range(WIDTH.bit_length() - 1)))
 """Rows back to the other part of each difference or sum: of losses, of their changes, and then of sums of 1, 2, 4, ...
 second differences."""
