@@ -151,7 +151,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 text = Path(folder) / "text.txt"
                 text.write_text(" ".join(str(number**3) for number in range(5000)))
-                passes("gpt", Text(str(text), samples=500))
+                passes("gpt", Text(str(text), samples=8000))
 
 
 if __name__ == "__main__":
