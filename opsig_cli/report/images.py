@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opsig_cli.analysis.gram import Similarity
+
 LARGEST = 128
 """Pixels of a thumbnail's longer side; larger pictures are reduced."""
 SMALL = 40
@@ -33,7 +35,7 @@ def thumbnail(pixels: np.ndarray, largest: int = LARGEST) -> str:
     return _uri(image) if max(image.size) <= EXACT else _compressed(image.convert("RGB"))
 
 
-def matrix_image(similarity_MM: np.ndarray, order: np.ndarray) -> str:
+def matrix_image(similarity_MM: Similarity, order: np.ndarray) -> str:
     """Similarities of the samples in this order as a data URI; nothing is transparent, so that it fits any page.
 
     More samples than MATRIX are averaged in blocks.
