@@ -3,15 +3,20 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from conftest import TASKS, train_tiny
+from opsig_torch.group import Group
+from opsig_torch.shared import require_own_gpu
 from together import finish, start
 
 from opsig_cli import open_trajectory
 from opsig_cli.commands.launched import Launch, launched
-from opsig_cli.errors import UsageError
+from opsig_cli.errors import OpsigError, UsageError
 
 CHECK = str(TASKS.parent.parent / "together_check.py")
 pytestmark = pytest.mark.timeout(900)
@@ -87,3 +92,15 @@ def test_processes_know_their_place_from_torchrun_or_a_step_of_slurm():
     assert launched(["track", "run.h5"], batch) is None
     with pytest.raises(UsageError, match="no numbers"):
         launched([], {"RANK": "first", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "refused"),
+    [(["a 1", "b 1"], None), (["a 1", "a 2", "a 1"], "processes 0 and 2 have the same GPU. Start as many processes")],
+)
+def test_two_processes_on_one_gpu_are_refused_and_those_that_each_see_one_alone_are_not(monkeypatch, gpus, refused):
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="1"))
+    group = SimpleNamespace(said=lambda words: [gpus[0], *gpus[1:]] if words.endswith(" 1") else [])
+    with pytest.raises(OpsigError, match=refused) if refused else nullcontext():
+        require_own_gpu(cast(Group, group))

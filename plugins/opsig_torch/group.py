@@ -30,7 +30,9 @@ MEETING = timedelta(minutes=5)
 SILENCE = timedelta(hours=12)
 """For how long one may hear nothing: what the first does alone may take long, and a dead one is noticed at once."""
 WORDS = 600
-"""Bytes of a failure's words."""
+"""Bytes of what each says to all."""
+FAILURE, MEMORY = "!", "?"
+"""The first letter of a failure's words, and of a shortage of memory."""
 KEPT_BYTES = 1 << 30
 """Bound on the terms that a process keeps until it is their turn in a sum; beyond it, it adds its own up first."""
 LOST = "another of the {size} processes ended. Every finished step is kept: run the same command again"
@@ -79,21 +81,26 @@ class Group:
 
     def agree(self, error: Exception | None = None) -> None:
         """Learn whether all are well so far. Raises the `error` that is given, or Elsewhere with another's words."""
-        mine = torch.zeros(WORDS, dtype=torch.uint8)
-        if error is not None:
-            words = (" ".join(str(error).split()) or type(error).__name__).encode()[: WORDS - 1]
-            memory = isinstance(error, MemoryError)
-            mine[: len(words) + 1] = torch.tensor([2 if memory else 1, *words], dtype=torch.uint8)
-        everybody = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._reached():
-            dist.all_gather(everybody, mine)
+        words = "" if error is None else " ".join(str(error).split()) or type(error).__name__
+        kind = "" if error is None else MEMORY if isinstance(error, MemoryError) else FAILURE
+        everybody = self.said(kind + words)
         if error is not None:
             error.__dict__["told"] = True
             raise error
         for said in everybody:
-            if said[0]:
-                words = bytes(said[1:].tolist()).rstrip(b"\0").decode(errors="replace")
-                raise MemoryError(words) if said[0] == 2 else Elsewhere(words)
+            if said:
+                raise MemoryError(said[1:]) if said[0] == MEMORY else Elsewhere(said[1:])
+
+    def said(self, words: str) -> list[str]:
+        """What every process says, in their order, at all of them; WORDS bytes at most."""
+        mine = torch.zeros(WORDS, dtype=torch.uint8)
+        text = words.encode()[:WORDS]
+        if text:
+            mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        everybody = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._reached():
+            dist.all_gather(everybody, mine)
+        return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in everybody]
 
     def collected(self, value: Any) -> list[Any]:
         """Everybody's value at the first process, in order of process; none at the others."""
@@ -137,6 +144,8 @@ class Group:
                 self.agree(error)
             raise
         self.agree()
+        if self.size == 1:
+            return total
         with self._reached():
             if not self.leads:
                 dist.recv(total, self.rank - 1)
@@ -284,7 +293,7 @@ def meeting(rank: int, size: int) -> Iterator[Group]:
     global _current
     signal.signal(signal.SIGTERM, ended)
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available() and local < torch.cuda.device_count():
+    if local < torch.cuda.device_count():  # elsewhere the launcher shows a process its own GPU alone, as number 0
         torch.cuda.set_device(local)
     try:
         store = next(rendezvous("env://", rank, size, timeout=MEETING))[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,12 +39,6 @@ class SharedSession(TorchSession):
     def __init__(self, group: Group, number: int, task: Any, options: Options):
         super().__init__(task, *options)
         arithmetic.prepare(self.device)  # these processes are opsig's own
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if self.device == "cuda" and local >= torch.cuda.device_count():
-            raise OpsigError(
-                f"process {group.rank} has no GPU of its own: this machine has {torch.cuda.device_count()}. Start as "
-                "many processes as there are GPUs, or use --device cpu"
-            )
         self.group = group
         self._number = number
         self._known_frozen: np.ndarray | None = None
@@ -432,4 +427,17 @@ def _built(group: Group, number: int, task: Callable[[], Any], options: Options)
         group.agree(error)
         raise
     group.agree()
+    if session.device == "cuda":
+        require_own_gpu(group)
     return session
+
+
+def require_own_gpu(group: Group) -> None:
+    """Raise OpsigError, at every process, where two of them have the same GPU, which NCCL refuses."""
+    gpus = group.said(f"{socket.gethostname()} {torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
+    if len(set(gpus)) < len(gpus):
+        second = next(rank for rank, gpu in enumerate(gpus) if gpu in gpus[:rank])
+        raise OpsigError(
+            f"processes {gpus.index(gpus[second])} and {second} have the same GPU. Start as many processes on a "
+            "machine as it has GPUs, or use --device cpu"
+        )

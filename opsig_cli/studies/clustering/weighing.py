@@ -11,7 +11,7 @@ from opsig_cli.analysis.evidence import Rise
 from opsig_cli.analysis.gram import Similarity
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.likeness import ALIKE, families
-from opsig_cli.analysis.pairing import OPPOSES
+from opsig_cli.analysis.pairing import OPPOSES_ALIKE
 from opsig_cli.analysis.significance import Null
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
 from opsig_cli.trajectory.file import Trajectory
@@ -84,7 +84,7 @@ def related(clusters: Clusters) -> list[list[int]]:
     look alike."""
     if clusters.alike_GG is None:
         return []
-    opposed_GG = between_groups(clusters.similarity_MM, clusters.grouping.group_M) <= OPPOSES
+    opposed_GG = between_groups(clusters.similarity_MM, clusters.grouping.group_M) <= OPPOSES_ALIKE
     return families(opposed_GG & (clusters.alike_GG >= ALIKE))
 
 
