@@ -26,11 +26,11 @@ from torch.utils.data import TensorDataset
 
 BASE = {"samples": 2000, "steps": 64, "mined": 200, "parameters": 20_000, "classes": 10}
 SIZES = {
-    "samples": (8000, 32_000, 128_000),
+    "samples": (2000, 8000, 32_000),
     "steps": (64, 256, 1024),
     "mined": (200, 400, 800, 1600),
     "parameters": (20_000, 80_000, 320_000, 1_280_000),
-    "classes": (10, 100, 1000),
+    "classes": (10, 40, 160),
 }
 INPUTS = 16
 ROOM = 24e9

@@ -6,10 +6,9 @@ import base64
 import io
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-
-from opsig_cli.analysis.gram import Similarity
 
 LARGEST = 128
 """Pixels of a thumbnail's longer side; larger pictures are reduced."""
@@ -35,9 +34,10 @@ def thumbnail(pixels: np.ndarray, largest: int = LARGEST) -> str:
     return _uri(image) if max(image.size) <= EXACT else _compressed(image.convert("RGB"))
 
 
-def matrix_image(similarity_MM: Similarity, order: np.ndarray) -> str:
+def matrix_image(similarity_MM: Any, order: np.ndarray) -> str:
     """Similarities of the samples in this order as a data URI; nothing is transparent, so that it fits any page.
 
+    `similarity_MM`: an array, or what gives blocks as one does.
     More samples than MATRIX are averaged in blocks.
     """
     from PIL import Image
