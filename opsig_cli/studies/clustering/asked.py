@@ -10,6 +10,7 @@ import numpy as np
 
 from opsig_cli.analysis import gram
 from opsig_cli.analysis.gram import formed
+from opsig_cli.analysis.significance import MOST_FITTED
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies import mining, missing, planning, tracking
@@ -53,8 +54,9 @@ class Asked:
         found = found if self.by == "slope" else []
         if self.widens:
             found.append(Stage("norms", times, session.samples))
-        if self.by != "slope":
-            found.append(Stage("gradients" if formed(grouped) else "norms", times, grouped, bytes_of(grouped)))
+        compared = min(grouped, MOST_FITTED) if self.by == "slope" else grouped
+        what = "gradients" if formed(compared) else "norms"
+        found.append(Stage(what, times, compared, bytes_of(grouped)))
         found += [
             Stage("losses", times),
             Stage("alignment", held_out or times, session.samples if joining else grouped),

@@ -11,7 +11,7 @@ from opsig_cli.analysis.evidence import Rise
 from opsig_cli.analysis.gram import Similarity
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.likeness import ALIKE, families
-from opsig_cli.analysis.pairing import OPPOSES_ALIKE
+from opsig_cli.analysis.pairing import opposing
 from opsig_cli.analysis.significance import Null
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
 from opsig_cli.trajectory.file import Trajectory
@@ -24,7 +24,9 @@ def weigh(
     checkpoint (by losses: in the second half of the window)."""
     found, window = clusters.grouping, clusters.window
     members = [found.members(group) for group in range(len(found.partner_G))]
-    stable = significance.resampled(clusters.similarity_MM, found, smallest(clusters.position), likeness_MM)
+    stable = significance.resampled(
+        clusters.similarity_MM, found, smallest(clusters.position), likeness_MM, clusters.labelled
+    )
     kept = significance.kept_at_checkpoints(means_CMG, found)
     before, after = run.rows("losses/loss", window.first + window.rise_row - 1, window.first + window.rise_row + 1)
     change_S = after.astype(np.float64) - before
@@ -84,7 +86,8 @@ def related(clusters: Clusters) -> list[list[int]]:
     look alike."""
     if clusters.alike_GG is None:
         return []
-    opposed_GG = between_groups(clusters.similarity_MM, clusters.grouping.group_M) <= OPPOSES_ALIKE
+    between_GG = between_groups(clusters.similarity_MM, clusters.grouping.group_M)
+    opposed_GG = between_GG <= opposing(clusters.alike_GG, clusters.labelled)
     return families(opposed_GG & (clusters.alike_GG >= ALIKE))
 
 
