@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from opsig_cli.analysis.group_means import between_groups, sums_over_groups
+from opsig_cli.analysis.gram import Similarity
+from opsig_cli.analysis.group_means import between_groups, blocks_of_sums, sizes_of
 from opsig_cli.analysis.likeness import ALIKE
 
 OPPOSES = -0.15
@@ -26,7 +27,7 @@ def opposing(alike: np.ndarray | float, labelled: bool = True) -> np.ndarray:
 
 
 def oppose(
-    similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None, below_GG: np.ndarray | None = None
+    similarity: Similarity, groups: np.ndarray, allowed_GG: np.ndarray | None = None, below_GG: np.ndarray | None = None
 ) -> np.ndarray:
     """Each group's partner, (G,), -1 for none: the pairs whose mean similarities are the most negative in sum.
 
@@ -94,17 +95,19 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
     return changed
 
 
-def alignments(similarity: np.ndarray, groups: np.ndarray, partner_G: np.ndarray) -> np.ndarray:
-    sums_MG, sizes = sums_over_groups(similarity, groups)
+def alignments(similarity: Similarity, groups: np.ndarray, partner_G: np.ndarray) -> np.ndarray:
+    """Every member's mean similarity with its group and minus that with its partner, (M,); NaN for none."""
+    sizes, itself_M = sizes_of(groups), similarity.diagonal()
     alignment = np.full(len(groups), np.nan)
-    inside = np.flatnonzero(groups >= 0)
-    own = groups[inside]
-    other = partner_G[own]
-    paired = other >= 0
-    total = sums_MG[inside, own] - np.diagonal(similarity)[inside]
-    total[paired] -= sums_MG[inside[paired], other[paired]]
-    number = sizes[own] - 1 + np.where(paired, sizes[other], 0)
-    alignment[inside] = total / np.maximum(number, 1)
+    for block, sums_RG in blocks_of_sums(similarity, groups):
+        inside = np.flatnonzero(groups[block] >= 0)
+        own, sums = groups[block][inside], sums_RG[inside]
+        other = partner_G[own]
+        paired = other >= 0
+        total = sums[np.arange(len(inside)), own] - itself_M[block][inside]
+        total[paired] -= sums[paired, other[paired]]
+        number = sizes[own] - 1 + np.where(paired, sizes[other], 0)
+        alignment[inside + block.start] = total / np.maximum(number, 1)
     return alignment
 
 

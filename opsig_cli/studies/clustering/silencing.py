@@ -6,7 +6,7 @@ S samples of the run, T steps of a replay, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +34,9 @@ BUDGET = 400
 """Steps that are repeated by default, each at the cost of a training step: as many as train the demo's run."""
 SWINGS = 1.0
 """A pair can be tested by silence at a checkpoint where both its sides swing more than samples do on average."""
+LEAST = 0.1
+"""The same, and at least by this part of its largest swing at a held-out checkpoint: where it has hardly begun, R is
+that of how others move."""
 
 
 @dataclass
@@ -93,8 +96,8 @@ def silence(
             advance(note=f"step {step}")
     affordable: dict[int, list[tuple[list[int], list[int]]]] = {step: [] for step in plains}
     for unit, numbers in units_of(clusters):
-        for step, plain in plains.items():
-            swinging = [n for n in numbers if swings(plain, [members[g] for g in pairs[n]])]
+        for step in plains:
+            swinging = [n for n in numbers if step in swinging_at(plains, [members[g] for g in pairs[n]])]
             if swinging and left < 2:
                 outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
             elif swinging:
@@ -227,6 +230,13 @@ def swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
     """Whether both sides turn back and forth, and more than samples do on average."""
     everybody = plain[:, np.isfinite(plain[:1]).all(0)]  # a sample without a target has no loss
     return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(everybody) for side in sides)
+
+
+def swinging_at(plains: Mapping[int, np.ndarray], sides: list[np.ndarray]) -> list[int]:
+    """The checkpoints, of those from which losses (T, S) are given, at which a pair can be tested by silence."""
+    both = np.concatenate(sides)
+    swing_at = {step: _swing(plain[:, both]) for step, plain in plains.items() if swings(plain, sides)}
+    return [step for step, own in swing_at.items() if own >= LEAST * max(swing_at.values())]
 
 
 def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:
