@@ -29,16 +29,16 @@ from opsig_cli.trajectory.states import read_state
 TOLERANCE = 1e-3
 
 
-def checkpoints(path: Path, steps: int, samples: int = 5000):
+def checkpoints(path: Path, steps: int, samples: int = 5000, model: str = "mlp", seed: int = 0):
     """A session on the task and its states every ten steps of gradient descent, the first left out."""
     task = f"fashion-mnist:samples={samples}"
-    settings = Settings.of({"task": task, "learning_rate": 0.1, "steps": steps, "checkpoint_every": 10})
-    loaded, spec = tasks.load(tasks.parse_spec(task))
+    settings = Settings.of({"task": task, "model": model, "learning_rate": 0.1, "steps": steps, "checkpoint_every": 10})
+    loaded, spec = tasks.load(tasks.parse_spec(task, model))
     session = TorchBackend().open(loaded)
     recorder = training.new_recorder(str(path), settings, session, loaded, spec, True, 10)
     with recorder:
         for _ in training.run(
-            recorder, session, settings, session.initial(0), training.StopRequest(), lambda **_: None
+            recorder, session, settings, session.initial(seed), training.StopRequest(), lambda **_: None
         ):
             pass
     with open_trajectory(path) as run:

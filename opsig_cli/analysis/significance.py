@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from opsig_cli.analysis.cutting import cut_tree
+from opsig_cli.analysis.evidence import COLUMNS
+from opsig_cli.analysis.gram import Similarity
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.grouping import LOOKS, SMALLEST, Grouping, correlation, group_by_similarity
 from opsig_cli.analysis.likeness import ALIKE, alike_between, alike_groups, typical_likeness
@@ -84,7 +86,7 @@ def p_value(value: float, null: np.ndarray) -> float:
 
 
 def gaussian_null(
-    similarity_MM: np.ndarray, likeness_MM: np.ndarray | None, labels_M: np.ndarray | None, rounds: int = ROUNDS,
+    similarity_MM: Similarity, likeness_MM: Similarity | None, labels_M: np.ndarray | None, rounds: int = ROUNDS,
     smallest: int = SMALLEST, seed: int = 0, total: int | None = None,
 ) -> Null:  # fmt: skip
     """The null of samples that share no feature: looks from one Gaussian, under the labels that there are.
@@ -99,6 +101,8 @@ def gaussian_null(
     are none or of nearly one sample each, as in a regression, the sign of a sample's error stands for it; without a
     likeness gradients are their own looks.
     """
+    from scipy.linalg import qr
+
     total = total or len(similarity_MM)
     some = fitted(len(similarity_MM), seed)
     similarity = np.nan_to_num(similarity_MM[np.ix_(some, some)]).astype(np.float64)
@@ -117,9 +121,12 @@ def gaussian_null(
         looks = rows @ rows.T
         if likeness_MM is None:
             return looks, looks, looks, None
-        code = np.ix_(*[codes[generator.integers(0, len(codes), count)]] * 2)
-        turn = np.linalg.qr(generator.standard_normal((count, count)))[0]
-        aligned = np.clip(offset[code] + slope[code] * looks + (turn * rest) @ turn.T, -1, 1)
+        code = codes[generator.integers(0, len(codes), count)]
+        # numpy has no such decomposition in float32, which takes half the time
+        normals = generator.standard_normal((count, count)).astype(np.float32)
+        turn = np.asarray(qr(normals, mode="economic", check_finite=False)[0])
+        aligned = offset[code][:, code] + slope[code][:, code] * looks + (turn * rest.astype(np.float32)) @ turn.T
+        np.clip(aligned, -1, 1, out=aligned)
         np.fill_diagonal(aligned, 1)
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
@@ -171,10 +178,11 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
     """
     count = min(MOST_IN_NULL, losses_TM.shape[1])
     steps = len(losses_TM) - 1
-    changes = np.diff(losses_TM.astype(np.float64), axis=0)
     # what a shuffle keeps: found once for all rounds
-    sizes_FM = np.abs(np.fft.rfft(changes, axis=0)).astype(np.float32)
-    means_M = changes.mean(0)
+    sizes_FM, means_M = np.empty((steps // 2 + 1, losses_TM.shape[1]), np.float32), np.empty(losses_TM.shape[1])
+    for some in np.array_split(np.arange(losses_TM.shape[1]), losses_TM.shape[1] // COLUMNS + 1):
+        changes = np.diff(losses_TM[:, some].astype(np.float64), axis=0)
+        sizes_FM[:, some], means_M[some] = np.abs(np.fft.rfft(changes, axis=0)), changes.mean(0)
 
     def surrogates(generator: np.random.Generator) -> Draw:
         chosen = generator.choice(losses_TM.shape[1], count, replace=False)
@@ -275,7 +283,7 @@ def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = R
 
 
 def resampled(
-    similarity_MM: np.ndarray, grouping: Grouping, smallest: int = SMALLEST, likeness_MM: np.ndarray | None = None,
+    similarity_MM: Similarity, grouping: Grouping, smallest: int = SMALLEST, likeness_MM: Similarity | None = None,
     labelled: bool = False, rounds: int = 10, seed: int = 0,
 ) -> Stability:  # fmt: skip
     """How well groups and pairs come back when four fifths of the samples (at most MOST_DRAWN) are grouped anew.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
-from opsig_linalg.eigen import ROOM, Memory, Solution
+from opsig_linalg.eigen import ROOM, Memory, Solution, novelty
 
 from opsig_cli.backends import worded
 from opsig_cli.errors import OpsigError
@@ -29,8 +29,6 @@ LARGE_BYTES = 1 << 30
 """Size of a basis from which on it is worth the time to look for memory that can be let go of."""
 PRODUCT_VECTORS = 5
 """Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum."""
-NOVELTY = 0.3
-"""Random part of a start, against a length of 1 for the rest: what neither memory nor gradient shows must be seen."""
 
 
 class Hessian:
@@ -105,7 +103,9 @@ class Hessian:
         opened = self._opened
         with torch.no_grad():
             indices, batch = next(iter(opened.batches))
-            first, second = (opened.counted(opened.batch_losses(batch), indices) for _ in range(2))
+            first = opened.counted(opened.batch_losses(batch), indices)
+            known = "repeatable" in opened.kept
+            second = first if known else opened.counted(opened.batch_losses(batch), indices)
         broken = torch.nonzero(~torch.isfinite(first)).flatten()
         if 0 < len(broken) <= len(first) / 2:
             raise OpsigError(
@@ -121,6 +121,7 @@ class Hessian:
                 "the task's losses differ when they are evaluated again at the same parameters. "
                 "Curvature needs a deterministic loss: turn dropout and random augmentation off"
             )
+        opened.kept["repeatable"] = True
 
 
 def solve(
@@ -148,7 +149,7 @@ def solve(
     start = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
     noise = random_start(opened.flat.vector.detach(), seed)
     start = start / torch.linalg.vector_norm(start).clamp_min(1e-30)
-    start += noise.mul_(NOVELTY)
+    start += noise.mul_(novelty(memory))
     del noise
     try:
         if few:
