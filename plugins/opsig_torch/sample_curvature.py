@@ -27,7 +27,7 @@ from opsig_torch.primitives import Primitives
 from opsig_torch.second import tell_of_second_derivative
 from opsig_torch.tracing import traced
 
-FEW = 100
+FEW = 200
 """Passes over a batch that a small net's reverse derivatives take no longer for than a trace takes to be made, with the
 compiler that torch loads for it; each is two to three times as long as by the trace."""
 SMALL = 1 << 16, 1 << 20
