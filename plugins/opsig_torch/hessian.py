@@ -7,7 +7,6 @@ anew. Nothing goes through `.grad`.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -19,6 +18,7 @@ from opsig_cli.errors import OpsigError
 from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
 from opsig_torch.eigen import TorchSpace, random_start, top_eigenpairs
+from opsig_torch.memory import let_go
 from opsig_torch.opened import GRAPH_SHARE, Opened
 from opsig_torch.saved import saved_bytes
 from opsig_torch.second import tell_of_second_derivative
@@ -27,8 +27,9 @@ GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
 LARGE_BYTES = 1 << 30
 """Size of a basis from which on it is worth the time to look for memory that can be let go of."""
-PRODUCT_VECTORS = 5
-"""Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum."""
+PRODUCT_VECTORS = 6
+"""Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum, and
+the solver's own beside its basis."""
 NOVELTY = 0.3
 """Random part of a start, against a length of 1 for the rest: what neither memory nor gradient shows must be seen."""
 
@@ -169,6 +170,6 @@ def vectors_that_fit(opened: Opened) -> int:
     """How many vectors (P,) there is room for besides a product: its gradient, its terms, and a batch's graph."""
     size = opened.flat.vector.element_size() * opened.flat.vector.numel()
     if 2 * ROOM * size > LARGE_BYTES:
-        gc.collect()  # graphs that were differentiated twice hold on to each other
+        let_go()
     graph = min(opened.fitting_batch(2), opened.items) * opened.kept.get(("item bytes", 2), 0)
     return int((opened.room() - graph) // size) - PRODUCT_VECTORS
