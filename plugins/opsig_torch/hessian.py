@@ -30,6 +30,8 @@ LARGE_BYTES = 1 << 30
 PRODUCT_VECTORS = 6
 """Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum, and
 the solver's own beside its basis."""
+MARGIN = 1 / 32
+"""Part of the memory that is left to what the C library keeps of freed pieces within a product."""
 NOVELTY = 0.3
 """Random part of a start, against a length of 1 for the rest: what neither memory nor gradient shows must be seen."""
 
@@ -146,17 +148,24 @@ def solve(
             f"and {worded(max(0, vectors) * size)} of {worded(opened.bound())} are left for them. Give --memory "
             f"{worded(opened.bound() + (needed - vectors) * size).replace(' ', '')} or more, or a smaller -k"
         )
-    start = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
-    noise = random_start(opened.flat.vector.detach(), seed)
-    start = start / torch.linalg.vector_norm(start).clamp_min(1e-30)
-    start += noise.mul_(NOVELTY)
-    del noise
+
+    def start() -> torch.Tensor:
+        found = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
+        noise = random_start(opened.flat.vector.detach(), seed)
+        found = found / torch.linalg.vector_norm(found).clamp_min(1e-30)
+        return found.add_(noise.mul_(NOVELTY))
+
+    def product(vector: torch.Tensor) -> torch.Tensor:
+        if vectors * vector.nbytes > LARGE_BYTES:
+            let_go()  # what the product before has left in pieces
+        return hessian(vector)
+
     try:
         if few:
             return small_basis.top_eigenpairs(
-                hessian, start, count, tolerance, min(vectors, basis_room(count, 1 << 62))
+                product, start(), count, tolerance, min(vectors, basis_room(count, 1 << 62))
             )
-        return top_eigenpairs(hessian, start, count, tolerance, memory=memory if count == 1 else None)
+        return top_eigenpairs(hessian, start(), count, tolerance, memory=memory if count == 1 else None)
     except ValueError as error:
         raise OpsigError(str(error)) from error
 
@@ -172,4 +181,4 @@ def vectors_that_fit(opened: Opened) -> int:
     if 2 * ROOM * size > LARGE_BYTES:
         let_go()
     graph = min(opened.fitting_batch(2), opened.items) * opened.kept.get(("item bytes", 2), 0)
-    return int((opened.room() - graph) // size) - PRODUCT_VECTORS
+    return int((opened.room() - graph - MARGIN * opened.bound()) // size) - PRODUCT_VECTORS
