@@ -6,7 +6,8 @@
 Every run is trained, or taken from the folder, and clustered with the defaults. Each pair with a verdict by silence is
 silenced again, with controls drawn anew, at the checkpoint farthest from all that were used, unless it does not swing
 there, where silence says nothing; of a pair whose curvature decided R of that is measured anew. A row a run: pairs
-called established and how many of them have R below a half there; the same of those called refuted; and each R.
+called established and how many of them have R below the threshold there (a half by silence, a quarter of curvature);
+the same of those called refuted; and each R, with C before that of curvature.
 """
 
 import tempfile
@@ -19,9 +20,10 @@ from planted import opsig
 from shards import Row, by_kind, cost, keep, kept, parser_of, wanted
 
 from opsig_cli import open_trajectory
-from opsig_cli.analysis.verdicts import SILENCES
+from opsig_cli.analysis.verdicts import OWN, SILENCES
 from opsig_cli.studies import tracking
 from opsig_cli.studies.clustering import curving, finding, silencing
+from opsig_cli.studies.clustering.clusters import PairWeight
 
 TASKS = Path(__file__).with_name("null_tasks.py")
 LABELS = "planted:pairs=1,side=2,strength=0.001,label_noise=0.9999,samples=1000"
@@ -38,8 +40,8 @@ RUNS = {
 }  # fmt: skip
 
 
-def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
-    """Verdict, R's and R anew of every pair that silence, or its curvature, decided."""
+def again(path: Path, task: str | None) -> list[dict]:
+    """Verdict, by what, R's and R anew of every pair that silence, or its curvature, decided."""
     with open_trajectory(path) as run:
         found = finding.find(run, None, None, task, "cpu", "torch", lambda text: None,
                              lambda label, total: nullcontext(lambda count=1, note="": None))  # fmt: skip
@@ -55,7 +57,9 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
         plain = replay(None)
         rows = []
         for unit, numbers in silencing.units_of(clusters):
-            decided = [n for n in numbers if len(clusters.pairs[n].silenced) > 1]
+            decided = [
+                n for n in numbers if len(clusters.pairs[n].silenced) > 1 and not by_curvature(clusters.pairs[n])
+            ]
             if not decided:
                 continue
             members = {g: clusters.position[clusters.grouping.members(g)] for g in unit}
@@ -71,13 +75,25 @@ def again(path: Path, task: str | None) -> list[tuple[str, list[float], float]]:
                     continue
                 anew = silencing.compared(step, sides, plain, without, controlled)
                 pair = clusters.pairs[n]
-                rows.append((pair.verdict, [one.ratio for one in pair.silenced], anew.ratio))
-        curved = {n for n, pair in enumerate(clusters.pairs) if pair.curved}
+                rows.append({"verdict": pair.verdict, "by": "silence", "before": [one.ratio for one in pair.silenced],
+                             "anew": anew.ratio})  # fmt: skip
+        curved = {n for n, pair in enumerate(clusters.pairs) if by_curvature(pair)}
+        shown = clusters.numbers()
+        named = {number for n in curved for number in clusters.pairs[n].aside} | {shown[n] for n in curved}
+        aside = [n for n, number in enumerate(shown) if number in named]
         left = curving.curvature_left(
-            run, session, clusters, curved, np.array([step]), lambda *a, **k: None, seed=1
+            run, session, clusters, curved, np.array([step]), lambda *a, **k: None, seed=1, aside=aside
         )  # fmt: skip
-        rows += [(clusters.pairs[n].verdict, list(clusters.pairs[n].curved), anew) for n, (anew,) in left.items()]
-        return rows
+        return rows + [
+            {"verdict": clusters.pairs[n].verdict, "by": "curvature", "before": list(clusters.pairs[n].curved),
+             "anew": anew}
+            for n, (anew,) in left.items()
+        ]  # fmt: skip
+
+
+def by_curvature(pair: PairWeight) -> bool:
+    """Whether it is its curvature that decided on a pair."""
+    return bool(pair.curved) and not (pair.silenced and pair.verdict != "established")
 
 
 def row_of(folder: Path, name: str, seed: int) -> Row:
@@ -88,19 +104,20 @@ def row_of(folder: Path, name: str, seed: int) -> Row:
     if not path.exists():
         opsig("train", "--task", spec, *training, "--seed", str(seed), "--track", "-q", "-o", str(path))
     pairs = again(path, spec if task.startswith(str(TASKS)) else None)
-    return {
-        "kind": name,
-        "seed": seed,
-        "pairs": [dict(zip(("verdict", "before", "anew"), p, strict=True)) for p in pairs],
-    }
+    return {"kind": name, "seed": seed, "pairs": pairs}
+
+
+def holds(pair: dict) -> bool:
+    """Whether R anew is below the threshold."""
+    return pair["anew"] < (OWN if pair.get("by") == "curvature" else SILENCES)
 
 
 def told(rows: list[Row]) -> str:
     """How many established, and refuted, pairs of these runs have R below a half anew."""
     words = []
     for verdict in ("established", "refuted"):
-        anew = [pair["anew"] for row in rows for pair in row["pairs"] if pair["verdict"] == verdict]
-        words.append(f"{len(anew)} {verdict}, {sum(r < SILENCES for r in anew)} of them below {SILENCES} anew")
+        own = [pair for row in rows for pair in row["pairs"] if pair["verdict"] == verdict]
+        words.append(f"{len(own)} {verdict}, {sum(map(holds, own))} of them below the threshold anew")
     return "; ".join(words)
 
 
@@ -116,8 +133,12 @@ def main() -> None:
     for name, own in by_kind(rows, RUNS):
         print(f"{name}, {len(own)} runs: {told(own)}; {cost(own)}")
         for row in own:
-            pairs = [(p["verdict"], ", ".join(f"{r:.2f}" for r in p["before"]), p["anew"]) for p in row["pairs"]]
-            print(f"    {row['seed']}: " + "; ".join(f"{kind} {before} then {r:.2f}" for kind, before, r in pairs))
+            words = [
+                f"{pair['verdict']} {'C ' * (pair.get('by') == 'curvature')}"
+                f"{', '.join(f'{r:.2f}' for r in pair['before'])} then {pair['anew']:.2f}"
+                for pair in row["pairs"]
+            ]
+            print(f"    {row['seed']}: " + "; ".join(words))
 
 
 if __name__ == "__main__":

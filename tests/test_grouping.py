@@ -399,7 +399,9 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.01, 0.5, apart(0.1, 0.2, 0.3), labelled=False), "established"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.2, 0.6, 0.2)), "established"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.2)), "established"),
-        (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.6, 0.6, 0.2)), "likely"),  # the curvature is mostly others'
+        (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.3, 0.4, 0.2)), "likely"),  # the curvature is mostly others'
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7), curved=(0.1, 0.2, 0.1)), "established"),  # swung by others
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7), curved=(0.1, 0.6, 0.1)), "likely"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.6)), "likely"),
         (Evidence(-0.4, -0.3, 0.2, 0.9, curved=(0.1, 0.2, 0.1)), "unclear"),
         (Evidence(-0.4, -0.3, 0.2, 0.9, apart(0.1, 0.7, 0.2)), "likely"),
@@ -408,7 +410,9 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.5, 0.9, apart(0.8, 0.7)), "unclear"),  # they oppose, and others swing them
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7)), "likely"),
         (Evidence(-0.4, 0.01, 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
-        (Evidence(-0.1, -0.05, 0.01, 0.9, apart(0.1, 0.2)), "refuted"),
+        (Evidence(-0.1, -0.05, 0.01, 0.7, apart(0.1, 0.2)), "refuted"),
+        (Evidence(-0.1, -0.05, 0.01, 0.9, apart(0.1, 0.2)), "established"),  # looks alike: under several labels
+        (Evidence(-0.04, -0.02, 0.01, 0.9, apart(0.1, 0.2)), "refuted"),
         (Evidence(-0.4, float("nan"), 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, float("nan"))), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1)), "established"),

@@ -5,31 +5,51 @@ from __future__ import annotations
 import numpy as np
 
 from opsig_cli.analysis.group_means import between_groups, sums_over_groups
+from opsig_cli.analysis.likeness import ALIKE
 
 OPPOSES = -0.15
 """Two groups can be a pair where their mean similarity is below this."""
+OPPOSES_ALIKE = -0.05
+"""The same of two that look alike: of a feature under L labels softmax takes from one what it gives to L - 1 others, so
+that the cosine across is at most that within over L - 1."""
 
 
-def oppose(similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None) -> np.ndarray:
+def opposing(alike: np.ndarray | float) -> np.ndarray:
+    """Below which mean similarity groups oppose, by how alike they look (see `likeness.alike_between`), of its shape.
+
+    >>> opposing(np.array([0.9, 0.3, np.nan])).tolist()
+    [-0.05, -0.15, -0.15]
+    """
+    return np.where(np.asarray(alike) >= ALIKE, OPPOSES_ALIKE, OPPOSES)
+
+
+def oppose(
+    similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None, below_GG: np.ndarray | None = None
+) -> np.ndarray:
     """Each group's partner, (G,), -1 for none: the pairs whose mean similarities are the most negative in sum.
 
-    `allowed_GG`: which groups may be a pair, None for all.
+    `allowed_GG`: which groups may be a pair, None for all; `below_GG`: where they oppose, None for OPPOSES.
 
     Pairs are taken greedily, the most negative first, and then exchanged two by two as long as that lowers the sum:
     where several groups share a feature, the strongest opposition must not leave the others without a partner.
     """
-    return match(between_groups(similarity, groups), allowed_GG)
+    return match(between_groups(similarity, groups), allowed_GG, below_GG)
 
 
-def match(between_GG: np.ndarray, allowed_GG: np.ndarray | None = None) -> np.ndarray:
+def match(
+    between_GG: np.ndarray, allowed_GG: np.ndarray | None = None, below_GG: np.ndarray | float | None = None
+) -> np.ndarray:
     """The same from the mean similarity of every two groups, (G, G)."""
-    between = between_GG if allowed_GG is None else np.where(allowed_GG, between_GG, 0)
+    opposed_GG = between_GG <= (OPPOSES if below_GG is None else below_GG)
+    if allowed_GG is not None:
+        opposed_GG &= allowed_GG
+    between = np.where(opposed_GG, between_GG, 0)
     partner = np.full(len(between), -1)
-    opposed = np.argwhere(between <= OPPOSES)
-    for a, b in opposed[np.argsort(between[between <= OPPOSES], kind="stable")]:
+    opposed = np.argwhere(opposed_GG)
+    for a, b in opposed[np.argsort(between[opposed_GG], kind="stable")]:
         if a != b and partner[a] < 0 and partner[b] < 0:
             partner[a], partner[b] = b, a
-    weight = np.where(between <= OPPOSES, -between, 0)
+    weight = -between
     np.fill_diagonal(weight, 0)
     while _exchange(weight, partner):
         pass

@@ -13,8 +13,8 @@ import numpy as np
 from opsig_cli.analysis.cutting import cut_tree
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.grouping import LOOKS, SMALLEST, Grouping, correlation, group_by_similarity
-from opsig_cli.analysis.likeness import ALIKE, alike_groups, typical_likeness
-from opsig_cli.analysis.pairing import OPPOSES, match, pairs_of
+from opsig_cli.analysis.likeness import ALIKE, alike_between, alike_groups, typical_likeness
+from opsig_cli.analysis.pairing import OPPOSES, OPPOSES_ALIKE, match, opposing, pairs_of
 from opsig_cli.analysis.rounds import Rounds, one_after_the_other
 
 MOST_DRAWN = 2000
@@ -25,6 +25,8 @@ MOST_FITTED = 800
 """Samples that a null is fitted to."""
 ROUNDING = 1e-6
 """Relative difference up to which two strengths are the same."""
+HIGHEST = 0.999
+"""Opposition from which on strength does not grow: an inverse hyperbolic tangent has no end."""
 ROUNDS = 99
 """Rounds of a null: the smallest p-value is 1 / (ROUNDS + 1)."""
 
@@ -35,13 +37,13 @@ Draw = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Null:
-    """Strength of each round's strongest group, (rounds,), and of its strongest pair by both counts, (rounds, 2)."""
+    """Strength of each round's strongest group and of its strongest pair, (rounds,) each."""
 
     group: np.ndarray
     pair: np.ndarray
 
 
-NOTHING = Null(np.empty(0), np.empty((0, 2)))
+NOTHING = Null(np.empty(0), np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -57,30 +59,29 @@ def group_strength(cohesion: float, size: int) -> float:
     return cohesion * float(np.sqrt(size * (size - 1) / 2))
 
 
-def pair_strength(opposition: float, size_a: int, size_b: int) -> np.ndarray:
-    """Opposition of two groups in units in which groups of any size compare, (2,): times the root of the number of
-    cosines across, and times the root of the number of samples of a side.
+def pair_strength(opposition: float, size_a: int, size_b: int) -> float:
+    """Opposition of two groups in units in which groups of any size and tightness compare: Fisher's transform of the
+    cosine across, times the root of the number of samples of a side (geometric mean).
 
-    A mean over n x m cosines is surer than one of n samples and less sure than n x m would make it, as each sample is
-    in many of them: large loose pairs are strong by the first count and small tight ones by the second.
+    As each sample is in many of the n x m cosines, a side counts by its samples and not by its cosines. Without the
+    transform two halves of all samples that oppose by 0.5 were stronger than fifteen against fifteen at 0.97.
+
+    >>> pair_strength(-0.97, 15, 15) > pair_strength(-0.5, 150, 150) > 0 > pair_strength(0.1, 9, 9)
+    True
     """
-    return -opposition * np.array([np.sqrt(size_a * size_b), np.sqrt(np.sqrt(size_a * size_b))])
+    return float(np.arctanh(np.clip(-opposition, -HIGHEST, HIGHEST)) * (size_a * size_b) ** 0.25)
 
 
-def p_value(value: float | np.ndarray, null: np.ndarray) -> float:
+def p_value(value: float, null: np.ndarray) -> float:
     """Share of the null, the value itself included, that is at least as large to rounding; 1 for a value that is not
     known.
 
-    Of several counts of one strength, (k,) against a null (rounds, k), the one that speaks least for it.
-
     >>> p_value(3.0, np.array([1.0, 2.0, 4.0])), p_value(float("nan"), np.array([1.0]))
     (0.5, 1.0)
-    >>> p_value(np.array([3.0, 1.0]), np.array([[1.0, 1.0], [2.0, 0.0], [2.0, 2.0]]))
-    0.75
     """
-    if not np.isfinite(value).all():
+    if not np.isfinite(value):
         return 1.0
-    return float(((1 + (null >= value - ROUNDING * np.abs(value)).sum(0)) / (1 + len(null))).max())
+    return float((1 + (null >= value - ROUNDING * abs(value)).sum()) / (1 + len(null)))
 
 
 def gaussian_null(
@@ -188,14 +189,14 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
 
 def _of_all(null: Null, scale: float) -> Null:
     """The null of `scale` times as many samples, of which a group holds the same part."""
-    return Null(null.group * scale, null.pair * np.array([scale, np.sqrt(scale)]))
+    return Null(null.group * scale, null.pair * np.sqrt(scale))
 
 
 def _null(
     draw: Callable[[np.random.Generator], Draw], rounds: range, smallest: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Strongest groups, and strongest pairs that look alike, of the rounds of these numbers."""
-    groups, pairs = np.zeros(len(rounds)), np.zeros((len(rounds), 2))
+    groups, pairs = np.zeros(len(rounds)), np.zeros(len(rounds))
     for number, its_seed in enumerate(rounds):
         cut, similarity, tested, looks = draw(np.random.default_rng([seed, its_seed]))
         typical = 0.0 if looks is None else typical_likeness(looks)
@@ -205,30 +206,27 @@ def _null(
                 continue
             before = chosen
             group, pair = _strongest(chosen, similarity, tested, looks, typical)
-            groups[number], pairs[number] = max(groups[number], group), np.maximum(pairs[number], pair)
+            groups[number], pairs[number] = max(groups[number], group), max(pairs[number], pair)
     return groups, pairs
 
 
 def _strongest(
     group_M: np.ndarray, similarity: np.ndarray, tested: np.ndarray, looks: np.ndarray | None, typical: float
-) -> tuple[float, np.ndarray]:
-    """Strength of the strongest of these groups, and by either count, (2,), of the strongest pair that looks alike; 0
-    for none."""
+) -> tuple[float, float]:
+    """Strength of the strongest of these groups, and of the strongest pair that looks alike; 0 for none."""
     inside = group_M >= 0
     if not inside.any():
-        return 0.0, np.zeros(2)
+        return 0.0, 0.0
     between_GG = between_groups(similarity, group_M)
     tested_GG = between_GG if tested is similarity else between_groups(tested, group_M)
     sizes = np.bincount(group_M[inside])
     own = np.bincount(group_M[inside], np.diagonal(tested)[inside])  # without a sample's similarity with itself
     cohesion = (np.diagonal(tested_GG) * sizes**2 - own) / np.maximum(sizes * (sizes - 1), 1)
     group = float((cohesion * np.sqrt(sizes * (sizes - 1) / 2)).max())
-    pairs = pairs_of(match(between_GG))
-    if pairs and looks is not None:
-        alike_GG = alike_groups(between_groups(looks, group_M), sizes, typical)
-        pairs = [(a, b) for a, b in pairs if alike_GG[a, b] >= ALIKE]
+    alike_GG = None if looks is None else alike_groups(between_groups(looks, group_M), sizes, typical) >= ALIKE
+    pairs = pairs_of(match(between_GG, alike_GG, None if alike_GG is None else OPPOSES_ALIKE))
     strengths = [pair_strength(tested_GG[a, b], sizes[a], sizes[b]) for a, b in pairs]
-    return max(group, 0.0), np.max([np.zeros(2), *strengths], axis=0)
+    return max(group, 0.0), max([0.0, *strengths])
 
 
 def _phases(shape: tuple[int, ...], steps: int, generator: np.random.Generator) -> np.ndarray:
@@ -304,7 +302,10 @@ def resampled_rounds(
         similarity = similarity_MM[square]
         again = group_by_similarity(similarity, smallest, None if likeness_MM is None else likeness_MM[square])
         overlap = _jaccard(group_M[drawn], groups, again.group_M, len(again.partner_G))
-        opposed = between_groups(similarity, again.group_M) <= OPPOSES
+        below = OPPOSES
+        if likeness_MM is not None:
+            below = opposing(alike_between(likeness_MM[square], again.group_M))
+        opposed = between_groups(similarity, again.group_M) <= below
         group_RG[number] = overlap.max(1, initial=0)
         for place, (a, b) in enumerate(pair_N2):
             both = [min(overlap[a, i], overlap[b, j]) for i, j in zip(*np.nonzero(opposed), strict=True)]

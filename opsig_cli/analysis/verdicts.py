@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opsig_cli.analysis.likeness import ALIKE
-from opsig_cli.analysis.pairing import OPPOSES
+from opsig_cli.analysis.pairing import opposing
 
 VERDICTS = ("established", "likely", "unclear", "refuted")
 """In the order in which pairs are shown."""
@@ -22,7 +22,11 @@ with the same labels are silent: more than half of it is then the pair's."""
 REPLAYS = 3
 """Held-out checkpoints at which this must be seen, each with controls of its own, with at most one at which it is not,
 for silence alone to decide: at one it often is by chance. Of the curvature of a pair that does not swing the same is
-asked, by the same part."""
+asked."""
+OWN = 0.25
+"""The curvature that a pair feels is its own where less than this part of it remains without the pair: planted pairs
+are at 0.00 to 0.1, and small groups that align by chance, which have a part in the curvature along their own gradients,
+at 0.3 to 1."""
 
 RELATED = 0.6
 """Least likeness of sides for silence to establish a pair where samples have labels: sides that share no look, and
@@ -62,10 +66,17 @@ class Evidence:
     at_ends: bool = False
 
 
-def asks_for_curvature(found: Evidence) -> bool:
-    """Whether all speaks for a pair but silence, which could not be tried: whose curvature it is then decides."""
-    known = found.opposition <= OPPOSES and found.high < 0 and found.p_value <= LEVEL and found.alike >= ALIKE
-    return known and not found.silenced
+def speaks(found: Evidence) -> bool:
+    """Whether all speaks for a pair that silence and curvature do not decide: it pulls apart, looks alike, and is
+    stronger than chance."""
+    apart = found.opposition <= opposing(found.alike) and found.high < 0
+    return bool(apart and found.p_value <= LEVEL and found.alike >= ALIKE)
+
+
+def asks_for_curvature(found: Evidence, others_swing: bool) -> bool:
+    """Whether all speaks for a pair but silence, which could not be tried, or which left a swing that others make,
+    where there is an established pair to make it: whose curvature it is then decides."""
+    return speaks(found) and (not found.silenced or (others_swing and judge(found)[0] != "established"))
 
 
 def judge(found: Evidence) -> tuple[str, str]:
@@ -77,7 +88,7 @@ def judge(found: Evidence) -> tuple[str, str]:
     """
     if math.isnan(found.high):
         return "unclear", "too few checkpoints are left to test it on that had no part in finding it"
-    if found.opposition > OPPOSES:
+    if found.opposition > opposing(found.alike):
         return "refuted", "at checkpoints that had no part in finding it, the sides hardly pull apart"
     if found.high >= 0:
         return "unclear", "at checkpoints that had no part in finding it, the sides do not pull apart for certain"
@@ -93,6 +104,11 @@ def judge(found: Evidence) -> tuple[str, str]:
     lacks = "; ".join(filter(None, (chance, looks)))
     goes = sum(ratio < SILENCES for ratio in ratios)
     stays = len(ratios) - goes
+    if found.silenced and own_curvature(found.curved):
+        why = (
+            "the sides pull apart, look alike, and are stronger than chance, but swing on when they are silent: others"
+        )
+        return "established", f"{why} swing them {_whose(found.curved)}"
     if goes >= REPLAYS and stays <= 1:
         why = "the swing of both sides goes when they are silent" + f", at {goes} of {len(ratios)} checkpoints" * stays
         if found.at_ends and lacks:
@@ -120,20 +136,24 @@ def judge(found: Evidence) -> tuple[str, str]:
         apart = why + "the sides pull apart, look alike, and are stronger than chance"
         if ratios:
             return ("likely" if stays else "established"), apart
-        own, whose = _own_curvature(found.curved)
-        return ("established" if own else "likely"), f"{apart}, {whose}"
+        return ("established" if own_curvature(found.curved) else "likely"), f"{apart}, {_whose(found.curved)}"
     if ratios or (math.isnan(found.alike) and not chance):
         return "likely", why + f"the sides pull apart, but {lacks}"
     return "unclear", why + f"the sides pull apart, but {lacks}"
 
 
-def _own_curvature(ratios: Sequence[float]) -> tuple[bool, str]:
+def own_curvature(ratios: Sequence[float]) -> bool:
     """Whether the curvature along the sides' gradients is a pair's own at all checkpoints, or at REPLAYS of them with
-    at most one at which it is not; and that in words."""
+    at most one at which it is not."""
+    goes = sum(ratio < OWN for ratio in ratios)
+    return bool(ratios) and (goes == len(ratios) or (goes >= REPLAYS and len(ratios) - goes <= 1))
+
+
+def _whose(ratios: Sequence[float]) -> str:
+    """Words for it."""
     if not ratios:
-        return False, "but it is not known whose curvature it is that they feel"
-    goes = sum(ratio < SILENCES for ratio in ratios)
-    where = f"at {goes} of {len(ratios)} checkpoints"
-    if goes == len(ratios) or (goes >= REPLAYS and len(ratios) - goes <= 1):
-        return True, f"and the curvature that they feel is their own, {where}"
-    return False, f"but the curvature that they feel is mostly others', being their own {where}"
+        return "but it is not known whose curvature it is that they feel"
+    where = f"at {sum(ratio < OWN for ratio in ratios)} of {len(ratios)} checkpoints"
+    if own_curvature(ratios):
+        return f"and the curvature that they feel is their own, {where}"
+    return f"but the curvature that they feel is mostly others', being their own {where}"

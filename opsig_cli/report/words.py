@@ -11,7 +11,7 @@ import numpy as np
 
 from opsig_cli.analysis.likeness import ALIKE
 from opsig_cli.analysis.significance import ROUNDS
-from opsig_cli.analysis.verdicts import SILENCES
+from opsig_cli.analysis.verdicts import OWN, SILENCES
 from opsig_cli.figures.canvas import typeset
 from opsig_cli.studies import numbers
 from opsig_cli.studies.clustering.records import established
@@ -203,9 +203,10 @@ def pair_evidence(pair: Record, unit: str = "nats") -> list[Evidence]:
         rows.insert(0, (
             "Curvature left without it",
             number(pair["curvature_ratio"]),
-            "It does not swing, so that silence says nothing. Of the curvature along its sides' gradients this is "
-            "left without its samples, over what is left without as many others of the same labels: below "
-            f"{SILENCES:g}, they make most of it.",
+            "Silence does not decide: it does not swing, or others swing it. Of the curvature along its sides' "
+            "gradients this is left without its samples, over what is left without as many others of the same labels"
+            + (f", those of pairs {', '.join(map(str, pair['aside']))} set aside" if pair["aside"] else "")
+            + f": below {OWN:g}, it is their own.",
         ))  # fmt: skip
     if not math.isnan(pair["alike"]):
         rows.insert(1, (

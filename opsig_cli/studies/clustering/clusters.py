@@ -52,7 +52,8 @@ class PairWeight:
     and `p_value_losses`, its p-value against phase-shuffled series; `apart`: the row of the window after the change in
     which they move apart most, and both changes, and `apart_movement` the part of all samples' movement there that is
     the pair's; `family`: number of the finding that the pair is a part of; `curved`: R of the curvature along its
-    sides' gradients at each held-out checkpoint, where that was asked for."""
+    sides' gradients at each held-out checkpoint, where that was asked for, and the numbers of the pairs that were set
+    `aside` for it."""
 
     cohesion: float
     opposition: float
@@ -73,6 +74,7 @@ class PairWeight:
     apart_movement: float = 0.0
     silenced: tuple[Silenced, ...] = ()
     curved: tuple[float, ...] = ()
+    aside: tuple[int, ...] = ()
     verdict: str = "unclear"
     reason: str = "it was not tested"
 

@@ -6,7 +6,7 @@ S samples of the run, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,13 +23,14 @@ from opsig_cli.trajectory.states import read_state
 
 def curvature_left(
     run: Trajectory, session: Session, clusters: Clusters, asked: Collection[int], steps: np.ndarray,
-    advance: Callable[..., None], seed: int = 0,
+    advance: Callable[..., None], seed: int = 0, aside: Sequence[int] = (),
 ) -> dict[int, list[float]]:  # fmt: skip
     """R of the pairs asked for, by their number from 0, at each of these checkpoints.
 
     The direction is the gradient of a side's mean loss; of the two sides the one along which more remains counts. What
     is left out is what silence leaves out (see `silencing.silence`): the family that a pair belongs to, or as many
-    others. Empty where nobody can measure it.
+    others. Pairs that are set `aside`, but for those of the same unit, count in neither: pairs that share labels share
+    directions, and one puts curvature along the gradients of another. Empty where nobody can measure it.
     """
     if not asked or not isinstance(session, backends.Slopes) or not isinstance(session, Curvature):
         return {}
@@ -45,7 +46,9 @@ def curvature_left(
             if not chosen:
                 continue
             silent = np.concatenate([members[group] for group in unit])
-            controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
+            gone_G = {group for number in aside for group in pairs[number]} - set(unit)
+            gone = np.concatenate([np.empty(0, np.int64), *(members[group] for group in sorted(gone_G))])
+            controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]), gone)
             ratio = {}
             for group in sorted({group for number in chosen for group in pairs[number]}):
                 try:
@@ -53,11 +56,19 @@ def curvature_left(
                     curvature_S = session.slopes_along(state, direction[None])[1][run.samples, 0]
                 except OpsigError:  # a layer without a second derivative
                     return {}
-                ratio[group] = left(curvature_S if weights_S is None else curvature_S * weights_S, silent, controls)
+                weighted_S = curvature_S if weights_S is None else curvature_S * weights_S
+                weighted_S[gone] = 0
+                ratio[group] = left(weighted_S, silent, controls)
             for number in chosen:
                 found[number].append(max(ratio[group] for group in pairs[number]))
         advance(note=f"step {step}")
     return found
+
+
+def others_than(clusters: Clusters, number: int, aside: Sequence[int]) -> list[int]:
+    """Those of the pairs set `aside` that are set aside for this one: that are not silent with it."""
+    own = next(numbers for _, numbers in units_of(clusters) if number in numbers)
+    return [other for other in aside if other not in own]
 
 
 def direction_of(session: Curvature, state: State, samples: np.ndarray, count: int) -> np.ndarray:

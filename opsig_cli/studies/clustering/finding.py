@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,17 @@ from opsig_cli.analysis.grouping import Grouping
 from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.rounds import one_after_the_other
 from opsig_cli.analysis.significance import NOTHING
-from opsig_cli.analysis.verdicts import Evidence, asks_for_curvature, judge
 from opsig_cli.backends import PRODUCTS, Session
 from opsig_cli.studies import tracking
-from opsig_cli.studies.clustering import curving, gathering, silencing, slopes, weighing
+from opsig_cli.studies.clustering import gathering, silencing, slopes, weighing
 from opsig_cli.studies.clustering.asked import prepared
 from opsig_cli.studies.clustering.clusters import Clusters, Tests
 from opsig_cli.studies.clustering.joining import Candidates, candidates, cosines
 from opsig_cli.studies.clustering.sentences import caveat
+from opsig_cli.studies.clustering.trying import judged, tried
 from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.mining import Movers
-from opsig_cli.studies.missing import labels_of
 from opsig_cli.studies.pace import paced
 from opsig_cli.trajectory.file import Trajectory
 
@@ -133,7 +132,7 @@ def by_gradient(
     found = grouping.group_by_similarity(similarity_MM, smallest, likeness_MM)
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
     alike_GG = None if likeness_MM is None else alike_between(likeness_MM, found.group_M)
-    found = grouping.pair_anew(similarity_MM, found, _preferred(found, alike_GG, losses_TM, by == "both"))
+    found = grouping.pair_anew(similarity_MM, found, _preferred(found, alike_GG, losses_TM, by == "both"), alike_GG)
     members = [found.members(group) for group in range(len(found.partner_G))]
     sets = [run.samples[position[inside]] for inside in members]
     steps, held_out = checkpoints_in(run, window), held_out_in(run, window)
@@ -181,58 +180,3 @@ def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     null = significance.phase_null(recent_TM, smallest=smallest) if len(found.partner_G) else NOTHING
     clusters = Clusters("loss", position, found, [], [], first_MM, losses_TM, window, evidence.period_two(losses_TM))
     return weighing.weigh(run, clusters, means, null, None)
-
-
-def tried(
-    run: Trajectory, session: Session, clusters: Clusters, held_out: np.ndarray, test: str, budget: int | None,
-    progress: Callable[[str, int], AbstractContextManager[Any]],
-) -> silencing.Outcome:  # fmt: skip
-    """What becomes of the pairs' swing when they are silent and, of those that silence cannot decide, whose curvature
-    their sides feel."""
-    outcome = silencing.Outcome({}, {}, [])
-    if test == "replay" and clusters.pairs:
-        steps = silencing.BUDGET if budget is None else budget
-        parts, passes = steps // silencing.LENGTH, silencing.LENGTH + 1
-        with progress("replays", parts) as shown, paced(session, shown, parts, passes, together=2) as advance:
-            outcome = silencing.silence(run, session, clusters, held_out, steps, advance)
-    if test == "none":
-        return outcome
-    known = (_known(run, clusters, number, outcome) for number in range(len(clusters.pairs)))
-    asked = {number for number, found in enumerate(known) if found is not None and asks_for_curvature(found)}
-    parts = len(held_out) if asked else 0
-    with progress("curvature", parts) as shown, paced(session, shown, parts, 2 * len(asked)) as advance:
-        outcome.curved = curving.curvature_left(run, session, clusters, asked, held_out, advance)
-    return outcome
-
-
-def _known(run: Trajectory, clusters: Clusters, number: int, outcome: silencing.Outcome) -> Evidence | None:
-    """What is known of a pair, None where a part of it could not be measured."""
-    pair = clusters.pairs[number]
-    if not np.isfinite([pair.cohesion, pair.opposition, pair.loss_correlation]).all():
-        return None
-    return Evidence(
-        pair.opposition, pair.interval[1], pair.p_value, pair.alike, tuple(outcome.silenced.get(number, ())),
-        outcome.untested.get(number, ""), labelled=labels_of(run) is not None,
-        curved=tuple(outcome.curved.get(number, ())), at_ends=clusters.by == "slope",
-    )  # fmt: skip
-
-
-def judged(run: Trajectory, clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
-    """The clusters with the verdict on every pair."""
-    pairs = []
-    for number, pair in enumerate(clusters.pairs):
-        if test == "none":
-            verdict, reason = "unclear", "it was not tested (--test none)"
-        elif clusters.by == "loss":
-            verdict, reason = "unclear", "losses alone do not show whether the sides share a feature"
-        elif (known := _known(run, clusters, number, outcome)) is None:
-            verdict, reason = "unclear", "a part of its evidence could not be measured, as where losses do not move"
-        else:
-            verdict, reason = judge(known)
-            pair = replace(pair, silenced=tuple(known.silenced), curved=tuple(known.curved))
-        pairs.append(replace(pair, verdict=verdict, reason=reason))
-    tests = replace(
-        clusters.tests, replayed=outcome.steps, replays=outcome.replays,
-        replayed_steps=outcome.replays * silencing.LENGTH,
-    )  # fmt: skip
-    return replace(clusters, pairs=pairs, tests=tests)

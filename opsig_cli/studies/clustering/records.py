@@ -80,6 +80,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
                 for one in weight.silenced
             ],
             "curvature_ratio": float(np.median(weight.curved)) if weight.curved else None,
+            "aside": list(weight.aside),
             "loss_correlation": weight.loss_correlation,
             **_evidence(weight),
             "p_value_losses": weight.p_value_losses,

@@ -39,13 +39,15 @@ SWINGS = 1.0
 @dataclass
 class Outcome:
     """What silencing showed of each pair, by its number from 0; of the others, why they were not tested, and R of their
-    curvature, `curved`, where that was measured instead; from where, and how many replays."""
+    curvature, `curved`, where that was measured, and the pairs set `aside` for that; from where, and how many
+    replays."""
 
     silenced: dict[int, list[Silenced]]
     untested: dict[int, str]
     steps: list[int]
     replays: int = 0
     curved: dict[int, list[float]] = field(default_factory=dict)
+    aside: dict[int, list[int]] = field(default_factory=dict)
 
 
 def replayable(run: Trajectory, session: Session) -> Settings | None:
@@ -142,14 +144,16 @@ def units_of(clusters: Clusters) -> list[tuple[list[int], list[int]]]:
 
 
 def controls_of(
-    labels: np.ndarray, silent: np.ndarray, grouped: np.ndarray, generator: np.random.Generator
-) -> np.ndarray:
-    """As many samples that are not silent, with the same labels as far as there are such; any others make up.
+    labels: np.ndarray, silent: np.ndarray, grouped: np.ndarray, generator: np.random.Generator,
+    aside: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
+    """As many samples that are neither silent nor set aside, with the same labels as far as there are such; any others
+    make up.
 
     Of each label those in no group come first: a control that took in another pair, which may swing the whole run,
     would show what that pair does.
     """
-    outside = np.setdiff1d(np.arange(len(labels)), silent)
+    outside = np.setdiff1d(np.arange(len(labels)), silent if aside is None else np.concatenate([silent, aside]))
     alone = ~np.isin(outside, grouped)
     chosen = []
     for label, count in zip(*np.unique(labels[silent], return_counts=True), strict=True):

@@ -10,7 +10,7 @@ from opsig_cli.analysis import evidence, grouping, significance
 from opsig_cli.analysis.evidence import Rise
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.likeness import ALIKE, families
-from opsig_cli.analysis.pairing import OPPOSES
+from opsig_cli.analysis.pairing import OPPOSES_ALIKE
 from opsig_cli.analysis.rounds import Rounds, one_after_the_other
 from opsig_cli.analysis.significance import Null
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
@@ -87,7 +87,7 @@ def related(clusters: Clusters) -> list[list[int]]:
     look alike."""
     if clusters.alike_GG is None:
         return []
-    opposed_GG = between_groups(clusters.similarity_MM, clusters.grouping.group_M) <= OPPOSES
+    opposed_GG = between_groups(clusters.similarity_MM, clusters.grouping.group_M) <= OPPOSES_ALIKE
     return families(opposed_GG & (clusters.alike_GG >= ALIKE))
 
 
