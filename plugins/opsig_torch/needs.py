@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from opsig_cli.backends import PRODUCTS, Need
 from opsig_torch import layer_gradients, set_cosines, small_basis, spectrum
-from opsig_torch.hessian import PRODUCT_VECTORS, basis_room
+from opsig_torch.hessian import GRAPH_BYTES, PRODUCT_VECTORS, basis_room
 from opsig_torch.memory import bound_of, held
-from opsig_torch.opened import Opened
+from opsig_torch.opened import GRAPH_FACTOR, Opened
 
 LATER = 32 << 20
 """Bytes of libraries that are loaded while it works, such as scipy's, and of the command's own records."""
@@ -37,7 +37,7 @@ def needs(opened: Opened, what: str, count: int) -> Need:
     item = opened.kept.get(("item bytes", order), 0)
     base = held(opened.device) + (LATER if opened.device == "cpu" else 0)
     least, most = _vectors(opened, what, count)
-    room = _room(what, count, item, batch, vector)
+    room = _room(what, count, item, batch, vector, opened.items)
     host, host_bound = 0, 0
     if opened.device != "cpu":
         host, host_bound = held("cpu") + 2 * vector, bound_of("cpu")
@@ -67,9 +67,9 @@ def _vectors(opened: Opened, what: str, count: int) -> tuple[int, int]:
             return GRADIENT_VECTORS, GRADIENT_VECTORS
 
 
-def _room(what: str, count: int, item: int, batch: int, vector: int) -> tuple[int, int]:
+def _room(what: str, count: int, item: int, batch: int, vector: int, items: int) -> tuple[int, int]:
     """Bytes that do not go with the parameters, at the least and at the most, where the graph of an item takes `item`
-    and a vector of parameters `vector`."""
+    and a vector of parameters `vector`, of so many `items`."""
     block = layer_gradients.PIECE_BYTES + min(layer_gradients.BLOCK_BYTES, count * vector)
     layers = min(layer_gradients.MEMORY_BYTES, count * item) + block
     match what:
@@ -79,10 +79,12 @@ def _room(what: str, count: int, item: int, batch: int, vector: int) -> tuple[in
             return 16 * count**2, 16 * count**2 + layers
         case "alignment":
             return 0, layers + min(set_cosines.DIRECTIONS_BYTES, count * vector)
+        case "eigenpairs" | "trace":
+            return 0, min(GRAPH_BYTES, items * item // GRAPH_FACTOR)
         case "curvature":
             return 0, TRACING
         case "sample_sharpness":
-            return 0, min(spectrum.BLOCK_BYTES, count * spectrum.STEPS * vector)
+            return 0, TRACING + min(spectrum.BLOCK_BYTES, count * spectrum.STEPS * vector)
         case _:
             return 0, 0
 
