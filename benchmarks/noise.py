@@ -1,6 +1,7 @@
 """How often `opsig cluster` establishes a pair where no two samples share a feature, through the command line.
 
-    python benchmarks/noise.py [--runs 100] [--first 0] [--only "gaussian 2 edge,series"] [--json FILE | --from FILES]
+    python benchmarks/noise.py [--runs 100] [--first 0] [--only "gaussian 2 edge,series"] [--by slope]
+        [--json FILE | --from FILES]
 
 A row for each kind of data: runs, those with an established pair at the level stated, 5% (and at 1%: p at most .01, or
 R below a half at three checkpoints or more), those with a likely one, and verdicts of all pairs. `below`: full-batch
@@ -51,7 +52,7 @@ def white_series(path: Path, seed: int) -> None:
             recorder.record(step, losses=row.astype(np.float32))
 
 
-def pairs_of(path: Path, kind: str, seed: int) -> list[dict]:
+def pairs_of(path: Path, kind: str, seed: int, by: str = "both") -> list[dict]:
     """The pairs of one run of a kind."""
     task, training = KINDS[kind]
     if not task:
@@ -61,12 +62,12 @@ def pairs_of(path: Path, kind: str, seed: int) -> list[dict]:
     own = ("--task", f"{TASKS}:{options}")
     with contextlib.suppress(RuntimeError):  # a loss that is not finite: the steps before it are kept
         opsig("train", *own, *training, "--seed", str(seed), "--track", "-q", "--replace", "-o", str(path))
-    return [r for r in opsig("cluster", str(path), *own, "-q") if r["kind"] == "pair"]
+    return [r for r in opsig("cluster", str(path), *own, "--by", by, "-q") if r["kind"] == "pair"]
 
 
-def told(path: Path, kind: str, seed: int) -> Row:
+def told(path: Path, kind: str, seed: int, by: str) -> Row:
     """What the pairs of one run come to."""
-    pairs = pairs_of(path, kind, seed)
+    pairs = pairs_of(path, kind, seed, by)
     keys = ("sizes", "opposition", "alike", "p_value", "swing_ratio", "silenced", "curvature_ratio", "reason",
             "verdict")  # fmt: skip
     return {
@@ -94,12 +95,14 @@ def line(kind: str, rows: list[Row]) -> str:
 
 
 def main() -> None:
-    options = parser_of(__doc__, KINDS, 100).parse_args()
+    parser = parser_of(__doc__, KINDS, 100)
+    parser.add_argument("--by", default="both")
+    options = parser.parse_args()
     rows = kept(options.files or ())
     with tempfile.TemporaryDirectory() as folder:
         for kind, seed in wanted(options) if not options.files else ():
             begin = time.process_time()
-            rows.append(keep(options, told(Path(folder) / "run.h5", kind, seed), begin))
+            rows.append(keep(options, told(Path(folder) / "run.h5", kind, seed, options.by), begin))
     for kind, own in by_kind(rows, KINDS):
         for row in own:
             for pair in row["positive"]:

@@ -411,11 +411,14 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7)), "likely"),
         (Evidence(-0.4, 0.01, 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
         (Evidence(-0.1, -0.05, 0.01, 0.7, apart(0.1, 0.2)), "refuted"),
-        (Evidence(-0.1, -0.05, 0.01, 0.9, apart(0.1, 0.2)), "established"),  # looks alike: under several labels
+        (Evidence(-0.1, -0.05, 0.01, 0.9, apart(0.1, 0.2, 0.1)), "established"),  # looks alike: under several labels
         (Evidence(-0.04, -0.02, 0.01, 0.9, apart(0.1, 0.2)), "refuted"),
         (Evidence(-0.4, float("nan"), 0.01, 0.9, apart(0.1, 0.2)), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1, float("nan"))), "unclear"),
-        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1)), "established"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1)), "likely"),  # seen once: whose curvature it is decides
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1), curved=(0.1, 0.1, 0.3, 0.2)), "established"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.1), curved=(0.1, 0.4, 0.4, 0.2)), "likely"),
+        (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.3, 0.4, 1.4, 0.4)), "likely"),  # not in the mean
         (Evidence(-0.4, -0.3, 0.2, 0.9, apart(0.1)), "likely"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.6)), "unclear"),
         (Evidence(-0.4, -0.3, 0.01, 0.9), "likely"),  # neither silence nor curvature could be measured

@@ -12,7 +12,7 @@ import numpy as np
 
 from opsig_cli.analysis.cutting import best_cut, drop_small
 from opsig_cli.analysis.group_means import ROWS, between_groups
-from opsig_cli.analysis.pairing import OPPOSES, alignments, oppose, opposing, pairs_of
+from opsig_cli.analysis.pairing import OPPOSES, alignments, oppose, pairs_of
 
 LOOKS = 0.4
 """Weight of likeness beside similarity in what is cut."""
@@ -101,19 +101,17 @@ def known(values: np.ndarray, copy: bool = True) -> np.ndarray:
 
 
 def pair_anew(
-    similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.ndarray, alike_GG: np.ndarray | None = None
+    similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.ndarray, below_GG: np.ndarray | None = None
 ) -> Grouping:
-    """The same groups, paired among those that are preferred first; those that look alike oppose each other from a
-    smaller opposition on (see `pairing.opposing`).
+    """The same groups, paired among those that are preferred first; `below_GG`: see `pairing.opposing`.
 
     Each group left over gets the one that it opposes most, a preferred one where there is one. That one may have
     another partner: a feature can have two.
     """
     groups = grouping.group_M
-    below_GG = np.full(preferred_GG.shape, OPPOSES) if alike_GG is None else opposing(alike_GG)
     partner_G = oppose(similarity_MM, groups, preferred_GG, below_GG)
     opposed_GG = between_groups(similarity_MM, groups)
-    opposed_GG[opposed_GG > below_GG] = 0
+    opposed_GG[opposed_GG > (OPPOSES if below_GG is None else below_GG)] = 0
     np.fill_diagonal(opposed_GG, 0)  # nothing opposes itself
     for group in np.flatnonzero(partner_G < 0):
         preferred = np.where(preferred_GG[group], opposed_GG[group], 0)

@@ -10,17 +10,17 @@ from opsig_cli.analysis.likeness import ALIKE
 OPPOSES = -0.15
 """Two groups can be a pair where their mean similarity is below this."""
 OPPOSES_ALIKE = -0.05
-"""The same of two that look alike: of a feature under L labels softmax takes from one what it gives to L - 1 others, so
-that the cosine across is at most that within over L - 1."""
+"""The same of two that look alike, where samples have labels: of a feature under L labels softmax takes from one what
+it gives to L - 1 others, so that the cosine across is at most that within over L - 1."""
 
 
-def opposing(alike: np.ndarray | float) -> np.ndarray:
+def opposing(alike: np.ndarray | float, labelled: bool = True) -> np.ndarray:
     """Below which mean similarity groups oppose, by how alike they look (see `likeness.alike_between`), of its shape.
 
     >>> opposing(np.array([0.9, 0.3, np.nan])).tolist()
     [-0.05, -0.15, -0.15]
     """
-    return np.where(np.asarray(alike) >= ALIKE, OPPOSES_ALIKE, OPPOSES)
+    return np.where(labelled & (np.asarray(alike) >= ALIKE), OPPOSES_ALIKE, OPPOSES)
 
 
 def oppose(

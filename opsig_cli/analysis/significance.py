@@ -86,7 +86,7 @@ def p_value(value: float, null: np.ndarray) -> float:
 
 def gaussian_null(
     similarity_MM: np.ndarray, likeness_MM: np.ndarray | None, labels_M: np.ndarray | None, rounds: int = ROUNDS,
-    smallest: int = SMALLEST, seed: int = 0, in_rounds: Rounds = one_after_the_other,
+    smallest: int = SMALLEST, seed: int = 0, total: int | None = None, in_rounds: Rounds = one_after_the_other,
 ) -> Null:  # fmt: skip
     """The null of samples that share no feature: looks from one Gaussian, under the labels that there are.
 
@@ -96,29 +96,31 @@ def gaussian_null(
     that some samples look alike among themselves, and that looks and labels go together (the one-Gaussian null of
     SigClust, Liu et al. 2008, JASA 103). Each round goes through the whole search, and its strongest group and pair at
     any cut are kept, so that a p-value held against them accounts for the search and for the number of pairs. A round
-    has at most MOST_IN_NULL samples; strengths are scaled to all. Where labels are none or of nearly one sample each,
-    as in a regression, the sign of a sample's error stands for it; without a likeness gradients are their own looks.
+    has at most MOST_IN_NULL samples; strengths are scaled to all, or to a `total` of which these are some. Where labels
+    are none or of nearly one sample each, as in a regression, the sign of a sample's error stands for it; without a
+    likeness gradients are their own looks.
     """
-    total = len(similarity_MM)
-    generator = np.random.default_rng(seed)
-    fitted = generator.choice(total, min(MOST_FITTED, total), replace=False)
-    similarity = np.nan_to_num(similarity_MM[np.ix_(fitted, fitted)]).astype(np.float64)
-    likeness = similarity if likeness_MM is None else likeness_MM[np.ix_(fitted, fitted)].astype(np.float64)
+    total = total or len(similarity_MM)
+    some = fitted(len(similarity_MM), seed)
+    similarity = np.nan_to_num(similarity_MM[np.ix_(some, some)]).astype(np.float64)
+    likeness = similarity if likeness_MM is None else likeness_MM[np.ix_(some, some)].astype(np.float64)
     spread = np.sqrt(np.maximum(np.linalg.eigvalsh(likeness)[::-1], 0))
     spread = spread[spread > 1e-4 * spread[:1]]
-    codes = _codes(similarity, likeness, None if labels_M is None else labels_M[fitted])
+    codes = _codes(similarity, likeness, None if labels_M is None else labels_M[some])
     offset, slope = _aligned_by(similarity, likeness, codes)
-    count = min(MOST_IN_NULL, total)
+    count = min(MOST_IN_NULL, len(similarity_MM))
     within = np.ix_(*[codes[:count]] * 2)
     rest = np.linalg.eigvalsh(similarity[:count, :count] - offset[within] - slope[within] * likeness[:count, :count])
 
-    model = (spread, codes, offset, slope, rest, likeness_MM is None, count, smallest, seed)
+    labelled = labels_M is not None and shared(labels_M)
+    below = OPPOSES_ALIKE if labelled else OPPOSES
+    model = (spread, codes, offset, slope, rest, likeness_MM is None, count, below, smallest, seed)
     return _of_all(Null(*in_rounds(gaussian_rounds, model, rounds)), total / count)
 
 
 def gaussian_rounds(
     spread: np.ndarray, codes: np.ndarray, offset: np.ndarray, slope: np.ndarray, rest: np.ndarray, looks_alone: bool,
-    count: int, smallest: int, seed: int, rounds: range,
+    count: int, below: float, smallest: int, seed: int, rounds: range,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Strongest group and pair of some rounds of `gaussian_null`, from what is fitted there."""
 
@@ -134,14 +136,24 @@ def gaussian_rounds(
         np.fill_diagonal(aligned, 1)
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
-    return _null(drawn, rounds, smallest, seed)
+    return _null(drawn, rounds, smallest, seed, below)
+
+
+def fitted(count: int, seed: int = 0) -> np.ndarray:
+    """Which of so many samples a null is fitted to, at most MOST_FITTED, in random order."""
+    return np.random.default_rng(seed).choice(count, min(MOST_FITTED, count), replace=False)
+
+
+def shared(labels: np.ndarray) -> bool:
+    """Whether labels say which samples go together: not where nearly every sample has one of its own, as in a
+    regression."""
+    return len(np.unique(labels)) <= len(labels) / 2
 
 
 def _codes(similarity: np.ndarray, likeness: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
     """A number for every sample's label, (M,), or for the sign of its error where labels say nothing."""
-    names, codes = (None, None) if labels is None else np.unique(labels, return_inverse=True)
-    if codes is not None and names is not None and len(names) <= len(codes) / 2:
-        return codes
+    if labels is not None and shared(labels):
+        return np.unique(labels, return_inverse=True)[1]
     _, vectors = np.linalg.eigh(similarity * likeness)  # S is about s s' K for errors of sign s: times K, s s' K^2
     return (vectors[:, -1] > 0).astype(np.int64)
 
@@ -193,9 +205,10 @@ def _of_all(null: Null, scale: float) -> Null:
 
 
 def _null(
-    draw: Callable[[np.random.Generator], Draw], rounds: range, smallest: int, seed: int
+    draw: Callable[[np.random.Generator], Draw], rounds: range, smallest: int, seed: int, below: float = OPPOSES
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Strongest groups, and strongest pairs that look alike, of the rounds of these numbers."""
+    """Strongest groups, and strongest pairs that look alike and have a similarity across of `below`, of the rounds of
+    these numbers."""
     groups, pairs = np.zeros(len(rounds)), np.zeros(len(rounds))
     for number, its_seed in enumerate(rounds):
         cut, similarity, tested, looks = draw(np.random.default_rng([seed, its_seed]))
@@ -205,13 +218,18 @@ def _null(
             if before is not None and np.array_equal(chosen, before):
                 continue
             before = chosen
-            group, pair = _strongest(chosen, similarity, tested, looks, typical)
+            group, pair = _strongest(chosen, similarity, tested, looks, typical, below)
             groups[number], pairs[number] = max(groups[number], group), max(pairs[number], pair)
     return groups, pairs
 
 
 def _strongest(
-    group_M: np.ndarray, similarity: np.ndarray, tested: np.ndarray, looks: np.ndarray | None, typical: float
+    group_M: np.ndarray,
+    similarity: np.ndarray,
+    tested: np.ndarray,
+    looks: np.ndarray | None,
+    typical: float,
+    below: float,
 ) -> tuple[float, float]:
     """Strength of the strongest of these groups, and of the strongest pair that looks alike; 0 for none."""
     inside = group_M >= 0
@@ -224,7 +242,7 @@ def _strongest(
     cohesion = (np.diagonal(tested_GG) * sizes**2 - own) / np.maximum(sizes * (sizes - 1), 1)
     group = float((cohesion * np.sqrt(sizes * (sizes - 1) / 2)).max())
     alike_GG = None if looks is None else alike_groups(between_groups(looks, group_M), sizes, typical) >= ALIKE
-    pairs = pairs_of(match(between_GG, alike_GG, None if alike_GG is None else OPPOSES_ALIKE))
+    pairs = pairs_of(match(between_GG, alike_GG, below))
     strengths = [pair_strength(tested_GG[a, b], sizes[a], sizes[b]) for a, b in pairs]
     return max(group, 0.0), max([0.0, *strengths])
 
@@ -269,7 +287,7 @@ def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = R
 
 def resampled(
     similarity_MM: np.ndarray, grouping: Grouping, smallest: int = SMALLEST, likeness_MM: np.ndarray | None = None,
-    rounds: int = 10, seed: int = 0, in_rounds: Rounds = one_after_the_other,
+    labelled: bool = False, rounds: int = 10, seed: int = 0, in_rounds: Rounds = one_after_the_other,
 ) -> Stability:  # fmt: skip
     """How well groups and pairs come back when four fifths of the samples (at most MOST_DRAWN) are grouped anew.
 
@@ -281,7 +299,8 @@ def resampled(
         return Stability(np.zeros(0), {})
     pairs = grouping.pairs()
     pair_N2 = np.array(pairs, np.int64).reshape(-1, 2)
-    arguments = (similarity_MM, likeness_MM, grouping.group_M, len(grouping.partner_G), pair_N2, smallest, seed)
+    sides = grouping.group_M, len(grouping.partner_G), pair_N2
+    arguments = (similarity_MM, likeness_MM, *sides, labelled, smallest, seed)
     group_RG, pair_RN = in_rounds(resampled_rounds, arguments, rounds)
     each = np.minimum(1.0, pair_RN.mean(0)).tolist()
     return Stability(group_RG.mean(0), dict(zip(pairs, each, strict=True)))
@@ -289,7 +308,7 @@ def resampled(
 
 def resampled_rounds(
     similarity_MM: np.ndarray, likeness_MM: np.ndarray | None, group_M: np.ndarray, groups: int, pair_N2: np.ndarray,
-    smallest: int, seed: int, rounds: range,
+    labelled: bool, smallest: int, seed: int, rounds: range,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """How well every group, (R, G), and every one of N pairs of them, (R, N), come back in some rounds of
     `resampled`."""
@@ -304,7 +323,7 @@ def resampled_rounds(
         overlap = _jaccard(group_M[drawn], groups, again.group_M, len(again.partner_G))
         below = OPPOSES
         if likeness_MM is not None:
-            below = opposing(alike_between(likeness_MM[square], again.group_M))
+            below = opposing(alike_between(likeness_MM[square], again.group_M), labelled)
         opposed = between_groups(similarity, again.group_M) <= below
         group_RG[number] = overlap.max(1, initial=0)
         for place, (a, b) in enumerate(pair_N2):

@@ -21,8 +21,8 @@ SILENCES = 0.5
 with the same labels are silent: more than half of it is then the pair's."""
 REPLAYS = 3
 """Held-out checkpoints at which this must be seen, each with controls of its own, with at most one at which it is not,
-for silence alone to decide: at one it often is by chance. Of the curvature of a pair that does not swing the same is
-asked."""
+for silence alone to decide: at one or two it often is by chance. The same is asked of the curvature of a pair that
+silence does not decide."""
 OWN = 0.25
 """The curvature that a pair feels is its own where less than this part of it remains without the pair: planted pairs
 are at 0.00 to 0.1, and small groups that align by chance, which have a part in the curvature along their own gradients,
@@ -30,7 +30,7 @@ at 0.3 to 1."""
 
 RELATED = 0.6
 """Least likeness of sides for silence to establish a pair where samples have labels: sides that share no look, and
-oppose by their labels alone, are at 0.2 to 0.6."""
+oppose by their labels alone, are at 0.2 to 0.6. Without labels being stronger than chance stands in for it."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,12 @@ class Silenced:
 @dataclass(frozen=True)
 class Evidence:
     """What is known of a pair. `opposition` over held-out checkpoints, and the upper end `high` of its interval;
-    `p_value` of its strength; `alike`: likeness across over that within, NaN where there are no features; `silenced`
-    where it swings and training was repeated, else `untested` says why it was not; then `curved` has R of the curvature
-    along its sides' gradients at each held-out checkpoint, where that was measured. `labelled`: samples have labels, by
-    which sides may oppose that share nothing else. `at_ends`: it was found at the ends of leading eigenvectors, along
-    which everything swings: silence alone then says nothing new of it."""
+    `p_value` of its strength, or of its family's strongest pair; `alike`: likeness across over that within, NaN
+    where there are no features; `silenced` where it swings and training was repeated, else `untested` says why it
+    was not; then `curved` has R of the curvature along its sides' gradients at each held-out checkpoint, where that
+    was measured. `labelled`: samples have labels, by which sides may oppose that share nothing else. `at_ends`: it
+    was found at the ends of leading eigenvectors, along which everything swings: silence alone then says nothing
+    new of it."""
 
     opposition: float
     high: float
@@ -66,29 +67,39 @@ class Evidence:
     at_ends: bool = False
 
 
+def remains(silenced: Sequence[Silenced]) -> float:
+    """R over all checkpoints: their mean, by how much a pair swings at each.
+
+    >>> remains([Silenced(40, 0.02, 0.02, 0.01, 2.0), Silenced(60, 0.98, 0.2, 0.8, 0.25)])
+    0.285
+    """
+    return sum(one.plain * one.ratio for one in silenced) / sum(one.plain for one in silenced)
+
+
 def speaks(found: Evidence) -> bool:
     """Whether all speaks for a pair that silence and curvature do not decide: it pulls apart, looks alike, and is
     stronger than chance."""
-    apart = found.opposition <= opposing(found.alike) and found.high < 0
+    apart = found.opposition <= opposing(found.alike, found.labelled) and found.high < 0
     return bool(apart and found.p_value <= LEVEL and found.alike >= ALIKE)
 
 
 def asks_for_curvature(found: Evidence, others_swing: bool) -> bool:
-    """Whether all speaks for a pair but silence, which could not be tried, or which left a swing that others make,
-    where there is an established pair to make it: whose curvature it is then decides."""
-    return speaks(found) and (not found.silenced or (others_swing and judge(found)[0] != "established"))
+    """Whether all speaks for a pair that silence does not decide, and whose curvature it is then may: it swings at few
+    checkpoints or none, or swings on, and there is an established pair that may swing it."""
+    swings_on = any(one.ratio >= SILENCES for one in found.silenced)
+    return speaks(found) and judge(found)[0] != "established" and (others_swing or not swings_on)
 
 
 def judge(found: Evidence) -> tuple[str, str]:
     """A verdict and its reason, which completes a sentence.
 
     >>> apart = [Silenced(step, 1.0, 0.05, 0.9, 0.06) for step in (40, 80, 120)]
-    >>> judge(Evidence(-0.4, -0.3, 0.01, 0.9, apart))[0], judge(Evidence(-0.1, 0.1, 0.01, 0.9, apart))[0]
+    >>> judge(Evidence(-0.4, -0.3, 0.01, 0.9, apart))[0], judge(Evidence(-0.1, -0.05, 0.01, 0.7, apart))[0]
     ('established', 'refuted')
     """
     if math.isnan(found.high):
         return "unclear", "too few checkpoints are left to test it on that had no part in finding it"
-    if found.opposition > opposing(found.alike):
+    if found.opposition > opposing(found.alike, found.labelled):
         return "refuted", "at checkpoints that had no part in finding it, the sides hardly pull apart"
     if found.high >= 0:
         return "unclear", "at checkpoints that had no part in finding it, the sides do not pull apart for certain"
@@ -104,18 +115,18 @@ def judge(found: Evidence) -> tuple[str, str]:
     lacks = "; ".join(filter(None, (chance, looks)))
     goes = sum(ratio < SILENCES for ratio in ratios)
     stays = len(ratios) - goes
-    if found.silenced and own_curvature(found.curved):
+    if own_curvature(found.curved) and any(ratio >= SILENCES for ratio in ratios):
         why = (
             "the sides pull apart, look alike, and are stronger than chance, but swing on when they are silent: others"
         )
         return "established", f"{why} swing them {_whose(found.curved)}"
-    if goes >= REPLAYS and stays <= 1:
+    if goes >= REPLAYS and stays <= 1 and remains(found.silenced) < SILENCES:
         why = "the swing of both sides goes when they are silent" + f", at {goes} of {len(ratios)} checkpoints" * stays
-        if found.at_ends and lacks:
+        if found.at_ends and (chance or (looks and found.labelled)):
             why += ", as at any two ends of an eigenvector"
             return ("unclear" if chance else "likely"), f"{why}, but {lacks}"
-        related = found.alike >= (RELATED if found.labelled else -math.inf)
-        return ("established", why) if related else ("likely", f"{why}, but {looks}")
+        related = found.alike >= RELATED or not (found.labelled or chance)
+        return ("established", why) if related else ("likely", f"{why}, but {lacks}")
     if not goes and stays >= 2:
         if looks:
             return "refuted", "the sides swing on when they are silent: others swing them"
@@ -134,8 +145,8 @@ def judge(found: Evidence) -> tuple[str, str]:
     why = (swings if ratios else f"{found.untested}; " if found.untested else "") + "on held-out checkpoints "
     if not lacks:
         apart = why + "the sides pull apart, look alike, and are stronger than chance"
-        if ratios:
-            return ("likely" if stays else "established"), apart
+        if stays:
+            return "likely", apart
         return ("established" if own_curvature(found.curved) else "likely"), f"{apart}, {_whose(found.curved)}"
     if ratios or (math.isnan(found.alike) and not chance):
         return "likely", why + f"the sides pull apart, but {lacks}"

@@ -108,7 +108,7 @@ class SharedSession(TorchSession):
         self, work: Callable[..., tuple[np.ndarray, ...]], arguments: Sequence[Any], count: int
     ) -> tuple[np.ndarray, ...]:
         """Rounds of a function of `opsig_cli.analysis`, shared where its arguments can be told."""
-        if not all(value is None or isinstance(value, (np.ndarray, int)) for value in arguments):
+        if not all(value is None or isinstance(value, (np.ndarray, int, float)) for value in arguments):
             return work(*arguments, range(count))
         parts = self._together("rounds", f"{work.__module__}.{work.__name__}", list(arguments), count)
         return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))

@@ -103,7 +103,7 @@ def find(
             view, session, backend, position, "gradient", weighed, advance, widen=False, joining=join, sketch=sketch
         )
     outcome = finding.tried(view, session, clusters, held_out_in(view, weighed), test, budget, progress)
-    clusters = slopes.with_vectors(finding.judged(view, clusters, outcome, test), slopes.kept_near(view, weighed))
+    clusters = slopes.with_vectors(finding.judged(clusters, outcome, test), slopes.kept_near(view, weighed))
     first, last = asked.mined
     span = f"step {first}" if first == last else f"steps {first} to {last}"
     note = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli.analysis.significance import MOST_FITTED
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies import mining, missing, planning, tracking
@@ -49,8 +50,8 @@ class Asked:
         found = found if self.by == "slope" else []
         if self.widens:
             found.append(Stage("norms", times, session.samples))
-        if self.by != "slope":
-            found.append(Stage("gradients", times, grouped, grouped**2 * BYTES_A_PAIR))
+        compared = min(grouped, MOST_FITTED) if self.by == "slope" else grouped
+        found.append(Stage("gradients", times, compared, grouped**2 * BYTES_A_PAIR))
         found += [
             Stage("losses", times),
             Stage("alignment", held_out or times, session.samples if joining else grouped),

@@ -113,8 +113,8 @@ class Clusters:
 
     `period_two`: the share of the samples' movement that turns back in the next step. `sketch_error`: half the width of
     the band in which sketched similarities lie, None for exact ones. `alike_GG`: likeness across every two groups over
-    that within, None without features. `tests`: what the groups were found and weighed on. `on_vectors`: None where
-    slopes are not known.
+    that within, None without features; `labelled`: samples share labels. `tests`: what the groups were found and
+    weighed on. `on_vectors`: None where slopes are not known.
     """
 
     by: str
@@ -131,6 +131,7 @@ class Clusters:
     tests: Tests = UNTESTED
     sketch_error: float | None = None
     on_vectors: OnVectors | None = None
+    labelled: bool = False
 
     def numbers(self) -> list[int]:
         """The number of every pair, from 1 on, the strongest first: by the part of all movement at the step where its

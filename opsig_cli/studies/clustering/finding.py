@@ -14,6 +14,7 @@ from opsig_cli.analysis import evidence, grouping, significance
 from opsig_cli.analysis.group_means import group_means
 from opsig_cli.analysis.grouping import Grouping
 from opsig_cli.analysis.likeness import ALIKE, alike_between
+from opsig_cli.analysis.pairing import opposing
 from opsig_cli.analysis.rounds import one_after_the_other
 from opsig_cli.analysis.significance import NOTHING
 from opsig_cli.backends import PRODUCTS, Session
@@ -69,7 +70,7 @@ def find(
     asked = prepared(run, by, top, samples, window)
     run, by, found, position, weighed = asked.run, asked.by, asked.movers, asked.position, asked.window
     if by == "loss":
-        clusters = judged(run, by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
+        clusters = judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
         if len(weighed.steps_T) > MOST_CHANGES + 1:
             warn(f"note: losses are compared over the last {MOST_CHANGES:,} changes alone. Choose others with --window")
     else:
@@ -94,7 +95,7 @@ def find(
                 widen=samples is None, joining=join is not False, sketch=sketch, coordinates=coordinates,
             )  # fmt: skip
         outcome = tried(run, session, clusters, held_out_in(run, weighed), test, budget, progress)
-        clusters = judged(run, clusters, outcome, test)
+        clusters = judged(clusters, outcome, test)
         if coordinates is not None:
             warn(f"note: {coordinates.note}")
             clusters = slopes.with_vectors(clusters, coordinates.measured[-1])
@@ -132,7 +133,10 @@ def by_gradient(
     found = grouping.group_by_similarity(similarity_MM, smallest, likeness_MM)
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
     alike_GG = None if likeness_MM is None else alike_between(likeness_MM, found.group_M)
-    found = grouping.pair_anew(similarity_MM, found, _preferred(found, alike_GG, losses_TM, by == "both"), alike_GG)
+    labels = run.read("samples/label")[position] if run.has("samples/label") else None
+    labelled = labels is not None and significance.shared(labels)
+    below_GG = None if alike_GG is None else opposing(alike_GG, labelled)
+    found = grouping.pair_anew(similarity_MM, found, _preferred(found, alike_GG, losses_TM, by == "both"), below_GG)
     members = [found.members(group) for group in range(len(found.partner_G))]
     sets = [run.samples[position[inside]] for inside in members]
     steps, held_out = checkpoints_in(run, window), held_out_in(run, window)
@@ -141,14 +145,21 @@ def by_gradient(
     if joining:
         others = candidates(run, session, position, sets, window, looks=likeness_MM is not None)
     means_CMG, joined = cosines(run, session, tested_on, position, others, found, sets, advance)
-    labels = run.read("samples/label")[position] if run.has("samples/label") else None
     in_rounds = session.in_rounds if isinstance(session, backends.Together) else one_after_the_other
     null = NOTHING
-    if members:
+    if members and coordinates is None:
         null = significance.gaussian_null(similarity_MM, likeness_MM, labels, smallest=smallest, in_rounds=in_rounds)
+    elif members:  # what a pair is weighed by are cosines of gradients
+        some = significance.fitted(len(position))
+        cosines_MM = gathering.mean_similarity(run, session, backend, position[some], window, sketch, advance)
+        looks_MM = None if likeness_MM is None else likeness_MM[np.ix_(some, some)]
+        labels = None if labels is None else labels[some]
+        null = significance.gaussian_null(
+            cosines_MM, looks_MM, labels, smallest=smallest, total=len(position), in_rounds=in_rounds
+        )
     clusters = Clusters(
         by, position, found, [], [], similarity_MM, losses_TM, window, evidence.period_two(losses_TM), alike_GG, joined,
-        tests=Tests(steps.tolist(), held_out.tolist(), []), sketch_error=sketch_error,
+        tests=Tests(steps.tolist(), held_out.tolist(), []), sketch_error=sketch_error, labelled=labelled,
     )  # fmt: skip
     return weighing.weigh(run, clusters, means_CMG, null, likeness_MM, in_rounds)
 

@@ -13,7 +13,6 @@ from opsig_cli.analysis.verdicts import Evidence, asks_for_curvature, judge, spe
 from opsig_cli.backends import Session
 from opsig_cli.studies.clustering import curving, silencing
 from opsig_cli.studies.clustering.clusters import Clusters
-from opsig_cli.studies.missing import labels_of
 from opsig_cli.studies.pace import paced
 from opsig_cli.trajectory.file import Trajectory
 
@@ -32,7 +31,7 @@ def tried(
             outcome = silencing.silence(run, session, clusters, held_out, steps, advance)
     if test == "none":
         return outcome
-    known = _known_of_all(run, clusters, outcome)
+    known = _known_of_all(clusters, outcome)
     speaking = [number for number, found in known.items() if speaks(found)]
     swinging = any(judge(found)[0] == "established" for found in known.values())
     asked = {number for number in speaking if asks_for_curvature(known[number], swinging)}
@@ -43,20 +42,22 @@ def tried(
     return outcome
 
 
-def _known_of_all(run: Trajectory, clusters: Clusters, outcome: silencing.Outcome) -> dict[int, Evidence]:
+def _known_of_all(clusters: Clusters, outcome: silencing.Outcome) -> dict[int, Evidence]:
     """What is known of every pair, by its number from 0, of which all could be measured."""
-    known = ((number, _known(run, clusters, number, outcome)) for number in range(len(clusters.pairs)))
+    known = ((number, _known(clusters, number, outcome)) for number in range(len(clusters.pairs)))
     return {number: found for number, found in known if found is not None}
 
 
-def _known(run: Trajectory, clusters: Clusters, number: int, outcome: silencing.Outcome) -> Evidence | None:
+def _known(clusters: Clusters, number: int, outcome: silencing.Outcome) -> Evidence | None:
     """What is known of a pair, None where a part of it could not be measured."""
     pair = clusters.pairs[number]
     if not np.isfinite([pair.cohesion, pair.opposition, pair.loss_correlation]).all():
         return None
+    family = [other for other in clusters.pairs if pair.family and other.family == pair.family]
+    p_value = min([pair.p_value, *(other.p_value for other in family)])  # one finding, and one feature that they share
     return Evidence(
-        pair.opposition, pair.interval[1], pair.p_value, pair.alike, tuple(outcome.silenced.get(number, ())),
-        outcome.untested.get(number, ""), labelled=labels_of(run) is not None,
+        pair.opposition, pair.interval[1], p_value, pair.alike, tuple(outcome.silenced.get(number, ())),
+        outcome.untested.get(number, ""), labelled=clusters.labelled,
         curved=tuple(outcome.curved.get(number, ())), at_ends=clusters.by == "slope",
     )  # fmt: skip
 
@@ -67,7 +68,7 @@ def _shown(clusters: Clusters, outcome: silencing.Outcome, number: int) -> tuple
     return tuple(sorted(shown[other] for other in outcome.aside.get(number, ())))
 
 
-def judged(run: Trajectory, clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
+def judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Clusters:
     """The clusters with the verdict on every pair."""
     pairs = []
     for number, pair in enumerate(clusters.pairs):
@@ -75,7 +76,7 @@ def judged(run: Trajectory, clusters: Clusters, outcome: silencing.Outcome, test
             verdict, reason = "unclear", "it was not tested (--test none)"
         elif clusters.by == "loss":
             verdict, reason = "unclear", "losses alone do not show whether the sides share a feature"
-        elif (known := _known(run, clusters, number, outcome)) is None:
+        elif (known := _known(clusters, number, outcome)) is None:
             verdict, reason = "unclear", "a part of its evidence could not be measured, as where losses do not move"
         else:
             verdict, reason = judge(known)

@@ -10,7 +10,7 @@ from opsig_cli.analysis import evidence, grouping, significance
 from opsig_cli.analysis.evidence import Rise
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.likeness import ALIKE, families
-from opsig_cli.analysis.pairing import OPPOSES_ALIKE
+from opsig_cli.analysis.pairing import opposing
 from opsig_cli.analysis.rounds import Rounds, one_after_the_other
 from opsig_cli.analysis.significance import Null
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
@@ -26,7 +26,7 @@ def weigh(
     found, window = clusters.grouping, clusters.window
     members = [found.members(group) for group in range(len(found.partner_G))]
     stable = significance.resampled(
-        clusters.similarity_MM, found, smallest(clusters.position), likeness_MM, in_rounds=in_rounds
+        clusters.similarity_MM, found, smallest(clusters.position), likeness_MM, clusters.labelled, in_rounds=in_rounds
     )
     kept = significance.kept_at_checkpoints(means_CMG, found)
     before, after = run.rows("losses/loss", window.first + window.rise_row - 1, window.first + window.rise_row + 1)
@@ -87,7 +87,8 @@ def related(clusters: Clusters) -> list[list[int]]:
     look alike."""
     if clusters.alike_GG is None:
         return []
-    opposed_GG = between_groups(clusters.similarity_MM, clusters.grouping.group_M) <= OPPOSES_ALIKE
+    between_GG = between_groups(clusters.similarity_MM, clusters.grouping.group_M)
+    opposed_GG = between_GG <= opposing(clusters.alike_GG, clusters.labelled)
     return families(opposed_GG & (clusters.alike_GG >= ALIKE))
 
 
