@@ -8,7 +8,7 @@ from opsig_torch.hessian import GRAPH_BYTES, PRODUCT_VECTORS, basis_room
 from opsig_torch.memory import bound_of, held
 from opsig_torch.opened import GRAPH_FACTOR, Opened
 
-LATER = 32 << 20
+LATER = 72 << 20
 """Bytes of libraries that are loaded while it works, such as scipy's, and of the command's own records."""
 TRACING = 96 << 20
 """Bytes that torch loads to trace a model."""
