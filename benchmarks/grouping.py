@@ -1,4 +1,4 @@
-"""What grouping costs: gradient cosines against passes over the same samples, and clustering in seconds and memory.
+"""What grouping costs: gradient cosines against passes over the same samples, and clustering in CPU seconds and memory.
 
     python benchmarks/grouping.py [--samples 10000] [--large] [--only clustering,cosines,sketch]
 
@@ -32,13 +32,13 @@ def cosines(model: str, count: int) -> None:
     state, everybody = session.initial(0), np.arange(count)
     rows = []
     for _ in range(1 if len(state.params) > 1e6 else 4):
-        begin = time.perf_counter()
+        begin = time.process_time()
         session.gradient_cosines(state, everybody)
-        middle = time.perf_counter()
+        middle = time.process_time()
         with session.at(state):
             for _, batch in session.batches.in_pieces(session.inference_batch()):
                 torch.autograd.grad(task.losses(session.flat.model, batch).sum(), session.flat.parameters)
-        rows.append((middle - begin, time.perf_counter() - middle))
+        rows.append((middle - begin, time.process_time() - middle))
     own, passes = np.median(rows, axis=0)
     print(
         f"{model} ({len(state.params):,} parameters): cosines of {count} samples cost {own / passes:.2f} passes; ",
@@ -48,7 +48,7 @@ def cosines(model: str, count: int) -> None:
 
 
 def clustering(count: int) -> None:
-    """Seconds and memory of grouping and of its evidence, without making the similarity and the likeness."""
+    """CPU seconds and memory of grouping and of its evidence, without making the similarity and the likeness."""
     generator = np.random.default_rng(0)
     rows = generator.standard_normal((count, 64)).astype(np.float32)
     for group in range(16):  # eight directions, both ways
@@ -57,12 +57,12 @@ def clustering(count: int) -> None:
     similarity = rows @ rows.T
     rows[:, :8] = np.abs(rows[:, :8])  # both sides of a pair look alike
     likeness = rows @ rows.T
-    begin, before = time.perf_counter(), peak()
+    begin, before = time.process_time(), peak()
     found = grouping.group_by_similarity(similarity, likeness_MM=likeness)
-    middle = time.perf_counter()
+    middle = time.process_time()
     stable = significance.resampled(similarity, found, likeness_MM=likeness)
     significance.gaussian_null(similarity, likeness, None)
-    end = time.perf_counter()
+    end = time.process_time()
     truth = np.where(np.arange(count) < 800, np.arange(count) // 50, -1)
     right = [(truth[found.members(a)[0]], truth[found.members(b)[0]]) for a, b in found.pairs()]
     planted = sum(a >= 0 and a // 2 == b // 2 for a, b in right)
@@ -76,16 +76,16 @@ def sketch(model: str, count: int) -> None:
     task = FashionMnist(model=model, samples=count)
     session = TorchBackend().open(task, "cpu")
     state, everybody = session.initial(0), np.arange(count)
-    begin = time.perf_counter()
+    begin = time.process_time()
     exact = session.gradient_cosines(state, everybody)
-    whole = time.perf_counter() - begin
+    whole = time.process_time() - begin
     upper = np.triu_indices(count, 1)
     strongest = np.argsort(exact[upper])[: len(upper[0]) // 100]
     for size in (1024, 4096, 16384):
-        begin = time.perf_counter()
+        begin = time.process_time()
         rows = session.gradient_sketch(state, everybody, size, 0)
         estimate = (rows @ rows.T)[upper]
-        own = time.perf_counter() - begin
+        own = time.process_time() - begin
         errors = estimate - exact[upper]
         band = 3 * np.sqrt(2 / size)
         found = np.isin(strongest, np.argsort(estimate)[: len(strongest)]).mean()

@@ -4,8 +4,8 @@
         [--json FILE | --from FILES]
 
 Every run is trained, or taken from the folder, and clustered with the defaults. Each pair with a verdict by silence is
-silenced again, with controls drawn anew, at the checkpoint farthest from all that were used, unless it does not swing
-there, where silence says nothing; of a pair whose curvature decided R of that is measured anew. A row a run: pairs
+silenced again, with controls drawn anew, at the checkpoint farthest from all that were used at which it swings, of the
+six farthest; of a pair whose curvature decided R of that is measured anew. A row a run: pairs
 called established and how many of them have R below the threshold there (a half by silence, a quarter of curvature);
 the same of those called refuted; and each R, with C before that of curvature.
 """
@@ -40,6 +40,9 @@ RUNS = {
 }  # fmt: skip
 
 
+TRIED = 6
+
+
 def again(path: Path, task: str | None) -> list[dict]:
     """Verdict, by what, R's and R anew of every pair that silence, or its curvature, decided."""
     with open_trajectory(path) as run:
@@ -52,37 +55,37 @@ def again(path: Path, task: str | None) -> list[dict]:
         used = np.array(clusters.tests.found_on + clusters.tests.held_out)
         steps = run.steps("checkpoints")
         inside = steps[(steps > clusters.tests.held_out[0]) & (steps < clusters.tests.held_out[-1])]
-        step = int(inside[np.abs(inside[:, None] - used).min(1).argmax()])
-        replay = silencing.Replay(run, session, settings, step)
-        plain = replay(None)
+        far = inside[np.argsort(-np.abs(inside[:, None] - used).min(1), kind="stable")][:TRIED].tolist()
+        replays = {step: silencing.Replay(run, session, settings, step) for step in far}
+        plains = {step: replay(None) for step, replay in replays.items()}
         rows = []
         for unit, numbers in silencing.units_of(clusters):
-            decided = [
-                n for n in numbers if len(clusters.pairs[n].silenced) > 1 and not by_curvature(clusters.pairs[n])
-            ]
-            if not decided:
-                continue
             members = {g: clusters.position[clusters.grouping.members(g)] for g in unit}
             silent = np.concatenate(list(members.values()))
-            controls = silencing.controls_of(
-                silencing.strata_of(run), silent, clusters.position[clusters.grouping.group_M >= 0],
-                np.random.default_rng([1, step, *unit]),
-            )  # fmt: skip
-            without, controlled = replay(silent), replay(controls)
-            for n in decided:
-                sides = [members[g] for g in clusters.grouping.pairs()[n]]
-                if not silencing.swings(plain, sides):
-                    continue
-                anew = silencing.compared(step, sides, plain, without, controlled)
+            for n in numbers:
                 pair = clusters.pairs[n]
-                rows.append({"verdict": pair.verdict, "by": "silence", "before": [one.ratio for one in pair.silenced],
-                             "anew": anew.ratio})  # fmt: skip
+                if len(pair.silenced) < 2 or by_curvature(pair):
+                    continue
+                sides = [members[g] for g in clusters.grouping.pairs()[n]]
+                least = silencing.LEAST * max(one.plain for one in pair.silenced)
+                for step in far:
+                    controls = silencing.controls_of(
+                        silencing.strata_of(run), silent, clusters.position[clusters.grouping.group_M >= 0],
+                        np.random.default_rng([1, step, *unit]),
+                    )  # fmt: skip
+                    if not silencing.swings(plains[step], sides):
+                        continue
+                    anew = silencing.compared(step, sides, plains[step], replays[step](silent), replays[step](controls))
+                    if anew.plain >= least:
+                        rows.append({"verdict": pair.verdict, "by": "silence", "anew": anew.ratio,
+                                     "before": [one.ratio for one in pair.silenced]})  # fmt: skip
+                        break
         curved = {n for n, pair in enumerate(clusters.pairs) if by_curvature(pair)}
         shown = clusters.numbers()
         named = {number for n in curved for number in clusters.pairs[n].aside} | {shown[n] for n in curved}
         aside = [n for n, number in enumerate(shown) if number in named]
         left = curving.curvature_left(
-            run, session, clusters, curved, np.array([step]), lambda *a, **k: None, seed=1, aside=aside
+            run, session, clusters, curved, np.array(far[:1]), lambda *a, **k: None, seed=1, aside=aside
         )  # fmt: skip
         return rows + [
             {"verdict": clusters.pairs[n].verdict, "by": "curvature", "before": list(clusters.pairs[n].curved),

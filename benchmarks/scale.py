@@ -17,13 +17,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from plain_scan import SCANS
 
-from opsig_cli.analysis import mining
 from opsig_cli.trajectory.file import create_trajectory
 
 MOVERS = 1000
-BLOCK = 4
-"""Rows of a block: what `mine` holds of so many samples at a time."""
 
 
 def make(path: Path, samples: int, steps: int) -> None:
@@ -57,8 +55,8 @@ def measured(*command: object) -> tuple[float, float, float, float]:
     return cpu, time.perf_counter() - begin, int(done.stderr.split()[-1]) / 2**20, len(done.stdout.splitlines())
 
 
-def memmap(path: Path, samples: int, steps: int) -> float:
-    """Seconds of CPU that the same scan over the same numbers in a raw file takes."""
+def memmap(path: Path, samples: int, steps: int) -> dict[str, float]:
+    """Seconds of CPU that plain numpy takes over the same numbers in a raw file (see `plain_scan.py`)."""
     raw = path.with_suffix(".raw")
     with h5py.File(path) as file:
         out = np.memmap(raw, np.float32, "w+", shape=(steps, samples))
@@ -66,10 +64,13 @@ def memmap(path: Path, samples: int, steps: int) -> float:
             out[first : first + 16] = file["losses/loss"][first : first + 16]
         out.flush()
     rows = np.memmap(raw, np.float32, "r", shape=(steps, samples))
-    begin = time.process_time()
-    mining.top(mining.oscillation(rows[i : i + BLOCK] for i in range(0, steps, BLOCK)).score, 2000)
+    found = []
+    for scan in SCANS.values():
+        begin = time.process_time()
+        scan(rows)
+        found.append(time.process_time() - begin)
     raw.unlink()
-    return time.process_time() - begin
+    return dict(zip(SCANS, found, strict=True))
 
 
 def main() -> None:
@@ -89,7 +90,8 @@ def main() -> None:
     ):
         cpu, wall, peak, records = measured(*command)
         print(f"{command[0]:8} {cpu:8.2f} s of CPU {wall:8.2f} s {peak:6.2f} GiB {records} records", flush=True)
-    print(f"memmap   {memmap(path, arguments.samples, arguments.steps):8.2f} s of CPU")
+    for name, seconds in memmap(path, arguments.samples, arguments.steps).items():
+        print(f"plain numpy, {name}: {seconds:8.2f} s of CPU")
 
 
 if __name__ == "__main__":

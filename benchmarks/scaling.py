@@ -3,8 +3,9 @@
     python benchmarks/scaling.py [--only samples,steps,...] [--quick]
 
 One quantity is varied at a time, each size in a process of its own, whose start-up does not count. Prints CPU seconds
-and peak memory at each size, the exponents between the two largest sizes, and the size at which 24 GB would be full if
-memory went on growing so; "-" where nothing grew that could be told from noise.
+and peak memory at each size, of both the exponent between the two largest sizes, the one that fits the three largest
+best in seconds, and the size at which 24 GB would be full if memory went on growing so; "-" where nothing grew that
+could be told from noise.
 """
 
 import argparse
@@ -125,6 +126,13 @@ def exponent(sizes: tuple[int, ...], costs: list[float]) -> str:
     return f"{math.log(costs[-1] / costs[-2]) / math.log(sizes[-1] / sizes[-2]):.2f}"
 
 
+def fitted(sizes: tuple[int, ...], costs: list[float]) -> str:
+    """That fits the three largest sizes best."""
+    if costs[-1] < SHORTEST or min(costs[-3:]) <= 0 or len(sizes) < 3:
+        return "-"
+    return f"{np.polyfit(np.log(sizes[-3:]), np.log(costs[-3:]), 1)[0]:.2f}"
+
+
 def full_at(sizes: tuple[int, ...], memory: list[float]) -> str:
     """The size at which memory is full if it goes on growing as between the last two sizes, at least linearly."""
     grown = memory[-1] - memory[-2]
@@ -148,12 +156,13 @@ def main() -> None:
         sizes = SIZES[quantity][: 2 if options.quick else None]
         costs = [_apart(BASE | {quantity: size}) for size in sizes]
         print(f"\n{quantity}: {', '.join(f'{size:,}' for size in sizes)}")
-        print(f"{'command':22}{'CPU seconds':34}{'exponent':>9}   {'MB':30}{'24 GB at':>16}")
+        print(f"{'command':22}{'CPU seconds':34}{'last':>6}{'fit':>6}   {'MB':30}{'last':>6}{'24 GB at':>16}")
         for name in costs[0]:
             seconds, memory = ([cost[name][part] for cost in costs] for part in (0, 1))
             print(
-                f"{name:22}{' '.join(f'{one:7.2f}' for one in seconds):34}{exponent(sizes, seconds):>9}   "
-                f"{' '.join(f'{one / 1e6:6.0f}' for one in memory):30}{full_at(sizes, memory):>16}",
+                f"{name:22}{' '.join(f'{one:7.2f}' for one in seconds):34}{exponent(sizes, seconds):>6}"
+                f"{fitted(sizes, seconds):>6}   {' '.join(f'{one / 1e6:6.0f}' for one in memory):30}"
+                f"{exponent(sizes, memory) if full_at(sizes, memory) != '-' else '-':>6}{full_at(sizes, memory):>16}",
                 flush=True,
             )
 

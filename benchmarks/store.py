@@ -42,14 +42,16 @@ def flushed_steps(file: h5py.File, steps: range, rows: np.ndarray) -> float:
     return seconds
 
 
-def cpu(call: Callable[[], object], repeats: int = 5) -> float:
-    """Least CPU seconds of a call."""
+def cpu(*calls: Callable[[], object], repeats: int = 15) -> np.ndarray:
+    """Least CPU seconds of each call, taken in turns."""
     spent = []
     for _ in range(repeats):
-        begin = time.process_time()
-        call()
-        spent.append(time.process_time() - begin)
-    return min(spent)
+        spent.append([])
+        for call in calls:
+            begin = time.process_time()
+            call()
+            spent[-1].append(time.process_time() - begin)
+    return np.min(spent, axis=0)
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
             file.create_dataset("loss", (0, samples), "f4", maxshape=(None, samples), chunks=chunks, fill_time="never")
             ratios = []
             for first in range(0, steps, 32):  # in turns, so that both meet the same load
-                part = range(first, first + 32)
+                part = range(first, min(first + 32, steps))
                 ratios.append((committed_steps(run, part, rows), flushed_steps(file, part, rows)))
         own, other = np.median(ratios, axis=0)
         print(
@@ -90,10 +92,10 @@ def main() -> None:
                 (
                     "full scan",
                     lambda: sum(float(block.max()) for _, block in run.blocks("losses/loss")),
-                    lambda: sum(float(block.max()) for block in np.split(memmap(), steps // 64)),
+                    lambda: sum(float(block.max()) for block in np.array_split(memmap(), max(1, steps // 64))),
                 ),
             ):
-                spent, least = cpu(mine), cpu(bare)
+                spent, least = cpu(mine, bare)
                 print(f"{name}: {spent * 1e3:.2f} ms CPU; memmap: {least * 1e3:.2f} ms: {spent / least:.2f}x")
 
 

@@ -69,7 +69,9 @@ class Training:
     (of the minibatch) as before: weight 0 leaves a sample out and no other one counts for more. Gradients longer than
     `clip_norm` are shortened to it. `label_smoothing` is what is minimised instead of the task's own; recorded losses
     stay the task's. `tracked`: the samples whose losses snapshots carry, increasing, None for all; the others' are NaN.
-    `began`: the step at which the optimizer began to count, later than 0 where a branch changed it.
+    `began`: the step at which the optimizer began to count, later than 0 where a branch changed it. `replayed`:
+    whether steps are repeated for their losses alone. Then the gradient of the last step, which no update takes, need
+    not be measured, and that of the first may be made from what another training from the same state left, to rounding.
     """
 
     optimizer: str
@@ -91,6 +93,7 @@ class Training:
     clip_norm: float | None = None
     label_smoothing: float | None = None
     began: int = 0
+    replayed: bool = False
 
 
 def minibatch(items: int, batch_size: int, seed: int, step: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -82,8 +83,13 @@ def _main(
     pass
 
 
+OBJECTS = 10_000
+"""New objects after which Python looks for circles among them: torch makes 400,000 as it loads, and none goes."""
+
+
 def run() -> None:
     """Run the command line; the entry point `opsig`."""
+    gc.set_threshold(OBJECTS)
     if not any(name in os.environ for name in WAITING):
         # Before torch loads OpenMP, whose threads spin while they wait and, beside other work, take the cores from
         # those that they wait for.

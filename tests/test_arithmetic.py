@@ -117,3 +117,18 @@ def test_products_in_bfloat16_are_not_taken_for_exact(monkeypatch):
     assert arithmetic.multiplies_exactly()
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: a.bfloat16().float().mm(b.bfloat16().float()))
     assert not arithmetic.multiplies_exactly()
+
+
+def test_attention_over_few_queries_is_not_left_to_the_fused_kernel_and_is_the_same(monkeypatch):
+    monkeypatch.setattr(arithmetic, "width", lambda: "medium")
+    before = torch.nn.functional.scaled_dot_product_attention
+    for tokens, fused in ((50, False), (arithmetic.SHORT, True)):
+        query, key, value = torch.randn(3, 2, 4, tokens, 16, generator=torch.Generator().manual_seed(0))
+        query.requires_grad_()
+        with arithmetic.calculating("cpu", print):
+            found = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        assert ("Flash" in found.grad_fn.name()) == fused
+        exact = before(query.double(), key.double(), value.double(), is_causal=True)
+        assert torch.allclose(found.double(), exact, atol=1e-6)
+    assert torch.nn.functional.scaled_dot_product_attention is before
+    assert torch.backends.cuda.flash_sdp_enabled()

@@ -437,7 +437,7 @@ def test_more_samples_than_memory_has_room_for_are_refused_before_anything_is_me
     monkeypatch.setattr("opsig_cli.studies.clustering.asked.MOST_GROUPED", 20)
     found = opsig("cluster", tiny_run, "--task", f"{tiny.__file__}:Tiny", "--top", 12)
     assert found.code == 1
-    assert "24 samples cannot be compared two by two" in found.err
+    assert "24 samples cannot be compared with each other" in found.err
     assert "Give at most 10" in found.err
 
 

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsig_cli.analysis import mining
+from opsig_cli.analysis.period_two import TILE
 
 
 def planted(steps=200, samples=50, alternating=(3, 7), seed=0):
@@ -57,8 +58,9 @@ def test_the_last_two_steps_of_a_run_are_no_alternation():
     assert mining.oscillation([losses[: first + mining.LASTS + 1]]).first_alternation == first
 
 
-def test_the_score_is_the_mean_of_second_differences_over_sixteen_steps_relative_to_all_samples():
-    losses = planted(steps=120, samples=6, alternating=(1, 4)).astype(np.float64)
+@pytest.mark.parametrize("samples", [6, TILE + 9])
+def test_the_score_is_the_mean_of_second_differences_over_sixteen_steps_relative_to_all_samples(samples):
+    losses = planted(steps=120, samples=samples, alternating=(1, samples - 2)).astype(np.float64)
     sign = (-1.0) ** np.arange(120)
     e = sign[1:-1, None] * (losses[2:] - 2 * losses[1:-1] + losses[:-2]) / 4
     changes = np.diff(losses, axis=0) ** 2
@@ -135,3 +137,12 @@ def test_only_rises_or_only_falls_count_where_asked(scan):
         assert scores["down"].score[12] > 2 * scores["up"].score[12]
     if scan is mining.variation:
         np.testing.assert_allclose(scores["up"].score + scores["down"].score, scores["both"].score, rtol=1e-5)
+
+
+def test_the_largest_scores_come_first_and_equal_ones_in_order():
+    generator = np.random.default_rng(0)
+    for count in (1, 2, 7, 40):
+        score = generator.integers(0, 5, count).astype(np.float32)
+        score[generator.random(count) < 0.2] = np.nan
+        for wanted in (0, 1, 3, count):
+            assert mining.top(score, wanted).tolist() == np.argsort(-score, kind="stable")[:wanted].tolist()

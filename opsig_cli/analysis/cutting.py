@@ -6,22 +6,34 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from opsig_cli.analysis.group_means import sums_over_groups
+from opsig_cli.analysis.agglomerating import average_linkage
+from opsig_cli.analysis.gram import Gram, Similarity
+from opsig_cli.analysis.group_means import blocks_of_sums, sizes_of
 
 CUTS = np.linspace(0.3, 0.75, 10)
 """Heights of the dendrogram (distance 1 - S) that are tried."""
 
 
-def cut_tree(similarity: np.ndarray, smallest: int, heights: np.ndarray = CUTS) -> Iterator[np.ndarray]:
+def cut_tree(similarity: Similarity, smallest: int, heights: np.ndarray = CUTS) -> Iterator[np.ndarray]:
     """Groups of at least `smallest` by average linkage, (M,) with -1 for none, at each of these heights."""
     from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
+    if isinstance(similarity, Gram):
+        count = len(similarity)
+        pairs, merged = average_linkage(similarity, 1 - float(heights.max()))
+        for cut in heights:
+            ends = pairs[merged >= 1 - cut]
+            edges = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(count, count))
+            yield drop_small(connected_components(edges, directed=False)[1], smallest)
+        return
     tree = linkage(_distances(similarity), "average")
     for cut in heights:
         yield drop_small(fcluster(tree, cut, "distance"), smallest)
 
 
-def best_cut(similarity: np.ndarray, smallest: int) -> np.ndarray:
+def best_cut(similarity: Similarity, smallest: int) -> np.ndarray:
     """The groups with the best silhouette times the share of samples in them, (M,)."""
     best, best_quality = np.full(len(similarity), -1), -np.inf
     for groups in cut_tree(similarity, smallest):
@@ -31,22 +43,25 @@ def best_cut(similarity: np.ndarray, smallest: int) -> np.ndarray:
     return best
 
 
-def silhouette(similarity_MM: np.ndarray, groups_M: np.ndarray) -> float:
+def silhouette(similarity_MM: Similarity, groups_M: np.ndarray) -> float:
     """Mean silhouette, on the distance 1 - S, of the samples in groups 0, 1, ... (-1 is none); -1 for fewer than two.
 
     Rousseeuw 1987. Groups have two members or more. It comes from sums over groups, so that no matrix is copied.
     """
-    inside = np.flatnonzero(groups_M >= 0)
-    sums_MG, sizes = sums_over_groups(similarity_MM, groups_M)
-    if len(sizes) < 2 or len(sizes) >= len(inside):
+    sizes = sizes_of(groups_M)
+    if len(sizes) < 2 or len(sizes) >= sizes.sum():
         return -1.0
-    own = groups_M[inside]
-    rows = np.arange(len(inside))
-    within = 1 - (sums_MG[inside, own] - np.diagonal(similarity_MM)[inside]) / (sizes[own] - 1)
-    between = 1 - sums_MG[inside] / sizes
-    between[rows, own] = np.inf
-    nearest = between.min(1)
-    return float(np.mean((nearest - within) / np.maximum(np.maximum(nearest, within), 1e-12)))
+    itself_M, found = similarity_MM.diagonal(), []
+    for block, sums_RG in blocks_of_sums(similarity_MM, groups_M):
+        inside = np.flatnonzero(groups_M[block] >= 0)
+        own, sums = groups_M[block][inside], sums_RG[inside]
+        rows = np.arange(len(inside))
+        within = 1 - (sums[rows, own] - itself_M[block][inside]) / (sizes[own] - 1)
+        between = 1 - sums / sizes
+        between[rows, own] = np.inf
+        nearest = between.min(1)
+        found.append((nearest - within) / np.maximum(np.maximum(nearest, within), 1e-12))
+    return float(np.mean(np.concatenate(found)))
 
 
 def drop_small(groups: np.ndarray, smallest: int) -> np.ndarray:

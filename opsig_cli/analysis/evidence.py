@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+COLUMNS = 4096
+"""Samples whose changes are held in float64 at a time."""
 NET = 0.1
 """Part of all movement below which a net change is close to zero, and no part of it says anything."""
 
@@ -130,6 +132,10 @@ def period_two(losses_TM: np.ndarray) -> float:
     >>> period_two(np.resize([[1.0], [-1.0]], (50, 1)))
     1.0
     """
-    changes = np.diff(losses_TM.astype(np.float64), axis=0)
-    power = np.sqrt((changes[1:] ** 2).sum() * (changes[:-1] ** 2).sum())
-    return round(float(-(changes[1:] * changes[:-1]).sum() / power), 12) if power > 0 else float("nan")
+    after, before, product = 0.0, 0.0, 0.0
+    for first in range(0, losses_TM.shape[1], COLUMNS):
+        changes = np.diff(losses_TM[:, first : first + COLUMNS].astype(np.float64), axis=0)
+        after, before = after + (changes[1:] ** 2).sum(), before + (changes[:-1] ** 2).sum()
+        product += (changes[1:] * changes[:-1]).sum()
+    power = np.sqrt(after * before)
+    return round(float(-product / power), 12) if power > 0 else float("nan")

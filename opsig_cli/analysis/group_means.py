@@ -1,43 +1,77 @@
 """Means of a similarity over groups. M samples, G groups.
 
-A similarity is a signed (M, M) array in [-1, 1]: +1 moves together, -1 pulls against. Groups are numbered 0 to G - 1 in
-(M,) integers, with -1 for none.
+A similarity is a signed symmetric (M, M) array in [-1, 1]: +1 moves together, -1 pulls against. Groups are numbered 0
+to G - 1 in (M,) integers, with -1 for none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+
+from opsig_cli.analysis.gram import Gram, Similarity
 
 ROWS = 512
 """Rows of a similarity that are worked on at a time."""
 
 
-def sums_over_groups(similarity: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def blocks_of_sums(similarity: Similarity, groups: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """ROWS samples at a time, and the sums of their similarity over each group, (m, G) float64."""
+    sizes = sizes_of(groups)
+    if not len(sizes):
+        return
+    members, starts = _in_order(groups, sizes)
+    totals = similarity.totals(np.split(members, starts[1:])) if isinstance(similarity, Gram) else None
+    for first in range(0, len(groups), ROWS):
+        rows = slice(first, min(first + ROWS, len(groups)))
+        if isinstance(similarity, Gram):
+            assert totals is not None
+            yield rows, similarity.sums(rows, totals)
+        else:
+            yield rows, np.add.reduceat(similarity[rows][:, members], starts, axis=1, dtype=np.float64)
+
+
+def sizes_of(groups: np.ndarray) -> np.ndarray:
+    """Members of each group, (G,)."""
+    return np.bincount(groups[groups >= 0], minlength=groups.max(initial=-1) + 1)
+
+
+def sums_over_groups(similarity: Similarity, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sums of every sample's similarity over each group, (M, G) float64, and the groups' sizes, (G,)."""
-    sizes = np.bincount(groups[groups >= 0], minlength=groups.max(initial=-1) + 1)
-    sums = np.zeros((len(groups), len(sizes)))
-    if len(sizes):
-        members, starts = _in_order(groups, sizes)
-        for first in range(0, len(groups), ROWS):
-            rows = similarity[first : first + ROWS]
-            sums[first : first + ROWS] = np.add.reduceat(rows[:, members], starts, axis=1, dtype=np.float64)
-    return sums, sizes
+    sizes = sizes_of(groups)
+    if isinstance(similarity, Gram):
+        sums = np.zeros((len(groups), len(sizes)))
+        for rows, found in blocks_of_sums(similarity, groups):
+            sums[rows] = found
+        return sums, sizes
+    sums_GM = np.zeros((len(sizes), len(groups)))
+    members, _ = _in_order(groups, sizes)
+    for first in range(0, len(members), ROWS):  # whole rows, which lie together: they are the columns as well
+        part = members[first : first + ROWS]
+        names, starts = np.unique(groups[part], return_index=True)
+        sums_GM[names] += np.add.reduceat(similarity[part], starts, axis=0, dtype=np.float64)
+    return sums_GM.transpose(), sizes
 
 
-def between_groups(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
+def between_groups(similarity_MM: Similarity, group_M: np.ndarray) -> np.ndarray:
     """Mean similarity of every two groups' members, (G, G) float64; on the diagonal each member's with itself counts.
 
     >>> between_groups(np.eye(3), np.array([0, 0, 1])).tolist()
     [[0.5, 0.0], [0.0, 1.0]]
     """
-    sums_MG, sizes = sums_over_groups(similarity_MM, group_M)
+    sizes = sizes_of(group_M)
     if not len(sizes):
         return np.zeros((0, 0))
     members, starts = _in_order(group_M, sizes)
+    if isinstance(similarity_MM, Gram):
+        totals = similarity_MM.totals(np.split(members, starts[1:]))
+        return similarity_MM.scale * (totals @ totals.T) / np.outer(sizes, sizes)
+    sums_MG, _ = sums_over_groups(similarity_MM, group_M)
     return np.add.reduceat(sums_MG[members], starts, axis=0) / np.outer(sizes, sizes)
 
 
-def group_means(similarity_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
+def group_means(similarity_MM: Similarity, group_M: np.ndarray) -> np.ndarray:
     """Every sample's mean similarity with each group's members, itself among them, (M, G) float64.
 
     >>> group_means(np.eye(3), np.array([0, 0, -1])).tolist()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opsig_cli.analysis.cutting import best_cut, drop_small
+from opsig_cli.analysis.gram import Gram, Similarity
 from opsig_cli.analysis.group_means import ROWS, between_groups
 from opsig_cli.analysis.pairing import OPPOSES, alignments, oppose, pairs_of
 
@@ -61,7 +62,7 @@ class Grouping:
 
 
 def group_by_similarity(
-    similarity_MM: np.ndarray, smallest: int = SMALLEST, likeness_MM: np.ndarray | None = None
+    similarity_MM: Similarity, smallest: int = SMALLEST, likeness_MM: Similarity | None = None
 ) -> Grouping:
     """Sides by average linkage on a signed distance, then each side matched with the one that it opposes most.
 
@@ -80,15 +81,25 @@ def group_by_similarity(
     count = len(similarity_MM)
     if count < 2:
         raise ValueError(f"{count} samples cannot be grouped: at least two are needed")
-    similarity = similarity_MM if np.isfinite(similarity_MM).all() else known(similarity_MM)
+    similarity = similarity_MM
+    if not isinstance(similarity_MM, Gram) and not np.isfinite(similarity_MM).all():
+        similarity = known(similarity_MM)
     if likeness_MM is None:
         return _without_weak(similarity, best_cut(similarity, smallest), smallest)
-    affinity = (1 - LOOKS) * similarity
-    for first in range(0, count, ROWS):
-        affinity[first : first + ROWS] += LOOKS * likeness_MM[first : first + ROWS]
-    found = _without_weak(similarity, best_cut(affinity, smallest), smallest, LOOSE)
-    del affinity
+    chosen = best_cut(_affinity(similarity, likeness_MM), smallest)
+    found = _without_weak(similarity, chosen, smallest, LOOSE)
     return _without_weak(similarity, _merged(similarity, likeness_MM, found.group_M), smallest, LOOSE)
+
+
+def _affinity(similarity: Similarity, likeness: Similarity) -> Similarity:
+    """What is cut: similarity and likeness, weighted."""
+    if isinstance(similarity, Gram) and isinstance(likeness, Gram):
+        parts = (((1 - LOOKS) * similarity.scale, similarity.rows_MD), (LOOKS * likeness.scale, likeness.rows_MD))
+        return Gram(np.concatenate([rows * np.float32(np.sqrt(weight)) for weight, rows in parts], 1))
+    affinity = (1 - LOOKS) * similarity[:]
+    for first in range(0, len(affinity), ROWS):
+        affinity[first : first + ROWS] += LOOKS * likeness[first : first + ROWS]
+    return affinity
 
 
 def known(values: np.ndarray, copy: bool = True) -> np.ndarray:
@@ -101,7 +112,7 @@ def known(values: np.ndarray, copy: bool = True) -> np.ndarray:
 
 
 def pair_anew(
-    similarity_MM: np.ndarray, grouping: Grouping, preferred_GG: np.ndarray, below_GG: np.ndarray | None = None
+    similarity_MM: Similarity, grouping: Grouping, preferred_GG: np.ndarray, below_GG: np.ndarray | None = None
 ) -> Grouping:
     """The same groups, paired among those that are preferred first; `below_GG`: see `pairing.opposing`.
 
@@ -121,7 +132,7 @@ def pair_anew(
     return Grouping(groups, partner_G, alignments(similarity_MM, groups, partner_G))
 
 
-def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int, loose: float | None = None) -> Grouping:
+def _without_weak(similarity: Similarity, groups: np.ndarray, smallest: int, loose: float | None = None) -> Grouping:
     """The groups with partners, without the members that do not align with them."""
     while True:  # leaving members out changes the means that others are held against
         partner_G = oppose(similarity, groups)
@@ -137,7 +148,7 @@ def _without_weak(similarity: np.ndarray, groups: np.ndarray, smallest: int, loo
         groups = kept
 
 
-def _merged(similarity: np.ndarray, likeness: np.ndarray, group_M: np.ndarray) -> np.ndarray:
+def _merged(similarity: Similarity, likeness: Similarity, group_M: np.ndarray) -> np.ndarray:
     """Groups of which those that move together and look alike (see MERGES and ALIKE) are made one, (M,)."""
     groups = group_M.copy()
     sizes = np.bincount(groups[groups >= 0])
@@ -234,6 +245,18 @@ def correlation(series_TM: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         centred /= np.linalg.norm(centred, axis=0)
     return centred.T @ centred
+
+
+def change_rows(losses_TM: np.ndarray) -> Gram:
+    """The same by rows, without forming it: what a sample that never moves has in common with others is 0."""
+    rows_MD = np.empty((losses_TM.shape[1], len(losses_TM) - 1), np.float32)
+    for first in range(0, len(rows_MD), ROWS):
+        changes = np.diff(losses_TM[:, first : first + ROWS].astype(np.float64), axis=0)
+        changes -= changes.mean(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            changes /= np.linalg.norm(changes, axis=0)
+        rows_MD[first : first + ROWS] = known(changes, copy=False).T
+    return Gram(rows_MD)
 
 
 def spread(first: int, last: int, available: np.ndarray, count: int) -> np.ndarray:

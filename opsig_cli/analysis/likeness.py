@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from opsig_cli.analysis.gram import Gram, Similarity
 from opsig_cli.analysis.group_means import between_groups
 
 ALIKE = 0.8
@@ -16,7 +17,7 @@ The same for every task: it holds likeness against itself, so that it does not k
 tight features are. Sides with one planted feature have .88 to 1.00 on images, opposing labels without one .2 to .6."""
 
 
-def alike_between(likeness_MM: np.ndarray, group_M: np.ndarray) -> np.ndarray:
+def alike_between(likeness_MM: Similarity, group_M: np.ndarray) -> np.ndarray:
     """Mean likeness across every two groups over the geometric mean of that within each, (G, G).
 
     A sample's likeness with itself does not count. Groups whose members are less alike than any two samples are, in
@@ -38,8 +39,10 @@ def alike_groups(between_GG: np.ndarray, sizes: np.ndarray, typical: float) -> n
     return between_GG / np.maximum(np.outer(own, own), typical)
 
 
-def typical_likeness(likeness_MM: np.ndarray) -> float:
+def typical_likeness(likeness_MM: Similarity) -> float:
     """Root mean square likeness of two samples."""
+    if isinstance(likeness_MM, Gram):
+        return max(float(np.sqrt(likeness_MM.mean_square())), 1e-12)
     count = len(likeness_MM)
     total = float(np.einsum("ij,ij->", likeness_MM, likeness_MM, dtype=np.float64))
     total -= float((np.diagonal(likeness_MM).astype(np.float64) ** 2).sum())

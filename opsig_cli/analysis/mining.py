@@ -6,21 +6,15 @@ is bounded by a few blocks and does not depend on T.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-WIDTH = 16
-"""W: steps that the oscillation score averages over; a power of two."""
+from opsig_cli.analysis.period_two import ALTERNATES, TILE, WIDTH, Swings, swings
 
-ALTERNATES = 0.75
-"""An alternation above this is period two: white noise gives 0.35, a smooth curve next to 0, and losses that only fall,
-however unevenly, at most the root of a half."""
 LASTS = 8
 """Rows in succession that must alternate so that a run is said to: one spike moves the means of W rows."""
-
-_TILE = 4096  # samples worked on at a time, so that a tile's arrays stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -140,18 +134,26 @@ def oscillation(blocks: Iterable[np.ndarray], direction: str = "both") -> Moveme
     best = _Best()
     means: list[np.ndarray] = []
     alternation: list[np.ndarray] = []
-    for rows, start in _overlapping(blocks, WIDTH + 1, means):
-        swings, ratio = _swings(rows, start)
-        if direction == "both":
-            sizes = np.abs(swings, out=swings)
-        else:  # the last change in a mean goes up where the second difference behind its last e is negative
-            last = (start + WIDTH + np.arange(len(swings))) % 2 * 2 - 1
-            sizes = sizes_of(swings * last[:, None].astype(np.float32), direction)
-        # The last e in a mean is centred one row before the newest: that row is the change that is reported.
-        best.update(sizes, rows[WIDTH : WIDTH + len(sizes)], rows[WIDTH - 1 : WIDTH - 1 + len(sizes)], start + WIDTH)
-        alternation.append(ratio)
+    lines: list[np.ndarray] = []  # rows of the piece, and two before it
+    start = 0
+    for found, rows in swings(blocks):
+        lines = [*lines[-2:], *rows]
+        first = start + len(rows) - len(lines)
+        # The last second difference in a mean is centred one row before the newest: that row's change is reported.
+        known = max(0, WIDTH + 1 - start)
+        if start <= WIDTH + 1 < start + len(rows):
+            best.begin(WIDTH, lines[WIDTH - first], lines[WIDTH - 1 - first])
+        if (found.alternation_R[known:] > ALTERNATES).any():
+            columns, at, score = _larger(found, known, direction, best.score)
+            best.put(columns, score, start - 1 + at, lines, first)
+        means.append(found.mean_R)
+        alternation.append(found.alternation_R)
+        start += len(rows)
+        lines, rows = lines[-2:], []  # the rest need not be held while the next are read
+    if start < WIDTH + 2:
+        raise ValueError(f"{start} rows are too few: at least {WIDTH + 2} are needed")
     undefined = np.full(WIDTH, np.nan)
-    return best.movement(means, np.concatenate([undefined, *alternation, undefined[:1]]))
+    return best.movement(means, np.concatenate([undefined, np.concatenate(alternation)[WIDTH + 1 :], undefined[:1]]))
 
 
 def _overlapping(
@@ -172,46 +174,45 @@ def _overlapping(
         raise ValueError(f"{0 if carry is None else len(carry)} rows are too few: at least {overlap + 1} are needed")
 
 
-def _swings(rows: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-    """Moving means of e over W steps, (R - W - 1, S), and the alternation, (R - W - 1,).
-
-    The means have unit root mean square over samples, and are 0 at times that do not alternate.
-    """
-    count = len(rows) - WIDTH - 1
-    swings = np.empty((count, rows.shape[1]), np.float32)
-    sign = np.where((start + 1 + np.arange(len(rows) - 2)) % 2, -0.25, 0.25).astype(np.float32)[:, None]
-    movement = np.zeros(len(rows) - 1)
-    for first in range(0, rows.shape[1], _TILE):
-        tile = rows[:, first : first + _TILE]
-        changes = tile[1:] - tile[:-1]
-        e = changes[1:] - changes[:-1]
-        e *= sign
-        movement += np.einsum("ts,ts->t", changes, changes) / 4  # at period two a change is twice the amplitude
-        swings[:, first : first + _TILE] = _moving_sums(e)
-    swings /= WIDTH
-    power = np.einsum("ts,ts->t", swings, swings, dtype=np.float64)
-    movement = (movement[1:] + movement[:-1]) / 2  # each e is of two changes, and at most as large as both are
-    total = np.convolve(movement, np.full(WIDTH, 1 / WIDTH), "valid")
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.sqrt(power / total)
-        scale = 1 / np.sqrt(power / rows.shape[1])
-    swings *= np.where(ratio > ALTERNATES, scale, 0).astype(np.float32)[:, None]
-    return swings, ratio
+def _larger(
+    found: Swings, known: int, direction: str, score_S: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The samples whose swing, over the spread, is above their score in a row of a piece from `known` on that
+    alternates, and where it is largest: columns, rows of the piece, and scores, (N,) each."""
+    with np.errstate(divide="ignore"):
+        factor = np.where(found.alternation_R > ALTERNATES, 1 / found.spread_R, 0).astype(np.float32)
+    factor[:known] = 0
+    if direction == "up":  # the change goes up where the second difference that it ends is negative
+        factor = -factor
+    columns, rows, scores = [], [], []
+    for first in range(0, len(score_S), TILE):
+        sizes = found.swing_RS[:, first : first + TILE] * factor[:, None]
+        if direction == "both":
+            np.abs(sizes, out=sizes)
+        better = np.flatnonzero(sizes.max(axis=0) > score_S[first : first + TILE])
+        row = sizes[:, better].argmax(axis=0)
+        columns.append(first + better)
+        rows.append(row)
+        scores.append(sizes[row, better])
+    return np.concatenate(columns), np.concatenate(rows), np.concatenate(scores)
 
 
 class _Best:
     """The largest score of every sample so far, and where it was."""
 
+    score: np.ndarray
+    place: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
     def __init__(self) -> None:
-        self.score: np.ndarray | None = None
+        self._begun = False
 
     def update(self, sizes: np.ndarray, after: np.ndarray, before: np.ndarray, start: int) -> None:
         """Fold in (R, S) scores of rows `start` on, with the losses after and before each."""
-        if self.score is None:
-            self.score = np.full(sizes.shape[1], -1, np.float32)
-            self.place = np.zeros(sizes.shape[1], np.int64)
-            self.before, self.after = (np.zeros(sizes.shape[1], np.float32) for _ in range(2))
-        assert self.score is not None
+        if not self._begun:
+            self.begin(0, np.zeros(sizes.shape[1]), np.zeros(sizes.shape[1]))
+            self.score[:] = -1
         better = np.flatnonzero(sizes.max(axis=0) > self.score)
         if not better.size:
             return
@@ -221,8 +222,23 @@ class _Best:
         self.after[better] = after[row, better]
         self.before[better] = before[row, better]
 
+    def begin(self, place: int, after: np.ndarray, before: np.ndarray) -> None:
+        """Every sample has the score 0, at one row."""
+        self._begun = True
+        self.score = np.zeros(len(after), np.float32)
+        self.place = np.full(len(after), place, np.int64)
+        self.after, self.before = (np.array(losses, np.float32) for losses in (after, before))
+
+    def put(
+        self, columns: np.ndarray, score: np.ndarray, place: np.ndarray, lines: Sequence[np.ndarray], first: int
+    ) -> None:
+        """Give some samples a larger score, at rows that `lines`, rows (S,) from `first` on, have and those before."""
+        self.score[columns], self.place[columns] = score, place
+        for at in np.unique(place).tolist():
+            here = columns[place == at]
+            self.after[here], self.before[here] = lines[at - first][here], lines[at - 1 - first][here]
+
     def movement(self, means: list[np.ndarray], alternation_T: np.ndarray) -> Movement:
-        assert self.score is not None
         return Movement(self.score, self.place, self.before, self.after, np.concatenate(means), alternation_T)
 
 
@@ -232,4 +248,8 @@ def top(score: np.ndarray, count: int) -> np.ndarray:
     >>> top(np.array([1.0, 3.0, 3.0, 2.0]), 3).tolist()
     [1, 2, 3]
     """
-    return np.argsort(-score, kind="stable")[:count]
+    order = -score
+    if count < len(score):  # only those that reach the last of them are put in order
+        within = np.flatnonzero(~(order > np.partition(order, count - 1)[count - 1])) if count else np.arange(0)
+        return within[np.argsort(order[within], kind="stable")[:count]]
+    return np.argsort(order, kind="stable")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from opsig_cli.analysis.group_means import between_groups, sums_over_groups
+from opsig_cli.analysis.gram import Similarity
+from opsig_cli.analysis.group_means import between_groups, blocks_of_sums, sizes_of
 from opsig_cli.analysis.likeness import ALIKE
 
 OPPOSES = -0.15
 """Two groups can be a pair where their mean similarity is below this."""
+GAIN = 1e-9
+"""An exchange of partners must make the sum of the weights larger by more than this."""
 OPPOSES_ALIKE = -0.05
 """The same of two that look alike, where samples have labels: of a feature under L labels softmax takes from one what
 it gives to L - 1 others, so that the cosine across is at most that within over L - 1."""
@@ -24,7 +27,7 @@ def opposing(alike: np.ndarray | float, labelled: bool = True) -> np.ndarray:
 
 
 def oppose(
-    similarity: np.ndarray, groups: np.ndarray, allowed_GG: np.ndarray | None = None, below_GG: np.ndarray | None = None
+    similarity: Similarity, groups: np.ndarray, allowed_GG: np.ndarray | None = None, below_GG: np.ndarray | None = None
 ) -> np.ndarray:
     """Each group's partner, (G,), -1 for none: the pairs whose mean similarities are the most negative in sum.
 
@@ -65,6 +68,10 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
     for a, b in pairs_of(partner):
         if partner[a] != b:
             continue
+        gains = weight[[a, b]]
+        gains[0, b] = gains[1, a] = 0
+        if gains.max(1).sum() - weight[a, b] <= GAIN:  # nor could the best c and d, were they free
+            continue
         chosen = (weight[a] > 0) | (weight[b] > 0)  # others cannot gain anything
         chosen[np.flatnonzero((partner < 0) & ~chosen)[:1]] = True  # one may be needed to leave a group alone
         others = partner[chosen]
@@ -81,24 +88,26 @@ def _exchange(weight: np.ndarray, partner: np.ndarray) -> bool:
         gain -= np.where(paired, weight[near[:, None], near], 0)
         gain = np.where(allowed, gain, 0)
         c, d = np.unravel_index(gain.argmax(), gain.shape)
-        if gain[c, d] > 1e-9:
+        if gain[c, d] > GAIN:
             for x, y in ((a, near[c]), (b, near[d])):
                 partner[x], partner[y] = (y, x) if weight[x, y] else (-1, -1)
             changed = True
     return changed
 
 
-def alignments(similarity: np.ndarray, groups: np.ndarray, partner_G: np.ndarray) -> np.ndarray:
-    sums_MG, sizes = sums_over_groups(similarity, groups)
+def alignments(similarity: Similarity, groups: np.ndarray, partner_G: np.ndarray) -> np.ndarray:
+    """Every member's mean similarity with its group and minus that with its partner, (M,); NaN for none."""
+    sizes, itself_M = sizes_of(groups), similarity.diagonal()
     alignment = np.full(len(groups), np.nan)
-    inside = np.flatnonzero(groups >= 0)
-    own = groups[inside]
-    other = partner_G[own]
-    paired = other >= 0
-    total = sums_MG[inside, own] - np.diagonal(similarity)[inside]
-    total[paired] -= sums_MG[inside[paired], other[paired]]
-    number = sizes[own] - 1 + np.where(paired, sizes[other], 0)
-    alignment[inside] = total / np.maximum(number, 1)
+    for block, sums_RG in blocks_of_sums(similarity, groups):
+        inside = np.flatnonzero(groups[block] >= 0)
+        own, sums = groups[block][inside], sums_RG[inside]
+        other = partner_G[own]
+        paired = other >= 0
+        total = sums[np.arange(len(inside)), own] - itself_M[block][inside]
+        total[paired] -= sums[paired, other[paired]]
+        number = sizes[own] - 1 + np.where(paired, sizes[other], 0)
+        alignment[inside + block.start] = total / np.maximum(number, 1)
     return alignment
 
 

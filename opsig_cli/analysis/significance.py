@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from opsig_cli.analysis.cutting import cut_tree
+from opsig_cli.analysis.evidence import COLUMNS
+from opsig_cli.analysis.gram import Similarity
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.grouping import LOOKS, SMALLEST, Grouping, correlation, group_by_similarity
 from opsig_cli.analysis.likeness import ALIKE, alike_between, alike_groups, typical_likeness
@@ -85,7 +87,7 @@ def p_value(value: float, null: np.ndarray) -> float:
 
 
 def gaussian_null(
-    similarity_MM: np.ndarray, likeness_MM: np.ndarray | None, labels_M: np.ndarray | None, rounds: int = ROUNDS,
+    similarity_MM: Similarity, likeness_MM: Similarity | None, labels_M: np.ndarray | None, rounds: int = ROUNDS,
     smallest: int = SMALLEST, seed: int = 0, total: int | None = None, in_rounds: Rounds = one_after_the_other,
 ) -> Null:  # fmt: skip
     """The null of samples that share no feature: looks from one Gaussian, under the labels that there are.
@@ -123,6 +125,7 @@ def gaussian_rounds(
     count: int, below: float, smallest: int, seed: int, rounds: range,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Strongest group and pair of some rounds of `gaussian_null`, from what is fitted there."""
+    from scipy.linalg import qr
 
     def drawn(generator: np.random.Generator) -> Draw:
         rows = generator.standard_normal((count, len(spread))) * spread
@@ -130,9 +133,12 @@ def gaussian_rounds(
         looks = rows @ rows.T
         if looks_alone:
             return looks, looks, looks, None
-        code = np.ix_(*[codes[generator.integers(0, len(codes), count)]] * 2)
-        turn = np.linalg.qr(generator.standard_normal((count, count)))[0]
-        aligned = np.clip(offset[code] + slope[code] * looks + (turn * rest) @ turn.T, -1, 1)
+        code = codes[generator.integers(0, len(codes), count)]
+        # numpy has no such decomposition in float32, which takes half the time
+        normals = generator.standard_normal((count, count)).astype(np.float32)
+        turn = np.asarray(qr(normals, mode="economic", check_finite=False)[0])
+        aligned = offset[code][:, code] + slope[code][:, code] * looks + (turn * rest.astype(np.float32)) @ turn.T
+        np.clip(aligned, -1, 1, out=aligned)
         np.fill_diagonal(aligned, 1)
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
@@ -182,10 +188,11 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
     """
     count = min(MOST_IN_NULL, losses_TM.shape[1])
     steps = len(losses_TM) - 1
-    changes = np.diff(losses_TM.astype(np.float64), axis=0)
     # what a shuffle keeps: found once for all rounds
-    sizes_FM = np.abs(np.fft.rfft(changes, axis=0)).astype(np.float32)
-    means_M = changes.mean(0)
+    sizes_FM, means_M = np.empty((steps // 2 + 1, losses_TM.shape[1]), np.float32), np.empty(losses_TM.shape[1])
+    for some in np.array_split(np.arange(losses_TM.shape[1]), losses_TM.shape[1] // COLUMNS + 1):
+        changes = np.diff(losses_TM[:, some].astype(np.float64), axis=0)
+        sizes_FM[:, some], means_M[some] = np.abs(np.fft.rfft(changes, axis=0)), changes.mean(0)
 
     def surrogates(generator: np.random.Generator) -> Draw:
         chosen = generator.choice(losses_TM.shape[1], count, replace=False)
@@ -286,7 +293,7 @@ def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = R
 
 
 def resampled(
-    similarity_MM: np.ndarray, grouping: Grouping, smallest: int = SMALLEST, likeness_MM: np.ndarray | None = None,
+    similarity_MM: Similarity, grouping: Grouping, smallest: int = SMALLEST, likeness_MM: Similarity | None = None,
     labelled: bool = False, rounds: int = 10, seed: int = 0, in_rounds: Rounds = one_after_the_other,
 ) -> Stability:  # fmt: skip
     """How well groups and pairs come back when four fifths of the samples (at most MOST_DRAWN) are grouped anew.
@@ -307,7 +314,7 @@ def resampled(
 
 
 def resampled_rounds(
-    similarity_MM: np.ndarray, likeness_MM: np.ndarray | None, group_M: np.ndarray, groups: int, pair_N2: np.ndarray,
+    similarity_MM: Similarity, likeness_MM: Similarity | None, group_M: np.ndarray, groups: int, pair_N2: np.ndarray,
     labelled: bool, smallest: int, seed: int, rounds: range,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """How well every group, (R, G), and every one of N pairs of them, (R, N), come back in some rounds of

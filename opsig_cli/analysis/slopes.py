@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opsig_cli.analysis.cutting import cut_tree, silhouette
+from opsig_cli.analysis.gram import Gram, Similarity, formed
 
 HALF = 0.5
 """Part of the squared slopes of one sign that an end holds."""
@@ -115,14 +116,15 @@ def coordinates(scaled_CSK: np.ndarray, count: int) -> np.ndarray:
     return (rows / np.where(norm > 0, norm, 1)).astype(np.float32)
 
 
-def similarity(coordinates_CMK: np.ndarray) -> np.ndarray:
-    """Cosines of the coordinates of every two samples, averaged over checkpoints, (M, M) float32.
+def similarity(coordinates_CMK: np.ndarray) -> Similarity:
+    """Cosines of the coordinates of every two samples, averaged over checkpoints, (M, M) float32; of more than are
+    formed by rows.
 
     >>> similarity(coordinates(np.array([[[1.0, 0.0], [-2.0, 0.0]]]), 2)).tolist()
     [[1.0, -1.0], [-1.0, 1.0]]
     """
     rows = np.concatenate(list(coordinates_CMK), 1) / np.sqrt(len(coordinates_CMK)).astype(np.float32)
-    return rows @ rows.T
+    return rows @ rows.T if formed(len(rows)) else Gram(rows)
 
 
 def structure(scaled_CMK: np.ndarray, smallest: int, seed: int = 0) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,25 +14,23 @@ LINE = 0.12
 """Inches that a name needs; groups that are smaller have none in the matrix of samples."""
 MOST_NUMBERS = 20
 """Groups up to which the cosines of opposing pairs are written."""
+MOST_DRAWN = 4000
+"""Samples that a matrix is drawn of: of more every so many."""
 
 
 def alignment_block(
-    similarity_MM: np.ndarray, group_M: np.ndarray, names: Sequence[str], pairs: Sequence[tuple[int, int]],
-    measure: str = "cosine",
+    similarity_MM: Any, means_GG: np.ndarray, group_M: np.ndarray, names: Sequence[str],
+    pairs: Sequence[tuple[int, int]], measure: str = "cosine",
 ) -> list[Block]:  # fmt: skip
     """The matrix of similarities ordered by group, and the mean similarity of every two groups with pairs framed.
 
-    `group_M`: group of every sample, -1 for none (left out); `names` (G,).
+    `similarity_MM`: an array, or what gives blocks as one does; `means_GG` of every two groups; `group_M`: group of
+    every sample, -1 for none (left out); `names` (G,).
     """
     groups = len(names)
     order = np.concatenate([np.flatnonzero(group_M == group) for group in range(groups)] or [np.empty(0, int)])
     sizes = np.array([(group_M == group).sum() for group in range(groups)])
-    means = np.array(
-        [
-            [similarity_MM[np.ix_(group_M == a, group_M == b)].mean() for b in range(groups)]
-            for a in range(groups)
-        ]
-    )  # fmt: skip
+    shown = order[:: len(order) // MOST_DRAWN + 1]
 
     def draw(area: Area) -> None:
         from matplotlib.colors import LinearSegmentedColormap
@@ -40,7 +39,9 @@ def alignment_block(
         colours = LinearSegmentedColormap.from_list("sides", [SIDES[1], "white", SIDES[0]])  # as on the page
         style = {"cmap": colours, "vmin": -1, "vmax": 1, "interpolation": "nearest", "aspect": "equal"}
         left = area.axes(MARGIN + 0.9, 0.1, SIDE, SIDE)
-        left.imshow(similarity_MM[np.ix_(order, order)], **style)
+        left.imshow(
+            similarity_MM[np.ix_(shown, shown)], extent=(-0.5, len(order) - 0.5, len(order) - 0.5, -0.5), **style
+        )
         edges = np.cumsum(sizes) - 0.5
         for edge in edges[:-1]:
             left.axhline(edge, color="black", linewidth=0.4)
@@ -49,13 +50,13 @@ def alignment_block(
         left.set(yticks=(edges - sizes / 2)[room], xticks=[], xlabel="samples, in order of group")
         _tick_names(left, [names[group] for group in room.tolist()])
         right = area.axes(WIDTH - MARGIN - SIDE - 0.7, 0.1, SIDE, SIDE)
-        image = right.imshow(means, **style)
+        image = right.imshow(means_GG, **style)
         for a, b in pairs:
             for x, y in ((a, b), (b, a)):
                 right.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.6))
                 if groups <= MOST_NUMBERS:
                     right.text(
-                        x, y, typeset(f"{means[a, b]:.1f}".replace("0.", ".")), ha="center", va="center", fontsize=6
+                        x, y, typeset(f"{means_GG[a, b]:.1f}".replace("0.", ".")), ha="center", va="center", fontsize=6
                     )
         right.set(
             yticks=range(groups),

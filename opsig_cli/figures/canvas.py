@@ -217,4 +217,6 @@ def wrapped(words: str, width: float, size: float) -> list[str]:
 
 def visible(text: str) -> str:
     """Text in which characters that do not print are replaced; line breaks stay."""
+    if text.isprintable():  # nearly all are: pictures within a page are texts of thousands of characters
+        return text
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\n" else c for c in text)

@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +34,10 @@ def thumbnail(pixels: np.ndarray, largest: int = LARGEST) -> str:
     return _uri(image) if max(image.size) <= EXACT else _compressed(image.convert("RGB"))
 
 
-def matrix_image(similarity_MM: np.ndarray, order: np.ndarray) -> str:
+def matrix_image(similarity_MM: Any, order: np.ndarray) -> str:
     """Similarities of the samples in this order as a data URI; nothing is transparent, so that it fits any page.
 
+    `similarity_MM`: an array, or what gives blocks as one does.
     More samples than MATRIX are averaged in blocks.
     """
     from PIL import Image

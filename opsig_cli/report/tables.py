@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.records import write
 from opsig_cli.report import words
 from opsig_cli.report.images import matrix_image, spread_names
@@ -96,7 +97,7 @@ def matrix(clusters: Clusters, groups: Sequence[Mapping[str, Any]]) -> dict[str,
     first = [0.0, *borders]
     chosen = sorted(sorted(range(len(groups)), key=lambda g: (groups[g]["pair"] is None, -sizes[g]))[:BLOCKS])
     pairs = {frozenset((a, b)) for a, b in clusters.grouping.pairs()}
-    means = [[float(similarity_MM[np.ix_(inside[a], inside[b])].mean()) for b in chosen] for a in chosen]
+    means = between_groups(similarity_MM, group_M)[np.ix_(*[[groups[g]["group"] - 1 for g in chosen]] * 2)].tolist()
     return {
         "image": matrix_image(similarity_MM, np.concatenate(inside)),
         "count": sum(sizes),

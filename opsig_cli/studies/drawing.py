@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opsig_cli.analysis.density import smoothed_density
+from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.figures.alignment import alignment_block
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
@@ -169,7 +170,8 @@ def draw_pairs(
     group_M = np.array([place.get(int(group), -1) for group in found.group_M], np.int64)
     framed = [(place[a - 1], place[b - 1]) for a, b in (record["groups"] for record in pairs)]
     kind = "correlation of loss changes" if clusters.by == "loss" else "cosine of gradients"
-    matrix = alignment_block(clusters.similarity_MM, group_M, names, framed, kind)
+    means_GG = between_groups(clusters.similarity_MM, group_M)
+    matrix = alignment_block(clusters.similarity_MM, means_GG, group_M, names, framed, kind)
     return pairs_figure(
         panels, steps, whole, title, close_up(steps, rise), matrix if names else [],
         ". ".join(filter(None, (_how(clusters), pictures.words))),

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+ARRAY = {"dtype", "shape", "place"}
 KINDS = "biufU"
 """Of the arrays that are packed: numbers and text."""
 
@@ -64,9 +65,11 @@ def _built(kind: Any, tree: Any, data: memoryview) -> Any:
     if origin in (Union, types.UnionType):
         if tree is None and type(None) in inner:
             return None
-        (only,) = (part for part in inner if part is not type(None))
+        parts = [part for part in inner if part is not type(None)]
+        array = isinstance(tree, dict) and tree.keys() == ARRAY
+        (only,) = parts if len(parts) == 1 else (part for part in parts if (part is np.ndarray) == array)
         return _built(only, tree, data)
-    if isinstance(tree, dict) and tree.keys() == {"dtype", "shape", "place"}:
+    if isinstance(tree, dict) and tree.keys() == ARRAY:
         return _array(tree, data) if kind is np.ndarray else _array(tree, data)[()]
     if is_dataclass(kind):
         hints = get_type_hints(kind)

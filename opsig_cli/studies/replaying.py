@@ -16,22 +16,28 @@ from opsig_cli.studies.training import StopRequest, training_of
 def replay(
     session: Session, settings: Settings, start: State, steps: int, weights: np.ndarray | None = None,
     wants_losses: Callable[[int], bool] = lambda step: True, wants_state: Callable[[int], bool] = lambda step: False,
+    tracked: np.ndarray | None = None, alone: bool = False,
 ) -> Iterator[Snapshot]:  # fmt: skip
-    """Snapshots of `steps` steps from `start`, its own included, as the run's settings say; every one has losses (S,).
+    """Snapshots of `steps` steps from `start`, its own included, as the run's settings say; every one has losses (S,),
+    of the `tracked` samples alone where these are given. `alone`: they are all that is wanted (`Training.replayed`).
 
     `weights` (S,) multiply the samples' losses in what is minimised. Ends before the first step that is not finite. On
     the CPU, without weights and with the run's own settings, it is the run bit for bit.
     """
-    plan = training_of(replace(settings, steps=start.step + steps), StopRequest(), weights)
-    for snapshot in session.train(replace(plan, wants_losses=wants_losses, wants_state=wants_state), start):
-        if not is_finite(snapshot, session):
+    plan = training_of(replace(settings, steps=start.step + steps), StopRequest(), weights, tracked=tracked)
+    plan = replace(plan, wants_losses=wants_losses, wants_state=wants_state, replayed=alone)
+    for snapshot in session.train(plan, start):
+        if not is_finite(snapshot, session, tracked):
             return
         yield snapshot
 
 
-def is_finite(snapshot: Snapshot, session: Session) -> bool:
-    """Whether the losses of a step are finite, of the samples that have one."""
+def is_finite(snapshot: Snapshot, session: Session, tracked: np.ndarray | None = None) -> bool:
+    """Whether the losses of a step are finite, of the samples that have one and are tracked."""
     if not math.isfinite(snapshot.train_loss):
         return False
-    finite = True if snapshot.losses is None else np.isfinite(snapshot.losses)
-    return bool(np.all(finite)) or bool(np.all(finite | ~targets_of(session)))
+    if snapshot.losses is None:
+        return True
+    asked = slice(None) if tracked is None else tracked
+    finite = np.isfinite(snapshot.losses)[asked]
+    return bool(np.all(finite)) or bool(np.all(finite | ~targets_of(session)[asked]))

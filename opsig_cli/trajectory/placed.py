@@ -14,7 +14,7 @@ import numpy as np
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.trajectory.checking import DamagedRows, named_steps, row_checksums
-from opsig_cli.trajectory.chunks import Chunks
+from opsig_cli.trajectory.chunks import Chunks, Room
 from opsig_cli.trajectory.datasets import Datasets
 from opsig_cli.trajectory.rows import Rows, consecutive, fill_of, from_bfloat16
 from opsig_cli.trajectory.schema import ROW_GROUPS, field_of, is_wide
@@ -23,6 +23,8 @@ from opsig_cli.trajectory.store import RedoFile
 
 BLOCK_BYTES = 16 << 20
 """Bound on the memory that one block of rows takes."""
+HANDY_BYTES = 4 << 20
+"""What a block takes where that is four rows or more: it is still in the processor's cache when it is looked at."""
 
 
 class PlacedRows(Datasets):
@@ -33,17 +35,20 @@ class PlacedRows(Datasets):
         self._groups: dict[str, Rows] = {}
         self._checked: dict[str, np.ndarray] = {}
         self._checked_narrow: dict[str, np.ndarray] = {}
+        self._all_stated: dict[str, np.ndarray | None] = {}
         self._chunks: dict[str, Chunks | None] = {}
+        self._room = Room()
         self._unsighted = np.empty(0, np.int64)  # places of sightings that are not presented
         self._sighted_in_order: tuple[int, bool] = (0, True)  # of so many sightings: whether they are in order of step
 
     # -- is it whole
 
-    def _held(self, name: str, places: np.ndarray) -> np.ndarray:
-        """The rows at these places as the file holds them, (N, ...), held against their checksums."""
+    def _held(self, name: str, places: np.ndarray, room: Room | None = None) -> np.ndarray:
+        """The rows at these places as the file holds them, (N, ...), held against their checksums; in an array of
+        `room`'s, where that is given."""
         group = group_of(name)
         try:
-            raw = self._gather(name, places)
+            raw = self._gather(name, places, room)
         except OpsigError:
             self._hold(group, places)  # names the steps
             raise
@@ -119,9 +124,9 @@ class PlacedRows(Datasets):
         apart = columns.pop(f"{group}/wide_checksum", None)
         if columns.pop(f"{group}/checksum", None) is None:
             return places[:0]
-        sums, readable = self._sums(f"{group}/checksum", places, lambda _, values: values)
+        sums, readable = self._stated(f"{group}/checksum", places)
         if narrow and apart is not None:
-            wide, could = self._sums(f"{group}/wide_checksum", places, lambda _, values: values)
+            wide, could = self._stated(f"{group}/wide_checksum", places)
             sums, readable = sums ^ wide, readable & could
             columns = {name: dataset for name, dataset in columns.items() if not is_wide(name)}
         wide = np.zeros_like(sums)
@@ -134,9 +139,22 @@ class PlacedRows(Datasets):
             sums ^= found
             wide ^= found if is_wide(name) else 0
         if not narrow and apart is not None:
-            stated, could = self._sums(f"{group}/wide_checksum", places, lambda _, values: values)
+            stated, could = self._stated(f"{group}/wide_checksum", places)
             readable &= could & ((stated == wide) | (stated == fill_of(stated.dtype)))
         return places[(sums != 0) | ~readable]
+
+    def _stated(self, name: str, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The checksums that the file holds of these rows, as `_sums`; of a file that stays as it is all are read at
+        once."""
+        if name not in self._all_stated and not self.writable:
+            try:
+                self._all_stated[name] = self._gather(name, np.arange(self._rows(group_of(name)).count))
+            except OpsigError:  # one by one, then
+                self._all_stated[name] = None
+        known = self._all_stated.get(name)
+        if known is None:
+            return self._sums(name, places, lambda _, values: values)
+        return known[places], np.ones(len(places), bool)
 
     def _sums(
         self, name: str, places: np.ndarray, of: Callable[[str, np.ndarray], np.ndarray]
@@ -166,15 +184,16 @@ class PlacedRows(Datasets):
                 self._groups[group] = Rows(steps)
         return self._groups[group]
 
-    def _gather(self, name: str, places: np.ndarray) -> np.ndarray:
+    def _gather(self, name: str, places: np.ndarray, room: Room | None = None) -> np.ndarray:
         """The rows at these places as the file holds them, (N, ...). Raises OpsigError where they cannot be read."""
         with self.damage(name):
+            dataset: Any = self._rows(group_of(name)).columns(self._file, group_of(name))[name]
             chunks = self._chunks_of(name)
-            if chunks is None:
-                dataset: Any = self._file[name]
-                found = np.empty((len(places), *dataset.shape[1:]), dataset.dtype)
-            else:
-                dataset, found = None, chunks.room(len(places))
+            row_shape, dtype = (
+                (dataset.shape[1:], dataset.dtype) if chunks is None else (chunks.row_shape, chunks.dtype)
+            )
+            shape = (len(places), *row_shape)
+            found = np.empty(shape, dtype) if room is None else room.take(shape, dtype)
             for first, last in consecutive(places):
                 start, stop = int(places[first]), int(places[last - 1]) + 1
                 if chunks is None:
@@ -218,7 +237,8 @@ def _of(known: Mapping[str, np.ndarray] | None, chosen: np.ndarray) -> dict[str,
 
 def height_of(dataset: Any) -> int:
     """How many rows of a dataset make a block: whole chunks where that is possible."""
-    height = max(1, BLOCK_BYTES // max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize))
+    row_bytes = max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize)
+    height = max(1, min(BLOCK_BYTES // row_bytes, max(4, HANDY_BYTES // row_bytes)))
     if dataset.chunks and height > dataset.chunks[0]:
         height -= height % dataset.chunks[0]
     return height

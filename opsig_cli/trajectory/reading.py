@@ -117,7 +117,7 @@ class Reading(PlacedRows):
         first = start
         while first < stop:
             last = min(first - first % height + height, stop)
-            yield first, self._missing(name, self._held(name, order[first:last]))
+            yield first, self._missing(name, self._held(name, order[first:last], self._room))
             first = last
 
     # -- is it whole

@@ -19,7 +19,7 @@ from opsig_cli.trajectory.rows import as_array, column_checksum, fill_row, is_fi
 from opsig_cli.trajectory.schema import FIELDS, ROW_GROUPS, Field, field_of, is_wide
 
 WIDE = 200_000
-"""Samples from which on losses are kept in wider and lower chunks."""
+"""Samples from which on losses are kept in lower chunks."""
 
 
 class Writing(Reading):
@@ -164,7 +164,8 @@ class Writing(Reading):
         if len(shape) > 1:
             chunks = (1,) * len(shape) + (min(1 << 18, shape[-1]),)
         elif "sample" in field.dims:
-            chunks = (64, min(1024, width)) if width < WIDE else (16, 16384)
+            parts = max(1, -(-width // 16384))  # as wide as one another: a row is written and read in few pieces
+            chunks = (64, -(-width // parts)) if width < WIDE else (16, 16384)
         else:
             chunks = (1, min(1 << 18, width)) if shape else (1024,)
         with self.damage("its structure"):

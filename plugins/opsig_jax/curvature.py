@@ -10,13 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from opsig_linalg.eigen import Memory, Solution, lanczos_matrix, top_eigenpairs
+from opsig_linalg.eigen import Memory, Solution, lanczos_matrix, novelty, top_eigenpairs
 
 from opsig_cli.errors import OpsigError
 from opsig_jax.opened import Opened
 
-NOVELTY = 0.3
-"""Random part of a start, against a length of 1 for the rest: what neither memory nor gradient shows must be seen."""
 PROBES, STEPS = 4, 30
 
 
@@ -81,7 +79,7 @@ def solve(
     hessian, space = Hessian(opened, vector, scale), opened.space
     start = hessian.gradient() if memory is None else memory.start(space, count)
     start = space.divided(start, max(space.norm(start), 1e-30))
-    start = start + space.dtype.type(NOVELTY) * next(space.noise(seed))
+    start = start + space.dtype.type(novelty(memory)) * next(space.noise(seed))
     try:
         return top_eigenpairs(
             space, hessian, start, count, tolerance, memory=memory if count == 1 else None

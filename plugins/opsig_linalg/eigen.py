@@ -30,12 +30,16 @@ SEED = 2311
 WHOLE = 64
 """Parameters up to which several eigenpairs are looked for in the whole space: equal eigenvalues, as those of a linear
 model for several outputs, lie in no one vector's Krylov space."""
-LOOK_ABOUT = 3
+LOOK_ABOUT = 2
 """Products beyond the number of eigenpairs before a solve may end."""
-REMEMBERED = 16
-"""R: vectors of the model that are kept for the next checkpoint."""
+REMEMBERED = 8
+"""R: vectors of the model that are kept for the next checkpoint, or one more than there are eigenpairs. Twice as many
+save no product of a single one's, and cost as much as two of a small model's."""
 REMEMBERED_BYTES = 1 << 30
 """Bound on what they take."""
+NOVELTY, KNOWN_NOVELTY = 0.3, 0.1
+"""Random part of a start, against a length of 1 for the rest, without and with a memory: what neither memory nor
+gradient shows must be seen. The eigenvector of a checkpoint near by is nearer than the gradient is."""
 DEPENDENT = 1e-7
 """Directions whose share in the Gram matrix is below this are rounding."""
 ROUNDING = 1e3
@@ -50,8 +54,9 @@ class Memory:
     values: np.ndarray
 
     def start(self, space: Space, count: int) -> Vector:
-        """Where to look for `count` eigenpairs and for the one that may overtake them: the model's, by their values."""
-        best = np.argsort(-self.values)[: count + 1]
+        """Where to look for `count` eigenpairs: the model's, by their values, with the one that may overtake them; of a
+        single one itself, as a solve for one has the others in its model."""
+        best = np.argsort(-self.values)[: count + (count > 1)]
         weights = np.maximum(self.values[best], 0) / max(self.values[best[0]], 1e-300)
         return space.combined(weights, self.vectors[best])
 
@@ -107,7 +112,12 @@ def top_eigenpairs(
         wanted = np.flatnonzero(residuals > tolerance)
         direction = search.next_direction(wanted if len(wanted) else np.arange(count + 1))
     vectors = search.vectors(count)
-    return Solution(values, vectors, residuals, search.products, converged or exhausted, search.remember())
+    return Solution(values, vectors, residuals, search.products, converged or exhausted, search.remember(count))
+
+
+def novelty(memory: Memory | None) -> float:
+    """The random part of a start."""
+    return NOVELTY if memory is None else KNOWN_NOVELTY
 
 
 def require_reachable(space: Space, tolerance: float) -> None:
@@ -182,10 +192,11 @@ class _Search:
         """The largest Ritz vectors, (K, P), of unit length."""
         return self._space.normalised(self._rows.combine(self._ritz[:, ::-1][:, :count], self._known, 2))
 
-    def remember(self) -> Memory:
-        """The model's eigenpairs of largest size."""
+    def remember(self, count: int) -> Memory:
+        """The model's eigenpairs of largest size, for a solve for `count` of them."""
         coordinates, values, vectors = self._model()
-        rank = max(1, min(REMEMBERED, REMEMBERED_BYTES // (self._space.itemsize * self._space.size)))
+        fits = REMEMBERED_BYTES // (self._space.itemsize * self._space.size)
+        rank = max(1, min(max(REMEMBERED, count + 1), fits))
         kept = np.argsort(-np.abs(values))[:rank]
         return Memory(self._rows.combine(coordinates @ vectors[:, kept]), values[kept])
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 UNDETERMINED = "does not have a deterministic implementation"
 """Of torch's warning of an operation whose bits may differ from run to run, such as unpooling."""
+SHORT = 192
+"""Queries below which torch's fused attention takes them 32 at a time, in products too small for oneDNN: with 50 it
+takes ten times as long as by plain products of matrices."""
 _inside = 0
 _restore: Callable[[], None] | None = None
 
@@ -51,6 +55,23 @@ def prepare(device: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
     else:
         torch.set_float32_matmul_precision(width())
+        if width() != "highest":
+            F.scaled_dot_product_attention = _attention
+
+
+_fused = F.scaled_dot_product_attention
+
+
+@wraps(_fused)
+def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Attention, without the fused kernel where queries are few."""
+    if query.shape[-2] >= SHORT or not torch.backends.cuda.flash_sdp_enabled():  # the CPU's, too, despite its name
+        return _fused(query, *args, **kwargs)
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        return _fused(query, *args, **kwargs)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
 
 
 @cache
@@ -92,7 +113,7 @@ def _settings() -> Callable[[], None]:
     if on_device:
         tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     else:
-        precision = torch.get_float32_matmul_precision()
+        precision, attention = torch.get_float32_matmul_precision(), F.scaled_dot_product_attention
 
     def restore() -> None:
         torch.set_deterministic_debug_mode(mode)
@@ -102,6 +123,7 @@ def _settings() -> Callable[[], None]:
             torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
         else:
             torch.set_float32_matmul_precision(precision)
+            F.scaled_dot_product_attention = attention
 
     return restore
 

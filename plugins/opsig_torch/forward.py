@@ -83,7 +83,7 @@ class LossRow:
     def arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Losses (S,) float32 and predictions (S,) int32 or None."""
         assert self._losses is not None
-        predictions = None if self._predictions is None else self._predictions.cpu().numpy()
+        predictions = None if self._predictions is None else self._predictions.cpu().numpy().copy()
         return self._losses.float().cpu().numpy(), predictions
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
-from opsig_linalg.eigen import ROOM, Memory, Solution
+from opsig_linalg.eigen import ROOM, Memory, Solution, novelty
 
 from opsig_cli.backends import worded
 from opsig_cli.errors import OpsigError
@@ -32,8 +32,6 @@ PRODUCT_VECTORS = 6
 the solver's own beside its basis."""
 MARGIN = 1 / 32
 """Part of the memory that is left to what the C library keeps of freed pieces within a product."""
-NOVELTY = 0.3
-"""Random part of a start, against a length of 1 for the rest: what neither memory nor gradient shows must be seen."""
 
 
 class Hessian:
@@ -108,7 +106,9 @@ class Hessian:
         opened = self._opened
         with torch.no_grad():
             indices, batch = next(iter(opened.batches))
-            first, second = (opened.counted(opened.batch_losses(batch), indices) for _ in range(2))
+            first = opened.counted(opened.batch_losses(batch), indices)
+            known = "repeatable" in opened.kept
+            second = first if known else opened.counted(opened.batch_losses(batch), indices)
         broken = torch.nonzero(~torch.isfinite(first)).flatten()
         if 0 < len(broken) <= len(first) / 2:
             raise OpsigError(
@@ -124,6 +124,7 @@ class Hessian:
                 "the task's losses differ when they are evaluated again at the same parameters. "
                 "Curvature needs a deterministic loss: turn dropout and random augmentation off"
             )
+        opened.kept["repeatable"] = True
 
 
 def solve(
@@ -153,7 +154,7 @@ def solve(
         found = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
         noise = random_start(opened.flat.vector.detach(), seed)
         found = found / torch.linalg.vector_norm(found).clamp_min(1e-30)
-        return found.add_(noise.mul_(NOVELTY))
+        return found.add_(noise.mul_(novelty(memory)))
 
     def product(vector: torch.Tensor) -> torch.Tensor:
         if vectors * vector.nbytes > LARGE_BYTES:

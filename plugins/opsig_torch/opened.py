@@ -193,6 +193,8 @@ class Opened:
     @contextmanager
     def at(self, state: State) -> Iterator[None]:
         """Measure at another state: its parameters and buffers inside, those of before, to the bit, afterwards."""
+        if self.kept.get("first step", (state,))[0] is not state:  # see `opsig_torch.training`
+            del self.kept["first step"]
         frozen = None if self.flat.has_frozen(state.frozen) else self.flat.read_frozen()
         vector = self.flat.vector.detach().clone()
         buffers = [buffer.clone() for _, buffer in self.flat.buffers]

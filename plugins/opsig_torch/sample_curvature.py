@@ -18,13 +18,20 @@ import torch
 from torch.func import jvp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from opsig_cli.errors import OpsigError
 from opsig_torch import plain, ways
 from opsig_torch.flat import held_buffers, replaced
 from opsig_torch.naming import curves_forward
-from opsig_torch.opened import Opened
+from opsig_torch.opened import GRAPH_FACTOR, Opened
 from opsig_torch.primitives import Primitives
 from opsig_torch.second import tell_of_second_derivative
 from opsig_torch.tracing import traced
+
+FEW = 200
+"""Passes over a batch that a small net's reverse derivatives take no longer for than a trace takes to be made, with the
+compiler that torch loads for it; each is two to three times as long as by the trace."""
+SMALL = 1 << 16, 1 << 20
+"""Bytes that the graph of a small net's sample takes, and its parameters."""
 
 
 def curvature_along(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -45,9 +52,33 @@ def curvature_along(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray
 
 def slopes_along(opened: Opened, directions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Slopes and curvatures of every sample along K directions (K, P), (S, K) float64 each; see `curvature_along`."""
-    found = [curvature_along(opened, direction)[1:] for direction in directions]
+    along = _along_few if _are_few(opened, len(directions)) else curvature_along
+    found = [along(opened, direction)[1:] for direction in directions]
     slopes, curvatures = (np.stack(rows, 1) for rows in zip(*found, strict=True))
     return slopes, curvatures
+
+
+def _are_few(opened: Opened, count: int) -> bool:
+    """Whether so many directions, with those before them, are too few for a trace of a small net."""
+    passes = opened.kept["reversed"] = opened.kept.get("reversed", 0) + count * -(-opened.items // opened.batch_size)
+    if passes > FEW or opened.couples_samples or opened.fitting_batch(2) < opened.batch_size:
+        return False
+    graph, parameters = SMALL
+    return opened.kept["item bytes", 2] <= GRAPH_FACTOR * graph and opened.flat.vector.numel() <= parameters
+
+
+def _along_few(opened: Opened, direction: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `curvature_along`, by reverse derivatives where these hold."""
+    tell_of_second_derivative(opened)
+    try:
+        losses, slopes, curvatures = _checked(opened, direction, _reversed)
+    except (OpsigError, MemoryError):
+        raise
+    except Exception:  # a model's own code, of which forward derivatives may know more
+        opened.kept["reversed"] = FEW
+        return curvature_along(opened, direction)
+    slopes, curvatures = (np.where(np.isnan(losses), np.nan, values) for values in (slopes, curvatures))
+    return losses, slopes, curvatures
 
 
 def _checked(opened: Opened, direction: torch.Tensor, of_batch: Callable[..., Any]) -> np.ndarray:

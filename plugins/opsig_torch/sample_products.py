@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from opsig_linalg.eigen import NOVELTY
 from torch.func import grad, jvp, vmap
 from torch.utils._pytree import tree_map
 
 from opsig_torch import outer_products, plain, ways
 from opsig_torch.eigen import random_start
 from opsig_torch.flat import replaced
-from opsig_torch.hessian import NOVELTY
 from opsig_torch.naming import curves_forward, is_vmapped
 from opsig_torch.opened import Opened
 from opsig_torch.outer_products import OuterProducts

@@ -34,8 +34,8 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
 
     A full-batch snapshot's losses come from the forward pass that trains; a minibatch run measures them in a pass of
     their own. `train_loss` and `grad_norm` are those of the minibatch where there is one, and of what is minimised
-    where samples have weights or labels are smoothed. Raises UsageError where weights are not one a sample, or labels
-    cannot be smoothed.
+    where samples have weights or labels are smoothed; of a last step without its gradient it is the mean of the losses
+    that were measured. Raises UsageError where weights are not one a sample, or labels cannot be smoothed.
     """
     if training.weights is not None and training.weights.shape != (opened.samples,):
         raise UsageError(f"{training.weights.size} weights are not one for each of the {opened.samples} samples")
@@ -54,7 +54,20 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
     for step in range(start.step, training.steps + 1):
         wants_losses = training.wants_losses(step)
         state = _state(opened, optimizer, step) if training.wants_state(step) else None
-        train_loss, row = gradient(opened, training, step, wants_losses)
+        if step == training.steps and wants_losses and training.replayed:
+            losses, predictions = _losses_alone(opened, training.tracked).arrays()
+            if training.tracked is not None:
+                _keep(training.tracked, losses, predictions)
+            nothing = float("nan")
+            yield Snapshot(
+                step, float(np.nanmean(losses)), training.learning_rate, nothing, nothing, losses, predictions, state
+            )  # fmt: skip
+            return
+        silent = _silent(opened, training) if gradient is _full_batch_gradient and step == start.step else None
+        if silent is not None:
+            train_loss, row = _gradient_without(opened, training, start, silent)
+        else:
+            train_loss, row = gradient(opened, training, step, wants_losses)
         grad_norm = opened.flat.gradient.norm().item()
         if training.clip_norm is not None and grad_norm > training.clip_norm:
             opened.flat.gradient.mul_(training.clip_norm / grad_norm)
@@ -65,14 +78,19 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
             update_norm = torch.dist(opened.flat.vector.detach(), before).item()
         losses, predictions = row.arrays() if row is not None and wants_losses else (None, None)
         if losses is not None and training.tracked is not None:
-            others = np.setdiff1d(np.arange(opened.samples), training.tracked)
-            losses[others] = np.nan
-            if predictions is not None:
-                predictions[others] = -1
+            _keep(training.tracked, losses, predictions)
         signed = optimizer.signed_fraction if isinstance(optimizer, SplitSGD) else float("nan")
         yield Snapshot(
             step, train_loss, training.learning_rate, grad_norm, update_norm, losses, predictions, state, signed
         )  # fmt: skip
+
+
+def _keep(tracked: np.ndarray, losses: np.ndarray, predictions: np.ndarray | None) -> None:
+    """Make what others than the tracked samples have unknown."""
+    others = np.setdiff1d(np.arange(len(losses)), tracked)
+    losses[others] = np.nan
+    if predictions is not None:
+        predictions[others] = -1
 
 
 def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool) -> tuple[float, LossRow]:
@@ -89,6 +107,41 @@ def _full_batch_gradient(opened: Opened, training: Training, step: int, _: bool)
         if not plain:
             total += counted.detach().double().sum().item()
     return row.mean(opened.counts_S) if plain else total / opened.target_count, row
+
+
+def _silent(opened: Opened, training: Training) -> np.ndarray | None:
+    """The samples of weight 0 of a replay where they are few, all others weigh 1 and each has a gradient of its own;
+    else None."""
+    if (
+        not training.replayed
+        or training.weights is None
+        or training.label_smoothing is not None
+        or opened.couples_samples
+    ):
+        return None
+    silent = np.flatnonzero(training.weights != 1)
+    few = 0 < len(silent) <= opened.samples // 2 and opened.positions == 1
+    return silent if few and not training.weights[silent].any() else None
+
+
+def _gradient_without(opened: Opened, training: Training, start: State, silent: np.ndarray) -> tuple[float, LossRow]:
+    """As `_full_batch_gradient` of a first step with some samples at weight 0: the gradient of all, which is kept for
+    the next training from the same state, less that of these few."""
+    kept = opened.kept.get("first step")
+    if kept is None or kept[0] is not start:
+        _, row = _full_batch_gradient(opened, replace(training, weights=None), start.step, True)
+        kept = opened.kept["first step"] = (start, opened.flat.gradient.clone(), row)
+    _, whole, row = kept
+    opened.measuring_mode()
+    opened.flat.gradient.zero_()
+    out = 0.0
+    for first in range(0, len(silent), opened.batch_size):
+        losses, _ = opened.forward(opened.batches.take(silent[first : first + opened.batch_size]))
+        counted = opened.counted(losses, silent[first : first + opened.batch_size])
+        (-counted.sum() / opened.target_count).backward()
+        out += counted.detach().double().sum().item()
+    opened.flat.gradient.add_(whole)
+    return row.mean(opened.counts_S) - out / opened.target_count, row
 
 
 def counted_losses(
@@ -114,16 +167,7 @@ def _minibatch_gradient(
     opened: Opened, training: Training, step: int, wants_losses: bool
 ) -> tuple[float, LossRow | None]:
     assert training.batch_size is not None
-    row = None
-    if wants_losses:
-        row = LossRow(opened.samples)
-        opened.measuring_mode()
-        buffers = [buffer.clone() for _, buffer in opened.flat.buffers]  # measuring must not move running statistics
-        with torch.no_grad():
-            for indices, batch in _measured(opened, training.tracked):
-                row.put(indices, *opened.forward(batch))
-            for (_, buffer), saved in zip(opened.flat.buffers, buffers, strict=True):
-                buffer.copy_(saved)
+    row = _losses_alone(opened, training.tracked) if wants_losses else None
     opened.flat.model.train()
     torch.manual_seed(int(np.random.SeedSequence([training.seed, step]).generate_state(1)[0]))
     opened.flat.gradient.zero_()
@@ -142,6 +186,19 @@ def _minibatch_gradient(
         mean = opened.counted(weighted, chosen).sum() / opened.counts_S.cpu()[chosen].sum().clamp_min(1)
     mean.backward()
     return mean.item(), row
+
+
+def _losses_alone(opened: Opened, tracked: np.ndarray | None) -> LossRow:
+    """The losses of all samples, or of those that are tracked and the others of their items, without a gradient."""
+    row = LossRow(opened.samples)
+    opened.measuring_mode()
+    buffers = [buffer.clone() for _, buffer in opened.flat.buffers]  # measuring must not move running statistics
+    with torch.no_grad():
+        for indices, batch in _measured(opened, tracked):
+            row.put(indices, *opened.forward(batch))
+        for (_, buffer), saved in zip(opened.flat.buffers, buffers, strict=True):
+            buffer.copy_(saved)
+    return row
 
 
 def _measured(opened: Opened, tracked: np.ndarray | None) -> Iterator[tuple[slice | np.ndarray, Any]]:

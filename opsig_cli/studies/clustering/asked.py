@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli.analysis import gram
+from opsig_cli.analysis.gram import formed
 from opsig_cli.analysis.significance import MOST_FITTED
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError
@@ -20,10 +22,12 @@ from opsig_cli.studies.planning import Count, Plan, Stage
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
-MOST_GROUPED = 16_000
-"""M: samples that are compared two by two, which takes BYTES_A_PAIR M^2 of memory and time as M^2.1."""
+MOST_GROUPED = 100_000
+"""M: samples that are compared, in a time that grows with M^2."""
 BYTES_A_PAIR = 20
 """Similarity, likeness and their mean in float32, and the distances that a tree is made from."""
+BYTES_A_SAMPLE = 40_000
+"""Where more than MOST_FORMED are grouped by rows: these, weighted, and the mean rows of clusters."""
 WORDS = "cluster"
 
 
@@ -51,7 +55,8 @@ class Asked:
         if self.widens:
             found.append(Stage("norms", times, session.samples))
         compared = min(grouped, MOST_FITTED) if self.by == "slope" else grouped
-        found.append(Stage("gradients", times, compared, grouped**2 * BYTES_A_PAIR))
+        what = "gradients" if formed(compared) else "norms"
+        found.append(Stage(what, times, compared, bytes_of(grouped)))
         found += [
             Stage("losses", times),
             Stage("alignment", held_out or times, session.samples if joining else grouped),
@@ -62,6 +67,20 @@ class Asked:
             found.append(Stage("curvature", held_out))
         return found
 
+    @property
+    def grouped(self) -> int:
+        """How many samples are grouped, at the most."""
+        return len(self.position) * (2 if self.widens else 1)
+
+    def by_rows(self, sketch: int | None) -> str | None:
+        """What to say where these are too many for the similarity of every two; None where they are not."""
+        if formed(self.grouped):
+            return None
+        how = "" if self.by in ("loss", "slope") else (
+            f" of sketches of {sketch} numbers a checkpoint; what is said of the groups that are found is exact"
+        )  # fmt: skip
+        return f"note: {self.grouped:,} samples, more than {gram.MOST_FORMED:,}, are grouped by rows{how}"
+
     def counted(self, *how: Any) -> Count:
         """The number of samples that memory is a question of."""
         return Count("--top", len(self.position), lambda mined: self.stages(mined, *how))
@@ -71,6 +90,11 @@ class Asked:
         how = (session, joining, test, budget)
         state = read_state(self.run, int(checkpoints_in(self.run, self.window)[0]))
         planning.require(session, WORDS, self.stages(len(self.position), *how), state, self.counted(*how))
+
+
+def bytes_of(count: int) -> int:
+    """Memory that grouping so many samples takes, beside what measuring them does."""
+    return count**2 * BYTES_A_PAIR if formed(count) else count * BYTES_A_SAMPLE
 
 
 def prepared(
@@ -90,7 +114,7 @@ def prepared(
     whole = len(position) * (2 if samples is None and by != "loss" else 1)  # as many again by their gradients
     if whole > MOST_GROUPED:
         raise OpsigError(
-            f"{whole:,} samples cannot be compared two by two: {whole**2 * BYTES_A_PAIR >> 30:,} GB. Give at most "
+            f"{whole:,} samples cannot be compared with each other: that takes hours. Give at most "
             f"{MOST_GROUPED * len(position) // whole:,}: those left out can still join the groups that are found"
         )
     return Asked(run, by, fallback, found, position, window_of(run, found), samples is None)
@@ -115,9 +139,8 @@ def plan(
 ) -> Plan:  # fmt: skip
     """What `finding.find` takes with the same options: one record."""
     asked = prepared(run, by, top, samples, window)
-    pairs = len(asked.position) ** 2 * BYTES_A_PAIR
     if asked.by == "loss":
-        return planning.plan_of_file(run.path, WORDS, pairs)
+        return planning.plan_of_file(run.path, WORDS, bytes_of(len(asked.position)))
     session, _ = tracking.open_session(asked.run, task, device, backend, warn, allow_changed_data)
     how = (session, join if join is not None else gathering.why_nobody_joins(session) is None, test, budget)
     steps = [*checkpoints_in(asked.run, asked.window), *held_out_in(asked.run, asked.window)]

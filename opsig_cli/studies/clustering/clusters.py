@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opsig_cli.analysis.gram import Similarity
 from opsig_cli.analysis.grouping import Grouping
 from opsig_cli.analysis.slopes import Lying
 from opsig_cli.analysis.verdicts import Silenced
@@ -109,7 +110,7 @@ class OnVectors:
 @dataclass(frozen=True)
 class Clusters:
     """The grouping of the samples at `position`, the weight of its groups and pairs in order, what was grouped by
-    (M, M), the samples' losses (T, M), and who joined.
+    (M, M) or its rows, the samples' losses (T, M), and who joined.
 
     `period_two`: the share of the samples' movement that turns back in the next step. `sketch_error`: half the width of
     the band in which sketched similarities lie, None for exact ones. `alike_GG`: likeness across every two groups over
@@ -122,7 +123,7 @@ class Clusters:
     grouping: Grouping
     groups: list[GroupWeight]
     pairs: list[PairWeight]
-    similarity_MM: np.ndarray
+    similarity_MM: Similarity
     losses_TM: np.ndarray
     window: Window
     period_two: float

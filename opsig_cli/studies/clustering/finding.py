@@ -11,6 +11,7 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.analysis import evidence, grouping, significance
+from opsig_cli.analysis.gram import Similarity, formed
 from opsig_cli.analysis.group_means import group_means
 from opsig_cli.analysis.grouping import Grouping
 from opsig_cli.analysis.likeness import ALIKE, alike_between
@@ -69,6 +70,10 @@ def find(
     """
     asked = prepared(run, by, top, samples, window)
     run, by, found, position, weighed = asked.run, asked.by, asked.movers, asked.position, asked.window
+    if sketch is None and by not in ("loss", "slope") and not formed(asked.grouped):
+        sketch = gathering.sketch_size(run, weighed)
+    if words := asked.by_rows(sketch):
+        warn(words)
     if by == "loss":
         clusters = judged(by_loss(run, position, weighed), silencing.Outcome({}, {}, []), test)
         if len(weighed.steps_T) > MOST_CHANGES + 1:
@@ -176,15 +181,20 @@ def _preferred(found: Grouping, alike_GG: np.ndarray | None, losses_TM: np.ndarr
     return preferred_GG
 
 
+def _correlation(losses_TM: np.ndarray) -> Similarity:
+    """Correlation of the loss changes of every two samples; of more than are formed by rows."""
+    if formed(losses_TM.shape[1]):
+        return grouping.known(grouping.change_correlation(losses_TM))
+    return grouping.change_rows(losses_TM)
+
+
 def by_loss(run: Trajectory, position: np.ndarray, window: Window) -> Clusters:
     """Group the samples by the correlation of their loss changes in the first half of the window, and test the groups
     on the second; of a window longer than MOST_CHANGES its end is taken."""
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
     recent_TM = losses_TM[-MOST_CHANGES - 1 :]
     half = (len(recent_TM) - 1) // 2
-    first_MM, second_MM = (
-        grouping.known(grouping.change_correlation(part)) for part in (recent_TM[: half + 1], recent_TM[half:])
-    )
+    first_MM, second_MM = map(_correlation, (recent_TM[: half + 1], recent_TM[half:]))
     smallest = weighing.smallest(position)
     found = grouping.group_by_similarity(first_MM, smallest)
     means = group_means(second_MM, found.group_M)[None]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli import backends
+from opsig_cli.analysis.gram import Gram, Similarity, formed
 from opsig_cli.analysis.group_means import ROWS
 from opsig_cli.analysis.grouping import known
 from opsig_cli.analysis.pairing import OPPOSES
@@ -20,6 +21,11 @@ from opsig_cli.studies.clustering.window import Window, checkpoints_in
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
+SKETCHED = 1536
+"""D: numbers a sample, of all checkpoints, by which more than MOST_FORMED are compared: the band of an estimated cosine
+is +-0.11."""
+LOOKED = 256
+"""Numbers a checkpoint to which wider features of so many are reduced, by random signs."""
 DEAR = 250_000
 """Positions that backward passes for all samples may go through, all in all."""
 POOL = 2
@@ -73,16 +79,24 @@ def with_largest_gradients(
 def mean_similarity(
     run: Trajectory, session: Session, backend: str | None, position: np.ndarray, window: Window, sketch: int | None,
     advance: Callable[..., None],
-) -> np.ndarray:  # fmt: skip
+) -> Similarity:  # fmt: skip
     """Gradient cosines of the samples, averaged over checkpoints spread over the window, (M, M) float32.
 
-    `sketch`: size of the sketches to estimate them from, each checkpoint's with a seed of its own; None is exact.
+    `sketch`: size of the sketches to estimate them from, each checkpoint's with a seed of its own; None is exact. Of
+    more than MOST_FORMED samples the sketches themselves are returned, each of length one.
     """
     capability = backends.GradientCosines if sketch is None else backends.GradientSketch
     backends.require(session, capability, backend, "gradient cosines" if sketch is None else "gradient sketches")
     samples = run.samples[position]
-    total = np.zeros((len(samples), len(samples)), np.float32)
     steps = checkpoints_in(run, window)
+    if sketch is not None and not formed(len(samples)):
+        rows_MD = np.empty((len(samples), len(steps) * sketch), np.float32)
+        for number, step in enumerate(steps.tolist()):
+            rows = session.gradient_sketch(read_state(run, step), samples, sketch, step)  # pyright: ignore[reportAttributeAccessIssue]
+            rows_MD[:, number * sketch : (number + 1) * sketch] = of_length_one(rows)
+            advance(note=f"step {step}")
+        return Gram(rows_MD, 1 / len(steps))
+    total = np.zeros((len(samples), len(samples)), np.float32)
     states = (read_state(run, step) for step in steps.tolist())
     if sketch is None:
         for step, found in zip(steps.tolist(), _cosines_at(session, states, samples), strict=True):
@@ -107,6 +121,19 @@ def _cosines_at(session: Any, states: Iterable[State], samples: np.ndarray) -> I
     return (session.gradient_cosines(state, samples) for state in states)
 
 
+def of_length_one(rows: np.ndarray) -> np.ndarray:
+    """Rows over their lengths, in place; 0 for those that are 0 or not known."""
+    rows = known(rows, copy=False)
+    lengths = np.sqrt(np.einsum("md,md->m", rows, rows))
+    rows /= np.where(lengths > 0, lengths, 1)[:, None]
+    return rows
+
+
+def sketch_size(run: Trajectory, window: Window) -> int:
+    """Numbers a checkpoint of the sketches that more than MOST_FORMED samples are compared by."""
+    return -(-SKETCHED // len(checkpoints_in(run, window)))
+
+
 def sketch_band(run: Trajectory, window: Window, size: int) -> float:
     """Three standard errors of a similarity from sketches of this size. Raises UsageError where it hides opposition."""
     count = len(checkpoints_in(run, window))
@@ -126,13 +153,16 @@ def group_cosines(
     return known(session.mean_cosines(read_state(run, step), run.samples[position], sets))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def mean_likeness(run: Trajectory, session: Session, position: np.ndarray, window: Window) -> np.ndarray | None:
+def mean_likeness(run: Trajectory, session: Session, position: np.ndarray, window: Window) -> Similarity | None:
     """Cosines of the samples' centred features, averaged over the checkpoints, (M, M) float32; None without features.
 
-    Holds the features of one checkpoint beside it.
+    Holds the features of one checkpoint beside it; of more than MOST_FORMED samples those of all, LOOKED numbers of
+    each.
     """
     if not isinstance(session, backends.Features):
         return None
+    if not formed(len(position)):
+        return _likeness_rows(run, session, position, window)
     total = np.zeros((len(position), len(position)), np.float32)
     steps = checkpoints_in(run, window).tolist()
     for step in steps:
@@ -143,6 +173,21 @@ def mean_likeness(run: Trajectory, session: Session, position: np.ndarray, windo
         for first in range(0, len(rows), ROWS):
             total[first : first + ROWS] += rows[first : first + ROWS] @ rows.T / len(steps)
     return total
+
+
+def _likeness_rows(
+    run: Trajectory, session: backends.Features, position: np.ndarray, window: Window
+) -> Gram | None:  # fmt: skip
+    steps, parts = checkpoints_in(run, window).tolist(), []
+    for step in steps:
+        rows = session.features(read_state(run, step), run.samples[position])
+        if rows is None:
+            return None
+        if rows.shape[1] > LOOKED:
+            signs = np.random.default_rng(step).integers(0, 2, (rows.shape[1], LOOKED)) * 2 - 1
+            rows = of_length_one(known(rows, copy=False) @ signs.astype(np.float32))
+        parts.append(known(rows, copy=False))
+    return Gram(np.concatenate(parts, 1), 1 / len(steps))
 
 
 def mean_likeness_with(

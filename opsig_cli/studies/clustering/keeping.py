@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli.analysis.gram import Gram
 from opsig_cli.studies import kept, sighted
 from opsig_cli.studies.clustering import around, finding, silencing
 from opsig_cli.studies.clustering.clusters import Clusters
@@ -93,7 +94,11 @@ def _lean(found: Found) -> Clusters:
     """Without what the file holds, losses, and with similarities of the samples in groups alone: others' are unread."""
     clusters = found.clusters
     inside = np.flatnonzero(clusters.grouping.group_M >= 0)
-    similarity = np.ascontiguousarray(clusters.similarity_MM[np.ix_(inside, inside)])
+    whole = clusters.similarity_MM
+    if isinstance(whole, Gram):  # what reads it back means over groups, or draws
+        similarity = Gram(whole.rows_MD[inside].astype(np.float16), whole.scale)
+    else:
+        similarity = np.ascontiguousarray(whole[np.ix_(inside, inside)])
     return replace(clusters, similarity_MM=similarity, losses_TM=np.empty((0, 0), np.float32))
 
 
@@ -126,7 +131,13 @@ def _whole(run: Trajectory, found: Found) -> Found | None:
     run.check("losses", steps.tolist())
     tests = clusters.tests
     run.check("checkpoints", {*tests.found_on, *tests.held_out, *tests.replayed})
-    similarity_MM = np.zeros((count, count), clusters.similarity_MM.dtype)
-    similarity_MM[np.ix_(inside, inside)] = clusters.similarity_MM
+    lean = clusters.similarity_MM
+    if isinstance(lean, Gram):
+        rows_MD = np.zeros((count, lean.rows_MD.shape[1]), lean.rows_MD.dtype)
+        rows_MD[inside] = lean.rows_MD
+        similarity_MM = Gram(rows_MD, lean.scale)
+    else:
+        similarity_MM = np.zeros((count, count), lean.dtype)
+        similarity_MM[np.ix_(inside, inside)] = lean
     losses_TM = filled(run, found.movers.known).series("losses/loss", clusters.position, window.first, window.stop)
     return replace(found, clusters=replace(clusters, similarity_MM=similarity_MM, losses_TM=losses_TM))

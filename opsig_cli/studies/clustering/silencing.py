@@ -6,7 +6,7 @@ S samples of the run, T steps of a replay, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.weighing import related
-from opsig_cli.studies.filled import targets_of
+from opsig_cli.studies.filled import LOSS, targets_of
 from opsig_cli.studies.missing import labels_of
 from opsig_cli.studies.replaying import replay
 from opsig_cli.studies.trained import settings_at, weights_of, why_not_repeated
@@ -34,6 +34,9 @@ BUDGET = 400
 """Steps that are repeated by default, each at the cost of a training step: as many as train the demo's run."""
 SWINGS = 1.0
 """A pair can be tested by silence at a checkpoint where both its sides swing more than samples do on average."""
+LEAST = 0.1
+"""The same, and at least by this part of its largest swing at a held-out checkpoint: where it has hardly begun, R is
+that of how others move."""
 
 
 @dataclass
@@ -84,33 +87,51 @@ def silence(
     left = budget // LENGTH
     plains = {}
     for step in steps:
+        if (known := recorded(run, step)) is not None:
+            plains[step] = known
+            continue
         if left > 0:
             plains[step] = Replay(run, session, settings, step)(None)
             left, outcome.replays = left - 1, outcome.replays + 1
             advance(note=f"step {step}")
+    affordable: dict[int, list[tuple[list[int], list[int]]]] = {step: [] for step in plains}
     for unit, numbers in units_of(clusters):
-        silent = np.concatenate([members[group] for group in unit])
-        for step, plain in plains.items():
-            swinging = [n for n in numbers if swings(plain, [members[g] for g in pairs[n]])]
-            if not swinging:
-                continue
-            if left < 2:
+        for step in plains:
+            swinging = [n for n in numbers if step in swinging_at(plains, [members[g] for g in pairs[n]])]
+            if swinging and left < 2:
                 outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
-                continue
-            replayed = Replay(run, session, settings, step)
+            elif swinging:
+                affordable[step].append((unit, swinging))
+                left -= 2
+    for step, units in affordable.items():  # all of a checkpoint in turn: they have their first gradient in common
+        replayed = Replay(run, session, settings, step)
+        for unit, swinging in units:
+            silent = np.concatenate([members[group] for group in unit])
             controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
-            without, controlled = replayed(silent), replayed(controls)
-            left, outcome.replays = left - 2, outcome.replays + 2
+            without, controlled = replayed(silent, silent), replayed(controls, silent)
+            outcome.replays += 2
             advance(2, note=f"step {step}")
             for n in swinging:
                 swung[n] = swung.get(n, 0) + 1
                 outcome.silenced.setdefault(n, []).append(
-                    compared(step, [members[group] for group in pairs[n]], plain, without, controlled)
+                    compared(step, [members[group] for group in pairs[n]], plains[step], without, controlled)
                 )
     for n in range(len(pairs)):
         if n not in swung and n not in outcome.untested:
             outcome.untested[n] = _why_not(plains, [members[g] for g in pairs[n]])
     return outcome
+
+
+def recorded(run: Trajectory, step: int) -> np.ndarray | None:
+    """The run's own losses (T, S) from a checkpoint on, which a replay of all samples would repeat; None where they are
+    not all in the file."""
+    steps = run.steps("losses")
+    first = int(np.searchsorted(steps, step))
+    if not np.array_equal(steps[first : first + LENGTH + 1], np.arange(step, step + LENGTH + 1)):
+        return None
+    raw = getattr(run, "_run", run)  # without what stands for gaps
+    losses_TS = raw.rows(LOSS, first, first + LENGTH + 1)
+    return losses_TS if np.isfinite(losses_TS[:, targets_of(run)]).all() else None
 
 
 def strata_of(run: Trajectory) -> np.ndarray:
@@ -175,8 +196,8 @@ def _drawn(pools: list[np.ndarray], count: int, generator: np.random.Generator) 
 
 
 class Replay:
-    """Losses (T, S) of all samples when training is repeated from a checkpoint with some of them silent; NaN from the
-    step at which they stop being finite."""
+    """Losses (T, S) of all samples, or of some, when training is repeated from a checkpoint with some of them silent;
+    NaN of the others, and from the step at which they stop being finite."""
 
     def __init__(self, run: Trajectory, session: Session, settings: Settings, step: int):
         self._samples = run.samples
@@ -185,13 +206,18 @@ class Replay:
         self._settings = settings_at(run, settings, step)
         self._weights = weights_of(run)
 
-    def __call__(self, silent: np.ndarray | None) -> np.ndarray:
+    def __call__(self, silent: np.ndarray | None, wanted: np.ndarray | None = None) -> np.ndarray:
+        couples = getattr(self._session, "couples_samples", False)
+        tracked = None if wanted is None or couples else np.sort(self._samples[wanted])
         weights = self._weights
         if silent is not None:
             weights = np.ones(self._session.samples) if weights is None else weights.copy()
             weights[self._samples[silent]] = 0
         losses = np.full((LENGTH + 1, self._session.samples), np.nan, np.float32)
-        for row, snapshot in enumerate(replay(self._session, self._settings, self._state, LENGTH, weights)):
+        again = replay(
+            self._session, self._settings, self._state, LENGTH, weights, tracked=tracked, alone=True
+        )  # fmt: skip
+        for row, snapshot in enumerate(again):
             losses[row] = snapshot.losses
         return losses[:, self._samples]
 
@@ -204,6 +230,13 @@ def swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
     """Whether both sides turn back and forth, and more than samples do on average."""
     everybody = plain[:, np.isfinite(plain[:1]).all(0)]  # a sample without a target has no loss
     return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(everybody) for side in sides)
+
+
+def swinging_at(plains: Mapping[int, np.ndarray], sides: list[np.ndarray]) -> list[int]:
+    """The checkpoints, of those from which losses (T, S) are given, at which a pair can be tested by silence."""
+    both = np.concatenate(sides)
+    swing_at = {step: _swing(plain[:, both]) for step, plain in plains.items() if swings(plain, sides)}
+    return [step for step, own in swing_at.items() if own >= LEAST * max(swing_at.values())]
 
 
 def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.analysis import slopes as analysis
+from opsig_cli.analysis.gram import Similarity
 from opsig_cli.backends import Session
 from opsig_cli.studies.clustering.clusters import Clusters, OnVectors
 from opsig_cli.studies.clustering.window import Window, checkpoints_in
@@ -43,7 +44,7 @@ class Coordinates:
         largest = np.argsort(-analysis.steepness(self.scaled_CSK), kind="stable")[: len(position)]
         return np.concatenate([position, largest[~np.isin(largest, position)]])
 
-    def similarity(self, position: np.ndarray, smallest: int) -> np.ndarray:
+    def similarity(self, position: np.ndarray, smallest: int) -> Similarity:
         """Mean cosines of these samples' coordinates, (M, M) float32, over as many vectors as show structure."""
         chosen = self.scaled_CSK[:, position]
         self.count = analysis.choose_count(analysis.structure(chosen, smallest))

@@ -8,6 +8,7 @@ import numpy as np
 
 from opsig_cli.analysis import evidence, grouping, significance
 from opsig_cli.analysis.evidence import Rise
+from opsig_cli.analysis.gram import Similarity
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.likeness import ALIKE, families
 from opsig_cli.analysis.pairing import opposing
@@ -18,7 +19,7 @@ from opsig_cli.trajectory.file import Trajectory
 
 
 def weigh(
-    run: Trajectory, clusters: Clusters, means_CMG: np.ndarray, null: Null, likeness_MM: np.ndarray | None,
+    run: Trajectory, clusters: Clusters, means_CMG: np.ndarray, null: Null, likeness_MM: Similarity | None,
     in_rounds: Rounds = one_after_the_other,
 ) -> Clusters:  # fmt: skip
     """With the weight of every group and pair, from the mean similarity of the samples with each group at each held-out
