@@ -132,8 +132,8 @@ def large(folder: Path, samples: int, test: str) -> None:
     run, task = folder / "crowd.h5", f"{__file__}:Crowd:samples={samples}"
     _opsig(folder, "train", "--task", task, "--learning-rate", "0.2", "--steps", "200", "--checkpoint-every", "10",
            "--track", "-q", "-o", run)  # fmt: skip
-    for by, widened in (("loss", 1), ("gradient", 2), ("both", 2)):
-        words = ["--by", by, "--top", samples // widened, *(["--task", task, "--test", test] if by != "loss" else [])]
+    for by in ("loss", "gradient", "both"):
+        words = ["--by", by, "--top", samples, *(["--task", task, "--test", test] if by != "loss" else [])]
         records, seconds, peak = _opsig(folder, "cluster", run, *words, "--replace", "--truth", "-q")
         agreed = records[-1]
         pairs = [record for record in records if record["kind"] == "pair"]

@@ -160,6 +160,15 @@ def own_curvature(ratios: Sequence[float]) -> bool:
     return bool(ratios) and (goes == len(ratios) or (goes >= REPLAYS and len(ratios) - goes <= 1))
 
 
+def settled(ratios: Sequence[float], left: int) -> bool:
+    """Whether so many more checkpoints cannot change `own_curvature`.
+
+    >>> settled([0.1, 0.2, 0.1], 1), settled([0.1, 0.4], 2), settled([0.6, 0.4], 2)
+    (True, False, True)
+    """
+    return own_curvature([*ratios, *[0.0] * left]) == own_curvature([*ratios, *[math.inf] * left])
+
+
 def _whose(ratios: Sequence[float]) -> str:
     """Words for it."""
     if not ratios:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from opsig_cli import backends
+from opsig_cli.analysis.verdicts import settled
 from opsig_cli.backends import Curvature, Session, State
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.clustering.clusters import Clusters
@@ -25,7 +26,8 @@ def curvature_left(
     run: Trajectory, session: Session, clusters: Clusters, asked: Collection[int], steps: np.ndarray,
     advance: Callable[..., None], seed: int = 0, aside: Sequence[int] = (),
 ) -> dict[int, list[float]]:  # fmt: skip
-    """R of the pairs asked for, by their number from 0, at each of these checkpoints.
+    """R of the pairs asked for, by their number from 0, at each of these checkpoints until the rest cannot change what it
+    comes to.
 
     The direction is the gradient of a side's mean loss; of the two sides the one along which more remains counts. What
     is left out is what silence leaves out (see `silencing.silence`): the family that a pair belongs to, or as many
@@ -39,10 +41,10 @@ def curvature_left(
     labels, grouped = strata_of(run), np.concatenate(members)
     weights_S = weights_of(run)
     found: dict[int, list[float]] = {number: [] for number in asked}
-    for step in map(int, steps):
+    for place, step in enumerate(map(int, steps)):
         state = replace(read_state(run, step), optimizer={})
         for unit, numbers in units_of(clusters):
-            chosen = [number for number in numbers if number in found]
+            chosen = [n for n in numbers if n in found and not settled(found[n], len(steps) - place)]
             if not chosen:
                 continue
             silent = np.concatenate([members[group] for group in unit])

@@ -53,10 +53,8 @@ def _known(clusters: Clusters, number: int, outcome: silencing.Outcome) -> Evide
     pair = clusters.pairs[number]
     if not np.isfinite([pair.cohesion, pair.opposition, pair.loss_correlation]).all():
         return None
-    family = [other for other in clusters.pairs if pair.family and other.family == pair.family]
-    p_value = min([pair.p_value, *(other.p_value for other in family)])  # one finding, and one feature that they share
     return Evidence(
-        pair.opposition, pair.interval[1], p_value, pair.alike, tuple(outcome.silenced.get(number, ())),
+        pair.opposition, pair.interval[1], pair.p_value, pair.alike, tuple(outcome.silenced.get(number, ())),
         outcome.untested.get(number, ""), labelled=clusters.labelled,
         curved=tuple(outcome.curved.get(number, ())), at_ends=clusters.by == "slope",
     )  # fmt: skip

@@ -72,7 +72,13 @@ def weigh(
             family_of.get(a, 0) if family_of.get(a) == family_of.get(b) else 0,
             0.0 if row is None else _movement_at(run, window.first + row, clusters.position[both]),
         ))  # fmt: skip
-    return replace(clusters, groups=groups, pairs=pairs)
+    return replace(clusters, groups=groups, pairs=[_of_family(pair, pairs) for pair in pairs])
+
+
+def _of_family(pair: PairWeight, pairs: list[PairWeight]) -> PairWeight:
+    """A pair with the p-value of its family's strongest: they are one finding, and share one feature."""
+    own = [other.p_value for other in pairs if pair.family and other.family == pair.family]
+    return replace(pair, p_value=min(own)) if own else pair
 
 
 def _movement_at(run: Trajectory, row: int, members: np.ndarray) -> float:
