@@ -30,11 +30,14 @@ SMALL, FEW = CONFIG | {"n_embd": 96, "n_layer": 2, "n_head": 4}, 32
 COMMANDS = {
     "gradient_norm": ("6GiB", ["sharpness", "--metrics", "gradient_norm", "--random", "20", "--steps", "4"]),
     "cluster": ("8GiB", ["cluster", "--top", "40", "--by", "gradient", "--test", "none", "--replace"]),
-    "sharpness": ("12GiB", ["sharpness", "-k", "1", "--steps", "4", "--at", "iterate", "--replace"]),
+    "sharpness": (
+        "12GiB",
+        ["sharpness", "-k", "1", "--steps", "4", "--at", "iterate", "--tolerance", "0.01", "--replace"],
+    ),
 }
 COMPARED = ("eigenvalue", "gradient_norm", "cohesion", "opposition", "alignment", "size", "group", "sample")
-AGREES = 1e-3
-"""Relative difference of two results, of which eigenvalues are found to 1e-3 each and others to 1e-5."""
+AGREES = 2e-2
+"""Relative difference of two results: eigenvalues are found to a residual of 1e-2 each."""
 
 
 def opsig(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], float, float, float]:
