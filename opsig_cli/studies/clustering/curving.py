@@ -26,8 +26,8 @@ def curvature_left(
     run: Trajectory, session: Session, clusters: Clusters, asked: Collection[int], steps: np.ndarray,
     advance: Callable[..., None], seed: int = 0, aside: Sequence[int] = (),
 ) -> dict[int, list[float]]:  # fmt: skip
-    """R of the pairs asked for, by their number from 0, at each of these checkpoints until the rest cannot change what it
-    comes to.
+    """R of the pairs asked for, by their number from 0, at each of these checkpoints until the rest cannot change what
+    it comes to.
 
     The direction is the gradient of a side's mean loss; of the two sides the one along which more remains counts. What
     is left out is what silence leaves out (see `silencing.silence`): the family that a pair belongs to, or as many
