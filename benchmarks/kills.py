@@ -3,8 +3,9 @@
     python benchmarks/kills.py FOLDER [--rounds 10] [--seed 0]
 
 Rounds take turns at `track`, `sharpness` and `cluster`. Each kills one of the two, either as likely as the other, at a
-moment drawn from the time in which the command measures. Every row of the file must then be that of a run that nobody
-disturbed, the process that is left must end with one line, and the command, started again, with the same numbers.
+moment drawn from the first four fifths of the time in which the command measures; where it turns out to have had all
+that it needed of the victim by then, the round is drawn again. Every row of the file must then be that of a run that
+nobody disturbed, the process that is left must end with one line, and the command, run again, with the same numbers.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ COMMANDS = {
 }
 ROWS = {"track": "losses/loss", "sharpness": "sharpness/eigenvalue"}
 AGAIN = "run the same command again"
+WITHIN = 0.8
+EARLIER = "it was done before the kill"
 LONGEST = 600
 """Seconds after which a process that has not ended counts as one that hangs."""
 
@@ -85,12 +88,12 @@ def killed(folder: Path, command: str, victim: int, after: float, known: dict[in
     time.sleep(after)
     if processes[victim].poll() is not None:
         ended(processes)
-        return "it had ended before"
+        return EARLIER
     processes[victim].send_signal(signal.SIGKILL)
     left = ended(processes)[1 - victim]
     if left[0] == 0:
         complete = rows(folder, command).keys() == known.keys() and (command != "cluster" or left[1] == out)
-        return "" if complete else "the other ended as if all were done"  # it had all that it needed of the victim
+        return EARLIER if complete else "the other ended as if all were done"
     lines = [line for line in left[2].splitlines() if line.startswith("opsig:")]
     if left[0] != 1 or len(lines) != 1 or AGAIN not in lines[0] or "Traceback" in left[2]:
         return f"the other ended with {left[0]} and said {left[2]!r}"
@@ -127,9 +130,10 @@ def main() -> None:
     while done < arguments.rounds:
         command, victim = list(COMMANDS)[done % len(COMMANDS)], generator.randrange(2)
         seconds, held, out = known[command]
-        after = generator.uniform(0, seconds)
+        after = generator.uniform(0, WITHIN * seconds)
         wrong = killed(folder, command, victim, after, held, out)
-        if wrong == "it had ended before":
+        if wrong == EARLIER:
+            print("  drawn again: it was done before the kill", flush=True)
             continue
         done, bad = done + 1, bad + bool(wrong)
         print(

@@ -2,8 +2,9 @@
 
     python benchmarks/processes.py FOLDER [--processes 2]
 
-One thread each. On a busy machine wall time says nothing; the busier process's CPU time, less what a command takes that
-measures nothing, is what a person waits for on a machine of their own.
+One thread each. On a busy machine wall time says nothing; the busier process's CPU time is what a person waits for on a
+machine of their own. Said twice: of the whole command, and less what one takes that opens the run and the task and
+measures nothing (`track --plan`), which is what grows with the work.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 COMMANDS = {
-    "nothing": ["track", "done.h5"],
+    "nothing": ["track", "run.h5", "--plan"],
     "track": ["track", "run.h5"],
     "sharpness": ["sharpness", "run.h5", "--at", "iterate", "--steps", "12:20:4", "--replace"],
     "curvature": ["sharpness", "run.h5", "--steps", "20", "--metrics", "gradient_norm,curvature"],
@@ -64,10 +65,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--model", default="cnn")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", default=",".join(COMMANDS))
     arguments = parser.parse_args()
     folder = arguments.folder
-    train = f"train --task fashion-mnist --model {arguments.model} --learning-rate 0.1 --steps 20 -o whole.h5"
-    train += " --checkpoint-every 1 --replace"
+    train = f"train --task fashion-mnist --model {arguments.model} --learning-rate 0.1 --steps {arguments.steps}"
+    train += " -o whole.h5 --checkpoint-every 1 --replace"
     if not (folder / "done.h5").exists():
         subprocess.run(
             [sys.executable, "-m", "opsig_cli", *train.split(), "-q"], cwd=folder, check=True, stdout=subprocess.DEVNULL
@@ -79,7 +82,8 @@ def main() -> None:
         )  # fmt: skip
         (folder / "part.h5").rename(folder / "done.h5")
     idle = {}
-    for name, command in COMMANDS.items():
+    for name in ["nothing", *(each for each in arguments.only.split(",") if each != "nothing")]:
+        command = COMMANDS[name]
         found = {}
         for count in (1, arguments.processes):
             shutil.copy(folder / "whole.h5", folder / "run.h5")
@@ -93,7 +97,8 @@ def main() -> None:
         one_less = one[0] - idle[1][0][0]
         print(
             f"{name:10} {one_less:8.2f} s alone, {' '.join(f'{seconds:.2f}' for seconds in less)} s each: "
-            f"{one_less / max(less):.2f} times; wall {walls[0]:.1f} and {walls[1]:.1f} s",
+            f"{one_less / max(less):.2f} times; with the start {one[0]:.2f}, {' '.join(f'{s:.2f}' for s in each)} s: "
+            f"{one[0] / max(each):.2f} times; wall {walls[0]:.1f} and {walls[1]:.1f} s",
             flush=True,
         )
 

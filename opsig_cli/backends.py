@@ -7,7 +7,7 @@ trained: gradients, Hessians and optimizers are over these alone, and the F that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -203,6 +203,22 @@ class GradientCosines(Protocol):
 
     def mean_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
         """Mean cosine of chosen samples' gradients with those of each set of samples, (M, G) float64; NaN as above."""
+        ...
+
+
+@runtime_checkable
+class Together(Protocol):
+    """What a session can do that several processes share, beside sharing each measurement."""
+
+    def cosines_at(self, states: Iterable[State], samples: np.ndarray) -> Iterator[np.ndarray]:
+        """`gradient_cosines` at each of these states, in their order, of which every process measures some."""
+        ...
+
+    def in_rounds(
+        self, work: Callable[..., tuple[np.ndarray, ...]], arguments: Sequence[Any], count: int
+    ) -> tuple[np.ndarray, ...]:
+        """So many rounds of a function of `opsig_cli.analysis`, of which every process does some (see `rounds` there):
+        arrays with a row for each round."""
         ...
 
 

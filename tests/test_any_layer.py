@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from opsig_torch import TorchBackend, captured, layer_gradients, outer_products, sample_curvature, sample_products
+from opsig_torch import (
+    TorchBackend,
+    captured,
+    layer_gradients,
+    outer_products,
+    sample_curvature,
+    sample_products,
+    second,
+)
 from opsig_torch.captured import gradient_plan
 from tasks import parts, tiny
 from torch import nn
@@ -157,6 +165,35 @@ def test_a_gradient_that_is_not_that_of_the_loss_is_said():
     session.top_eigenpairs(state, 1, 1e-2)
     assert len(said) == 1
     assert "second derivative of layer '1' (Own) is not the derivative of its gradient" in said[0]
+
+
+class Masks(nn.Module):
+    """Attends to what the mask leaves, as transformers write it."""
+
+    def forward(self, x, mask):
+        return (x @ x.T + mask).softmax(1) @ x
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enters, self.attends, self.leaves = nn.Linear(5, 8), Masks(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        mask = torch.full((8, 8), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)
+        return self.leaves(torch.stack([self.attends(torch.outer(each, each), mask)[-1] for each in self.enters(x)]))
+
+
+def test_a_mask_of_the_lowest_number_makes_no_derivative_wrong(monkeypatch):
+    class Task(tiny.Tiny):
+        def model(self):
+            return Masked()
+
+    monkeypatch.setattr(second, "SIZES", 1 << 60)  # the model counts as too large, so that its layers are looked at
+    session, said = TorchBackend().open(Task(), "cpu"), []
+    session.tell = said.append
+    session.top_eigenpairs(session.initial(0), 1, 1e-2)
+    assert said == []
 
 
 # -- the check is what finds these out: faster ways that are made wrong

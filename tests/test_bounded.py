@@ -1,5 +1,7 @@
 """Measuring within a bound of memory. P parameters, N basis vectors."""
 
+import gc
+
 import h5py
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from conftest import TASKS
 from opsig_torch import captured, eigen, hessian, small_basis
 from opsig_torch.hessian import Hessian
 from opsig_torch.session import TorchSession
+from torch import nn
 
 from opsig_cli import backends, open_trajectory
 from opsig_cli.backends import Need, State, Training
@@ -158,6 +161,32 @@ def test_graphs_of_cut_batches_are_kept_where_they_fit_beside_the_vectors_of_a_s
     for _ in range(2):
         product(torch.ones_like(session.flat.vector))
     assert len(runs) == times * -(-session.items // 4)
+
+
+class Bends(nn.Module):
+    """Functions that keep their own output for the derivative."""
+
+    def forward(self, x):
+        return x.tanh().softmax(1).exp()
+
+
+def test_nothing_of_a_graph_is_left_behind():
+    class Bent(load(parse_spec(f"{TASKS}:Tiny"))[0].__class__):
+        def model(self):
+            return nn.Sequential(nn.Linear(5, 16), Bends(), nn.Linear(16, 3))
+
+    def held() -> int:
+        gc.collect()
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    session = TorchSession(Bent(), "cpu", 7)
+    state = session.initial(0)
+    session.top_eigenpairs(state, 1, 1e-2)
+    before = held()
+    for _ in range(2):
+        session.kept.clear()  # a batch's graph is measured anew
+        session.top_eigenpairs(state, 1, 1e-2)
+    assert held() <= before + 2
 
 
 def test_transposed_weights_and_a_tied_embedding_are_captured():

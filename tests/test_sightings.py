@@ -438,7 +438,12 @@ def test_checkpoints_are_added_to_a_run_of_losses_alone(tmp_path, opsig):
         assert sightings.count(run) == 24 * 20
     again = opsig("import", *files, "--task", f"{TASKS}:Tiny", "--append", "-o", path)
     assert "3 of 3 steps are in" in again.err
-    grouped = opsig("cluster", path, "--task", f"{TASKS}:Tiny", "--window", "10:14", "--figure", tmp_path / "p.png")
+    here = ["cluster", path, "--task", f"{TASKS}:Tiny", "--window", "10:14"]
+    planned = opsig(*here, "--plan").records[0]
+    assert (planned["fits"], planned["checkpoints"]) == (True, 3)
+    assert planned["passes"] > 3
+    opsig(*here, "--memory", "64MiB").fails(1, "cluster needs at least", "Give --memory")
+    grouped = opsig(*here, "--figure", tmp_path / "p.png")
     assert grouped.code == 0, grouped.err
     assert "checkpoints of steps 8, 12, 16, the nearest to steps 10 to 14" in grouped.err
     assert opsig("report", path, "--task", f"{TASKS}:Tiny").code == 0

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from opsig_torch.session import TorchSession
 
+from opsig_cli.analysis.grouping import group_by_similarity
+from opsig_cli.analysis.significance import gaussian_null, resampled
 from opsig_cli.backends import Training, load_backend
 from opsig_cli.tasks import load, parse_spec
 
@@ -23,6 +25,8 @@ def same(name: str, shared, alone) -> None:
     for left, right in zip(shared, alone, strict=True):
         if left is None and right is None:
             continue
+        if isinstance(left, dict):
+            left, right = list(left.values()), list(right.values())
         if not np.array_equal(np.asarray(left), np.asarray(right), equal_nan=True):
             print(f"{name} differs by {np.abs(np.asarray(left) - np.asarray(right)).max()}")
 
@@ -70,6 +74,15 @@ def compare(backend, name: str, chunk: int) -> None:
     same("eigenpairs", [one.values, one.vectors, one.residuals], [two.values, two.vectors, two.residuals])
     one, two = shared.top_eigenpairs(earlier, 2, 1e-3, one), alone.top_eigenpairs(earlier, 2, 1e-3, two)
     same("warm eigenpairs", [one.values, one.vectors], [two.values, two.vectors])
+    states = [state, earlier, start]
+    for one, at in zip(shared.cosines_at(states, samples), states, strict=True):
+        same("cosines at several states", [one], [alone.gradient_cosines(at, samples)])
+    similarity = alone.gradient_cosines(state, samples)
+    found = group_by_similarity(similarity, 2)
+    for name, null in {"gaussian": gaussian_null, "again": resampled}.items():
+        about = (similarity, None, None) if name == "gaussian" else (similarity, found, 2)
+        one, two = null(*about, rounds=5, in_rounds=shared.in_rounds), null(*about, rounds=5)
+        same(f"null {name}", vars(one).values(), vars(two).values())
     broken = replace(state, params=state.params[:-1])
     try:
         shared.gradient_norms(broken)

@@ -17,6 +17,7 @@ from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.grouping import LOOKS, SMALLEST, Grouping, correlation, group_by_similarity
 from opsig_cli.analysis.likeness import ALIKE, alike_between, alike_groups, typical_likeness
 from opsig_cli.analysis.pairing import OPPOSES, OPPOSES_ALIKE, match, opposing, pairs_of
+from opsig_cli.analysis.rounds import Rounds, one_after_the_other
 
 MOST_DRAWN = 2000
 """Samples that are grouped anew at a time to see whether a group comes back."""
@@ -87,7 +88,7 @@ def p_value(value: float, null: np.ndarray) -> float:
 
 def gaussian_null(
     similarity_MM: Similarity, likeness_MM: Similarity | None, labels_M: np.ndarray | None, rounds: int = ROUNDS,
-    smallest: int = SMALLEST, seed: int = 0, total: int | None = None,
+    smallest: int = SMALLEST, seed: int = 0, total: int | None = None, in_rounds: Rounds = one_after_the_other,
 ) -> Null:  # fmt: skip
     """The null of samples that share no feature: looks from one Gaussian, under the labels that there are.
 
@@ -101,8 +102,6 @@ def gaussian_null(
     are none or of nearly one sample each, as in a regression, the sign of a sample's error stands for it; without a
     likeness gradients are their own looks.
     """
-    from scipy.linalg import qr
-
     total = total or len(similarity_MM)
     some = fitted(len(similarity_MM), seed)
     similarity = np.nan_to_num(similarity_MM[np.ix_(some, some)]).astype(np.float64)
@@ -115,11 +114,24 @@ def gaussian_null(
     within = np.ix_(*[codes[:count]] * 2)
     rest = np.linalg.eigvalsh(similarity[:count, :count] - offset[within] - slope[within] * likeness[:count, :count])
 
+    labelled = labels_M is not None and shared(labels_M)
+    below = OPPOSES_ALIKE if labelled else OPPOSES
+    model = (spread, codes, offset, slope, rest, likeness_MM is None, count, below, smallest, seed)
+    return _of_all(Null(*in_rounds(gaussian_rounds, model, rounds)), total / count)
+
+
+def gaussian_rounds(
+    spread: np.ndarray, codes: np.ndarray, offset: np.ndarray, slope: np.ndarray, rest: np.ndarray, looks_alone: bool,
+    count: int, below: float, smallest: int, seed: int, rounds: range,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Strongest group and pair of some rounds of `gaussian_null`, from what is fitted there."""
+    from scipy.linalg import qr
+
     def drawn(generator: np.random.Generator) -> Draw:
         rows = generator.standard_normal((count, len(spread))) * spread
         rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         looks = rows @ rows.T
-        if likeness_MM is None:
+        if looks_alone:
             return looks, looks, looks, None
         code = codes[generator.integers(0, len(codes), count)]
         # numpy has no such decomposition in float32, which takes half the time
@@ -130,9 +142,7 @@ def gaussian_null(
         np.fill_diagonal(aligned, 1)
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
-    labelled = labels_M is not None and shared(labels_M)
-    found = _null(drawn, rounds, smallest, seed, OPPOSES_ALIKE if labelled else OPPOSES)
-    return _of_all(found, total / count)
+    return _null(drawn, rounds, smallest, seed, below)
 
 
 def fitted(count: int, seed: int = 0) -> np.ndarray:
@@ -192,7 +202,7 @@ def phase_null(losses_TM: np.ndarray, rounds: int = ROUNDS, smallest: int = SMAL
         first, second = (np.nan_to_num(correlation(part)) for part in (series[: steps // 2], series[steps // 2 :]))
         return first, first, second, None
 
-    found = _null(surrogates, rounds, smallest, seed)
+    found = Null(*_null(surrogates, range(rounds), smallest, seed))
     return _of_all(found, losses_TM.shape[1] / count)
 
 
@@ -202,13 +212,13 @@ def _of_all(null: Null, scale: float) -> Null:
 
 
 def _null(
-    draw: Callable[[np.random.Generator], Draw], rounds: int, smallest: int, seed: int, below: float = OPPOSES
-) -> Null:
-    """Strongest groups, and strongest pairs that look alike and have a similarity across of `below`, of all draws."""
-    generator = np.random.default_rng(seed)
-    groups, pairs = np.zeros(rounds), np.zeros(rounds)
-    for number in range(rounds):
-        cut, similarity, tested, looks = draw(generator)
+    draw: Callable[[np.random.Generator], Draw], rounds: range, smallest: int, seed: int, below: float = OPPOSES
+) -> tuple[np.ndarray, np.ndarray]:
+    """Strongest groups, and strongest pairs that look alike and have a similarity across of `below`, of the rounds of
+    these numbers."""
+    groups, pairs = np.zeros(len(rounds)), np.zeros(len(rounds))
+    for number, its_seed in enumerate(rounds):
+        cut, similarity, tested, looks = draw(np.random.default_rng([seed, its_seed]))
         typical = 0.0 if looks is None else typical_likeness(looks)
         before = None
         for chosen in cut_tree(cut, smallest):
@@ -217,7 +227,7 @@ def _null(
             before = chosen
             group, pair = _strongest(chosen, similarity, tested, looks, typical, below)
             groups[number], pairs[number] = max(groups[number], group), max(pairs[number], pair)
-    return Null(groups, pairs)
+    return groups, pairs
 
 
 def _strongest(
@@ -284,7 +294,7 @@ def series_p_value(changes_a: np.ndarray, changes_b: np.ndarray, rounds: int = R
 
 def resampled(
     similarity_MM: Similarity, grouping: Grouping, smallest: int = SMALLEST, likeness_MM: Similarity | None = None,
-    labelled: bool = False, rounds: int = 10, seed: int = 0,
+    labelled: bool = False, rounds: int = 10, seed: int = 0, in_rounds: Rounds = one_after_the_other,
 ) -> Stability:  # fmt: skip
     """How well groups and pairs come back when four fifths of the samples (at most MOST_DRAWN) are grouped anew.
 
@@ -292,26 +302,41 @@ def resampled(
     two sides where these oppose again, each among the samples drawn (Hennig 2007, Computational Statistics & Data
     Analysis 52).
     """
-    generator = np.random.default_rng(seed)
-    count, groups = len(similarity_MM), len(grouping.partner_G)
-    group_G = np.zeros(groups)
-    pairs = dict.fromkeys(grouping.pairs(), 0.0)
-    for _ in range(rounds if groups else 0):
+    if not len(grouping.partner_G):
+        return Stability(np.zeros(0), {})
+    pairs = grouping.pairs()
+    pair_N2 = np.array(pairs, np.int64).reshape(-1, 2)
+    sides = grouping.group_M, len(grouping.partner_G), pair_N2
+    arguments = (similarity_MM, likeness_MM, *sides, labelled, smallest, seed)
+    group_RG, pair_RN = in_rounds(resampled_rounds, arguments, rounds)
+    each = np.minimum(1.0, pair_RN.mean(0)).tolist()
+    return Stability(group_RG.mean(0), dict(zip(pairs, each, strict=True)))
+
+
+def resampled_rounds(
+    similarity_MM: Similarity, likeness_MM: Similarity | None, group_M: np.ndarray, groups: int, pair_N2: np.ndarray,
+    labelled: bool, smallest: int, seed: int, rounds: range,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """How well every group, (R, G), and every one of N pairs of them, (R, N), come back in some rounds of
+    `resampled`."""
+    count = len(similarity_MM)
+    group_RG, pair_RN = np.zeros((len(rounds), groups)), np.zeros((len(rounds), len(pair_N2)))
+    for number, its_seed in enumerate(rounds):
+        generator = np.random.default_rng([seed, its_seed])
         drawn = np.sort(generator.choice(count, min(MOST_DRAWN, max(2, count * 4 // 5)), replace=False))
         square = np.ix_(drawn, drawn)
         similarity = similarity_MM[square]
         again = group_by_similarity(similarity, smallest, None if likeness_MM is None else likeness_MM[square])
-        overlap = _jaccard(grouping.group_M[drawn], groups, again.group_M, len(again.partner_G))
+        overlap = _jaccard(group_M[drawn], groups, again.group_M, len(again.partner_G))
         below = OPPOSES
         if likeness_MM is not None:
             below = opposing(alike_between(likeness_MM[square], again.group_M), labelled)
         opposed = between_groups(similarity, again.group_M) <= below
-        group_G += overlap.max(1, initial=0)
-        for a, b in pairs:
+        group_RG[number] = overlap.max(1, initial=0)
+        for place, (a, b) in enumerate(pair_N2):
             both = [min(overlap[a, i], overlap[b, j]) for i, j in zip(*np.nonzero(opposed), strict=True)]
-            pairs[a, b] += max(both, default=0.0)
-    scale = max(1, rounds)
-    return Stability(group_G / scale, {pair: min(1.0, total / scale) for pair, total in pairs.items()})
+            pair_RN[number, place] = max(both, default=0.0)
+    return group_RG, pair_RN
 
 
 def _jaccard(left: np.ndarray, left_count: int, right: np.ndarray, right_count: int) -> np.ndarray:

@@ -7,7 +7,6 @@ anew. Nothing goes through `.grad`.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -19,6 +18,7 @@ from opsig_cli.errors import OpsigError
 from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
 from opsig_torch.eigen import TorchSpace, random_start, top_eigenpairs
+from opsig_torch.memory import let_go
 from opsig_torch.opened import GRAPH_SHARE, Opened
 from opsig_torch.saved import saved_bytes
 from opsig_torch.second import tell_of_second_derivative
@@ -27,8 +27,11 @@ GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
 LARGE_BYTES = 1 << 30
 """Size of a basis from which on it is worth the time to look for memory that can be let go of."""
-PRODUCT_VECTORS = 5
-"""Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum."""
+PRODUCT_VECTORS = 6
+"""Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum, and
+the solver's own beside its basis."""
+MARGIN = 1 / 32
+"""Part of the memory that is left to what the C library keeps of freed pieces within a product."""
 
 
 class Hessian:
@@ -146,17 +149,24 @@ def solve(
             f"and {worded(max(0, vectors) * size)} of {worded(opened.bound())} are left for them. Give --memory "
             f"{worded(opened.bound() + (needed - vectors) * size).replace(' ', '')} or more, or a smaller -k"
         )
-    start = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
-    noise = random_start(opened.flat.vector.detach(), seed)
-    start = start / torch.linalg.vector_norm(start).clamp_min(1e-30)
-    start += noise.mul_(novelty(memory))
-    del noise
+
+    def start() -> torch.Tensor:
+        found = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
+        noise = random_start(opened.flat.vector.detach(), seed)
+        found = found / torch.linalg.vector_norm(found).clamp_min(1e-30)
+        return found.add_(noise.mul_(novelty(memory)))
+
+    def product(vector: torch.Tensor) -> torch.Tensor:
+        if vectors * vector.nbytes > LARGE_BYTES:
+            let_go()  # what the product before has left in pieces
+        return hessian(vector)
+
     try:
         if few:
             return small_basis.top_eigenpairs(
-                hessian, start, count, tolerance, min(vectors, basis_room(count, 1 << 62))
+                product, start(), count, tolerance, min(vectors, basis_room(count, 1 << 62))
             )
-        return top_eigenpairs(hessian, start, count, tolerance, memory=memory if count == 1 else None)
+        return top_eigenpairs(hessian, start(), count, tolerance, memory=memory if count == 1 else None)
     except ValueError as error:
         raise OpsigError(str(error)) from error
 
@@ -170,6 +180,6 @@ def vectors_that_fit(opened: Opened) -> int:
     """How many vectors (P,) there is room for besides a product: its gradient, its terms, and a batch's graph."""
     size = opened.flat.vector.element_size() * opened.flat.vector.numel()
     if 2 * ROOM * size > LARGE_BYTES:
-        gc.collect()  # graphs that were differentiated twice hold on to each other
+        let_go()
     graph = min(opened.fitting_batch(2), opened.items) * opened.kept.get(("item bytes", 2), 0)
-    return int((opened.room() - graph) // size) - PRODUCT_VECTORS
+    return int((opened.room() - graph - MARGIN * opened.bound()) // size) - PRODUCT_VECTORS

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from opsig_cli.backends import PRODUCTS, Need
 from opsig_torch import layer_gradients, set_cosines, small_basis, spectrum
-from opsig_torch.hessian import PRODUCT_VECTORS, basis_room
+from opsig_torch.hessian import GRAPH_BYTES, PRODUCT_VECTORS, basis_room
 from opsig_torch.memory import bound_of, held
-from opsig_torch.opened import Opened
+from opsig_torch.opened import GRAPH_FACTOR, Opened
 
+LATER = 72 << 20
+"""Bytes of libraries that are loaded while it works, such as scipy's, and of the command's own records."""
+TRACING = 96 << 20
+"""Bytes that torch loads to trace a model."""
 MORE = 8
 """Hessian-vector products of a solve for each eigenpair after the first, about."""
 PRODUCT_PASSES = 2.0
@@ -31,9 +35,9 @@ def needs(opened: Opened, what: str, count: int) -> Need:
     order = 2 if what in SECOND else 1
     batch = min(opened.fitting_batch(order), opened.batch_size, opened.items)
     item = opened.kept.get(("item bytes", order), 0)
-    base = held(opened.device)
+    base = held(opened.device) + (LATER if opened.device == "cpu" else 0)
     least, most = _vectors(opened, what, count)
-    room = _room(what, count)
+    room = _room(what, count, item, batch, vector, opened.items)
     host, host_bound = 0, 0
     if opened.device != "cpu":
         host, host_bound = held("cpu") + 2 * vector, bound_of("cpu")
@@ -63,18 +67,24 @@ def _vectors(opened: Opened, what: str, count: int) -> tuple[int, int]:
             return GRADIENT_VECTORS, GRADIENT_VECTORS
 
 
-def _room(what: str, count: int) -> tuple[int, int]:
-    """Bytes that do not go with the parameters, at the least and at the most."""
-    layers = layer_gradients.MEMORY_BYTES + layer_gradients.BLOCK_BYTES
+def _room(what: str, count: int, item: int, batch: int, vector: int, items: int) -> tuple[int, int]:
+    """Bytes that do not go with the parameters, at the least and at the most, where the graph of an item takes `item`
+    and a vector of parameters `vector`, of so many `items`."""
+    block = layer_gradients.PIECE_BYTES + min(layer_gradients.BLOCK_BYTES, count * vector)
+    layers = min(layer_gradients.MEMORY_BYTES, count * item) + block
     match what:
         case "norms":
-            return 0, layers
+            return 0, min(layer_gradients.MEMORY_BYTES, batch * item) + layer_gradients.PIECE_BYTES
         case "gradients":
             return 16 * count**2, 16 * count**2 + layers
         case "alignment":
-            return 0, layers + set_cosines.DIRECTIONS_BYTES
+            return 0, layers + min(set_cosines.DIRECTIONS_BYTES, count * vector)
+        case "eigenpairs" | "trace":
+            return 0, min(GRAPH_BYTES, items * item // GRAPH_FACTOR)
+        case "curvature":
+            return 0, TRACING
         case "sample_sharpness":
-            return 0, spectrum.BLOCK_BYTES
+            return 0, TRACING + min(spectrum.BLOCK_BYTES, count * spectrum.STEPS * vector)
         case _:
             return 0, 0
 

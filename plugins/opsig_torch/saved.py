@@ -16,12 +16,13 @@ class Saved:
         self._seen: set[int] = set()
 
     def note(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Count a tensor."""
+        """Count a tensor. What is kept is it without its history: a function's own output, as tanh keeps it, would
+        hold on to the function, and with it to all that came before, for ever."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
-        return tensor
+        return tensor.detach()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from opsig_torch.plain import require_differentiable
 from opsig_torch.running import FullPrecision
 
 STEP = 1e-7
-"""Length of a difference relative to the values': short, so that hardly any ReLU has its kink within it."""
+"""Length of a difference relative to the values it moves: short, so that hardly any ReLU has its kink within it."""
 SIZES = 9
 """Vectors of the parameters' size that the check takes at a time, in float64."""
 LARGEST_LAYER = 10_000_000
@@ -131,7 +131,9 @@ def _agree(number: Callable[..., torch.Tensor], values: Sequence[torch.Tensor]) 
             if slope.requires_grad
             else [torch.zeros_like(value) for value in values]
         )
-        step = STEP * float(torch.stack([value.square().sum() for value in values]).sum().sqrt().clamp_min(1.0))
+        moved = [torch.where(unit == 0, 0, value) for value, unit in zip(values, along, strict=True)]
+        # of what moves alone: a mask of attention holds the most negative number there is
+        step = STEP * float(torch.stack([value.square().sum() for value in moved]).sum().sqrt().clamp_min(1.0))
         ahead, behind = (
             gradient([v + sign * step * unit for v, unit in zip(values, along, strict=True)]) for sign in (1, -1)
         )

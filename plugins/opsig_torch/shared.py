@@ -11,9 +11,11 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -88,6 +90,28 @@ class SharedSession(TorchSession):
         if self.positions > 1 or (self.couples_samples and samples is not None):
             return super().gradient_norms(state, samples)
         return np.concatenate(self._together("norms", self._bare(state), samples))
+
+    def cosines_at(self, states: Iterable[State], samples: np.ndarray) -> Iterator[np.ndarray]:
+        """Cosines at each of these states, of which every process measures one at a time; the first does all of them
+        where it has no room for everybody's."""
+        rest = iter(states)
+        each = 8 * len(samples) ** 2 + 2 * self.flat.vector.nbytes
+        if 2 * self.group.size * each > self.room():
+            yield from (self.gradient_cosines(state, samples) for state in rest)
+            return
+        while some := list(islice(rest, self.group.size)):
+            for found in self._together("whole_cosines", [self._bare(state) for state in some], samples):
+                if found is not None:
+                    yield found
+
+    def in_rounds(
+        self, work: Callable[..., tuple[np.ndarray, ...]], arguments: Sequence[Any], count: int
+    ) -> tuple[np.ndarray, ...]:
+        """Rounds of a function of `opsig_cli.analysis`, shared where its arguments can be told."""
+        if not all(value is None or isinstance(value, (np.ndarray, int, float)) for value in arguments):
+            return work(*arguments, range(count))
+        parts = self._together("rounds", f"{work.__module__}.{work.__name__}", list(arguments), count)
+        return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
     def mean_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
         if self.couples_samples or self.positions > 1:
@@ -275,6 +299,17 @@ class SharedSession(TorchSession):
         own = samples[self.share_of(len(samples), self.inference_batch())]
         with self.at(state):
             return gradient_norms(self, own) if len(own) else np.empty(0)
+
+    def share_of_whole_cosines(self, states: Sequence[State], samples: np.ndarray) -> np.ndarray | None:
+        if self.group.rank >= len(states):
+            return None
+        return super().gradient_cosines(states[self.group.rank], samples)
+
+    def share_of_rounds(self, name: str, arguments: Sequence[Any], count: int) -> tuple[np.ndarray, ...]:
+        module, _, function = name.rpartition(".")
+        assert module.startswith("opsig_cli.analysis.")
+        own = self.group.share(count)
+        return getattr(import_module(module), function)(*arguments, range(own.start, own.stop))
 
     def share_of_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
         own = samples[self.share_of(len(samples), self.inference_batch())]

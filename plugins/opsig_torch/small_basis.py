@@ -32,7 +32,7 @@ def top_eigenpairs(
 ) -> Solution:  # fmt: skip
     """Solve for the `count` most positive eigenpairs to the relative `tolerance`, from a nonzero (P,) `start`.
 
-    Memory: `room` vectors and two, of which the product makes one. `room` is at least `least_room(count)`. Raises
+    Memory: `room` vectors and the one that the product makes. `room` is at least `least_room(count)`. Raises
     ValueError for a tolerance that the start's
     precision cannot reach, and for products that are not finite. `start` is used up.
 
@@ -47,10 +47,13 @@ def top_eigenpairs(
     room = min(room, size)
     basis = start.new_empty(room, size)
     matrix = np.zeros((room, room))
+    precision = torch.finfo(start.dtype).eps
     image = start
+    del start  # as of the image below: a product is made while no other vector than the basis is held
     rest, held, products, largest = _norm(image), 0, 0, 0.0
     while True:
         torch.div(image, rest, out=basis[held])
+        del image
         image = product(basis[held])
         products += 1
         held += 1
@@ -70,7 +73,7 @@ def top_eigenpairs(
         largest = max(largest, float(np.abs(values).max()))
         errors = rest * np.abs(ritz[-1])
         residuals = errors[:count] / np.maximum(np.abs(values[:count]), 1e-300)
-        exhausted = products >= size or rest <= EXHAUSTED * torch.finfo(start.dtype).eps * largest
+        exhausted = products >= size or rest <= EXHAUSTED * precision * largest
         overtaken = held > count and values[count] + errors[count] > values[count - 1]
         met = held >= count and bool((residuals <= tolerance).all()) and not overtaken
         if (met and products > count + LOOK_ABOUT) or products == limit or exhausted:

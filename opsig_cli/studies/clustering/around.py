@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,59 @@ from opsig_cli.analysis import grouping, mining
 from opsig_cli.analysis.pairing import OPPOSES
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.studies import missing, sighted, tracking
+from opsig_cli.studies import missing, planning, sighted, tracking
 from opsig_cli.studies.clustering import finding, gathering, slopes, weighing
+from opsig_cli.studies.clustering.asked import BYTES_A_PAIR, WORDS
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.clustering.sentences import caveat
-from opsig_cli.studies.clustering.window import CHECKPOINTS, HELD_OUT, Window, checkpoints_in, held_out_in
+from opsig_cli.studies.clustering.window import CHECKPOINTS, HELD_OUT, Window, checkpoints_in, divided, held_out_in
 from opsig_cli.studies.measured import measured
 from opsig_cli.studies.mining import Movers, default_count, positions_of
 from opsig_cli.studies.pace import paced
+from opsig_cli.studies.planning import Count, Plan, Stage
 from opsig_cli.trajectory.file import Trajectory
+from opsig_cli.trajectory.states import read_state
 
 AROUND = 16
 """Steps before and after the spike that are mined where a person names no window."""
+OPPONENTS = 2
+"""Samples that oppose a group, at most, for each that it has."""
 EACH_SIDE = 2
 """Checkpoints before and after the window that are taken with those in it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be grouped, before any task is opened: whom, by the gradients of which checkpoints, and the steps
+    that were `mined`, first and last."""
+
+    run: Trajectory
+    position: np.ndarray
+    steps: np.ndarray
+    mined: tuple[int, int]
+
+    def stages(self, first: int, session: Session, joining: bool, test: str) -> list[Stage]:
+        """What grouping so many samples measures, with as many opponents as they may have."""
+        times, held_out = map(len, divided(self.steps))
+        grouped = min((1 + OPPONENTS) * first, session.samples)
+        return [
+            Stage("losses", len(self.steps) + times),
+            Stage("gradients", times, first, first**2 * BYTES_A_PAIR),
+            Stage("alignment", times, session.samples),
+            Stage("gradients", times, grouped, grouped**2 * BYTES_A_PAIR),
+            Stage("alignment", held_out or times, session.samples if joining else grouped),
+            *([Stage("curvature", held_out)] if test != "none" else []),
+        ]
+
+    def counted(self, *how: Any) -> Count:
+        """The number of samples that memory is a question of."""
+        return Count("--top", len(self.position), lambda first: self.stages(first, *how))
+
+    def require(self, session: Session, joining: bool, test: str) -> None:
+        """Raise OpsigError for what does not fit the memory."""
+        how = (session, joining, test)
+        state = read_state(self.run, int(self.steps[0]))
+        planning.require(session, WORDS, self.stages(len(self.position), *how), state, self.counted(*how))
 
 
 def find(
@@ -46,6 +86,39 @@ def find(
     Arguments as of `finding.find`. Raises OpsigError where the run has no two checkpoints, UsageError for what needs
     the losses of all samples at many steps.
     """
+    asked = prepared(run, by, top, samples, window)
+    position, steps = asked.position, asked.steps
+    session, _ = tracking.open_session(run, task, device, backend, warn, allow_changed_data)
+    if join is None:
+        join = joins(session)
+    asked.require(session, join, test)
+    view = measured(run, session, steps.tolist())
+    moved = mining.largest_changes([view.losses()])
+    weighed = Window(0, len(steps), steps, int(np.diff(moved.mean_T).argmax()) + 1)
+    if sketch is not None:
+        gathering.sketch_band(view, weighed, sketch)
+    with progress("gradients", 4 * len(steps)) as shown, paced(session, shown, 4 * len(steps)) as advance:
+        position = with_opponents(view, session, backend, position, weighed, advance)
+        clusters = finding.by_gradient(
+            view, session, backend, position, "gradient", weighed, advance, widen=False, joining=join, sketch=sketch
+        )
+    outcome = finding.tried(view, session, clusters, held_out_in(view, weighed), test, budget, progress)
+    clusters = slopes.with_vectors(finding.judged(clusters, outcome, test), slopes.kept_near(view, weighed))
+    first, last = asked.mined
+    span = f"step {first}" if first == last else f"steps {first} to {last}"
+    note = (
+        f"seen batch by batch (sightings): grouped by gradients at the checkpoints of steps "
+        f"{', '.join(map(str, steps))}, the nearest to {span}; changes of losses are between these"
+    )
+    movers = Movers(position, moved.place[position], moved, 0, "change", note)
+    return Found(clusters, movers, [words for words in (note, caveat(clusters)) if words], view)
+
+
+def prepared(
+    run: Trajectory, by: str | None, top: int | None, samples: Sequence[int] | None,
+    window: tuple[int | None, int | None],
+) -> Asked:  # fmt: skip
+    """What `find` is asked for. Raises as that does."""
     if by not in (None, "gradient"):
         raise UsageError(f"{run.path} saw its samples batch by batch, which --by {by} cannot group. Use --by gradient")
     held = run.steps("checkpoints")
@@ -61,30 +134,29 @@ def find(
     position = mined.rows["place"] if samples is None else positions_of(run, samples)
     if len(position) < 2:
         raise OpsigError(missing.too_few(run, len(position)))
-    steps = near(held, *mined.window)
+    return Asked(run, position, near(held, *mined.window), mined.window)
+
+
+def joins(session: Session) -> bool:
+    """Whether others join where a person did not say."""
+    return not getattr(session, "couples_samples", False)
+
+
+def plan(
+    run: Trajectory, by: str | None, top: int | None, task: str | None, device: str | None, backend: str | None,
+    warn: Callable[[str], None], *, samples: Sequence[int] | None = None,
+    window: tuple[int | None, int | None] = (None, None), join: bool | None = None, test: str = "replay",
+    allow_changed_data: bool = False, **others: Any,
+) -> Plan:  # fmt: skip
+    """What `find` takes with the same options, of which `others` change nothing: one record."""
+    asked = prepared(run, by, top, samples, window)
     session, _ = tracking.open_session(run, task, device, backend, warn, allow_changed_data)
-    view = measured(run, session, steps.tolist())
-    moved = mining.largest_changes([view.losses()])
-    weighed = Window(0, len(steps), steps, int(np.diff(moved.mean_T).argmax()) + 1)
-    if sketch is not None:
-        gathering.sketch_band(view, weighed, sketch)
-    if join is None:
-        join = not getattr(session, "couples_samples", False)
-    with progress("gradients", 4 * len(steps)) as shown, paced(session, shown, 4 * len(steps)) as advance:
-        position = with_opponents(view, session, backend, position, weighed, advance)
-        clusters = finding.by_gradient(
-            view, session, backend, position, "gradient", weighed, advance, widen=False, joining=join, sketch=sketch
-        )
-    outcome = finding.tried(view, session, clusters, held_out_in(view, weighed), test, budget, progress)
-    clusters = slopes.with_vectors(finding.judged(clusters, outcome, test), slopes.kept_near(view, weighed))
-    first, last = mined.window
-    span = f"step {first}" if first == last else f"steps {first} to {last}"
-    note = (
-        f"seen batch by batch (sightings): grouped by gradients at the checkpoints of steps "
-        f"{', '.join(map(str, steps))}, the nearest to {span}; changes of losses are between these"
-    )
-    movers = Movers(position, moved.place[position], moved, 0, "change", note)
-    return Found(clusters, movers, [words for words in (note, caveat(clusters)) if words], view)
+    how = (session, joins(session) if join is None else join, test)
+    state = read_state(run, int(asked.steps[0]))
+    return planning.plan(
+        run.path, session, backend, WORDS, asked.stages(len(asked.position), *how), state, len(asked.steps),
+        counted=asked.counted(*how),
+    )  # fmt: skip
 
 
 def near(held: np.ndarray, first: int, last: int) -> np.ndarray:
@@ -125,7 +197,7 @@ def with_opponents(
     cosine_NG = np.mean(rows, axis=0)
     opponents = []
     for inside, cosine_N in zip(members, cosine_NG.T, strict=True):
-        most = np.argsort(cosine_N, kind="stable")[: 2 * len(inside)]
+        most = np.argsort(cosine_N, kind="stable")[: OPPONENTS * len(inside)]
         opponents.append(most[cosine_N[most] <= OPPOSES])
     added = np.concatenate(opponents)
     _, first = np.unique(added, return_index=True)

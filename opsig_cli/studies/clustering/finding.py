@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from opsig_cli import backends
 from opsig_cli.analysis import evidence, grouping, significance
 from opsig_cli.analysis.gram import Similarity, formed
 from opsig_cli.analysis.group_means import group_means
 from opsig_cli.analysis.grouping import Grouping
 from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.pairing import opposing
+from opsig_cli.analysis.rounds import one_after_the_other
 from opsig_cli.analysis.significance import NOTHING
 from opsig_cli.backends import PRODUCTS, Session
 from opsig_cli.studies import tracking
@@ -148,20 +150,23 @@ def by_gradient(
     if joining:
         others = candidates(run, session, position, sets, window, looks=likeness_MM is not None)
     means_CMG, joined = cosines(run, session, tested_on, position, others, found, sets, advance)
+    in_rounds = session.in_rounds if isinstance(session, backends.Together) else one_after_the_other
     null = NOTHING
     if members and coordinates is None:
-        null = significance.gaussian_null(similarity_MM, likeness_MM, labels, smallest=smallest)
+        null = significance.gaussian_null(similarity_MM, likeness_MM, labels, smallest=smallest, in_rounds=in_rounds)
     elif members:  # what a pair is weighed by are cosines of gradients
         some = significance.fitted(len(position))
         cosines_MM = gathering.mean_similarity(run, session, backend, position[some], window, sketch, advance)
         looks_MM = None if likeness_MM is None else likeness_MM[np.ix_(some, some)]
         labels = None if labels is None else labels[some]
-        null = significance.gaussian_null(cosines_MM, looks_MM, labels, smallest=smallest, total=len(position))
+        null = significance.gaussian_null(
+            cosines_MM, looks_MM, labels, smallest=smallest, total=len(position), in_rounds=in_rounds
+        )
     clusters = Clusters(
         by, position, found, [], [], similarity_MM, losses_TM, window, evidence.period_two(losses_TM), alike_GG, joined,
         tests=Tests(steps.tolist(), held_out.tolist(), []), sketch_error=sketch_error, labelled=labelled,
     )  # fmt: skip
-    return weighing.weigh(run, clusters, means_CMG, null, likeness_MM)
+    return weighing.weigh(run, clusters, means_CMG, null, likeness_MM, in_rounds)
 
 
 def _preferred(found: Grouping, alike_GG: np.ndarray | None, losses_TM: np.ndarray, by_losses: bool) -> np.ndarray:

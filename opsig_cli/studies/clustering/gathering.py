@@ -5,7 +5,8 @@ S samples of the run, M samples that are grouped, N others, C checkpoints, G gro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from opsig_cli.analysis.gram import Gram, Similarity, formed
 from opsig_cli.analysis.group_means import ROWS
 from opsig_cli.analysis.grouping import known
 from opsig_cli.analysis.pairing import OPPOSES
-from opsig_cli.backends import Session
+from opsig_cli.backends import Session, State
 from opsig_cli.errors import UsageError
 from opsig_cli.studies.clustering.window import Window, checkpoints_in
 from opsig_cli.trajectory.file import Trajectory
@@ -96,20 +97,28 @@ def mean_similarity(
             advance(note=f"step {step}")
         return Gram(rows_MD, 1 / len(steps))
     total = np.zeros((len(samples), len(samples)), np.float32)
-    for step in steps.tolist():
-        state = read_state(run, step)
-        if sketch is None:
-            found = session.gradient_cosines(state, samples)  # pyright: ignore[reportAttributeAccessIssue]
+    states = (read_state(run, step) for step in steps.tolist())
+    if sketch is None:
+        for step, found in zip(steps.tolist(), _cosines_at(session, states, samples), strict=True):
             np.add(total, known(found, copy=False), out=total, casting="same_kind")
-        else:
+            advance(note=f"step {step}")
+    else:
+        for step, state in zip(steps.tolist(), states, strict=True):
             rows = known(session.gradient_sketch(state, samples, sketch, step))  # pyright: ignore[reportAttributeAccessIssue]
             for first in range(0, len(rows), ROWS):
                 total[first : first + ROWS] += rows[first : first + ROWS] @ rows.T
-        advance(note=f"step {step}")
+            advance(note=f"step {step}")
     total /= len(steps)
     if sketch is not None:
         np.fill_diagonal(total, 1)
     return total
+
+
+def _cosines_at(session: Any, states: Iterable[State], samples: np.ndarray) -> Iterator[np.ndarray]:
+    """The samples' gradient cosines at each of these states, (M, M)."""
+    if isinstance(session, backends.Together):
+        return session.cosines_at(states, samples)
+    return (session.gradient_cosines(state, samples) for state in states)
 
 
 def of_length_one(rows: np.ndarray) -> np.ndarray:

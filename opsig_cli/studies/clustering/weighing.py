@@ -12,20 +12,22 @@ from opsig_cli.analysis.gram import Similarity
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.likeness import ALIKE, families
 from opsig_cli.analysis.pairing import opposing
+from opsig_cli.analysis.rounds import Rounds, one_after_the_other
 from opsig_cli.analysis.significance import Null
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
 from opsig_cli.trajectory.file import Trajectory
 
 
 def weigh(
-    run: Trajectory, clusters: Clusters, means_CMG: np.ndarray, null: Null, likeness_MM: Similarity | None
-) -> Clusters:
+    run: Trajectory, clusters: Clusters, means_CMG: np.ndarray, null: Null, likeness_MM: Similarity | None,
+    in_rounds: Rounds = one_after_the_other,
+) -> Clusters:  # fmt: skip
     """With the weight of every group and pair, from the mean similarity of the samples with each group at each held-out
     checkpoint (by losses: in the second half of the window)."""
     found, window = clusters.grouping, clusters.window
     members = [found.members(group) for group in range(len(found.partner_G))]
     stable = significance.resampled(
-        clusters.similarity_MM, found, smallest(clusters.position), likeness_MM, clusters.labelled
+        clusters.similarity_MM, found, smallest(clusters.position), likeness_MM, clusters.labelled, in_rounds=in_rounds
     )
     kept = significance.kept_at_checkpoints(means_CMG, found)
     before, after = run.rows("losses/loss", window.first + window.rise_row - 1, window.first + window.rise_row + 1)

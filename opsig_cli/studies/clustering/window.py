@@ -70,5 +70,14 @@ def _divided(run: Trajectory, window: Window) -> tuple[np.ndarray, np.ndarray]:
     chosen = spread(first, last, steps, CHECKPOINTS + HELD_OUT)
     strays = steps[steps > run.steps("losses")[-1]]  # perhaps of the window, had their step not been damaged
     run.check("checkpoints", [*chosen.tolist(), *strays.tolist()])
+    return divided(chosen)
+
+
+def divided(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of some checkpoints those to find groups by and those to test them on.
+
+    >>> [part.tolist() for part in divided(np.array([0, 10, 20, 30]))]
+    [[0, 20], [10, 30]]
+    """
     held = chosen[1::2][:HELD_OUT]
     return np.setdiff1d(chosen, held), held

@@ -9,6 +9,7 @@ from opsig_cli.errors import UsageError
 from opsig_cli.studies import answers, measured, mining, missing, sighted
 from opsig_cli.studies.clustering import agreement, explaining, finding, keeping, neighbours, selecting
 from opsig_cli.studies.clustering import records as clustered
+from opsig_cli.studies.clustering.around import plan as plan_around
 from opsig_cli.studies.clustering.asked import plan as plan_of_groups
 from opsig_cli.studies.door import named
 from opsig_cli.studies.numbers import loss_unit
@@ -76,8 +77,9 @@ def found_groups(
         if explain is not None and not sighted.chosen(trajectory):
             explaining.row_of(trajectory, explain)
         if keeper is None:
+            plan = plan_around if sighted.chosen(trajectory) else plan_of_groups
             found = without_damage(
-                lambda: plan_of_groups(
+                lambda: plan(
                     trajectory, by, top, task, device, backend, note, samples=samples, window=span, join=join,
                     sketch=sketch, test=test, budget=budget, allow_changed_data=allow_changed_data,
                 ),
