@@ -287,8 +287,10 @@ def test_no_exchange_of_partners_would_lower_the_sum(seed):
 
 
 def test_parts_of_a_side_are_one_again_where_they_look_alike():
-    """A side in two tight parts, 0 and 1, against a third group that looks the same."""
-    between = np.array([[0.95, 0.5, -0.6], [0.5, 0.95, -0.6], [-0.6, -0.6, 0.95]])
+    """A side in two loose parts, 0 and 1, against a third group that looks the same; tight parts stay two."""
+    tight = np.array([[0.95, 0.5, -0.6], [0.5, 0.95, -0.6], [-0.6, -0.6, 0.95]])
+    loose = np.array([[0.8, 0.5, -0.6], [0.5, 0.8, -0.6], [-0.6, -0.6, 0.95]])
+    apart = np.array([[0.8, 0.3, -0.6], [0.3, 0.8, -0.6], [-0.6, -0.6, 0.95]])  # alike, but hardly moving together
     groups = np.repeat(np.arange(3), [9, 8, 7])
     square = np.ix_(groups, groups)
 
@@ -297,11 +299,9 @@ def test_parts_of_a_side_are_one_again_where_they_look_alike():
         likeness[0, 1] = likeness[1, 0] = alike
         return grouping.group_by_similarity(between[square], likeness_MM=likeness[square]).group_M.tolist()
 
-    assert grouping.group_by_similarity(between[square]).group_M.tolist() == groups.tolist()
-    assert sides(between, 0.8) == [0] * 17 + [1] * 7
-    assert sides(between, 0.2) == groups.tolist()
-    between[0, 1] = between[1, 0] = 0.3  # alike, but hardly moving together
-    assert sides(between, 0.8) == groups.tolist()
+    assert grouping.group_by_similarity(tight[square]).group_M.tolist() == groups.tolist()
+    assert sides(loose, 0.8) == [0] * 17 + [1] * 7
+    assert sides(tight, 0.8) == sides(loose, 0.2) == sides(apart, 0.8) == groups.tolist()
 
 
 def test_what_moves_together_by_its_label_alone_is_told_apart_by_its_looks():

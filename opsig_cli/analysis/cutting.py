@@ -12,6 +12,12 @@ from opsig_cli.analysis.group_means import blocks_of_sums, sizes_of
 
 CUTS = np.linspace(0.3, 0.75, 10)
 """Heights of the dendrogram (distance 1 - S) that are tried."""
+APART = 3.0
+"""Two groups are never one where their members are this many times as far from each other as among themselves."""
+CLOSE = 0.05
+"""Distance up to which members of a group count as equally far: at a cosine of 0.95 it is rounding and noise."""
+MOST_HALVED = 2000
+"""Members of a group up to which it is looked at whether it is two."""
 
 
 def cut_tree(similarity: Similarity, smallest: int, heights: np.ndarray = CUTS) -> Iterator[np.ndarray]:
@@ -41,6 +47,47 @@ def best_cut(similarity: Similarity, smallest: int) -> np.ndarray:
         if quality > best_quality:
             best, best_quality = groups, quality
     return best
+
+
+def halved(similarity: Similarity, groups_M: np.ndarray, smallest: int) -> np.ndarray:
+    """The groups with every one that is two taken apart, (M,): a cut that is right for loose groups joins tight ones.
+
+    >>> sides = np.repeat([0, 1], 4)
+    >>> tight = np.where(np.equal.outer(sides, sides), 0.98, 0.7)
+    >>> halved(tight, np.zeros(8, np.int64), 4).tolist(), halved(tight - 0.2, np.zeros(8, np.int64), 4).tolist()
+    ([0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0])
+    """
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    groups = groups_M.copy()
+    waiting = list(range(groups.max(initial=-1) + 1))
+    while waiting:
+        group = waiting.pop()
+        members = np.flatnonzero(groups == group)
+        if not 2 * smallest <= len(members) <= MOST_HALVED:
+            continue
+        block = similarity[np.ix_(members, members)]
+        half = fcluster(linkage(_distances(block), "average"), 2, "maxclust") == 2
+        if min(half.sum(), (~half).sum()) < smallest:
+            continue
+        if far_apart(*_within_and_across(block, half)):
+            groups[members[half]] = groups.max() + 1
+            waiting += [group, int(groups.max())]
+    return groups
+
+
+def far_apart(within: np.ndarray | float, across: np.ndarray | float) -> np.ndarray:
+    """Whether groups at a mean distance `across`, of members at one of `within` in the looser group, are two."""
+    return np.asarray(across) > APART * np.maximum(within, CLOSE)
+
+
+def _within_and_across(block: np.ndarray, half: np.ndarray) -> tuple[float, float]:
+    """Mean distance within the looser half and across, without a sample's own."""
+    within = []
+    for side in (half, ~half):
+        own = block[np.ix_(side, side)].astype(np.float64)
+        within.append(1 - (own.sum() - np.trace(own)) / (len(own) * (len(own) - 1)))
+    return max(within), 1 - float(block[np.ix_(half, ~half)].mean(dtype=np.float64))
 
 
 def silhouette(similarity_MM: Similarity, groups_M: np.ndarray) -> float:

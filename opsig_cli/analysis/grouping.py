@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opsig_cli.analysis.cutting import best_cut, drop_small
+from opsig_cli.analysis.cutting import best_cut, drop_small, far_apart, halved
 from opsig_cli.analysis.gram import Gram, Similarity
 from opsig_cli.analysis.group_means import ROWS, between_groups
 from opsig_cli.analysis.pairing import OPPOSES, alignments, oppose, pairs_of
@@ -66,12 +66,13 @@ def group_by_similarity(
 ) -> Grouping:
     """Sides by average linkage on a signed distance, then each side matched with the one that it opposes most.
 
-    The distance is 1 - S, or with a likeness K 1 - (1 - LOOKS) S - LOOKS K: what moves together by its label alone does
-    not look alike, and what looks alike with another label does not move together. The cut is the one of CUTS with the
-    best silhouette over groups of `smallest` or more, times their share of the samples; a cut that is right for a tight
-    group takes a loose one apart, so that groups that move together and look alike are made one. Weak members are left
-    out, and groups that become smaller than `smallest` with them. What is not finite counts as 0. Raises ValueError for
-    fewer than two samples.
+    The distance is 1 - S, or with a likeness K 1 - (1 - LOOKS) S - LOOKS K: what moves together by its label alone
+    does not look alike, and what looks alike with another label does not move together. The cut is the one of CUTS
+    with the best silhouette over groups of `smallest` or more, times their share of the samples; a cut that is
+    right for a loose group joins tight ones, which are taken apart again, and one that is right for a tight group
+    takes a loose one apart, so that groups that move together and look alike are made one. Weak members are left
+    out, and groups that become smaller than `smallest` with them. What is not finite counts as 0. Raises ValueError
+    for fewer than two samples.
 
     >>> two = np.repeat([1.0, -1.0], 4)
     >>> grouping = group_by_similarity(np.outer(two, two))
@@ -86,7 +87,8 @@ def group_by_similarity(
         similarity = known(similarity_MM)
     if likeness_MM is None:
         return _without_weak(similarity, best_cut(similarity, smallest), smallest)
-    chosen = best_cut(_affinity(similarity, likeness_MM), smallest)
+    affinity = _affinity(similarity, likeness_MM)
+    chosen = halved(affinity, best_cut(affinity, smallest), smallest)
     found = _without_weak(similarity, chosen, smallest, LOOSE)
     return _without_weak(similarity, _merged(similarity, likeness_MM, found.group_M), smallest, LOOSE)
 
@@ -156,9 +158,13 @@ def _merged(similarity: Similarity, likeness: Similarity, group_M: np.ndarray) -
     while len(sizes) > 1:
         between, alike = sums / np.outer(sizes, sizes)
         within = (sizes * np.diagonal(between) - 1) / np.maximum(sizes - 1, 1)
+        within_looks = (sizes * np.diagonal(alike) - 1) / np.maximum(sizes - 1, 1)
         own = np.sqrt(np.maximum(np.diagonal(alike), 0))
         together = between / np.maximum(np.minimum.outer(within, within), 1e-12)
         together[alike < ALIKE * np.outer(own, own)] = -np.inf
+        distance = 1 - (1 - LOOKS) * between - LOOKS * alike
+        inside = np.maximum.outer(*[1 - (1 - LOOKS) * within - LOOKS * within_looks] * 2)
+        together[far_apart(inside, distance)] = -np.inf
         np.fill_diagonal(together, -np.inf)
         a, b = sorted(np.unravel_index(together.argmax(), together.shape))
         if together[a, b] < MERGES:
