@@ -6,7 +6,7 @@
 Every run is trained, or taken from the folder, and clustered with the defaults. Each pair with a verdict by silence is
 silenced again, with controls drawn anew, at the checkpoint farthest from all that were used at which it swings, of the
 six farthest; of a pair whose curvature decided R of that is measured anew. A row a run: pairs
-called established and how many of them have R below the threshold there (a half by silence, a quarter of curvature);
+called established and how many of them have R below the threshold there (a half by silence, a third of curvature);
 the same of those called refuted; and each R, with C before that of curvature.
 """
 

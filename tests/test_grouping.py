@@ -399,7 +399,7 @@ def apart(*ratios):
         (Evidence(-0.4, -0.3, 0.01, 0.5, apart(0.1, 0.2, 0.3), labelled=False), "established"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.2, 0.6, 0.2)), "established"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.2)), "established"),
-        (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.3, 0.4, 0.2)), "likely"),  # the curvature is mostly others'
+        (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.35, 0.4, 0.2)), "likely"),  # the curvature is mostly others'
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7), curved=(0.1, 0.2, 0.1)), "established"),  # swung by others
         (Evidence(-0.4, -0.3, 0.01, 0.9, apart(0.8, 0.7), curved=(0.1, 0.6, 0.1)), "likely"),
         (Evidence(-0.4, -0.3, 0.01, 0.9, curved=(0.1, 0.6)), "likely"),

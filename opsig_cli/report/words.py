@@ -206,7 +206,7 @@ def pair_evidence(pair: Record, unit: str = "nats") -> list[Evidence]:
             "Silence does not decide: it does not swing, or others swing it. Of the curvature along its sides' "
             "gradients this is left without its samples, over what is left without as many others of the same labels"
             + (f", those of pairs {', '.join(map(str, pair['aside']))} set aside" if pair["aside"] else "")
-            + f": below {OWN:g}, it is their own.",
+            + f": below {OWN:.2f}, it is their own.",
         ))  # fmt: skip
     if not math.isnan(pair["alike"]):
         rows.insert(1, (
