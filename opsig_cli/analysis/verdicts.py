@@ -25,8 +25,8 @@ for silence alone to decide: at one or two it often is by chance. The same is as
 silence does not decide."""
 OWN = 1 / 3
 """The curvature that a pair feels is its own where less than this part of it remains without the pair: planted pairs
-are at 0.00 to 0.1, under momentum up to 0.31; pairs by chance, whose gradients align with many others' in part, at 0.4 to
-1, and neighbouring clusters of two labels from 0.34 on."""
+are at 0.00 to 0.1, under momentum up to 0.31; pairs by chance, whose gradients align with many others' in part, at 0.4
+to 1, and neighbouring clusters of two labels from 0.34 on."""
 
 RELATED = 0.6
 """Least likeness of sides for silence to establish a pair where samples have labels: sides that share no look, and
