@@ -132,3 +132,32 @@ def test_attention_over_few_queries_is_not_left_to_the_fused_kernel_and_is_the_s
         assert torch.allclose(found.double(), exact, atol=1e-6)
     assert torch.nn.functional.scaled_dot_product_attention is before
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_attention_is_torchs_own_where_a_model_allows_the_fused_kernel_alone_or_gives_sequences_of_all_lengths(
+    monkeypatch,
+):
+    monkeypatch.setattr(arithmetic, "width", lambda: "medium")
+    attention = torch.nn.functional.scaled_dot_product_attention
+    query = torch.randn(2, 4, 50, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    parts = [query.detach()[0, :, :length].transpose(0, 1) for length in (50, 7)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    with arithmetic.calculating("cpu", print):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            found = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        several = torch.nn.functional.scaled_dot_product_attention(nested, nested, nested)
+        with pytest.raises(RuntimeError):
+            torch.nn.functional.scaled_dot_product_attention(query, query[..., :3, :5], query)
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert "Flash" in found.grad_fn.name()
+    alone = attention(*[query[:1, :, :7]] * 3)
+    assert torch.allclose(several.unbind()[1], alone[0], atol=1e-6)
+
+
+def test_attention_that_a_person_has_put_in_the_place_of_torchs_stays(monkeypatch):
+    monkeypatch.setattr(arithmetic, "width", lambda: "medium")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, key, value: 2 * value)
+    value = torch.ones(1, 3, 4)
+    with arithmetic.calculating("cpu", print):
+        assert torch.equal(torch.nn.functional.scaled_dot_product_attention(value, value, value), 2 * value)

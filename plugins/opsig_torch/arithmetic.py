@@ -55,7 +55,7 @@ def prepare(device: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
     else:
         torch.set_float32_matmul_precision(width())
-        if width() != "highest":
+        if width() != "highest" and F.scaled_dot_product_attention is _fused:  # and not a person's own
             F.scaled_dot_product_attention = _attention
 
 
@@ -64,14 +64,16 @@ _fused = F.scaled_dot_product_attention
 
 @wraps(_fused)
 def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Attention, without the fused kernel where queries are few."""
-    if query.shape[-2] >= SHORT or not torch.backends.cuda.flash_sdp_enabled():  # the CPU's, too, despite its name
+    """Attention, without the fused kernel where queries are few and there is a choice."""
+    few = not query.is_nested and query.shape[-2] < SHORT
+    kinds = torch.backends.cuda  # the CPU's, too, despite the name
+    if not (few and kinds.flash_sdp_enabled() and kinds.math_sdp_enabled()):
         return _fused(query, *args, **kwargs)
-    torch.backends.cuda.enable_flash_sdp(False)
+    kinds.enable_flash_sdp(False)
     try:
         return _fused(query, *args, **kwargs)
     finally:
-        torch.backends.cuda.enable_flash_sdp(True)
+        kinds.enable_flash_sdp(True)
 
 
 @cache
