@@ -555,6 +555,16 @@ def test_a_replay_for_its_losses_alone_is_the_training_with_silent_samples(run, 
         assert np.isnan(np.delete(some, wanted, 1)).all()
 
 
+def test_a_replay_for_its_losses_alone_ends_without_a_warning_where_no_loss_is_a_number(run):
+    with open_trajectory(run) as file:
+        session, _ = tracking.open_session(file, f"{TASKS}:Tiny", "cpu", "torch", print)
+        settings = settings_of(file)
+        assert settings is not None
+        state = read_state(file, 30)
+        lost = replace(state, params=np.full_like(state.params, np.nan))
+        assert list(replay(session, settings_at(file, settings, 30), lost, 0, alone=True)) == []
+
+
 def test_the_losses_of_a_run_are_its_replay_where_they_are_all_in_the_file(run):
     with open_trajectory(run) as file:
         session, _ = tracking.open_session(file, f"{TASKS}:Tiny", "cpu", "torch", print)

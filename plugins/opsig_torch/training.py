@@ -58,10 +58,9 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
             losses, predictions = _losses_alone(opened, training.tracked).arrays()
             if training.tracked is not None:
                 _keep(training.tracked, losses, predictions)
-            nothing = float("nan")
-            yield Snapshot(
-                step, float(np.nanmean(losses)), training.learning_rate, nothing, nothing, losses, predictions, state
-            )  # fmt: skip
+            nothing, measured = float("nan"), losses[~np.isnan(losses)]
+            mean = float(measured.mean()) if len(measured) else nothing
+            yield Snapshot(step, mean, training.learning_rate, nothing, nothing, losses, predictions, state)
             return
         silent = _silent(opened, training) if gradient is _full_batch_gradient and step == start.step else None
         if silent is not None:
