@@ -45,6 +45,7 @@ class SharedSession(TorchSession):
         self._number = number
         self._known_frozen: np.ndarray | None = None
         self._told_targets = self.positions == 1
+        self._weights: np.ndarray | None = None  # of a training's samples, as every process has them
 
     @property
     def device_name(self) -> str:
@@ -174,12 +175,12 @@ class SharedSession(TorchSession):
             self.tell(f"note: {what} are trained by one of the {self.group.size} processes")
             return super().train(training, start)
         self._tell("load", self._bare(start))
-        sent: list[np.ndarray | None] = [None]
 
         def gradient(_: Any, training: Training, step: int, wants: bool) -> tuple[float, LossRow]:
-            new = training.weights is not sent[0]
-            sent[0] = training.weights
-            self._tell("descend", training.weights if new else None, training.label_smoothing)
+            if training.weights is not self._weights:
+                self._tell("weigh", training.weights)
+                self._weigh(training.weights)
+            self._tell("descend", training.label_smoothing)
             self.group.spread(self.flat.vector.detach())
             return self.share_of_descent(training)
 
@@ -233,7 +234,7 @@ class SharedSession(TorchSession):
         """Do what the first process tells the others."""
         alone: dict[str, Callable[..., Any]] = {
             "begin": super().initial, "take": super().adopt, "load": self.load, "hessian": self.serve_hessian,
-            "bound": super().bound_by, "targets": self.know_targets, "arrange": super().arrange,
+            "bound": super().bound_by, "targets": self.know_targets, "arrange": super().arrange, "weigh": self._weigh,
         }  # fmt: skip
         if name in alone:
             alone[name](*arguments)
@@ -371,14 +372,14 @@ class SharedSession(TorchSession):
                 except Exception:  # all know; the first process says what follows
                     continue
 
-    def serve_descent(self, weights: np.ndarray | None, smoothing: float | None) -> None:
+    def _weigh(self, weights: np.ndarray | None) -> None:
+        self._weights = weights
+
+    def serve_descent(self, smoothing: float | None) -> None:
         """Give this process's part of the gradient of a step."""
-        if weights is not None:
-            self._weights = weights
         with torch.no_grad():
             self.flat.vector.copy_(self.group.spread(torch.empty_like(self.flat.vector)))
-        known = getattr(self, "_weights", None)
-        self.share_of_descent(Training("gd", 0.0, 0, weights=known, label_smoothing=smoothing))
+        self.share_of_descent(Training("gd", 0.0, 0, weights=self._weights, label_smoothing=smoothing))
 
     def share_of_descent(self, training: Training) -> tuple[float, LossRow]:
         """The gradient of the whole loss into `flat.gradient`, the loss, and every sample's; whole at the first."""
