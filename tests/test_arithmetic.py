@@ -161,3 +161,17 @@ def test_attention_that_a_person_has_put_in_the_place_of_torchs_stays(monkeypatc
     value = torch.ones(1, 3, 4)
     with arithmetic.calculating("cpu", print):
         assert torch.equal(torch.nn.functional.scaled_dot_product_attention(value, value, value), 2 * value)
+
+
+class Attending(torch.nn.Module):
+    def forward(self, value):
+        return torch.nn.functional.scaled_dot_product_attention(value, value, value)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_model_with_attention_can_be_scripted_where_torch_calculates(monkeypatch):
+    monkeypatch.setattr(arithmetic, "width", lambda: "medium")
+    value = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    with arithmetic.calculating("cpu", print):
+        scripted = torch.jit.script(Attending())
+    assert torch.allclose(scripted(value), Attending()(value), atol=1e-6)

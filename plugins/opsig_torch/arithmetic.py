@@ -12,6 +12,7 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
+from torch.jit._builtins import _register_builtin
 from torch.nn import functional as F
 
 UNDETERMINED = "does not have a deterministic implementation"
@@ -74,6 +75,9 @@ def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return _fused(query, *args, **kwargs)
     finally:
         kinds.enable_flash_sdp(True)
+
+
+_register_builtin(_attention, "aten::scaled_dot_product_attention")  # for a model that is scripted
 
 
 @cache
