@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -380,6 +381,18 @@ def test_one_side_that_swings_by_itself_does_not_make_a_pair():
     found = silencing.compared(40, [np.arange(3), np.arange(3, 5)], plain, silent, plain)
     assert found.silent / found.controls < 0.1
     assert found.ratio == pytest.approx(1)
+
+
+def test_a_pair_at_rest_in_a_run_that_swings_is_said_to_be_so_where_a_sample_has_no_loss():
+    plain = np.resize([1.0, -1.0], (silencing.LENGTH + 1, 1)) * np.array([0.0, 0.0, 1.0, 1.0, np.nan])
+    assert silencing._why_not({40: plain}, [np.array([0]), np.array([1])]).startswith("its losses do not swing")
+
+
+def test_losses_that_a_file_lacks_are_not_read_where_checkpoints_of_consecutive_steps_stand_for_them():
+    """As around a spike of a run that holds sightings alone."""
+    file = SimpleNamespace(has=lambda name: False, steps=lambda group: np.arange(0))
+    view = SimpleNamespace(_run=file, has=lambda name: True, steps=lambda group: np.arange(40, 50))
+    assert silencing.recorded(view, 40) is None  # pyright: ignore
 
 
 def apart(*ratios):
