@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 from tasks import tiny
 
-from opsig_cli.analysis import cutting, evidence, grouping, pairing, significance
+from opsig_cli.analysis import cutting, evidence, grouping, pairing, significance, stability
 from opsig_cli.analysis.group_means import group_means
 from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.verdicts import Evidence, Silenced, judge
@@ -112,7 +112,7 @@ def test_planted_pairs_are_stable():
     similarity, _ = planted_similarity(np.random.default_rng(0))
     found = grouping.group_by_similarity(similarity)
     assert found.pairs() == [(0, 1), (2, 3)]
-    stable = significance.resampled(similarity, found)
+    stable = stability.resampled(similarity, found)
     assert min(stable.pair.values()) > 0.9
     assert stable.group.min() > 0.9
 
@@ -195,8 +195,8 @@ def test_a_pair_that_resampling_breaks_is_unstable():
     similarity, _ = planted_similarity(np.random.default_rng(0), sizes=(6, 6), noise=0.5)
     found = grouping.group_by_similarity(similarity, smallest=2)
     assert found.pairs()
-    for stability in significance.resampled(similarity, found, smallest=2).pair.values():
-        assert stability < 0.9
+    for back in stability.resampled(similarity, found, smallest=2).pair.values():
+        assert back < 0.9
 
 
 def test_members_that_single_checkpoints_put_elsewhere_are_counted():
@@ -206,7 +206,7 @@ def test_members_that_single_checkpoints_put_elsewhere_are_counted():
     swapped = means.copy()
     member = found.members(0)[0]
     swapped[member] = means[found.members(1)[0]]
-    kept = significance.kept_at_checkpoints(np.stack([means, swapped]), found)
+    kept = stability.kept_at_checkpoints(np.stack([means, swapped]), found)
     assert kept[1:].tolist() == [1, 1, 1]
     assert kept[0] == pytest.approx(1 - 0.5 / len(found.members(0)))
 
