@@ -17,7 +17,7 @@ import torch
 from opsig_torch import TorchBackend
 from opsig_zoo import FashionMnist
 
-from opsig_cli.analysis import grouping, significance
+from opsig_cli.analysis import grouping, significance, stability
 
 
 def peak() -> int:
@@ -60,7 +60,7 @@ def clustering(count: int) -> None:
     begin, before = time.process_time(), peak()
     found = grouping.group_by_similarity(similarity, likeness_MM=likeness)
     middle = time.process_time()
-    stable = significance.resampled(similarity, found, likeness_MM=likeness)
+    stable = stability.resampled(similarity, found, likeness_MM=likeness)
     significance.gaussian_null(similarity, likeness, None)
     end = time.process_time()
     truth = np.where(np.arange(count) < 800, np.arange(count) // 50, -1)

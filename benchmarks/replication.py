@@ -116,7 +116,7 @@ def holds(pair: dict) -> bool:
 
 
 def told(rows: list[Row]) -> str:
-    """How many established, and refuted, pairs of these runs have R below a half anew."""
+    """How many established, and refuted, pairs of these runs have R below its threshold anew."""
     words = []
     for verdict in ("established", "refuted"):
         own = [pair for row in rows for pair in row["pairs"] if pair["verdict"] == verdict]

@@ -67,6 +67,24 @@ def test_what_is_left_of_the_curvature_is_that_of_the_hessian_without_the_pair(t
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+def test_the_curvature_of_samples_that_train_and_were_not_recorded_counts(tiny_run, monkeypatch):
+    """The same pair against the same controls, in the run and in one that holds its samples from the tenth on."""
+    found = []
+    with open_trajectory(tiny_run) as run:
+        session = tracking.open_session(run, TASK, "cpu", "torch", lambda text: None)[0]
+        step = run.steps("checkpoints")[-1]
+        for first in (0, 10):
+            part = SimpleNamespace(samples=run.samples[first:], has=lambda name: False)
+            clusters = SimpleNamespace(
+                position=np.arange(10, 17) - first, alike_GG=None, pairs=[SimpleNamespace(movement=1.0)],
+                grouping=Grouping(np.repeat([0, 1], [4, 3]), np.array([1, 0]), np.zeros(7)),
+            )  # fmt: skip
+            monkeypatch.setattr(curving, "controls_of", lambda *a, first=first: np.arange(30, 37) - first)
+            monkeypatch.setattr(curving, "read_state", lambda part, step: read_state(run, step))
+            found.append(curving.curvature_left(part, session, clusters, {0}, [step], lambda *a, **k: None)[0][0])  # pyright: ignore
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_nothing_is_known_of_the_curvature_where_nobody_can_measure_it():
     assert curving.curvature_left(None, SimpleNamespace(), None, {0}, [1], print) == {}  # pyright: ignore
 

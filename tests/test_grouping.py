@@ -1,11 +1,12 @@
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 from tasks import tiny
 
-from opsig_cli.analysis import cutting, evidence, grouping, pairing, significance
+from opsig_cli.analysis import cutting, evidence, grouping, pairing, significance, stability
 from opsig_cli.analysis.group_means import group_means
 from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.verdicts import Evidence, Silenced, judge
@@ -111,7 +112,7 @@ def test_planted_pairs_are_stable():
     similarity, _ = planted_similarity(np.random.default_rng(0))
     found = grouping.group_by_similarity(similarity)
     assert found.pairs() == [(0, 1), (2, 3)]
-    stable = significance.resampled(similarity, found)
+    stable = stability.resampled(similarity, found)
     assert min(stable.pair.values()) > 0.9
     assert stable.group.min() > 0.9
 
@@ -194,8 +195,8 @@ def test_a_pair_that_resampling_breaks_is_unstable():
     similarity, _ = planted_similarity(np.random.default_rng(0), sizes=(6, 6), noise=0.5)
     found = grouping.group_by_similarity(similarity, smallest=2)
     assert found.pairs()
-    for stability in significance.resampled(similarity, found, smallest=2).pair.values():
-        assert stability < 0.9
+    for back in stability.resampled(similarity, found, smallest=2).pair.values():
+        assert back < 0.9
 
 
 def test_members_that_single_checkpoints_put_elsewhere_are_counted():
@@ -205,7 +206,7 @@ def test_members_that_single_checkpoints_put_elsewhere_are_counted():
     swapped = means.copy()
     member = found.members(0)[0]
     swapped[member] = means[found.members(1)[0]]
-    kept = significance.kept_at_checkpoints(np.stack([means, swapped]), found)
+    kept = stability.kept_at_checkpoints(np.stack([means, swapped]), found)
     assert kept[1:].tolist() == [1, 1, 1]
     assert kept[0] == pytest.approx(1 - 0.5 / len(found.members(0)))
 
@@ -380,6 +381,18 @@ def test_one_side_that_swings_by_itself_does_not_make_a_pair():
     found = silencing.compared(40, [np.arange(3), np.arange(3, 5)], plain, silent, plain)
     assert found.silent / found.controls < 0.1
     assert found.ratio == pytest.approx(1)
+
+
+def test_a_pair_at_rest_in_a_run_that_swings_is_said_to_be_so_where_a_sample_has_no_loss():
+    plain = np.resize([1.0, -1.0], (silencing.LENGTH + 1, 1)) * np.array([0.0, 0.0, 1.0, 1.0, np.nan])
+    assert silencing._why_not({40: plain}, [np.array([0]), np.array([1])]).startswith("its losses do not swing")
+
+
+def test_losses_that_a_file_lacks_are_not_read_where_checkpoints_of_consecutive_steps_stand_for_them():
+    """As around a spike of a run that holds sightings alone."""
+    file = SimpleNamespace(has=lambda name: False, steps=lambda group: np.arange(0))
+    view = SimpleNamespace(_run=file, has=lambda name: True, steps=lambda group: np.arange(40, 50))
+    assert silencing.recorded(view, 40) is None  # pyright: ignore
 
 
 def apart(*ratios):

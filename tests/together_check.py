@@ -11,7 +11,8 @@ import numpy as np
 from opsig_torch.session import TorchSession
 
 from opsig_cli.analysis.grouping import group_by_similarity
-from opsig_cli.analysis.significance import gaussian_null, resampled
+from opsig_cli.analysis.significance import gaussian_null
+from opsig_cli.analysis.stability import resampled
 from opsig_cli.backends import Training, load_backend
 from opsig_cli.tasks import load, parse_spec
 

@@ -75,6 +75,8 @@ class _Clusters:
         from scipy.sparse.csgraph import connected_components
 
         count = len(self.sizes_A)
+        kept_A = kept_A.copy()
+        kept_A[self.nearest_A[kept_A]] = True  # rounding may find a similarity too small from one of its ends
         edges = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(count, count))
         kept = np.flatnonzero(kept_A)
         _, first, own = np.unique(

@@ -108,20 +108,19 @@ def judge(found: Evidence) -> tuple[str, str]:
         return "unclear", "its losses or those of its controls do not move when training is repeated"
     if math.isnan(found.p_value):
         return "unclear", "its chance is not known"
-    chance = "" if found.p_value <= LEVEL else f"p = {found.p_value:.2g}"
-    looks = f"alike {found.alike:.2f} of as within" if not found.alike >= ALIKE else ""
+    chance = "" if found.p_value <= LEVEL else f"chance is not excluded (p = {found.p_value:.2g})"
+    looks = "" if found.alike >= ALIKE else f"their likeness across is only {found.alike:.2f} of that within"
     if math.isnan(found.alike):
         looks = "it is not known whether the sides look alike"
-    lacks = "; ".join(filter(None, (chance, looks)))
+    lacks = ", and ".join(filter(None, (chance, looks)))
+    pull = "pull apart and look alike" if chance else "pull apart, look alike, and are stronger than chance"
     goes = sum(ratio < SILENCES for ratio in ratios)
     stays = len(ratios) - goes
-    if own_curvature(found.curved) and any(ratio >= SILENCES for ratio in ratios):
-        why = (
-            "the sides pull apart, look alike, and are stronger than chance, but swing on when they are silent: others"
-        )
-        return "established", f"{why} swing them {_whose(found.curved)}"
+    if own_curvature(found.curved) and stays and not lacks:
+        others = f"others swing the sides when they are silent, {_at(stays, len(ratios))}"
+        return "established", f"{others}; but they {pull}, and {_whose(found.curved)}"
     if goes >= REPLAYS and stays <= 1 and remains(found.silenced) < SILENCES:
-        why = "the swing of both sides goes when they are silent" + f", at {goes} of {len(ratios)} checkpoints" * stays
+        why = "the swing of both sides goes when they are silent" + f", {_at(goes, len(ratios))}" * stays
         if found.at_ends and (chance or (looks and found.labelled)):
             why += ", as at any two ends of an eigenvector"
             return ("unclear" if chance else "likely"), f"{why}, but {lacks}"
@@ -130,27 +129,23 @@ def judge(found: Evidence) -> tuple[str, str]:
     if not goes and stays >= 2:
         if looks:
             return "refuted", "the sides swing on when they are silent: others swing them"
-        pull = (
-            "the sides pull apart and look alike"
-            if chance
-            else "the sides pull apart, look alike, and are stronger than chance"
-        )
-        return ("unclear" if chance else "likely"), f"{pull}, but swing on when they are silent: others swing them"
+        whose = f", and {_whose(found.curved)}" if found.curved else ""
+        why = f"the sides {pull}, but swing on when they are silent: others swing them{whose}"
+        return ("unclear" if chance else "likely"), why
     if stays and stays >= goes:
         if not goes:
-            return "unclear", "it swings at one checkpoint of those tested, and there others swing it"
-        return "unclear", f"silent sides lose their swing at {goes} of {len(ratios)} checkpoints and keep it elsewhere"
-    where = "the one checkpoint" if len(ratios) == 1 else f"{goes} of the {len(ratios)} checkpoints"
-    swings = f"the swing of both sides goes when they are silent, at {where} where they swing; "
-    why = (swings if ratios else f"{found.untested}; " if found.untested else "") + "on held-out checkpoints "
-    if not lacks:
-        apart = why + "the sides pull apart, look alike, and are stronger than chance"
-        if stays:
-            return "likely", apart
-        return ("established" if own_curvature(found.curved) else "likely"), f"{apart}, {_whose(found.curved)}"
-    if ratios or (math.isnan(found.alike) and not chance):
-        return "likely", why + f"the sides pull apart, but {lacks}"
-    return "unclear", why + f"the sides pull apart, but {lacks}"
+            return "unclear", "the sides swing at one checkpoint of those tested, and others swing them there"
+        return "unclear", f"silent sides lose their swing {_at(goes, len(ratios))} and keep it elsewhere"
+    mean = ", but not in the mean of all" if goes >= REPLAYS and stays <= 1 else ""
+    swings = f"the swing of both sides goes when they are silent, {_at(goes, len(ratios))} where they swing{mean}; "
+    why = (swings if ratios else f"{found.untested}; " if found.untested else "") + "on held-out checkpoints the sides "
+    if lacks:
+        likely = ratios or (math.isnan(found.alike) and not chance)
+        return ("likely" if likely else "unclear"), f"{why}pull apart, but {lacks}"
+    if own_curvature(found.curved):
+        return "established", f"{why}{pull}, and {_whose(found.curved)}"
+    whose = "" if stays and not found.curved else f", but {_whose(found.curved)}"
+    return "likely", f"{why}{pull}{whose}"
 
 
 def own_curvature(ratios: Sequence[float]) -> bool:
@@ -172,8 +167,21 @@ def settled(ratios: Sequence[float], left: int) -> bool:
 def _whose(ratios: Sequence[float]) -> str:
     """Words for it."""
     if not ratios:
-        return "but it is not known whose curvature it is that they feel"
-    where = f"at {sum(ratio < OWN for ratio in ratios)} of {len(ratios)} checkpoints"
+        return "it is not known whether the curvature that they feel is their own"
+    goes = sum(ratio < OWN for ratio in ratios)
     if own_curvature(ratios):
-        return f"and the curvature that they feel is their own, {where}"
-    return f"but the curvature that they feel is mostly others', being their own {where}"
+        return f"the curvature that they feel is their own, {_at(goes, len(ratios))} measured"
+    return (
+        f"of the curvature that they feel a third or more is others', {_at(len(ratios) - goes, len(ratios))} measured"
+    )
+
+
+def _at(some: int, checkpoints: int) -> str:
+    """Words for some of the checkpoints.
+
+    >>> _at(1, 1), _at(2, 2), _at(3, 3), _at(2, 3)
+    ('at the one checkpoint', 'at both checkpoints', 'at all 3 checkpoints', 'at 2 of 3 checkpoints')
+    """
+    if some < checkpoints:
+        return f"at {some} of {checkpoints} checkpoints"
+    return {1: "at the one checkpoint", 2: "at both checkpoints"}.get(some, f"at all {some} checkpoints")

@@ -200,12 +200,13 @@ def pair_evidence(pair: Record, unit: str = "nats") -> list[Evidence]:
             f"of what remains then; below {SILENCES:g} at each step, the swing is the pair's own.",
         ))  # fmt: skip
     if pair["curvature_ratio"] is not None:
+        plural = "s" if len(pair["aside"]) > 1 else ""
         rows.insert(0, (
             "Curvature left without it",
             number(pair["curvature_ratio"]),
-            "Silence does not decide: it does not swing, or others swing it. Of the curvature along its sides' "
+            "Silence does not decide: it hardly swings, or others swing it. Of the curvature along its sides' "
             "gradients this is left without its samples, over what is left without as many others of the same labels"
-            + (f", those of pairs {', '.join(map(str, pair['aside']))} set aside" if pair["aside"] else "")
+            + (f", with pair{plural} {', '.join(map(str, pair['aside']))} set aside" if pair["aside"] else "")
             + f": below {OWN:.2f}, it is their own.",
         ))  # fmt: skip
     if not math.isnan(pair["alike"]):

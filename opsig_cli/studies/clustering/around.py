@@ -23,6 +23,7 @@ from opsig_cli.studies.clustering import finding, gathering, slopes, weighing
 from opsig_cli.studies.clustering.asked import BYTES_A_PAIR, WORDS
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.clustering.sentences import caveat
+from opsig_cli.studies.clustering.trying import judged, tried
 from opsig_cli.studies.clustering.window import CHECKPOINTS, HELD_OUT, Window, checkpoints_in, divided, held_out_in
 from opsig_cli.studies.measured import measured
 from opsig_cli.studies.mining import Movers, default_count, positions_of
@@ -102,8 +103,8 @@ def find(
         clusters = finding.by_gradient(
             view, session, backend, position, "gradient", weighed, advance, widen=False, joining=join, sketch=sketch
         )
-    outcome = finding.tried(view, session, clusters, held_out_in(view, weighed), test, budget, progress)
-    clusters = slopes.with_vectors(finding.judged(clusters, outcome, test), slopes.kept_near(view, weighed))
+    outcome = tried(view, session, clusters, held_out_in(view, weighed), test, budget, progress)
+    clusters = slopes.with_vectors(judged(clusters, outcome, test), slopes.kept_near(view, weighed))
     first, last = asked.mined
     span = f"step {first}" if first == last else f"steps {first} to {last}"
     note = (

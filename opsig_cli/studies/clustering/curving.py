@@ -38,7 +38,7 @@ def curvature_left(
     pairs = clusters.grouping.pairs()
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
     labels, grouped = strata_of(run), np.concatenate(members)
-    weights_S = weights_of(run)
+    weights = weights_of(run)
     found: dict[int, list[float]] = {number: [] for number in asked}
     for place, step in enumerate(map(int, steps)):
         state = replace(read_state(run, step), optimizer={})
@@ -54,12 +54,12 @@ def curvature_left(
             for group in sorted({group for number in chosen for group in pairs[number]}):
                 try:
                     direction = direction_of(session, state, run.samples[members[group]], session.samples)
-                    curvature_S = session.slopes_along(state, direction[None])[1][run.samples, 0]
+                    curvature = session.slopes_along(state, direction[None])[1][:, 0]  # of all that train
                 except OpsigError:  # a layer without a second derivative
                     return {}
-                weighted_S = curvature_S if weights_S is None else curvature_S * weights_S
-                weighted_S[gone] = 0
-                ratio[group] = left(weighted_S, silent, controls)
+                weighted = curvature.copy() if weights is None else curvature * weights
+                weighted[run.samples[gone]] = 0
+                ratio[group] = left(weighted, run.samples[silent], run.samples[controls])
             for number in chosen:
                 found[number].append(max(ratio[group] for group in pairs[number]))
         advance(note=f"step {step}")

@@ -83,7 +83,6 @@ def silence(
     labels = strata_of(run)
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
     grouped = np.concatenate([np.empty(0, np.int64), *members])
-    swung: dict[int, int] = {}
     left = budget // LENGTH
     plains = {}
     for step in steps:
@@ -99,7 +98,7 @@ def silence(
         for step in plains:
             swinging = [n for n in numbers if step in swinging_at(plains, [members[g] for g in pairs[n]])]
             if swinging and left < 2:
-                outcome.untested |= dict.fromkeys(swinging, "the budget of replays was spent on others (--budget)")
+                outcome.untested |= dict.fromkeys(swinging, "the budget of replays did not reach as far (--budget)")
             elif swinging:
                 affordable[step].append((unit, swinging))
                 left -= 2
@@ -112,12 +111,11 @@ def silence(
             outcome.replays += 2
             advance(2, note=f"step {step}")
             for n in swinging:
-                swung[n] = swung.get(n, 0) + 1
                 outcome.silenced.setdefault(n, []).append(
                     compared(step, [members[group] for group in pairs[n]], plains[step], without, controlled)
                 )
     for n in range(len(pairs)):
-        if n not in swung and n not in outcome.untested:
+        if n not in outcome.silenced and n not in outcome.untested:
             outcome.untested[n] = _why_not(plains, [members[g] for g in pairs[n]])
     return outcome
 
@@ -125,11 +123,13 @@ def silence(
 def recorded(run: Trajectory, step: int) -> np.ndarray | None:
     """The run's own losses (T, S) from a checkpoint on, which a replay of all samples would repeat; None where they are
     not all in the file."""
-    steps = run.steps("losses")
+    raw = getattr(run, "_run", run)  # without what stands for gaps, or for losses that the file lacks
+    if not raw.has(LOSS):
+        return None
+    steps = raw.steps("losses")
     first = int(np.searchsorted(steps, step))
     if not np.array_equal(steps[first : first + LENGTH + 1], np.arange(step, step + LENGTH + 1)):
         return None
-    raw = getattr(run, "_run", run)  # without what stands for gaps
     losses_TS = raw.rows(LOSS, first, first + LENGTH + 1)
     return losses_TS if np.isfinite(losses_TS[:, targets_of(run)]).all() else None
 
@@ -214,9 +214,7 @@ class Replay:
             weights = np.ones(self._session.samples) if weights is None else weights.copy()
             weights[self._samples[silent]] = 0
         losses = np.full((LENGTH + 1, self._session.samples), np.nan, np.float32)
-        again = replay(
-            self._session, self._settings, self._state, LENGTH, weights, tracked=tracked, alone=True
-        )  # fmt: skip
+        again = replay(self._session, self._settings, self._state, LENGTH, weights, tracked=tracked, alone=True)
         for row, snapshot in enumerate(again):
             losses[row] = snapshot.losses
         return losses[:, self._samples]
@@ -228,8 +226,13 @@ def _swing(losses_TM: np.ndarray) -> float:
 
 def swings(plain: np.ndarray, sides: list[np.ndarray]) -> bool:
     """Whether both sides turn back and forth, and more than samples do on average."""
-    everybody = plain[:, np.isfinite(plain[:1]).all(0)]  # a sample without a target has no loss
+    everybody = _with_losses(plain)
     return all(period_two(plain[:, side]) > 0 and _swing(plain[:, side]) > SWINGS * _swing(everybody) for side in sides)
+
+
+def _with_losses(plain: np.ndarray) -> np.ndarray:
+    """The losses of those that have one: a sample without a target has none."""
+    return plain[:, np.isfinite(plain[0])]
 
 
 def swinging_at(plains: Mapping[int, np.ndarray], sides: list[np.ndarray]) -> list[int]:
@@ -243,7 +246,7 @@ def _why_not(plains: dict[int, np.ndarray], sides: list[np.ndarray]) -> str:
     """Why a pair could not be tried."""
     if not plains:
         return "no training was repeated (--budget)"
-    if all(not period_two(plain) > 0 for plain in plains.values()):
+    if all(not period_two(_with_losses(plain)) > 0 for plain in plains.values()):
         return "the run does not swing at the checkpoints held out, so that silence says nothing"
     if all(not period_two(plain[:, side]) > 0 for plain in plains.values() for side in sides):
         return "its losses do not swing, so that silence says nothing"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from opsig_cli.analysis import evidence, grouping, significance
+from opsig_cli.analysis import evidence, grouping, significance, stability
 from opsig_cli.analysis.evidence import Rise
 from opsig_cli.analysis.gram import Similarity
 from opsig_cli.analysis.group_means import between_groups
@@ -26,10 +26,10 @@ def weigh(
     checkpoint (by losses: in the second half of the window)."""
     found, window = clusters.grouping, clusters.window
     members = [found.members(group) for group in range(len(found.partner_G))]
-    stable = significance.resampled(
+    stable = stability.resampled(
         clusters.similarity_MM, found, smallest(clusters.position), likeness_MM, clusters.labelled, in_rounds=in_rounds
     )
-    kept = significance.kept_at_checkpoints(means_CMG, found)
+    kept = stability.kept_at_checkpoints(means_CMG, found)
     before, after = run.rows("losses/loss", window.first + window.rise_row - 1, window.first + window.rise_row + 1)
     change_S = after.astype(np.float64) - before
     rise = Rise(change_S[clusters.position], float(change_S.sum()), float(np.abs(change_S).sum()))
