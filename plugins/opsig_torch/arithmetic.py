@@ -12,7 +12,6 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch.jit._builtins import _register_builtin
 from torch.nn import functional as F
 
 UNDETERMINED = "does not have a deterministic implementation"
@@ -77,7 +76,12 @@ def _attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         kinds.enable_flash_sdp(True)
 
 
-_register_builtin(_attention, "aten::scaled_dot_product_attention")  # for a model that is scripted
+try:  # for a model that is scripted; torch has no public name for it
+    from torch.jit._builtins import _register_builtin
+except ImportError:  # a torch that keeps it elsewhere: such a model is scripted outside of `calculating`
+    pass
+else:
+    _register_builtin(_attention, "aten::scaled_dot_product_attention")
 
 
 @cache
