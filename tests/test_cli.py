@@ -593,6 +593,7 @@ def test_no_such_step_sample_or_window(opsig, tiny_run):
     opsig("mine", tiny_run, "--step", 999).fails(1, "no losses at step 999", "Nearest: 60")
     opsig("mine", tiny_run, "--step", 0).fails(1, "the first with losses")
     opsig("mine", tiny_run, "--window", "70:90").fails(1, "no losses between steps 70 and 90", "0 to 60")
+    opsig("mine", tiny_run, "--window", "70:").fails(1, "no losses from step 70 on", "0 to 60")
     opsig("mine", tiny_run, "--window", "nine").fails(2, "not a range of steps")
     opsig("mine", tiny_run, "--window", "9:3").fails(2, "ends before it begins")
     opsig("mine", tiny_run, "--step", 3, "--window", "1:9").fails(2, "exclude each other")

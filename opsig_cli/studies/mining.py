@@ -143,7 +143,9 @@ def window_rows(run: Trajectory, steps: np.ndarray, window: tuple[int | None, in
     stop = len(steps) if high is None else int(np.searchsorted(steps, high, side="right"))
     if first >= stop:
         known = f"{steps[0]} to {steps[-1]}" if len(steps) else "none"
-        raise OpsigError(f"{run.path} has no losses between steps {low} and {high}. Recorded: {known}")
+        within = f"up to step {high}" if low is None else f"from step {low} on"
+        within = within if None in window else f"between steps {low} and {high}"
+        raise OpsigError(f"{run.path} has no losses {within}. Recorded: {known}")
     return first, stop
 
 
