@@ -103,9 +103,14 @@ class _Filled:
         return found
 
 
+def as_recorded(run: Trajectory) -> Any:
+    """The run with the rows of its file, without what stands for gaps."""
+    return getattr(run, "_run", run)
+
+
 def measured_before(run: Trajectory, positions: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     """For each sample the last row before its row at which its loss was measured, (M,); that row less one without."""
-    raw: Any = getattr(run, "_run", run)
+    raw = as_recorded(run)
     finite = np.isfinite(raw.series(LOSS, positions, 0, int(max(rows, default=0))))
     found = [np.flatnonzero(column[:row])[-1:] for column, row in zip(finite.T, rows, strict=True)]
     return np.array([int(at[0]) if len(at) else row - 1 for at, row in zip(found, rows, strict=True)])

@@ -18,7 +18,7 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.weighing import related
-from opsig_cli.studies.filled import LOSS, targets_of
+from opsig_cli.studies.filled import LOSS, as_recorded, targets_of
 from opsig_cli.studies.missing import labels_of
 from opsig_cli.studies.replaying import replay
 from opsig_cli.studies.trained import settings_at, weights_of, why_not_repeated
@@ -123,7 +123,7 @@ def silence(
 def recorded(run: Trajectory, step: int) -> np.ndarray | None:
     """The run's own losses (T, S) from a checkpoint on, which a replay of all samples would repeat; None where they are
     not all in the file."""
-    raw = getattr(run, "_run", run)  # without what stands for gaps, or for losses that the file lacks
+    raw = as_recorded(run)
     if not raw.has(LOSS):
         return None
     steps = raw.steps("losses")
