@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.analysis.significance import ROUNDS
-from opsig_cli.analysis.verdicts import LEVEL, VERDICTS
+from opsig_cli.analysis.verdicts import LEVEL, VERDICTS, remains
 from opsig_cli.studies import missing
 from opsig_cli.studies.clustering.clusters import Clusters, GroupWeight, PairWeight
 from opsig_cli.studies.clustering.sentences import (
@@ -73,7 +73,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "alike": weight.alike,
             "silencing": removed,
             "silencing_control": controls,
-            "swing_ratio": float(np.mean([one.ratio for one in weight.silenced])) if weight.silenced else None,
+            "swing_ratio": remains(weight.silenced) if weight.silenced else None,
             "silenced": [
                 {"step": one.step, "swing": one.plain, "silent": one.silent, "controls": one.controls,
                  "swing_ratio": one.ratio}
