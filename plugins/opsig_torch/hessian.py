@@ -17,7 +17,7 @@ from opsig_cli.backends import worded
 from opsig_cli.errors import OpsigError
 from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
-from opsig_torch.eigen import TorchSpace, random_start, top_eigenpairs
+from opsig_torch.eigen import TorchSpace, top_eigenpairs
 from opsig_torch.memory import let_go
 from opsig_torch.opened import GRAPH_SHARE, Opened
 from opsig_torch.saved import saved_bytes
@@ -152,9 +152,10 @@ def solve(
 
     def start() -> torch.Tensor:
         found = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
-        noise = random_start(opened.flat.vector.detach(), seed)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(found.shape, generator=generator).to(found)
         found = found / torch.linalg.vector_norm(found).clamp_min(1e-30)
-        return found.add_(noise.mul_(novelty(memory)))
+        return found.add_(noise, alpha=novelty(memory) / found.numel() ** 0.5)
 
     def product(vector: torch.Tensor) -> torch.Tensor:
         if vectors * vector.nbytes > LARGE_BYTES:
