@@ -44,13 +44,8 @@ class Rows:
     def products(self, others: torch.Tensor, first: int = 0, every: int = 1) -> np.ndarray:
         """Inner products (n, c) with others (c, P), summed in float64 over PIECE columns at a time; of every so many
         rows from the first on."""
-        blocks = list(self._from(first, every))
-        totals = [torch.zeros(len(b), len(others), dtype=torch.float64, device=others.device) for b in blocks]
-        with narrow():
-            for block, total in zip(blocks, totals, strict=True):
-                for left, right in zip(block.split(PIECE, 1), others.split(PIECE, 1), strict=True):
-                    total += left @ right.T
-        return torch.cat(totals).cpu().numpy() if totals else np.zeros((0, len(others)))
+        found = [inner(block, others) for block in self._from(first, every)]
+        return np.concatenate(found) if found else np.zeros((0, len(others)))
 
     def combine(self, coefficients: np.ndarray, first: int = 0, every: int = 1) -> torch.Tensor:
         """Combinations (k, P) of rows by coefficients (n, k), of every so many rows from the first on."""
@@ -77,3 +72,12 @@ class Rows:
             if skip < held:
                 yield block[:held][skip::every]
             begin += len(block) if number < len(self._blocks) - 1 else held
+
+
+def inner(rows: torch.Tensor, others: torch.Tensor) -> np.ndarray:
+    """Inner products (n, c) of rows (n, P) with others (c, P), summed in float64 over PIECE columns at a time."""
+    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=others.device)
+    with narrow():
+        for left, right in zip(rows.split(PIECE, 1), others.split(PIECE, 1), strict=True):
+            total += left @ right.T
+    return total.cpu().numpy()
