@@ -142,7 +142,8 @@ def solve(
     The start is what `memory` of a checkpoint near by names, else the gradient, which lies largely along the top
     eigenvectors; with a random part from `seed`. For a single eigenpair the memory is the method's model of the Hessian
     too, which takes half the products; for several it would lead astray (15.6 products, and 12.0 without it where a
-    start from the gradient takes 12.5). All others go by Lanczos's method, which holds half the vectors. Raises OpsigError for a tolerance that cannot be met, or where the
+    start from the gradient takes 12.5). All others go by Lanczos's method, which holds half the vectors. Raises
+    OpsigError for a tolerance that cannot be met, or where the
     Hessian is not finite.
     """
     hessian = Hessian(opened, scale)
