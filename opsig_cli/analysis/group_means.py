@@ -48,8 +48,8 @@ def sums_over_groups(similarity: Similarity, groups: np.ndarray) -> tuple[np.nda
     members, _ = _in_order(groups, sizes)
     for first in range(0, len(members), ROWS):  # whole rows, which lie together: they are the columns as well
         part = members[first : first + ROWS]
-        names, starts = np.unique(groups[part], return_index=True)
-        sums_GM[names] += np.add.reduceat(similarity[part], starts, axis=0, dtype=np.float64)
+        starts = np.flatnonzero(np.diff(groups[part], prepend=-1))
+        sums_GM[groups[part[starts]]] += np.add.reduceat(similarity[part], starts, axis=0, dtype=np.float64)
     return sums_GM.transpose(), sizes
 
 

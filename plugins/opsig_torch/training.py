@@ -86,7 +86,8 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
 
 def _keep(tracked: np.ndarray, losses: np.ndarray, predictions: np.ndarray | None) -> None:
     """Make what others than the tracked samples have unknown."""
-    others = np.setdiff1d(np.arange(len(losses)), tracked)
+    others = np.ones(len(losses), bool)
+    others[tracked] = False
     losses[others] = np.nan
     if predictions is not None:
         predictions[others] = -1
