@@ -149,7 +149,9 @@ def save(figure: Figure, path: Path) -> None:
     try:
         with matplotlib.rc_context(style()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # in a script that no installed font has
-            quick = {"pil_kwargs": {"compress_level": 1}} if kind == ".png" else {}  # a tenth larger, in half the time
+            quick: dict[str, Any] = {}
+            if kind == ".png":  # a tenth larger, in half the time
+                quick["pil_kwargs"] = {"compress_level": 1}
             figure.savefig(temporary, format=kind[1:], dpi=120, metadata=undated[kind], **quick)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
