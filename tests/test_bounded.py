@@ -60,6 +60,15 @@ def test_equal_eigenvalues_and_units_of_any_size_are_found_with_few_vectors(unit
     assert found.converged
 
 
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-4])
+def test_an_eigenvalue_that_the_start_hardly_contains_is_not_passed_over(share):
+    values = torch.cat([torch.tensor([40.0, 30.0, 24.0, 20.0, 16.0, 13.0]), torch.linspace(-1, 1, 994)])
+    start = torch.randn(1000, generator=torch.Generator().manual_seed(0)) / 100
+    start[:6] = torch.tensor([1.0, 0.8, 0.6, 0.5, share, 0.5])
+    solution = small_basis.top_eigenpairs(lambda v: values * v, start, 5, 1e-3, 40)
+    np.testing.assert_allclose(solution.values, values[:5], rtol=1e-3)
+
+
 def test_a_solve_takes_the_memory_it_is_given_and_says_what_it_lacks(tiny_run, tmp_path, opsig, monkeypatch):
     session = TorchSession(load(parse_spec(f"{TASKS}:Tiny"))[0], "cpu")
     state = session.initial(0)

@@ -22,6 +22,9 @@ PIECE = 1 << 16
 """Columns that are rotated at a time."""
 THIN = 0.1
 """Part of a vector that must be left of it, so that rounding leaves no share of what was taken."""
+CONFIRMED = 2
+"""Further products through which several eigenpairs must stay found: where the start hardly contains one of them, the
+next below takes its place with a small residual for a product or two, until it comes up."""
 EXHAUSTED = 10
 """A space is exhausted where what is left of an image is shorter than so many units of precision of the operator."""
 
@@ -58,6 +61,7 @@ def top_eigenpairs(
     image = start
     del start  # as of the image below: a product is made while no other vector than the basis is held
     rest, held, products, largest, unit = _norm(image), 0, 0, 0.0, 1.0
+    found = 0  # products since all are
     while True:
         torch.div(image, rest, out=basis[held])
         del image
@@ -81,7 +85,9 @@ def top_eigenpairs(
         exhausted = products >= size
         overtaken = held > count and values[count] + errors[count] > values[count - 1]
         met = held >= count and bool((residuals <= tolerance).all()) and not overtaken
-        if (met and products > count + LOOK_ABOUT) or products == limit or exhausted:
+        found = found + 1 if met else 0
+        confirmed = found > (CONFIRMED if count > 1 else 0)
+        if (confirmed and products > count + LOOK_ABOUT) or products == limit or exhausted:
             break
         if held == room:
             kept = max(count + 1, room // 2)
