@@ -44,8 +44,9 @@ class _Convolved(Function):
     @staticmethod
     def backward(ctx: Any, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        both = cast(Any, _ConvolvedBack.apply(g, x, weight, ctx.settings, ctx.needs_input_grad[:2]))
-        return *both, g.sum((0, *range(2, g.dim()))) if ctx.needs_input_grad[2] else None, None
+        back: Callable[..., Any] = _ConvolvedBack.apply
+        dx, dw = back(g, x, weight, ctx.settings, ctx.needs_input_grad[:2])
+        return dx, dw, g.sum((0, *range(2, g.dim()))) if ctx.needs_input_grad[2] else None, None
 
 
 class _ConvolvedBack(Function):
@@ -73,7 +74,7 @@ class _ConvolvedBack(Function):
 
 
 def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
-    def convolve(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    def convolve(input, weight, bias=None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups=1):
         axes = weight.dim() - 2
         if input.dim() != axes + 2 or isinstance(padding, str):
             return original(input, weight, bias, stride, padding, dilation, groups)

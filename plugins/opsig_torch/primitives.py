@@ -61,8 +61,9 @@ def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=F
     if training:
         y = _normalised(x, (0, *range(2, x.dim())), eps)
     else:
-        shape = (1, -1, *(1 for _ in x.shape[2:]))
-        y = (x - running_mean.view(shape)) * torch.rsqrt(running_var + eps).view(shape)
+        y, scale = x, torch.rsqrt(running_var + eps)
+        weight = scale if weight is None else scale * weight
+        bias = -running_mean * weight if bias is None else bias - running_mean * weight
     return _per_channel(y, weight, bias)
 
 
