@@ -1,8 +1,8 @@
 """Products with the Hessian of the training loss, and its most positive eigenpairs. P parameters, K eigenpairs.
 
-A product is the gradient of the gradient, batch by batch. Where the graph of all batches fits in GRAPH_BYTES it is kept
-from product to product, so that each costs two backward passes; elsewhere the forward pass and the gradient are made
-anew. Nothing goes through `.grad`.
+A product is the gradient of the gradient, batch by batch, of layers as `opsig_torch.kept_derivatives` has them. Where
+the graph of all batches fits in GRAPH_BYTES it is kept from product to product, so that each costs two backward passes;
+elsewhere the forward pass and the gradient are made anew. Nothing goes through `.grad`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from opsig_cli.errors import OpsigError
 from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
 from opsig_torch.eigen import TorchSpace, top_eigenpairs
+from opsig_torch.kept_derivatives import KeptDerivatives
 from opsig_torch.memory import let_go
 from opsig_torch.opened import GRAPH_SHARE, Opened
 from opsig_torch.saved import saved_bytes
@@ -28,6 +29,10 @@ GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
 LARGE_BYTES = 1 << 30
 """Size of a basis from which on it is worth the time to look for memory that can be let go of."""
+FEW = 4
+"""Items whose product is made both by kept derivatives and by plain autograd, once a session."""
+HOLDS = 1e-3
+"""Relative difference up to which these are the same."""
 PRODUCT_VECTORS = 6
 """Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum, and
 the solver's own beside its basis."""
@@ -78,27 +83,56 @@ class Hessian:
                 self._opened.passes.heard(1 / len(self._kept))
             return
         opened = self._opened
-        size = opened.fitting_batch(2)
+        size = _piece(opened)
         cut = opened.batches.divisible and size < opened.batch_size
         count = len(opened.batches.slices(size if cut else None))
         keep: bool | None = None
         kept = []
         for indices, batch in opened.batches.in_pieces(size) if cut else opened.batches:
             with nullcontext() if "unheard" in opened.kept else saved_bytes() as saved:
-                with ChannelScales():
+                with self._layers():
                     losses = opened.batch_losses(batch, 2)
                 losses = opened.counted(losses, indices)
                 _require_finite(losses.detach(), indices)
                 loss = losses.sum() / opened.target_count
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
-                room = self._graph_room() if cut else GRAPH_BYTES
+                room = self._graph_room() if opened.fitting_batch(2) < opened.batch_size else GRAPH_BYTES
                 keep = saved is not None and saved.total * count <= room
             if keep:
                 kept.append(gradients)
             yield gradients, keep
         if keep:
             self._kept = kept
+
+    def _layers(self) -> KeptDerivatives | ChannelScales:
+        """How layers are run: with kept derivatives where a few items' product is that of plain autograd."""
+        known = self._opened.kept
+        if "kept derivatives" not in known:
+            known["kept derivatives"] = self._kept_derivatives_hold()
+        return KeptDerivatives() if known["kept derivatives"] else ChannelScales()
+
+    def _kept_derivatives_hold(self) -> bool:
+        opened = self._opened
+        if opened.device != "cpu":
+            return False
+        batch = opened.batches.take(range(min(FEW, opened.items)))
+        try:
+            images = []
+            for layers in (nullcontext(), KeptDerivatives()):
+                with torch.enable_grad():
+                    with layers:
+                        loss = opened.batch_losses(batch, 2).nansum()
+                    slopes = plain.gradients(opened, loss, twice=True)
+                    plain.require_differentiable(slopes)
+                    along = [slope.detach() for slope in slopes]
+                    images.append(plain.product(opened, slopes, along).double())
+        except (OpsigError, MemoryError):
+            raise
+        except Exception:  # a model that takes derivatives itself, or by torch.func
+            return False
+        exact, found = images
+        return bool((found - exact).norm() <= HOLDS * exact.norm())
 
     def _graph_room(self) -> int:
         """Bytes of graphs that are kept where memory is short: what a batch's may take, less the solver's vectors."""
@@ -131,6 +165,16 @@ def _require_finite(losses: torch.Tensor, indices: slice) -> None:
         )
     if len(broken):
         raise OpsigError("losses are not finite at this checkpoint: the run has diverged. Choose others with --steps")
+
+
+def _piece(opened: Opened) -> int:
+    """Items of which a graph is made at a time: what fits, and convolutions on the CPU in small batches, by which a
+    batch is cut evenly, so that sums are the same however batches are shared among processes."""
+    fits, small = opened.fitting_batch(2), opened.inference_batch()
+    if opened.couples_samples or fits < small or small == opened.batch_size:
+        return fits
+    even = [size for size in range(small // 2, small + 1) if opened.batch_size % size == 0]
+    return max(even, default=fits)
 
 
 def solve(
