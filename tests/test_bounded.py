@@ -171,6 +171,7 @@ def test_graphs_of_cut_batches_are_kept_where_they_fit_beside_the_vectors_of_a_s
     session = TorchSession(load(parse_spec(f"{TASKS}:Tiny"))[0], "cpu")
     session.initial(0)
     session.memory, session.kept["item bytes", 2] = bound, bound // 40  # four items a batch
+    session.kept["kept derivatives"] = True  # so that they are not held against plain ones first
     runs = []
     session.flat.model.register_forward_hook(lambda *_: runs.append(1))
     product = Hessian(session)
