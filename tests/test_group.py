@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TASKS, train_tiny
 from opsig_torch.group import Group
-from opsig_torch.shared import require_own_gpu
+from opsig_torch.serving import require_own_gpu
 from together import finish, start
 
 from opsig_cli import open_trajectory

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -242,10 +242,10 @@ def _packed(value: Any, arrays: list[np.ndarray]) -> Any:
         arrays.append(value)
         return {"array": value.dtype.str, "shape": list(value.shape)}
     if isinstance(value, State):
-        return {"state": _packed([value.step, value.params, value.buffers, value.frozen], arrays)}
+        return {"state": _packed([value.step, value.params, value.buffers, value.optimizer, value.frozen], arrays)}
     if isinstance(value, (list, tuple)):
         return [_packed(item, arrays) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {"dict": {key: _packed(item, arrays) for key, item in value.items()}}
     return value.item() if isinstance(value, np.generic) else value
 
@@ -271,8 +271,7 @@ def _unpacked(packed: Any, arrays: list[np.ndarray]) -> Any:
     if "array" in packed:
         return arrays.pop(0)
     if "state" in packed:
-        step, params, buffers, frozen = _unpacked(packed["state"], arrays)
-        return State(step, params, buffers, frozen=frozen)
+        return State(*_unpacked(packed["state"], arrays))
     return {key: _unpacked(item, arrays) for key, item in packed["dict"].items()}
 
 
