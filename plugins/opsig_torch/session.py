@@ -27,7 +27,7 @@ class TorchSession(Opened):
     def bound_by(self, memory: int) -> None:
         """Take no more than so many bytes; see `opsig_torch.memory`."""
         self.memory = memory
-        self.kept.clear()
+        self.forget()
 
     def needs(self, what: str, count: int, state: State) -> Need:
         """What a measurement takes; see `opsig_torch.needs`."""
