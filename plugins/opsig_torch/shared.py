@@ -170,9 +170,10 @@ class SharedSession(PartialSession):
             if training.weights is not self.weights:
                 self._tell("weigh", training.weights)
                 self.weigh(training.weights)
-            self._tell("descend", training.label_smoothing)
-            self.group.spread(self.flat.vector.detach())
-            return self.share_of_descent(training)
+            with self.group.together():
+                self._tell("descend", training.label_smoothing)
+                self.group.spread(self.flat.vector.detach())
+                return self.share_of_descent(training)
 
         return descent.train(self, training, start, gradient)
 
@@ -181,8 +182,9 @@ class SharedSession(PartialSession):
 
     def _together(self, name: str, *arguments: Any) -> list[Any]:
         """Every process's part of a measurement, in order, at the first."""
-        self._tell(name, *arguments)
-        return self.perform(name, arguments)
+        with self.group.together():
+            self._tell(name, *arguments)
+            return self.perform(name, arguments)
 
     def _bare(self, state: State) -> State:
         """What of a state the others need: they have the frozen parameters, which are those of the run, and know from
@@ -213,7 +215,7 @@ class SharedSession(PartialSession):
                 self.group.spread(vector)
 
         try:
-            with self.shared_sums():
+            with self.shared_sums(), self.group.together():
                 self.announce = announce
                 yield
         finally:
