@@ -56,8 +56,8 @@ def again(path: Path, task: str | None) -> list[dict]:
         steps = run.steps("checkpoints")
         inside = steps[(steps > clusters.tests.held_out[0]) & (steps < clusters.tests.held_out[-1])]
         far = inside[np.argsort(-np.abs(inside[:, None] - used).min(1), kind="stable")][:TRIED].tolist()
-        replays = {step: silencing.Replay(run, session, settings, step) for step in far}
-        plains = {step: replay(None) for step, replay in replays.items()}
+        repeated = silencing.Repeated(run, session, settings)
+        plains = dict(zip(far, repeated((step, None, None) for step in far), strict=True))
         rows = []
         for unit, numbers in silencing.units_of(clusters):
             members = {g: clusters.position[clusters.grouping.members(g)] for g in unit}
@@ -75,7 +75,9 @@ def again(path: Path, task: str | None) -> list[dict]:
                     )  # fmt: skip
                     if not silencing.swings(plains[step], sides):
                         continue
-                    anew = silencing.compared(step, sides, plains[step], replays[step](silent), replays[step](controls))
+                    anew = silencing.compared(
+                        step, sides, plains[step], *repeated([(step, silent, None), (step, controls, None)])
+                    )
                     if anew.plain >= least:
                         rows.append({"verdict": pair.verdict, "by": "silence", "anew": anew.ratio,
                                      "before": [one.ratio for one in pair.silenced]})  # fmt: skip

@@ -207,12 +207,22 @@ class GradientCosines(Protocol):
         ...
 
 
+Call = tuple[str, Sequence[Any]]
+"""The name of a measurement and what it is called with, a State first."""
+
+
 @runtime_checkable
 class Together(Protocol):
     """What a session can do that several processes share, beside sharing each measurement."""
 
-    def cosines_at(self, states: Iterable[State], samples: np.ndarray) -> Iterator[np.ndarray]:
-        """`gradient_cosines` at each of these states, in their order, of which every process measures some."""
+    def each(self, calls: Iterable[Call], result_bytes: int) -> Iterator[Any]:
+        """Results of these calls of `gradient_cosines`, `mean_cosines`, `features` and `mean_feature_cosines`, in their
+        order, of which every process does some; each result takes so many bytes, at most."""
+        ...
+
+    def replays(self, trainings: Iterable[tuple[Training, State]]) -> Iterator[Sequence[Snapshot]]:
+        """Snapshots of each of these trainings that are `Training.replayed`, in their order, of which every process
+        does some; they have losses and the training loss, and nothing else."""
         ...
 
     def in_rounds(

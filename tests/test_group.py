@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TASKS, train_tiny
 from opsig_torch.group import Group
-from opsig_torch.shared import require_own_gpu
+from opsig_torch.serving import require_own_gpu
 from together import finish, start
 
 from opsig_cli import open_trajectory
@@ -21,6 +21,20 @@ from opsig_cli.errors import OpsigError, UsageError
 CHECK = str(TASKS.parent.parent / "together_check.py")
 pytestmark = pytest.mark.timeout(900)
 """Several processes that wait for each other take many times as long where others have the processors."""
+INTERRUPTED = """
+import os, signal
+from opsig_torch.session import TorchSession
+
+def features(*_):
+    signal.raise_signal(signal.SIGINT)
+
+if os.environ["RANK"] == "0":
+    TorchSession.features = features
+from opsig_cli.main import run
+
+run()
+"""
+"""The command, interrupted in the midst of what the processes share."""
 ONE_LINE = "Every finished step is kept: run the same command again"
 
 
@@ -78,6 +92,15 @@ def test_a_process_that_dies_ends_the_others_and_nothing_is_lost(tmp_path, opsig
     with open_trajectory(run) as open_run:
         assert len(open_run.steps("sharpness")) == 61
         assert np.array_equal(open_run.rows("sharpness/eigenvalue", 0, len(kept)), before)
+
+
+def test_nobody_waits_for_a_first_process_that_was_interrupted(tmp_path, opsig):
+    run = tmp_path / "run.h5"
+    assert opsig(*train_tiny(run, "--checkpoint-every", 1)).code == 0
+    processes = start(2, "cluster", run, "--task", f"{TASKS}:Tiny", "-q", program=("-c", INTERRUPTED))
+    ends = finish(processes, timeout=200)
+    assert [end.code for end in ends] == [130, 1], ends
+    assert ends[1].err.splitlines()[-1].endswith(ONE_LINE)
 
 
 def test_processes_know_their_place_from_torchrun_or_a_step_of_slurm():

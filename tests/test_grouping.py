@@ -530,9 +530,9 @@ def test_who_cannot_join_is_not_asked_and_who_joins_is_the_same(opsig, tmp_path,
     asked = []
     inner = joining.gathering.group_cosines
 
-    def counting(run, session, step, position, sets):
-        asked.append(len(position))
-        return inner(run, session, step, position, sets)
+    def counting(run, session, steps, position, sets):
+        asked.append(len(steps) * len(position))
+        return inner(run, session, steps, position, sets)
 
     monkeypatch.setattr(joining.gathering, "group_cosines", counting)
     few = members()

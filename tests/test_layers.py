@@ -90,7 +90,7 @@ def test_only_the_session_knows_the_measurements():
     """In `opsig_torch`, the top floor alone is imported by none of the others, and only it names them all; the session
     that several processes share is one of its kind."""
     above = {name for name, path in EVERY.items() if "opsig_torch.session" in imported(path)}
-    assert above == {"opsig_torch.__init__", "opsig_torch.shared"}
+    assert above == {"opsig_torch.__init__", "opsig_torch.parts"}
 
 
 def test_the_top_of_the_house_is_a_screen():

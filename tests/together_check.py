@@ -76,8 +76,24 @@ def compare(backend, name: str, chunk: int) -> None:
     one, two = shared.top_eigenpairs(earlier, 2, 1e-3, one), alone.top_eigenpairs(earlier, 2, 1e-3, two)
     same("warm eigenpairs", [one.values, one.vectors], [two.values, two.vectors])
     states = [state, earlier, start]
-    for one, at in zip(shared.cosines_at(states, samples), states, strict=True):
-        same("cosines at several states", [one], [alone.gradient_cosines(at, samples)])
+    for name, arguments in {
+        "gradient_cosines": (samples,), "mean_cosines": (samples, sets), "features": (samples,),
+        "mean_feature_cosines": (samples, sets),
+    }.items():  # fmt: skip
+        for room in (1 << 20, 1 << 60):  # with room for everybody's results and without
+            every = shared.each([(name, (at, *arguments)) for at in states], room)
+            for one, at in zip(every, states, strict=True):
+                same(f"{name} at several states", [one], [getattr(alone, name)(at, *arguments)])
+    silent = np.where(np.arange(shared.samples) % 5 == 1, 0.0, 1.0)
+    repeated = replace(training, steps=state.step + 3, replayed=True, wants_state=lambda step: False)
+    for name, asked in {
+        "replays": [repeated, replace(repeated, weights=silent), replace(repeated, weights=silent[::-1].copy())],
+        "replays of minibatches": [replace(repeated, weights=silent, batch_size=4, tracked=np.arange(3, 9))] * 4,
+    }.items():
+        for one, how in zip(shared.replays((each, state) for each in asked), asked, strict=True):
+            two = list(alone.train(how, state))
+            same(name, [a.losses for a in one], [b.losses for b in two])
+            same(name, [a.train_loss for a in one], [b.train_loss for b in two])
     similarity = alone.gradient_cosines(state, samples)
     found = group_by_similarity(similarity, 2)
     for name, null in {"gaussian": gaussian_null, "again": resampled}.items():

@@ -31,6 +31,11 @@ def blocks_of_sums(similarity: Similarity, groups: np.ndarray) -> Iterator[tuple
         yield rows, similarity.sums(rows, totals) if isinstance(similarity, Gram) else whole[rows]
 
 
+def products(rows_MD: np.ndarray, rounds: range) -> tuple[np.ndarray]:
+    """Products of every two rows, (M, M), ROWS rows of them a round (see `rounds`)."""
+    return (rows_MD[ROWS * rounds.start : ROWS * rounds.stop] @ rows_MD.T,)
+
+
 def sizes_of(groups: np.ndarray) -> np.ndarray:
     """Members of each group, (G,)."""
     return np.bincount(groups[groups >= 0], minlength=groups.max(initial=-1) + 1)

@@ -30,9 +30,9 @@ class TorchBackend:
         require_methods(task, "torch", "model", "dataset", "losses")
         if (others := group.current()) is None:
             return TorchSession(task, device, batch_size, statistics, double)
-        from opsig_torch import shared
+        from opsig_torch import serving
 
-        return shared.opened(others, task, (device, batch_size, statistics, double))
+        return serving.opened(others, task, (device, batch_size, statistics, double))
 
     @contextmanager
     def meeting(self, rank: int, size: int) -> Iterator[Callable[[], None]]:
@@ -40,7 +40,7 @@ class TorchBackend:
 
         Raises OpsigError where they do not come, or where one of them ends.
         """
-        from opsig_torch import group, shared
+        from opsig_torch import group, serving
 
         with group.meeting(rank, size) as together:
-            yield partial(shared.serve, together)
+            yield partial(serving.serve, together)

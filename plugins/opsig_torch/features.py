@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,35 +15,18 @@ HELD_BYTES = 256 << 20
 """Bound on the features that are held to spare a pass."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Features of some of all samples: those chosen among them, (n, D) float32 at places (n,), and of each piece that
-    went through the network the sum, (pieces, D) float64, and over all how many were counted."""
-
-    rows: np.ndarray
-    places: np.ndarray
-    sums: np.ndarray
-    count: int
-
-
-Parts = Callable[[np.ndarray], Sequence[Part | None]]
-"""Gives the parts of all samples, in order, for the chosen ones; None for a task without features."""
-
-
-def features(opened: Opened, samples: np.ndarray, parts: Parts | None = None) -> np.ndarray | None:
+def features(opened: Opened, samples: np.ndarray) -> np.ndarray | None:
     """Features of chosen samples, less the mean of all samples and of length one, (M, D) float32.
 
     The product of two rows is the cosine of centred features. Features are the task's own, else what enters the last
     linear layer; None where a task has neither, or a layer that sees several positions a sample. One forward pass over
-    all samples, or whoever gives the `parts`. Samples without a target have no part in the mean.
+    all samples. Samples without a target have no part in the mean.
     """
-    found = _centred(opened, samples, parts)
+    found = _centred(opened, samples)
     return None if found is None else found[0].cpu().numpy()
 
 
-def mean_feature_cosines(
-    opened: Opened, samples: np.ndarray, sets: list[np.ndarray], parts: Parts | None = None
-) -> np.ndarray | None:
+def mean_feature_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray | None:
     """Mean cosine of each sample's centred features with those of each set of samples, (M, G) float64, or None.
 
     One forward pass over all samples where their features fit HELD_BYTES; elsewhere two, and only the sets' are held.
@@ -52,7 +34,7 @@ def mean_feature_cosines(
     members = np.unique(np.concatenate(sets))
     wanted = np.union1d(members, samples)
     held = _fits(opened, len(wanted))
-    found = _centred(opened, wanted if held else members, parts)
+    found = _centred(opened, wanted if held else members)
     if found is None:
         return None
     rows, centre = found
@@ -74,38 +56,25 @@ def _fits(opened: Opened, count: int) -> bool:
     return found is not None and found.shape[1] * found.element_size() * count <= HELD_BYTES
 
 
-def part_of(opened: Opened, samples: np.ndarray) -> Part | None:
-    """Features of the batches that are measured, which may be a part of all; None for a task without any."""
+def _centred(opened: Opened, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Centred features of length one of the samples, (M, D) float32, and the mean of all samples, (D,) float64."""
     place = np.full(opened.samples, -1)
     place[samples] = np.arange(len(samples))
-    rows, places, sums, count, targets = [], [], [], 0, opened.counts_S
+    kept, total, count, targets = None, None, 0, opened.counts_S
     for indices, found in _everybody(opened):
+        if kept is None or total is None:
+            kept, total = found.new_empty(len(samples), found.shape[1]), found.new_zeros(found.shape[1]).double()
         here = place[indices]
-        rows.append(found[np.flatnonzero(here >= 0)].cpu().numpy())
-        places.append(here[here >= 0])
+        kept[torch.from_numpy(here[here >= 0])] = found[np.flatnonzero(here >= 0)]
         finite = found.isfinite().all(1)  # one sample that is not must not move the centre of the others
         if targets is not None:
             finite &= targets[indices]
-        sums.append(torch.where(finite[:, None], found.double(), 0).sum(0).cpu().numpy())
+        total += torch.where(finite[:, None], found.double(), 0).sum(0)
         count += int(finite.sum())
-    return Part(np.concatenate(rows), np.concatenate(places), np.stack(sums), count) if rows else None
-
-
-def _centred(opened: Opened, samples: np.ndarray, parts: Parts | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Centred features of length one of the samples, (M, D) float32, and the mean of all samples, (D,) float64."""
-    known = [part for part in (parts(samples) if parts else [part_of(opened, samples)]) if part is not None]
-    if not known:
+    if kept is None or total is None:
         return None
-    kept = np.empty((len(samples), known[0].rows.shape[1]), known[0].rows.dtype)
-    total = np.zeros(kept.shape[1])
-    for part in known:
-        kept[part.places] = part.rows
-        for sums in part.sums:
-            total += sums
-    device = opened.flat.vector.device
-    centre = torch.from_numpy(total / max(1, sum(part.count for part in known))).to(device)
-    rows = torch.from_numpy(kept).to(device)
-    return _unit(rows - centre.to(rows)), centre
+    centre = total / max(1, count)
+    return _unit(kept - centre.to(kept)), centre
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -56,6 +56,7 @@ class Group:
         """How many sessions these processes have opened."""
         self.held: WeakValueDictionary[int, Any] = WeakValueDictionary()
         """Those that the first process has not let go of, by number."""
+        self._left = False  # the others, who wait for what will not come: nothing more can be told
 
     @property
     def leads(self) -> bool:
@@ -70,14 +71,26 @@ class Group:
     # -- from the first to the others
 
     def tell(self, *values: Any) -> None:
-        """Send values to the others, who `hear` them."""
-        _parted(list(values), lambda part: dist.broadcast(part, 0), self._reached)
+        """Send values to the others, who `hear` them; nothing once this process left them."""
+        if not self._left:
+            with self.together():
+                _parted(list(values), lambda part: dist.broadcast(part, 0), self._reached)
 
     def hear(self) -> list[Any]:
         """What the first process tells."""
         return _put_together(lambda part: dist.broadcast(part, 0), self._reached)
 
     # -- among all
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done inside, all do. Whoever is interrupted there leaves the others, who learn of it as it ends."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Lost) or not isinstance(error, Exception):
+                self._left = True
+            raise
 
     def agree(self, error: Exception | None = None) -> None:
         """Learn whether all are well so far. Raises the `error` that is given, or Elsewhere with another's words."""
@@ -112,14 +125,15 @@ class Group:
     def done(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` gives at each process, in their order, at the first, and nothing at the others. Raises as
         `agree` where one fails."""
-        try:
-            value = work()
-        except Exception as error:  # whatever it is, nobody may wait for what this process will not send
-            if not _is_told(error):
-                self.agree(error)
-            raise
-        self.agree()
-        return self.collected(value)
+        with self.together():
+            try:
+                value = work()
+            except Exception as error:  # whatever it is, nobody may wait for what this process will not send
+                if not _is_told(error):
+                    self.agree(error)
+                raise
+            self.agree()
+            return self.collected(value)
 
     def total(self, terms: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's terms, (P,), in order of process: the bits of one process that adds up all of them.
@@ -167,7 +181,8 @@ class Group:
         try:
             if self.leads:
                 self.tell("end")
-            dist.destroy_process_group()
+            if not self._left:
+                dist.destroy_process_group()
         except (RuntimeError, OpsigError):
             pass
 
@@ -242,10 +257,10 @@ def _packed(value: Any, arrays: list[np.ndarray]) -> Any:
         arrays.append(value)
         return {"array": value.dtype.str, "shape": list(value.shape)}
     if isinstance(value, State):
-        return {"state": _packed([value.step, value.params, value.buffers, value.frozen], arrays)}
+        return {"state": _packed([value.step, value.params, value.buffers, value.optimizer, value.frozen], arrays)}
     if isinstance(value, (list, tuple)):
         return [_packed(item, arrays) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {"dict": {key: _packed(item, arrays) for key, item in value.items()}}
     return value.item() if isinstance(value, np.generic) else value
 
@@ -271,8 +286,7 @@ def _unpacked(packed: Any, arrays: list[np.ndarray]) -> Any:
     if "array" in packed:
         return arrays.pop(0)
     if "state" in packed:
-        step, params, buffers, frozen = _unpacked(packed["state"], arrays)
-        return State(step, params, buffers, frozen=frozen)
+        return State(*_unpacked(packed["state"], arrays))
     return {key: _unpacked(item, arrays) for key, item in packed["dict"].items()}
 
 

@@ -113,12 +113,19 @@ class TorchSession(Opened):
             gram /= norms
         return gram
 
-    def mean_cosines(self, state: State, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
-        """Mean cosine of samples' gradients with those of each set, (M, G); where, see `gradient_cosines`."""
+    def mean_cosines(
+        self, state: State, samples: np.ndarray, sets: list[np.ndarray], norms: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Mean cosine of samples' gradients with those of each set, (M, G); where, see `gradient_cosines`.
+
+        `norms`: of the gradients of all members of the sets, by their index, where they are known and not coupled.
+        """
         from opsig_torch import coupled, set_cosines
 
         with self.at(state):
-            return (coupled if self.couples_samples else set_cosines).mean_cosines(self, samples, sets)
+            if self.couples_samples:
+                return coupled.mean_cosines(self, samples, sets)
+            return set_cosines.mean_cosines(self, samples, sets, norms)
 
     def gradient_sketch(self, state: State, samples: np.ndarray, size: int, seed: int) -> np.ndarray:
         """Sketches of chosen samples' gradients of length one, (M, size) float32; see `opsig_torch.sketch`."""

@@ -52,17 +52,20 @@ class Members:
         return across.double() @ self.inside_JG.double()
 
 
-def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) -> np.ndarray:
+def mean_cosines(
+    opened: Opened, samples: np.ndarray, sets: list[np.ndarray], members_norms: np.ndarray | None = None
+) -> np.ndarray:
     """Mean cosine of each sample's gradient with those of each set of samples, (M, G) float64.
 
     A gradient that vanishes has no direction: as a member it counts as 0, as a sample it is NaN. One pass gives the
-    products and the norms, unless the sets' means do not fit DIRECTIONS_BYTES.
+    products and the norms, unless the sets' means do not fit DIRECTIONS_BYTES. `members_norms`: of all members'
+    gradients, by their index, where they are known.
     """
     order = grouped(opened, samples)
     samples = samples[order]
     norms = np.full(opened.samples, np.nan)
     members = np.unique(np.concatenate(sets))
-    norms[members] = directed(gradient_norms(opened, members))
+    norms[members] = directed(gradient_norms(opened, members) if members_norms is None else members_norms)
     parts, first = [], 0
     while first < len(sets):
         some = sets[first:]

@@ -203,9 +203,10 @@ def with_opponents(
         return position
     everybody = np.arange(len(run.samples))
     sets = [run.samples[inside] for inside in members]
-    rows = []
-    for step in checkpoints_in(run, window).tolist():
-        rows.append(gathering.group_cosines(run, session, step, everybody, sets))
+    steps, rows = checkpoints_in(run, window), []
+    every = gathering.group_cosines(run, session, steps, everybody, sets)
+    for step, means_NG in zip(steps.tolist(), every, strict=True):
+        rows.append(means_NG)
         advance(note=f"step {step}")
     cosine_NG = np.mean(rows, axis=0)
     opponents = []

@@ -134,7 +134,8 @@ def by_gradient(
         similarity_MM = coordinates.similarity(position, smallest)
     else:
         similarity_MM = gathering.mean_similarity(run, session, backend, position, window, sketch, advance)
-    likeness_MM = gathering.mean_likeness(run, session, position, window)
+    in_rounds = session.in_rounds if isinstance(session, backends.Together) else one_after_the_other
+    likeness_MM = gathering.mean_likeness(run, session, position, window, in_rounds)
     found = grouping.group_by_similarity(similarity_MM, smallest, likeness_MM)
     losses_TM = run.series("losses/loss", position, window.first, window.stop)
     alike_GG = None if likeness_MM is None else alike_between(likeness_MM, found.group_M)
@@ -150,7 +151,6 @@ def by_gradient(
     if joining:
         others = candidates(run, session, position, sets, window, looks=likeness_MM is not None)
     means_CMG, joined = cosines(run, session, tested_on, position, others, found, sets, advance)
-    in_rounds = session.in_rounds if isinstance(session, backends.Together) else one_after_the_other
     null = NOTHING
     if members and coordinates is None:
         null = significance.gaussian_null(similarity_MM, likeness_MM, labels, smallest=smallest, in_rounds=in_rounds)

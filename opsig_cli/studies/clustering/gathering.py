@@ -12,10 +12,11 @@ import numpy as np
 
 from opsig_cli import backends
 from opsig_cli.analysis.gram import Gram, Similarity, formed
-from opsig_cli.analysis.group_means import ROWS
+from opsig_cli.analysis.group_means import ROWS, products
 from opsig_cli.analysis.grouping import known
 from opsig_cli.analysis.pairing import OPPOSES
-from opsig_cli.backends import Session, State
+from opsig_cli.analysis.rounds import Rounds, one_after_the_other
+from opsig_cli.backends import Session
 from opsig_cli.errors import UsageError
 from opsig_cli.studies.clustering.window import Window, checkpoints_in
 from opsig_cli.trajectory.file import Trajectory
@@ -24,6 +25,8 @@ from opsig_cli.trajectory.states import read_state
 SKETCHED = 1536
 """D: numbers a sample, of all checkpoints, by which more than MOST_FORMED are compared: the band of an estimated cosine
 is +-0.11."""
+FEATURE_BYTES = 4 * 4096
+"""About what a sample's features take."""
 LOOKED = 256
 """Numbers a checkpoint to which wider features of so many are reduced, by random signs."""
 DEAR = 250_000
@@ -97,14 +100,14 @@ def mean_similarity(
             advance(note=f"step {step}")
         return Gram(rows_MD, 1 / len(steps))
     total = np.zeros((len(samples), len(samples)), np.float32)
-    states = (read_state(run, step) for step in steps.tolist())
     if sketch is None:
-        for step, found in zip(steps.tolist(), _cosines_at(session, states, samples), strict=True):
+        every = at_each(run, session, steps, "gradient_cosines", 8 * len(samples) ** 2, samples)
+        for step, found in zip(steps.tolist(), every, strict=True):
             np.add(total, known(found, copy=False), out=total, casting="same_kind")
             advance(note=f"step {step}")
     else:
-        for step, state in zip(steps.tolist(), states, strict=True):
-            rows = known(session.gradient_sketch(state, samples, sketch, step))  # pyright: ignore[reportAttributeAccessIssue]
+        for step in steps.tolist():
+            rows = known(session.gradient_sketch(read_state(run, step), samples, sketch, step))  # pyright: ignore[reportAttributeAccessIssue]
             for first in range(0, len(rows), ROWS):
                 total[first : first + ROWS] += rows[first : first + ROWS] @ rows.T
             advance(note=f"step {step}")
@@ -114,11 +117,14 @@ def mean_similarity(
     return total
 
 
-def _cosines_at(session: Any, states: Iterable[State], samples: np.ndarray) -> Iterator[np.ndarray]:
-    """The samples' gradient cosines at each of these states, (M, M)."""
+def at_each(
+    run: Trajectory, session: Session, steps: Iterable[int], name: str, result_bytes: int, *arguments: Any
+) -> Iterator[Any]:
+    """What a measurement of the session's gives at each of these checkpoints, in their order."""
+    calls = ((name, (read_state(run, int(step)), *arguments)) for step in steps)
     if isinstance(session, backends.Together):
-        return session.cosines_at(states, samples)
-    return (session.gradient_cosines(state, samples) for state in states)
+        return session.each(calls, result_bytes)
+    return (getattr(session, name)(*asked) for _, asked in calls)
 
 
 def of_length_one(rows: np.ndarray) -> np.ndarray:
@@ -147,13 +153,16 @@ def sketch_band(run: Trajectory, window: Window, size: int) -> float:
 
 
 def group_cosines(
-    run: Trajectory, session: Session, step: int, position: np.ndarray, sets: list[np.ndarray]
-) -> np.ndarray:
-    """Mean gradient cosine of the samples at these positions with every group at a checkpoint, (M, G)."""
-    return known(session.mean_cosines(read_state(run, step), run.samples[position], sets))  # pyright: ignore[reportAttributeAccessIssue]
+    run: Trajectory, session: Session, steps: Iterable[int], position: np.ndarray, sets: list[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Mean gradient cosine of the samples at these positions with every group at each of the checkpoints, (M, G)."""
+    result = 8 * len(position) * len(sets)
+    return map(known, at_each(run, session, steps, "mean_cosines", result, run.samples[position], sets))
 
 
-def mean_likeness(run: Trajectory, session: Session, position: np.ndarray, window: Window) -> Similarity | None:
+def mean_likeness(
+    run: Trajectory, session: Session, position: np.ndarray, window: Window, in_rounds: Rounds = one_after_the_other
+) -> Similarity | None:
     """Cosines of the samples' centred features, averaged over the checkpoints, (M, M) float32; None without features.
 
     Holds the features of one checkpoint beside it; of more than MOST_FORMED samples those of all, LOOKED numbers of
@@ -164,23 +173,23 @@ def mean_likeness(run: Trajectory, session: Session, position: np.ndarray, windo
     if not formed(len(position)):
         return _likeness_rows(run, session, position, window)
     total = np.zeros((len(position), len(position)), np.float32)
-    steps = checkpoints_in(run, window).tolist()
-    for step in steps:
-        rows = session.features(read_state(run, step), run.samples[position])
+    steps = checkpoints_in(run, window)
+    for rows in at_each(run, session, steps, "features", FEATURE_BYTES * len(position), run.samples[position]):
         if rows is None:
             return None
         rows = known(rows, copy=False)
-        for first in range(0, len(rows), ROWS):
-            total[first : first + ROWS] += rows[first : first + ROWS] @ rows.T / len(steps)
+        (products_MM,) = in_rounds(products, (rows,), -(-len(rows) // ROWS))
+        products_MM /= len(steps)
+        total += products_MM
     return total
 
 
 def _likeness_rows(
-    run: Trajectory, session: backends.Features, position: np.ndarray, window: Window
+    run: Trajectory, session: Session, position: np.ndarray, window: Window
 ) -> Gram | None:  # fmt: skip
     steps, parts = checkpoints_in(run, window).tolist(), []
-    for step in steps:
-        rows = session.features(read_state(run, step), run.samples[position])
+    every = at_each(run, session, steps, "features", FEATURE_BYTES * len(position), run.samples[position])
+    for step, rows in zip(steps, every, strict=True):
         if rows is None:
             return None
         if rows.shape[1] > LOOKED:
@@ -194,6 +203,6 @@ def mean_likeness_with(
     run: Trajectory, session: Session, outside: np.ndarray, sets: list[np.ndarray], window: Window
 ) -> np.ndarray:
     """Mean cosine of these samples' centred features with every group's, averaged over the checkpoints, (N, G)."""
-    steps = checkpoints_in(run, window).tolist()
-    rows = [session.mean_feature_cosines(read_state(run, step), run.samples[outside], sets) for step in steps]  # pyright: ignore[reportAttributeAccessIssue]
+    steps, result = checkpoints_in(run, window), 8 * len(outside) * len(sets)
+    rows = list(at_each(run, session, steps, "mean_feature_cosines", result, run.samples[outside], sets))
     return known(np.mean(rows, axis=0))

@@ -53,15 +53,16 @@ def cosines(
         return np.zeros((1, len(position), 0)), NOBODY
     left = np.arange(len(others.position))
     rows_CMG, others_CNG = [], []
-    for step in steps.tolist():
+    for some in (steps[:1], steps[1:]):
         asked = np.concatenate([position, others.position[left]])
-        means = gathering.group_cosines(run, session, step, asked, sets)
-        advance(note=f"step {step}")
-        rows_CMG.append(means[: len(position)])
-        others_CNG.append(means[len(position) :])
-        if len(rows_CMG) == 1:
-            on_the_way = grouping.may_belong(others_CNG[0], found)
-            left, others_CNG = left[on_the_way], [others_CNG[0][on_the_way]]
+        every = gathering.group_cosines(run, session, some, asked, sets)
+        for step, means in zip(some.tolist(), every, strict=True):
+            advance(note=f"step {step}")
+            rows_CMG.append(means[: len(position)])
+            others_CNG.append(means[len(position) :])
+            if len(rows_CMG) == 1:
+                on_the_way = grouping.may_belong(others_CNG[0], found)
+                left, others_CNG = left[on_the_way], [others_CNG[0][on_the_way]]
     likeness_NG = None if others.likeness_NG is None else others.likeness_NG[left]
     group, alignment = grouping.join(np.mean(others_CNG, 0), found, likeness_NG)
     inside = group >= 0

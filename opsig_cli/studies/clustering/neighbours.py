@@ -47,8 +47,8 @@ def near_to(
         steps, everybody = np.array(clusters.tests.found_on), np.arange(len(run.samples))
         with progress("neighbours", len(steps)) as advance:
             similarity_S = np.zeros(len(everybody))
-            for step in steps.tolist():
-                means_S1 = gathering.group_cosines(run, session, step, everybody, [run.samples[[position]]])
+            every = gathering.group_cosines(run, session, steps, everybody, [run.samples[[position]]])
+            for step, means_S1 in zip(steps.tolist(), every, strict=True):
                 similarity_S += means_S1[:, 0] / len(steps)
                 advance(note=f"step {step}")
     similarity_S[position] = np.nan

@@ -6,21 +6,21 @@ S samples of the run, T steps of a replay, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from opsig_cli.analysis.evidence import period_two, swing
 from opsig_cli.analysis.verdicts import Silenced
-from opsig_cli.backends import Session, State
+from opsig_cli.backends import Session, State, Training
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
 from opsig_cli.studies.clustering.clusters import Clusters
 from opsig_cli.studies.clustering.weighing import related
 from opsig_cli.studies.filled import LOSS, as_recorded, targets_of
 from opsig_cli.studies.missing import labels_of
-from opsig_cli.studies.replaying import replay
+from opsig_cli.studies.replaying import for_losses, replays
 from opsig_cli.studies.trained import settings_at, weights_of, why_not_repeated
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
@@ -84,15 +84,14 @@ def silence(
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
     grouped = np.concatenate([np.empty(0, np.int64), *members])
     left = budget // LENGTH
-    plains = {}
-    for step in steps:
-        if (known := recorded(run, step)) is not None:
-            plains[step] = known
-            continue
-        if left > 0:
-            plains[step] = Replay(run, session, settings, step)(None)
-            left, outcome.replays = left - 1, outcome.replays + 1
-            advance(note=f"step {step}")
+    repeated = Repeated(run, session, settings)
+    known = {step: recorded(run, step) for step in steps}
+    lacking_steps = [step for step in steps if known[step] is None][:left]
+    for step, losses_TS in zip(lacking_steps, repeated((step, None, None) for step in lacking_steps), strict=True):
+        known[step] = losses_TS
+        advance(note=f"step {step}")
+    left, outcome.replays = left - len(lacking_steps), len(lacking_steps)
+    plains = {step: losses_TS for step, losses_TS in known.items() if losses_TS is not None}
     affordable: dict[int, list[tuple[list[int], list[int]]]] = {step: [] for step in plains}
     for unit, numbers in units_of(clusters):
         for step in plains:
@@ -102,18 +101,24 @@ def silence(
             elif swinging:
                 affordable[step].append((unit, swinging))
                 left -= 2
-    for step, units in affordable.items():  # all of a checkpoint in turn: they have their first gradient in common
-        replayed = Replay(run, session, settings, step)
-        for unit, swinging in units:
+    # all of a checkpoint in turn: they have their first gradient in common
+    tried = [(step, *of_unit) for step, units in affordable.items() for of_unit in units]
+
+    def silenced() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        for step, unit, _ in tried:
             silent = np.concatenate([members[group] for group in unit])
-            controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
-            without, controlled = replayed(silent, silent), replayed(controls, silent)
-            outcome.replays += 2
-            advance(2, note=f"step {step}")
-            for n in swinging:
-                outcome.silenced.setdefault(n, []).append(
-                    compared(step, [members[group] for group in pairs[n]], plains[step], without, controlled)
-                )
+            yield step, silent, silent
+            yield step, controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit])), silent
+
+    replayed = repeated(silenced())
+    for step, _, swinging in tried:
+        without, controlled = next(replayed), next(replayed)
+        outcome.replays += 2
+        advance(2, note=f"step {step}")
+        for n in swinging:
+            outcome.silenced.setdefault(n, []).append(
+                compared(step, [members[group] for group in pairs[n]], plains[step], without, controlled)
+            )
     for n in range(len(pairs)):
         if n not in outcome.silenced and n not in outcome.untested:
             outcome.untested[n] = _why_not(plains, [members[g] for g in pairs[n]])
@@ -195,29 +200,36 @@ def _drawn(pools: list[np.ndarray], count: int, generator: np.random.Generator) 
     return found
 
 
-class Replay:
-    """Losses (T, S) of all samples, or of some, when training is repeated from a checkpoint with some of them silent;
-    NaN of the others, and from the step at which they stop being finite."""
+class Repeated:
+    """Losses (T, S) of all samples, or of those that are wanted, each time that training is repeated from a checkpoint
+    with some samples silent, or None; NaN of the others, and from the step at which they stop being finite."""
 
-    def __init__(self, run: Trajectory, session: Session, settings: Settings, step: int):
-        self._samples = run.samples
-        self._session = session
-        self._state: State = read_state(run, step)
-        self._settings = settings_at(run, settings, step)
+    def __init__(self, run: Trajectory, session: Session, settings: Settings):
+        self._run, self._session, self._settings = run, session, settings
         self._weights = weights_of(run)
 
-    def __call__(self, silent: np.ndarray | None, wanted: np.ndarray | None = None) -> np.ndarray:
-        couples = getattr(self._session, "couples_samples", False)
-        tracked = None if wanted is None or couples else np.sort(self._samples[wanted])
-        weights = self._weights
-        if silent is not None:
-            weights = np.ones(self._session.samples) if weights is None else weights.copy()
-            weights[self._samples[silent]] = 0
-        losses = np.full((LENGTH + 1, self._session.samples), np.nan, np.float32)
-        again = replay(self._session, self._settings, self._state, LENGTH, weights, tracked=tracked, alone=True)
-        for row, snapshot in enumerate(again):
-            losses[row] = snapshot.losses
-        return losses[:, self._samples]
+    def __call__(self, asked: Iterable[tuple[int, np.ndarray | None, np.ndarray | None]]) -> Iterator[np.ndarray]:
+        """Asked by checkpoint, the silent samples' positions, and those of the wanted."""
+        for snapshots in replays(self._session, self._trainings(asked)):
+            losses = np.full((LENGTH + 1, self._session.samples), np.nan, np.float32)
+            for row, snapshot in enumerate(snapshots):
+                losses[row] = snapshot.losses
+            yield losses[:, self._run.samples]
+
+    def _trainings(
+        self, asked: Iterable[tuple[int, np.ndarray | None, np.ndarray | None]]
+    ) -> Iterator[tuple[Training, State]]:
+        samples, couples = self._run.samples, getattr(self._session, "couples_samples", False)
+        state = None
+        for step, silent, wanted in asked:
+            if state is None or state.step != step:
+                state = read_state(self._run, step)
+            weights = self._weights
+            if silent is not None:
+                weights = np.ones(self._session.samples) if weights is None else weights.copy()
+                weights[samples[silent]] = 0
+            tracked = None if wanted is None or couples else np.sort(samples[wanted])
+            yield for_losses(settings_at(self._run, self._settings, step), state, LENGTH, weights, tracked), state
 
 
 def _swing(losses_TM: np.ndarray) -> float:
