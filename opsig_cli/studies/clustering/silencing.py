@@ -79,7 +79,7 @@ def silence(
         why = "how it was trained is not known, to repeat it"
         why = next((f"training cannot be repeated: {words}" for words in lacking if words), why)
         return Outcome({}, dict.fromkeys(range(len(pairs)), why), [])
-    outcome = Outcome({}, {}, steps)
+    outcome = Outcome({}, {}, [])
     labels = strata_of(run)
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
     grouped = np.concatenate([np.empty(0, np.int64), *members])
@@ -92,6 +92,7 @@ def silence(
         if left > 0:
             plains[step] = Replay(run, session, settings, step)(None)
             left, outcome.replays = left - 1, outcome.replays + 1
+            outcome.steps.append(step)
             advance(note=f"step {step}")
     affordable: dict[int, list[tuple[list[int], list[int]]]] = {step: [] for step in plains}
     for unit, numbers in units_of(clusters):
@@ -109,6 +110,7 @@ def silence(
             controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]))
             without, controlled = replayed(silent, silent), replayed(controls, silent)
             outcome.replays += 2
+            outcome.steps += [step] if step not in outcome.steps else []
             advance(2, note=f"step {step}")
             for n in swinging:
                 outcome.silenced.setdefault(n, []).append(
