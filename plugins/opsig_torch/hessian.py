@@ -25,6 +25,8 @@ from opsig_torch.second import tell_of_second_derivative
 
 GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
+UNCUT_SHARE = 0.25
+"""Part of the memory to spare that they may take where no batch has to be cut."""
 LARGE_BYTES = 1 << 30
 """Size of a basis from which on it is worth the time to look for memory that can be let go of."""
 PRODUCT_VECTORS = 6
@@ -89,7 +91,7 @@ class Hessian:
                 loss = opened.counted(losses, indices).sum() / opened.target_count
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
-                room = self._graph_room() if cut else GRAPH_BYTES
+                room = self._graph_room(cut)
                 keep = saved is not None and saved.total * count <= room
             if keep:
                 kept.append(gradients)
@@ -97,15 +99,17 @@ class Hessian:
         if keep:
             self._kept = kept
 
-    def _graph_room(self) -> int:
+    def _graph_room(self, cut: bool) -> int:
         """Bytes of graphs that are kept where memory is short: what a batch's may take, less the solver's vectors."""
+        if not cut:
+            return self._opened.share(UNCUT_SHARE, GRAPH_BYTES)
         vectors = 2 * ROOM * self._opened.flat.vector.nbytes
-        return min(GRAPH_BYTES, int(self._opened.bound() * GRAPH_SHARE) - vectors)
+        return self._opened.share(GRAPH_SHARE, GRAPH_BYTES) - vectors
 
     def _check_repeatable(self) -> None:
         opened = self._opened
         with torch.no_grad():
-            indices, batch = next(iter(opened.batches))
+            indices, batch = next(opened.batches.in_pieces(opened.fitting_batch(2)))
             first = opened.counted(opened.batch_losses(batch), indices)
             known = "repeatable" in opened.kept
             second = first if known else opened.counted(opened.batch_losses(batch), indices)

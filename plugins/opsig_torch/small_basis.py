@@ -89,7 +89,7 @@ def top_eigenpairs(
     vectors = basis[:count] if kept > count else basis[:kept]
     for vector in basis[:kept]:
         vector /= _norm(vector)
-    memory = Memory(basis[:kept], values[:kept].copy())
+    memory = Memory(basis[:kept].clone(), values[:kept].copy())  # without what the rest of the basis takes
     return Solution(values[:count].copy(), vectors, residuals, products, met or exhausted, memory)
 
 
