@@ -110,10 +110,11 @@ def _of_samples(opened: Opened, what: str, count: int, vector: int) -> tuple[int
     plan, room = captured.gradient_plan(opened), captured.room_of(opened)
     loose = sum(opened.flat.parameter(name).numel() for name in plan.loose)
     widest = max((4 * parameter.numel() // parameter.shape[0] for parameter in plan.covered), default=0)
+    fewest = count if what == "gradients" else min(count, opened.positions)
     together = count if what == "gradients" else min(count, opened.fitting_batch() * opened.positions)
-    of_one, of_all = plan.held(together)
+    of_one, of_all = plan.held(fewest)[0], plan.held(together)[1]
     pairs = 16 * count**2 if what == "gradients" else 0
-    least = pairs + of_one + layer_gradients.PIECE_BYTES + 64 * loose + together * widest
+    least = pairs + of_one + layer_gradients.PIECE_BYTES + 64 * loose + fewest * widest
     most = pairs + max(of_one, min(room.samples, of_all)) + 64 * loose + layer_gradients.PIECE_BYTES
     most += max(together * widest, min(room.block, count * vector)) + min(room.samples, 24 * loose * together)
     if what == "alignment":
