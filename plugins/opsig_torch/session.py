@@ -30,7 +30,7 @@ class TorchSession(Opened):
         if self.device == "cpu":
             give_back_at_once()
         self.memory = memory
-        self.kept.clear()
+        self.forget()
 
     def needs(self, what: str, count: int, state: State) -> Need:
         """What a measurement takes; see `opsig_torch.needs`."""

@@ -126,11 +126,12 @@ def _silent(opened: Opened, training: Training) -> np.ndarray | None:
 def _gradient_without(opened: Opened, training: Training, start: State, silent: np.ndarray) -> tuple[float, LossRow]:
     """As `_full_batch_gradient` of a first step with some samples at weight 0: the gradient of all, which is kept for
     the next training from the same state, less that of these few."""
-    kept = opened.kept.get("first step")
-    if kept is None or kept[0] is not start:
+
+    def of_all() -> tuple[torch.Tensor, LossRow]:
         _, row = _full_batch_gradient(opened, replace(training, weights=None), start.step, True)
-        kept = opened.kept["first step"] = (start, opened.flat.gradient.clone(), row)
-    _, whole, row = kept
+        return opened.flat.gradient.clone(), row
+
+    whole, row = opened.once_at(start, "gradient", of_all)
     opened.measuring_mode()
     opened.flat.gradient.zero_()
     out = 0.0
