@@ -37,7 +37,7 @@ COMMANDS = {
     "sharpness": ["sharpness", "run.h5", "-k", "1", "--steps", "8", "--at", "iterate", "--tolerance", "0.01"],
     **{m: ["sharpness", "run.h5", "--metrics", m, "--steps", "8", "--random", "20"] for m in METRICS},
     "by gradient": ["cluster", "run.h5", "--top", "40", "--by", "gradient", "--test", "none"],
-    "silence": ["cluster", "run.h5", "--top", "20", "--by", "loss", "--budget", "20"],
+    "silence": ["cluster", "run.h5", "--top", "40", "--budget", "20"],
     "sketch": ["cluster", "run.h5", "--top", "20", "--by", "gradient", "--sketch", "400", "--test", "none"],
     "probe": ["probe", "run.h5", "--input", "color:white"],
     "branch": ["branch", "run.h5", "--from", "4", "--steps", "2", "--drop", "1,2", "-o", "branch.h5", "--replace"],
