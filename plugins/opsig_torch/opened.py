@@ -309,10 +309,11 @@ class Opened:
         size = self.flat.vector.element_size() * self.flat.vector.numel()
         return max(0, min(most, int(part * (self.bound() - self.taken() - self._vectors * size))))
 
-    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Losses (B,) and predictions (B,) or None of one batch, from one forward pass."""
+    def forward(self, batch: Any, predicted: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Losses (B,) of one batch and, where they are to be `predicted`, predictions (B,) or None, from one forward
+        pass."""
         with self.running.as_trained():
-            return forward(self.task, self.flat.model, batch)
+            return forward(self.task, self.flat.model, batch, predicted)
 
     def batch_losses(self, batch: Any, order: int = 1) -> torch.Tensor:
         """Losses (B,) of one batch's samples, which can be differentiated `order` times; see `opsig_torch.running`."""
