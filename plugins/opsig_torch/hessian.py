@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
-from opsig_linalg.eigen import ROOM, Memory, Solution, novelty
+from opsig_linalg.eigen import REMEMBERED, ROOM, WHOLE, Memory, Solution, novelty
 
 from opsig_cli.backends import worded
 from opsig_cli.errors import OpsigError
 from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
-from opsig_torch.eigen import TorchSpace, random_start, top_eigenpairs
+from opsig_torch.eigen import TorchSpace, top_eigenpairs
 from opsig_torch.memory import let_go
 from opsig_torch.opened import GRAPH_SHARE, Opened
 from opsig_torch.saved import saved_bytes
@@ -40,7 +41,7 @@ class Hessian:
     """The Hessian of the mean training loss at the loaded parameters, as an operator on (P,) vectors.
 
     `scale` (P,): the operator is diag(scale) H diag(scale), as for a preconditioned optimizer. `products` counts.
-    Raises OpsigError where the task's losses differ from one evaluation to the next.
+    Raises OpsigError where the task's losses differ from one evaluation to the next, or are not finite.
     """
 
     def __init__(self, opened: Opened, scale: torch.Tensor | None = None):
@@ -88,7 +89,9 @@ class Hessian:
             with nullcontext() if "unheard" in opened.kept else saved_bytes() as saved:
                 with ChannelScales():
                     losses = opened.batch_losses(batch, 2)
-                loss = opened.counted(losses, indices).sum() / opened.target_count
+                losses = opened.counted(losses, indices)
+                _require_finite(losses.detach(), indices)
+                loss = losses.sum() / opened.target_count
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
                 room = self._graph_room(cut)
@@ -108,27 +111,30 @@ class Hessian:
 
     def _check_repeatable(self) -> None:
         opened = self._opened
+        if "repeatable" in opened.kept:
+            return
         with torch.no_grad():
             indices, batch = next(opened.batches.in_pieces(opened.fitting_batch(2)))
-            first = opened.counted(opened.batch_losses(batch), indices)
-            known = "repeatable" in opened.kept
-            second = first if known else opened.counted(opened.batch_losses(batch), indices)
-        broken = torch.nonzero(~torch.isfinite(first)).flatten()
-        if 0 < len(broken) <= len(first) / 2:
-            raise OpsigError(
-                f"the loss of sample {indices.start + int(broken[0])} is not finite at this checkpoint, so that the "
-                "whole loss has no curvature. Look at this part of the data"
-            )
-        if len(broken):
-            raise OpsigError(
-                "losses are not finite at this checkpoint: the run has diverged. Choose others with --steps"
-            )
+            first, second = (opened.counted(opened.batch_losses(batch), indices) for _ in range(2))
+        _require_finite(first, indices)
         if not torch.equal(first, second):
             raise OpsigError(
                 "the task's losses differ when they are evaluated again at the same parameters. "
                 "Curvature needs a deterministic loss: turn dropout and random augmentation off"
             )
         opened.kept["repeatable"] = True
+
+
+def _require_finite(losses: torch.Tensor, indices: slice) -> None:
+    """Raise OpsigError where one of a batch's losses, which are those of these samples, is not finite."""
+    broken = torch.nonzero(~torch.isfinite(losses)).flatten()
+    if 0 < len(broken) <= len(losses) / 2:
+        raise OpsigError(
+            f"the loss of sample {indices.start + int(broken[0])} is not finite at this checkpoint, so that the "
+            "whole loss has no curvature. Look at this part of the data"
+        )
+    if len(broken):
+        raise OpsigError("losses are not finite at this checkpoint: the run has diverged. Choose others with --steps")
 
 
 def solve(
@@ -140,7 +146,8 @@ def solve(
     The start is what `memory` of a checkpoint near by names, else the gradient, which lies largely along the top
     eigenvectors; with a random part from `seed`. For a single eigenpair the memory is the method's model of the Hessian
     too, which takes half the products; for several it would lead astray (15.6 products, and 12.0 without it where a
-    start from the gradient takes 12.5). Raises OpsigError for a tolerance that cannot be met, or where the
+    start from the gradient takes 12.5). All others go by Lanczos's method, which holds half the vectors. Raises
+    OpsigError for a tolerance that cannot be met, or where the
     Hessian is not finite.
     """
     hessian = Hessian(opened, scale)
@@ -156,23 +163,28 @@ def solve(
 
     def start() -> torch.Tensor:
         found = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
-        noise = random_start(opened.flat.vector.detach(), seed)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(found.shape, generator=generator).to(found)
         found = found / torch.linalg.vector_norm(found).clamp_min(1e-30)
-        return found.add_(noise.mul_(novelty(memory)))
+        return found.add_(noise, alpha=novelty(memory) / found.numel() ** 0.5)
 
     def product(vector: torch.Tensor) -> torch.Tensor:
         if vectors * vector.nbytes > LARGE_BYTES:
             let_go()  # what the product before has left in pieces
         return hessian(vector)
 
+    size = opened.flat.vector.numel()
     try:
+        if (count == 1 and memory is not None and not few) or size <= WHOLE:
+            return top_eigenpairs(hessian, start(), count, tolerance, memory=memory if count == 1 else None)
+        room = basis_room(count, size)
         if few:
-            return small_basis.top_eigenpairs(
-                product, start(), count, tolerance, min(vectors, basis_room(count, 1 << 62))
-            )
-        return top_eigenpairs(hessian, start(), count, tolerance, memory=memory if count == 1 else None)
+            return small_basis.top_eigenpairs(product, start(), count, tolerance, min(vectors, room))
+        found = small_basis.top_eigenpairs(hessian, start(), count, tolerance, room, remembered=REMEMBERED)
     except ValueError as error:
         raise OpsigError(str(error)) from error
+    held = found.memory.vectors.clone()  # and not the whole basis
+    return replace(found, vectors=held[: len(found.values)], memory=replace(found.memory, vectors=held))
 
 
 def basis_room(count: int, size: int) -> int:
