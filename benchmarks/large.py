@@ -54,15 +54,20 @@ def opsig(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], float, f
     return records, peak / 2**20, user + system, time.perf_counter() - begin
 
 
+def hugging_face(folder: Path, name: str, config: dict[str, Any], sequences: int) -> str:
+    """The task of a model with this configuration on random letters, which are written to the folder."""
+    model = folder / name
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "config.json").write_text(json.dumps(config))
+    letters = np.random.default_rng(0).integers(97, 123, sequences * LENGTH + 1, np.uint8)
+    (model / "text.txt").write_bytes(letters.tobytes())
+    return f"hf-causal:model={model},text={model / 'text.txt'},length={LENGTH}"
+
+
 def train(folder: Path, name: str, config: dict[str, Any], sequences: int) -> str:
     """The run file of a model, trained for four steps where it is not there yet."""
-    model = folder / name
     if not (folder / f"{name}.h5").exists():
-        model.mkdir(parents=True, exist_ok=True)
-        (model / "config.json").write_text(json.dumps(config))
-        letters = np.random.default_rng(0).integers(97, 123, sequences * LENGTH + 1, np.uint8)
-        (model / "text.txt").write_bytes(letters.tobytes())
-        task = f"hf-causal:model={model},text={model / 'text.txt'},length={LENGTH}"
+        task = hugging_face(folder, name, config, sequences)
         how = ["--track", "--checkpoint-every", "1", "--steps", "4", "--learning-rate", "0.05"]
         _, peak, cpu, _ = opsig(folder, "train", "--task", task, *how, "-o", f"{name}.h5")
         print(f"{name:6} train         peak {peak:5.2f} GiB, {cpu:6.0f} s of CPU", flush=True)

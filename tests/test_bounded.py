@@ -1,6 +1,9 @@
 """Measuring within a bound of memory. P parameters, N basis vectors."""
 
 import gc
+import json
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -130,6 +133,39 @@ def test_a_plan_is_made_before_the_work_and_what_does_not_fit_is_refused(command
     assert not branch.exists()
 
 
+PEAK = """
+import sys
+from opsig_cli.main import run
+
+sys.argv[0], code = "opsig", 0
+try:
+    run()
+except SystemExit as end:
+    code = end.code
+print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
+sys.exit(code)
+"""
+"""Runs a command and prints the KiB of its peak, not that of the process which started it."""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are had from Linux alone")
+@pytest.mark.parametrize("command", [("cluster", "--test", "none"), ("sharpness", "--steps", "21", "--at", "iterate")])
+def test_a_process_stays_within_the_least_that_its_plan_asks_for(command, tiny_run, tmp_path):
+    def run(*options: str) -> list[str]:
+        path = tmp_path / "run.h5"
+        path.write_bytes(tiny_run.read_bytes())
+        asked = [command[0], str(path), *command[1:], "--task", f"{TASKS}:Tiny", "-q", "--format", "json", *options]
+        done = subprocess.run([sys.executable, "-c", PEAK, *asked], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    least = json.loads(run("--plan")[0])["memory_least"]
+    *records, peak = run("--memory", f"{least + (1 << 20)}B")
+    *whole, _ = run()
+    assert int(peak) << 10 <= least + (1 << 20)
+    assert len(records) == len(whole)
+
+
 def test_a_refusal_says_how_many_would_fit():
     tracking.MEMORY.set(None)
 
@@ -170,8 +206,10 @@ def test_a_batch_is_cut_where_its_graph_does_not_fit(task):
 def test_graphs_of_cut_batches_are_kept_where_they_fit_beside_the_vectors_of_a_solve(bound, times):
     session = TorchSession(load(parse_spec(f"{TASKS}:Tiny"))[0], "cpu")
     session.initial(0)
+    session.taken = lambda: 0  # nothing but what is measured
     session.memory, session.kept["item bytes", 2] = bound, bound // 40  # four items a batch
     session.kept["kept derivatives"] = True  # so that they are not held against plain ones first
+    session.inference_batch()  # runs a few items
     runs = []
     session.flat.model.register_forward_hook(lambda *_: runs.append(1))
     product = Hessian(session)

@@ -144,6 +144,9 @@ def test_groups_are_found_on_some_checkpoints_and_tested_on_others(opsig, tiny_r
     assert len(tests["held_out"]) > 1
     assert not set(tests["held_out"]) & set(tests["found_on"])
     assert set(tests["replayed_from"]) <= set(tests["held_out"])
+    assert bool(tests["replayed_from"]) == bool(tests["replays"])
+    none = opsig("cluster", tiny_run, *OWN, "--budget", 0).records[-1]
+    assert (none["replays"], none["replayed_from"]) == (0, [])
     opsig("cluster", tiny_run, *OWN, "--test", "all").fails(2, "--test is one of replay, held-out, none, not 'all'")
 
 

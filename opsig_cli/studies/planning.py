@@ -5,8 +5,11 @@ A command is a list of stages, one after the other: memory is that of the larges
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from opsig_cli import backends
@@ -15,6 +18,9 @@ from opsig_cli.errors import OpsigError
 from opsig_cli.studies.tracking import MEMORY
 
 MIB = 1 << 20
+PAGE = resource.getpagesize()
+LOADED_LATER = 32 << 20
+"""Bytes of libraries, such as scipy's, that a command loads when it uses them."""
 Plan = tuple[dict[str, Any], list[str]]
 """A record of what a command takes, and what to say where it does not fit."""
 
@@ -61,7 +67,8 @@ def plan(
 
 
 def plan_of_file(path: str, command: str, memory: int) -> Plan:
-    """The same of a command that reads the file alone and measures nothing."""
+    """The same of a command that reads the file alone, measures nothing, and takes so much beside the program."""
+    memory += _resident()
     record = {
         "trajectory": path, "command": command, "checkpoints": 0, "passes": 0.0, "memory_least": memory,
         "memory_most": memory, "memory_bound": MEMORY.get(), "host_memory": memory,
@@ -82,6 +89,13 @@ def require(
     need, _ = _together(session, stages, state)
     if need.least > need.bound or (need.host_bound and need.host > need.host_bound):
         raise OpsigError(_refusal(command, session, need, state, counted))
+
+
+def _resident() -> int:
+    """Bytes that this process has, and what it is going to load; 0 where the system does not say."""
+    with suppress(OSError):
+        return (int(Path("/proc/self/statm").read_text().split()[1]) * PAGE) + LOADED_LATER
+    return 0
 
 
 def _together(session: Any, stages: Sequence[Stage], state: State) -> tuple[Need, float]:

@@ -20,6 +20,8 @@ from opsig_cli.trajectory.states import check_samples, check_trained, in_order_o
 
 STATES_BYTES = 256 << 20
 """Bound on the checkpoints held in memory at a time."""
+STATES_PART = 32
+"""The same as a part of the memory, where that is bounded: a 32nd."""
 
 COMMIT_SECONDS = 1.0
 
@@ -246,7 +248,8 @@ def fill_losses(
 
 def states_together(run: Trajectory) -> int:
     """At how many checkpoints losses are measured at a time."""
-    return max(1, STATES_BYTES // (4 * run.shape("checkpoints/params")[1]))
+    most = min(STATES_BYTES, (MEMORY.get() or STATES_BYTES * STATES_PART) // STATES_PART)
+    return max(1, most // (4 * run.shape("checkpoints/params")[1]))
 
 
 def mean_loss(losses_S: np.ndarray) -> float:

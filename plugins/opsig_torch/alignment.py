@@ -53,7 +53,7 @@ def _checked_gram(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> n
 
 def _gram(opened: Opened, samples: np.ndarray, plan: captured.Plan) -> np.ndarray:
     gram = torch.zeros(len(samples), len(samples), dtype=torch.float64, device=opened.flat.vector.device)
-    for group in plan.groups(len(samples)):
+    for group in plan.groups(len(samples), captured.room_of(opened).samples):
         _add_group_gram(opened, samples, plan, group, gram)
     if plan.loose:
         _add_loose_gram(opened, samples, plan, gram)
@@ -170,10 +170,17 @@ def loose_blocks(
     if not plan.loose:
         return
     size = sum(opened.flat.parameter(name).numel() for name in plan.loose)
-    height = max(1, layer_gradients.MEMORY_BYTES // (16 * size))
+    height = _height(opened, 16 * size)
     for first in range(0, len(samples), height):
         chosen = slice(first, min(first + height, len(samples)))
         yield chosen, loose_gradients(opened, samples[chosen], plan, frozen)
+
+
+def _height(opened: Opened, size: int) -> int:
+    """How many samples' gradients of so many bytes are made together: their graphs must fit, too."""
+    together = opened.fitting_batch()
+    fits = max(1, captured.room_of(opened).samples // size)
+    return fits if together == opened.batch_size else min(fits, together)
 
 
 def loose_gradients(
@@ -235,7 +242,7 @@ def _add_group_gram(
 def _add_loose_gram(opened: Opened, samples: np.ndarray, plan: captured.Plan, gram: torch.Tensor) -> None:
     """Add inner products over loose parameters to the lower triangle, one block of sample pairs at a time."""
     size = sum(opened.flat.parameter(name).numel() for name in plan.loose)
-    height = max(1, min(len(samples), layer_gradients.MEMORY_BYTES // (64 * size)))
+    height = min(len(samples), _height(opened, 64 * size))
     starts = range(0, len(samples), height)
     for i in starts:
         left = loose_gradients(opened, samples[i : i + height], plan)

@@ -25,6 +25,8 @@ from opsig_torch.opened import Opened
 
 AGREES = 1e-3
 """Relative error up to which a captured gradient is the one of autograd."""
+SAMPLES_SHARE, BLOCK_SHARE = 0.25, 0.0625
+"""Parts of the memory to spare that what is held of all samples, and a block of gradients, may take."""
 SHAKEN = 0.01
 """Size of the noise that is added to parameters while this is found out, relative to theirs."""
 
@@ -42,18 +44,23 @@ class Plan:
     vmapped: bool = True
     single: frozenset[nn.Module] = frozenset()
 
-    def groups(self, samples: int) -> list[list[nn.Parameter]]:
-        """Consecutive parameters of which what is held of so many samples fits the budget."""
+    def groups(self, samples: int, most: int = layer_gradients.MEMORY_BYTES) -> list[list[nn.Parameter]]:
+        """Consecutive parameters of which what is held of so many samples fits so many bytes."""
         groups: list[list[nn.Parameter]] = []
         room = 0
         for parameter, floats in self.floats.items():
             need = min(floats, parameter.numel()) * samples * 4
             if not groups or need > room:
                 groups.append([])
-                room = layer_gradients.MEMORY_BYTES
+                room = most
             groups[-1].append(parameter)
             room -= need
         return groups
+
+    def held(self, samples: int) -> tuple[int, int]:
+        """Bytes that are held of so many samples: of the parameter that takes most, and of all."""
+        floats = [min(floats, parameter.numel()) for parameter, floats in self.floats.items()]
+        return 4 * samples * max(floats, default=0), 4 * samples * sum(floats)
 
     def is_small(self, parameter: nn.Parameter) -> bool:
         """Whether a sample's gradient takes no more room than the activations that it is made from."""
@@ -107,7 +114,7 @@ def _plan(opened: Opened) -> Plan:
     covered = {}
     for number, parameter in enumerate(parameters):
         if parameter in known:
-            found = _collect(parameter, known[parameter], uses)
+            found = _collect(parameter, known[parameter], uses, room_of(opened))
             if _is_exact(found, [gradients[number] for gradients in exact]):
                 covered[parameter] = known[parameter]
     sizes = {m: sum(use.inputs.numel() + use.gradients.numel() for use in uses[m]) // len(two) for m in modules}
@@ -144,7 +151,7 @@ def capture(opened: Opened, samples: np.ndarray, chosen: Plan, parameters: list[
     modules = list(dict.fromkeys(module for p in parameters for module, _ in chosen.covered[p]))
     uses = _captured_uses(opened, samples, modules, chosen.single)
     for parameter in parameters:
-        yield _collect(parameter, chosen.covered[parameter], uses)
+        yield _collect(parameter, chosen.covered[parameter], uses, room_of(opened))
 
 
 def gather(
@@ -164,21 +171,30 @@ def gather(
                 left = right
             else:
                 if not start:
-                    weights.append(parameter.room(len(samples)))
+                    weights.append(parameter.empty(len(samples)))
                 weights[number].put(batch, parameter)
                 number += 1
         del parameter  # with its batch's activations, before those of the next are made
     return rows, weights
 
 
+def room_of(opened: Opened) -> layer_gradients.Room:
+    """What may be held of all samples at a time, and of a block."""
+    return layer_gradients.Room(
+        opened.share(SAMPLES_SHARE, layer_gradients.MEMORY_BYTES),
+        opened.share(BLOCK_SHARE, layer_gradients.BLOCK_BYTES),
+    )
+
+
 def _collect(
-    parameter: nn.Parameter, places: list[tuple[nn.Module, str]], uses: dict[nn.Module, list[Use]]
-) -> Captured:
+    parameter: nn.Parameter, places: list[tuple[nn.Module, str]], uses: dict[nn.Module, list[Use]],
+    room: layer_gradients.Room,
+) -> Captured:  # fmt: skip
     is_weight = _kind(*places[0]) == "weight"
     found = [(use, name) for module, name in places for use in uses[module]]
     if is_weight:
         found = [(use.transposed() if is_transposed(use.module) else use, name) for use, name in found]
-    return Captured(parameter, found, is_weight)
+    return Captured(parameter, found, is_weight, room)
 
 
 def pieces(opened: Opened, samples: np.ndarray, plan: Plan | None = None) -> Iterator[tuple[int, np.ndarray]]:
@@ -192,7 +208,7 @@ def pieces(opened: Opened, samples: np.ndarray, plan: Plan | None = None) -> Ite
             yield start, samples[start : start + size]
         return
     held = sum(plan.floats.values()) if plan is not None else 0
-    most = max(1, layer_gradients.MEMORY_BYTES // (8 * held)) if held else len(samples)
+    most = max(1, room_of(opened).samples // (8 * held)) if held else len(samples)
     items = samples // opened.positions
     start = 0
     while start < len(samples):

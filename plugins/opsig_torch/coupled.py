@@ -24,6 +24,8 @@ MEMORY_BYTES = 1 << 30
 """Bound on the gradients that are held at a time."""
 DIRECTIONS_BYTES = 256 << 20
 """Bound on the mean gradients of sets that are held at a time."""
+SHARE = 0.25
+"""Part of the memory to spare that either may take."""
 STRIP = 16
 """Gradients that are multiplied at a time with those that are held."""
 
@@ -41,7 +43,7 @@ def gradient_gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
 def _gram(opened: Opened, samples: np.ndarray) -> np.ndarray:
     order = np.argsort(samples, kind="stable")  # a pass meets every chunk once
     size = opened.flat.vector.numel()
-    height = max(STRIP, MEMORY_BYTES // (opened.flat.vector.element_size() * size) - STRIP)
+    height = max(STRIP, opened.share(SHARE, MEMORY_BYTES) // (opened.flat.vector.element_size() * size) - STRIP)
     gram = np.zeros((len(samples), len(samples)))
     for first in range(0, len(samples), height):
         held = order[first : first + height]
@@ -67,7 +69,8 @@ def mean_cosines(opened: Opened, samples: np.ndarray, sets: list[np.ndarray]) ->
     needed = np.unique(np.concatenate([samples, *sets]))
     norms[needed] = directed(gradient_norms(opened, needed))
     products = np.empty((len(samples), len(sets)))
-    together = max(1, DIRECTIONS_BYTES // (opened.flat.vector.element_size() * opened.flat.vector.numel()))
+    size = opened.flat.vector.element_size() * opened.flat.vector.numel()
+    together = max(1, opened.share(SHARE, DIRECTIONS_BYTES) // size)
     for first in range(0, len(sets), together):
         some = slice(first, first + together)
         directions = _mean_unit_gradients(opened, sets[some], norms)

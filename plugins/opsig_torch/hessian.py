@@ -27,6 +27,8 @@ from opsig_torch.second import tell_of_second_derivative
 
 GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
+UNCUT_SHARE = 0.25
+"""Part of the memory to spare that they may take where no batch has to be cut."""
 LARGE_BYTES = 1 << 30
 """Size of a basis from which on it is worth the time to look for memory that can be let go of."""
 FEW = 4
@@ -97,7 +99,7 @@ class Hessian:
                 loss = losses.sum() / opened.target_count
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
-                room = self._graph_room() if opened.fitting_batch(2) < opened.batch_size else GRAPH_BYTES
+                room = self._graph_room(opened.fitting_batch(2) < opened.batch_size)
                 keep = saved is not None and saved.total * count <= room
             if keep:
                 kept.append(gradients)
@@ -134,17 +136,19 @@ class Hessian:
         exact, found = images
         return bool((found - exact).norm() <= HOLDS * exact.norm())
 
-    def _graph_room(self) -> int:
+    def _graph_room(self, cut: bool) -> int:
         """Bytes of graphs that are kept where memory is short: what a batch's may take, less the solver's vectors."""
+        if not cut:
+            return self._opened.share(UNCUT_SHARE, GRAPH_BYTES)
         vectors = 2 * ROOM * self._opened.flat.vector.nbytes
-        return min(GRAPH_BYTES, int(self._opened.bound() * GRAPH_SHARE) - vectors)
+        return self._opened.share(GRAPH_SHARE, GRAPH_BYTES) - vectors
 
     def _check_repeatable(self) -> None:
         opened = self._opened
         if "repeatable" in opened.kept:
             return
         with torch.no_grad():
-            indices, batch = next(iter(opened.batches))
+            indices, batch = next(opened.batches.in_pieces(opened.fitting_batch(2)))
             first, second = (opened.counted(opened.batch_losses(batch), indices) for _ in range(2))
         _require_finite(first, indices)
         if not torch.equal(first, second):

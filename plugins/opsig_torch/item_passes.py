@@ -70,7 +70,7 @@ def uses_by_position(
             if not everybody:
                 part = Use(module, part.inputs[rows], part.gradients[rows])
             if not first:
-                found.append(part if last == len(items) else part.room(len(items)))
+                found.append(part if last == len(items) else part.empty(len(items)))
             if last - first < len(items):
                 found[number].put(slice(first, last), part)
     if (order != np.arange(len(order))).any():

@@ -42,6 +42,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
+@dataclass(frozen=True)
+class Room:
+    """Bytes that may be held of all `samples` at a time, and of a `block` of gradients."""
+
+    samples: int = MEMORY_BYTES
+    block: int = BLOCK_BYTES
+
+
 @dataclass
 class Use:
     """One entry of a layer: what went in and the gradient at what came out, (M, ...) each."""
@@ -65,7 +73,7 @@ class Use:
             return unfolded.transpose(1, 2)
         return inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None]
 
-    def room(self, samples: int) -> Use:
+    def empty(self, samples: int) -> Use:
         """An empty one for so many samples."""
         inputs, gradients = (part.new_empty(samples, *part.shape[1:]) for part in (self.inputs, self.gradients))
         return Use(self.module, inputs, gradients)
@@ -145,6 +153,7 @@ class Captured:
     parameter: nn.Parameter
     uses: list[tuple[Use, str]]
     is_weight: bool
+    room: Room = Room()
     samples: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,9 +161,10 @@ class Captured:
         self.height = self.parameter.shape[0]
         self.fan_in = self.parameter.numel() // self.height
 
-    def room(self, samples: int) -> Captured:
+    def empty(self, samples: int) -> Captured:
         """An empty one for so many samples."""
-        return Captured(self.parameter, [(use.room(samples), name) for use, name in self.uses], self.is_weight)
+        uses = [(use.empty(samples), name) for use, name in self.uses]
+        return Captured(self.parameter, uses, self.is_weight, self.room)
 
     def put(self, samples: slice, part: Captured) -> None:
         """Take over a batch."""
@@ -202,13 +212,13 @@ class Captured:
         use = self.uses[0][0]
         positions = use.outputs_MTO.shape[1]
         linear = _is_linear(use.module) and positions == 1
-        held = self.samples * positions * self.fan_in * 16 <= MEMORY_BYTES
+        held = self.samples * positions * self.fan_in * 16 <= self.room.samples
         if len(self.uses) == 1 and not isinstance(use.module, nn.Embedding) and (
             linear or (held and positions**2 * (self.fan_in + self.height) < self.fan_in * self.height)
         ):  # fmt: skip
             self._add_gram_of_positions(gram, use)
             return
-        height = min(self.height, max(1, BLOCK_BYTES // (4 * self.samples * self.fan_in)))
+        height = min(self.height, max(1, self.room.block // (4 * self.samples * self.fan_in)))
         # One room for all blocks: the first touch of fresh memory takes as long as making the gradients.
         room = use.gradients.new_empty(self.samples * height * self.fan_in)
         for first in range(0, self.height, height):
@@ -247,7 +257,7 @@ class Captured:
         inputs = use.inputs_mTF(slice(None)).flatten(0, 1)
         outputs = use.outputs_MTO.flatten(0, 1)
         positions = use.outputs_MTO.shape[1]
-        tile = max(1, min(TILE, MEMORY_BYTES // (32 * positions * len(outputs))))
+        tile = max(1, min(TILE, self.room.samples // (32 * positions * len(outputs))))
         for first in range(0, self.samples, tile):
             last = min(first + tile, self.samples)
             here, before = slice(first * positions, last * positions), slice(0, last * positions)

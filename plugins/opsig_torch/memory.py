@@ -11,6 +11,12 @@ import torch
 
 MARGIN = 0.1
 """Share of what is free that is left to others where a person gives no bound."""
+LATER = 64 << 20
+"""Bytes of libraries that are loaded while it works, such as scipy's, and of the command's own records."""
+MAPPED_BYTES, TRIMMED_BYTES = 1 << 20, 8 << 20
+"""Within a bound, the size from which on memory is given back when it is freed, and how much of smaller pieces the C
+library keeps. By itself it comes to keep pieces of up to 32 MiB, which count as used."""
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 UNKNOWN = 1 << 40
 """What is taken to be there where the system does not say."""
 
@@ -41,6 +47,23 @@ def let_go() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):  # another library has no such call
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def settled(device: str) -> int:
+    """What this process has of a device, without what the C library keeps of freed memory."""
+    if device == "cpu":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+    return held(device)
+
+
+def give_back_at_once() -> None:
+    """From now on, freed memory is given back as it is freed, at the price of touching fresh memory: what a process
+    holds is then what it uses, which a bound can be held to."""
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, MAPPED_BYTES)
+        library.mallopt(_TRIM_THRESHOLD, TRIMMED_BYTES)
 
 
 def bound_of(device: str) -> int:

@@ -20,7 +20,7 @@ from opsig_torch import arithmetic
 from opsig_torch.data import Batches
 from opsig_torch.flat import FlatModel
 from opsig_torch.forward import forward
-from opsig_torch.memory import bound_of, held
+from opsig_torch.memory import LATER, bound_of, held, settled
 from opsig_torch.positions import by_sample
 from opsig_torch.running import Running
 from opsig_torch.saved import saved_bytes
@@ -28,7 +28,9 @@ from opsig_torch.saved import saved_bytes
 BATCH_SIZE = 500
 CONVOLUTION_BATCH = 50
 GRAPH_SHARE = 0.125
-"""Part of the memory that the graph of a batch may take."""
+"""Part of the memory to spare that the graph of a batch may take, and as much those that are kept."""
+VECTORS = 2
+"""Vectors of parameters beside the model that any measurement holds: a checkpoint's, and the model's own meanwhile."""
 GRAPH_FACTOR = 3
 """What a pass needs besides what autograd saves: gradients of the same, and temporaries."""
 TOGETHER = 4096
@@ -71,6 +73,8 @@ class Opened:
         """Where a line goes that a person should know of: that a slower way is taken, and why."""
         self.memory: int | None = None
         """Bytes that this process may take of the device's memory; None for what is free, less a margin."""
+        self._base: int | None = None
+        self._vectors = VECTORS
         self._flat: FlatModel | None = None
         self._order: list[str] = []
         self._running: Running | None = None
@@ -113,6 +117,7 @@ class Opened:
                 dtype = torch.float64 if self.double else torch.float32
                 self._running = Running(model, self.device, dtype, lambda words: self.tell(words))
                 self._flat = FlatModel(model, torch.device(self.device), self.double, self._order)
+                self._base = None
         return self._flat
 
     @property
@@ -242,21 +247,21 @@ class Opened:
         return min(self.batch_size, self.fitting_batch())
 
     def fitting_batch(self, order: int = 1) -> int:
-        """How many items' graphs, to be differentiated `order` times, fit an eighth of the memory: a power of two.
+        """How many items' graphs, to be differentiated `order` times, fit their share of the memory: a power of two.
 
         The batch's own size wherever that fits, and where samples are coupled, whose batches cannot be cut.
         """
         if self.couples_samples:
             return self.batch_size
         if ("item bytes", order) not in self.kept:
-            one, two = (self._graph_bytes([0] * count, order) for count in (1, 2))
+            one, two = (self.graph_bytes([0] * count, order) for count in (1, 2))
             self.kept["item bytes", order] = max(1, GRAPH_FACTOR * (two - one))
-        fits = int(self.bound() * GRAPH_SHARE) // self.kept["item bytes", order]
+        fits = self.share(GRAPH_SHARE) // self.kept["item bytes", order]
         if fits >= self.batch_size:
             return self.batch_size
         return 1 << (max(1, fits).bit_length() - 1)
 
-    def _graph_bytes(self, items: list[int], order: int) -> int:
+    def graph_bytes(self, items: list[int], order: int) -> int:
         """What autograd saves of these items' losses, to be differentiated so often; 0 where it cannot be listened to,
         as in a model that takes derivatives by torch.func itself."""
         with self.calculating(), torch.enable_grad(), suppress(Exception), saved_bytes() as saved:
@@ -277,6 +282,32 @@ class Opened:
     def room(self) -> int:
         """Bytes that it may still take."""
         return self.bound() - held(self.device)
+
+    def base(self) -> int:
+        """Bytes that it has before it measures: libraries, the data, and the model; found at the first call."""
+        if self._base is None:
+            assert self.flat
+            self._base = settled(self.device) + (LATER if self.device == "cpu" else 0)
+        return self._base
+
+    def taken(self) -> int:
+        """Bytes that are not for measurements to divide: the base."""
+        return self.base()
+
+    @contextmanager
+    def beside(self, vectors: int) -> Iterator[None]:
+        """Inside, a measurement holds so many vectors of parameters: what is to spare is less by these."""
+        before, self._vectors = self._vectors, max(vectors, self._vectors)
+        try:
+            yield
+        finally:
+            self._vectors = before
+
+    def share(self, part: float, most: int = 1 << 62) -> int:
+        """Bytes for one of the things that a measurement holds of items or samples, `most` where there are as many: a
+        part of what the bound leaves beside what is `taken` and the vectors that are held."""
+        size = self.flat.vector.element_size() * self.flat.vector.numel()
+        return max(0, min(most, int(part * (self.bound() - self.taken() - self._vectors * size))))
 
     def forward(self, batch: Any, predicted: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Losses (B,) of one batch and, where they are to be `predicted`, predictions (B,) or None, from one forward
@@ -317,9 +348,9 @@ class Opened:
         Found by a pass over the data at the loaded parameters, at the first call. Where no loss is a number, all count.
         """
         if self._all_targets is None:
-            everything = self.batches.only(slice(0, self.samples))
+            everything, size = self.batches.only(slice(0, self.samples)), self.fitting_batch()
             with torch.inference_mode(False), torch.no_grad(), self.running.as_trained(), everything:
-                missing = [self.task.losses(self.flat.model, b).isnan() for _, b in self.batches]
+                missing = [self.task.losses(self.flat.model, b).isnan() for _, b in self.batches.in_pieces(size)]
             targets = ~torch.cat(missing)
             self._all_targets = bool(targets.all())
             if not targets.any():  # the parameters are not finite: another state will tell

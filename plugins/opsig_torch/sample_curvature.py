@@ -90,7 +90,7 @@ def _checked(opened: Opened, direction: torch.Tensor, of_batch: Callable[..., An
     found = np.full((3, opened.samples), np.nan)
     pieces = plain.pieces(opened, direction)
     new = ("curved", of_batch) not in opened.kept
-    for indices, batch in opened.batches.in_pieces(opened.inference_batch()):
+    for indices, batch in opened.batches.in_pieces(min(opened.inference_batch(), opened.fitting_batch(2))):
         for row, numbers in zip(found, of_batch(opened, batch, pieces), strict=True):
             row[indices] = numbers.double().cpu().numpy()
         if new:

@@ -22,6 +22,8 @@ STEP = 1e-7
 """Length of a difference relative to the values it moves: short, so that hardly any ReLU has its kink within it."""
 SIZES = 9
 """Vectors of the parameters' size that the check takes at a time, in float64."""
+GRAPHS = 4
+"""Graphs of an item, to be differentiated twice, that it takes: of one, in float64, twice over."""
 LARGEST_LAYER = 10_000_000
 """Parameters up to which a layer is checked by itself where the model is too large."""
 AGREES = 1e-3
@@ -35,8 +37,10 @@ def tell_of_second_derivative(opened: Opened) -> None:
     """
     if "second" in opened.kept:
         return
-    if SIZES * 8 * opened.flat.vector.numel() > opened.room():
-        _tell_of_layers(opened)
+    item = opened.kept.get(("item bytes", 2), 0)
+    room = opened.room() - GRAPHS * item
+    if SIZES * 8 * opened.flat.vector.numel() > room:
+        _tell_of_layers(opened, room // (SIZES * 8))
         return
     opened.flat.model.eval()
     try:
@@ -56,11 +60,12 @@ def tell_of_second_derivative(opened: Opened) -> None:
         opened.tell(_words(culprit(opened, _is_consistent)))
 
 
-def _tell_of_layers(opened: Opened) -> None:
-    """The same of one layer of each kind after the other, for a model of which several copies in float64 do not fit."""
+def _tell_of_layers(opened: Opened, most: int) -> None:
+    """The same of one layer of each kind after the other, of those with at `most` so many parameters, for a model of
+    which several copies in float64 do not fit."""
     opened.flat.model.eval()
     try:
-        layer = culprit(opened, _each_kind_once())
+        layer = culprit(opened, _each_kind_once(min(most, LARGEST_LAYER)))
     finally:
         opened.measuring_mode()
     opened.kept["second"] = True
@@ -68,11 +73,11 @@ def _tell_of_layers(opened: Opened) -> None:
         opened.tell(_words(layer))
 
 
-def _each_kind_once() -> Callable[[nn.Module, Call], None]:
+def _each_kind_once(most: int) -> Callable[[nn.Module, Call], None]:
     seen: set[type] = set()
 
     def test(module: nn.Module, call: Call) -> None:
-        small = sum(parameter.numel() for parameter in module.parameters()) <= LARGEST_LAYER
+        small = sum(parameter.numel() for parameter in module.parameters()) <= most
         if small and type(module) not in seen:
             seen.add(type(module))
             _is_consistent(module, call)

@@ -14,6 +14,7 @@ from opsig_cli.errors import OpsigError
 from opsig_torch import plain
 from opsig_torch.apart import require_apart
 from opsig_torch.forward import LossRow
+from opsig_torch.memory import give_back_at_once
 from opsig_torch.opened import Opened
 from opsig_torch.training import OPTIMIZERS
 from opsig_torch.ways import refusing
@@ -26,6 +27,8 @@ class TorchSession(Opened):
 
     def bound_by(self, memory: int) -> None:
         """Take no more than so many bytes; see `opsig_torch.memory`."""
+        if self.device == "cpu":
+            give_back_at_once()
         self.memory = memory
         self.forget()
 
@@ -59,6 +62,14 @@ class TorchSession(Opened):
             require_apart(self)
             yield
 
+    @contextmanager
+    def _within(self, what: str, count: int) -> Iterator[None]:
+        """Inside, what is to spare is less by the vectors that a measurement takes."""
+        from opsig_torch.needs import vectors
+
+        with self.beside(vectors(self, what, count)[0]):
+            yield
+
     def train(self, training: Training, start: State) -> Iterator[Snapshot]:
         """Snapshots of every step from `start.step` to `training.steps`, both included; see `opsig_torch.training`."""
         from opsig_torch.training import train
@@ -88,9 +99,13 @@ class TorchSession(Opened):
 
     def sample_losses(self, state: State, samples: np.ndarray) -> np.ndarray:
         """Losses of chosen samples, (M,) float64; where samples are coupled, each in its whole chunk."""
-        chunks = [np.arange(s.start, s.stop) for s in self.batches.slices()] if self.couples_samples else [samples]
         found = np.full(self.samples, np.nan)
         with self.at(state), torch.no_grad(), self.running.as_trained():
+            if self.couples_samples:
+                chunks = [np.arange(s.start, s.stop) for s in self.batches.slices()]
+            else:
+                size = self.fitting_batch()
+                chunks = [samples[first : first + size] for first in range(0, len(samples), size)]
             for chunk in chunks:
                 if np.isin(chunk, samples).any():
                     items, places = self.placed(chunk)
@@ -105,7 +120,7 @@ class TorchSession(Opened):
         """
         from opsig_torch import alignment, coupled
 
-        with self.at(state):
+        with self.at(state), self._within("gradients", len(samples)):
             gram = (coupled if self.couples_samples else alignment).gradient_gram(self, samples)
         with np.errstate(invalid="ignore", divide="ignore"):
             norms = alignment.directed(np.sqrt(np.diag(gram)))
@@ -122,7 +137,7 @@ class TorchSession(Opened):
         """
         from opsig_torch import coupled, set_cosines
 
-        with self.at(state):
+        with self.at(state), self._within("alignment", len(samples)):
             if self.couples_samples:
                 return coupled.mean_cosines(self, samples, sets)
             return set_cosines.mean_cosines(self, samples, sets, norms)
@@ -133,7 +148,7 @@ class TorchSession(Opened):
 
         if self.couples_samples:
             raise OpsigError("with batch norm in chunks gradients are not sketched. Leave --sketch out")
-        with self.at(state):
+        with self.at(state), self._within("norms", len(samples)):
             return gradient_sketch(self, samples, size, seed)
 
     def features(self, state: State, samples: np.ndarray) -> np.ndarray | None:
@@ -157,7 +172,7 @@ class TorchSession(Opened):
         """The most positive eigenpairs of the training loss's Hessian; see `opsig_torch.hessian`."""
         from opsig_torch.hessian import solve
 
-        with self.at(state):
+        with self.at(state), self._within("eigenpairs", count):
             scaled = None if scale is None else torch.from_numpy(scale).to(self.flat.vector.detach())
             memory = None if previous is None else previous.memory
             found = solve(self, count, tolerance, state.step, memory, scaled)
@@ -183,7 +198,8 @@ class TorchSession(Opened):
         with self.at(state), torch.no_grad(), self.running.as_trained():
             mean = None
             if features is not None:
-                norms = [features(self.flat.model, batch).norm(dim=1) for _, batch in self.batches]
+                pieces = self.batches.in_pieces(self.fitting_batch())
+                norms = [features(self.flat.model, batch).norm(dim=1) for _, batch in pieces]
                 mean = float(torch.cat(norms).double().mean())
             self.flat.model.eval()
             batch = [task.inputs(pictures).to(self.device, self.flat.vector.dtype), None]
@@ -224,7 +240,7 @@ class TorchSession(Opened):
                 "sample_sharpness is not measured where batch norm goes by chunks: a sample's Hessian has no part of "
                 "its own there. Measure curvature instead, or train with --statistics running"
             )
-        with self.at(state):
+        with self.at(state), self._within("sample_sharpness", len(samples)):
             found = sample_sharpness(self, samples, tolerance)
         return found.values, found.residuals
 
@@ -232,7 +248,7 @@ class TorchSession(Opened):
         """Nodes and weights (R, m) of the Hessian's spectral density, and the trace's standard error."""
         from opsig_torch.spectrum import spectral_density
 
-        with self.at(state):
+        with self.at(state), self._within("trace", 1):
             return spectral_density(self)
 
     def gradient_norms(self, state: State, samples: np.ndarray | None = None) -> np.ndarray:
@@ -240,7 +256,7 @@ class TorchSession(Opened):
         `opsig_torch.alignment`."""
         from opsig_torch import alignment, coupled
 
-        with self.at(state):
+        with self.at(state), self._within("norms", 1):
             if self.couples_samples and (self.positions > 1 or samples is not None):
                 return coupled.gradient_norms(self, np.arange(self.samples) if samples is None else samples)
             return alignment.gradient_norms(self, samples)
@@ -249,12 +265,12 @@ class TorchSession(Opened):
         """Loss, slope and curvature of every sample along a direction; see `opsig_torch.sample_curvature`."""
         from opsig_torch.sample_curvature import curvature_along
 
-        with self.at(state):
+        with self.at(state), self._within("curvature", 1):
             return curvature_along(self, torch.from_numpy(direction).to(self.flat.vector.detach()))
 
     def slopes_along(self, state: State, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slopes and curvatures of every sample along K directions, (S, K); see `opsig_torch.sample_curvature`."""
         from opsig_torch.sample_curvature import slopes_along
 
-        with self.at(state):
+        with self.at(state), self._within("curvature", 1):
             return slopes_along(self, torch.from_numpy(directions).to(self.flat.vector.detach()))

@@ -34,6 +34,8 @@ from opsig_torch.opened import Opened
 
 DIRECTIONS_BYTES = 1 << 30
 """Bound on the mean gradients of sets that are held at a time."""
+DIRECTIONS_SHARE = 0.25
+"""Part of the memory to spare that they may take."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def _products(
     outer = _outer(opened, plan, sets)
     apart = set(outer)  # a list would compare values
     dense = [parameter for parameter in opened.flat.parameters if parameter not in apart]
-    fit = max(1, DIRECTIONS_BYTES // max(1, 4 * sum(parameter.numel() for parameter in dense)))
+    room = opened.share(DIRECTIONS_SHARE, DIRECTIONS_BYTES)
+    fit = max(1, room // max(1, 4 * sum(parameter.numel() for parameter in dense)))
     sets = sets[:fit]
     by_members = _members(opened, plan, outer, sets, norms)
     directions = _mean_unit_gradients(opened, dense, sets, norms)

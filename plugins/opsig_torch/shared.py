@@ -47,6 +47,10 @@ class SharedSession(PartialSession):
         self._tell("bound", memory)
         super().bound_by(memory)
 
+    def taken(self) -> int:
+        """Half of the bound: processes cut the data in one way, and each has a size of its own."""
+        return self.bound() // 2
+
     def initial(self, seed: int) -> State:
         """The run's first state; the others build the model as this process does."""
         self._tell("begin", seed)

@@ -106,7 +106,8 @@ def top_eigenpairs(
     for vector in basis[:kept]:
         vector /= _norm(vector)
     values = unit * values[:kept]
-    return Solution(values[:count], vectors, residuals, products, met or exhausted, Memory(basis[:kept], values))
+    memory = Memory(basis[:kept].clone(), values)  # without what the rest of the basis takes
+    return Solution(values[:count], vectors, residuals, products, met or exhausted, memory)
 
 
 def _rotate(basis: torch.Tensor, coefficients: np.ndarray) -> None:

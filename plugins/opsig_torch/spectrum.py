@@ -23,6 +23,8 @@ SAMPLE_LIMIT = 200
 """Products after which a sample is given up, and its residual says so."""
 BLOCK_BYTES = 64 << 20
 """Bound on the bases of a block of samples."""
+BLOCK_SHARE = 0.25
+"""Part of the memory to spare that they may take."""
 
 
 def spectral_density(opened: Opened) -> tuple[np.ndarray, np.ndarray, float]:
@@ -53,7 +55,7 @@ def sample_sharpness(opened: Opened, samples: np.ndarray, tolerance: float) -> L
     like = opened.flat.vector.detach()
     if like.dtype == torch.float32 and tolerance < SMALLEST_TOLERANCE:
         raise OpsigError(f"a tolerance of {tolerance:g} cannot be met in float32. Use {SMALLEST_TOLERANCE:g} or more")
-    floats = BLOCK_BYTES // (like.element_size() * (ROOM + 4))
+    floats = opened.share(BLOCK_SHARE, BLOCK_BYTES) // (like.element_size() * (ROOM + 4))
     found, first = [], 0
     while first < len(samples):
         hessians = sample_hessians(opened, samples[first:], floats)

@@ -18,7 +18,7 @@ from opsig_cli.studies.clustering import gathering, silencing, slopes
 from opsig_cli.studies.clustering.window import Window, checkpoints_in, held_out_in, window_of
 from opsig_cli.studies.filled import filled
 from opsig_cli.studies.mining import Movers
-from opsig_cli.studies.planning import Count, Plan, Stage
+from opsig_cli.studies.planning import LOADED_LATER, Count, Plan, Stage
 from opsig_cli.trajectory.file import Trajectory
 from opsig_cli.trajectory.states import read_state
 
@@ -56,10 +56,10 @@ class Asked:
             found.append(Stage("norms", times, session.samples))
         compared = min(grouped, MOST_FITTED) if self.by == "slope" else grouped
         what = "gradients" if formed(compared) else "norms"
-        found.append(Stage(what, times, compared, bytes_of(grouped, mined)))
+        found.append(Stage(what, times, compared, LOADED_LATER + bytes_of(grouped, mined)))
         found += [
             Stage("losses", times),
-            Stage("alignment", held_out or times, session.samples if joining else grouped),
+            Stage("alignment", held_out or times, session.samples if joining else grouped, LOADED_LATER),
         ]
         if test == "replay" and silencing.replayable(self.run, session):
             found.append(Stage("training", silencing.BUDGET if budget is None else budget))

@@ -79,7 +79,7 @@ def silence(
         why = "how it was trained is not known, to repeat it"
         why = next((f"training cannot be repeated: {words}" for words in lacking if words), why)
         return Outcome({}, dict.fromkeys(range(len(pairs)), why), [])
-    outcome = Outcome({}, {}, steps)
+    outcome = Outcome({}, {}, [])
     labels = strata_of(run)
     members = [clusters.position[clusters.grouping.members(g)] for g in range(len(clusters.grouping.partner_G))]
     grouped = np.concatenate([np.empty(0, np.int64), *members])
@@ -91,6 +91,7 @@ def silence(
         known[step] = losses_TS
         advance(note=f"step {step}")
     left, outcome.replays = left - len(lacking_steps), len(lacking_steps)
+    outcome.steps += lacking_steps
     plains = {step: losses_TS for step, losses_TS in known.items() if losses_TS is not None}
     affordable: dict[int, list[tuple[list[int], list[int]]]] = {step: [] for step in plains}
     for unit, numbers in units_of(clusters):
@@ -114,6 +115,7 @@ def silence(
     for step, _, swinging in tried:
         without, controlled = next(replayed), next(replayed)
         outcome.replays += 2
+        outcome.steps += [step] if step not in outcome.steps else []
         advance(2, note=f"step {step}")
         for n in swinging:
             outcome.silenced.setdefault(n, []).append(

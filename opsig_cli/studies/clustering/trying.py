@@ -82,7 +82,7 @@ def judged(clusters: Clusters, outcome: silencing.Outcome, test: str) -> Cluster
             pair = replace(pair, silenced=tuple(known.silenced), curved=tuple(known.curved), aside=aside)
         pairs.append(replace(pair, verdict=verdict, reason=reason))
     tests = replace(
-        clusters.tests, replayed=outcome.steps, replays=outcome.replays,
+        clusters.tests, replayed=sorted(outcome.steps), replays=outcome.replays,
         replayed_steps=outcome.replays * silencing.LENGTH,
     )  # fmt: skip
     return replace(clusters, pairs=pairs, tests=tests)
