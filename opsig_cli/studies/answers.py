@@ -106,12 +106,17 @@ def sighted(
         return Answer("no sample was seen often enough to be held against what was expected of it")
     follow = command("cluster", run, task=task) if grouped else None
     if step is None:
+        if not any((record["change"] or 0) > 0 for record in movers):
+            found = f"none of these {len(movers)} samples exceeds what was to be expected of it; they lie below it"
+            return Answer(found, command("mine", run, "--direction", "up"))
         excess: dict[int, float] = {}
         for record in movers:
             excess[record["step"]] = excess.get(record["step"], 0) + max(0, record["change"] or 0)
         most = max(excess, key=excess.__getitem__)
-        count = sum(r["step"] == most for r in movers)
-        found = f"of the {len(movers)} samples that exceed the expected most, those at step {most} do so most: {count}"
+        count = sum(r["step"] == most and (r["change"] or 0) > 0 for r in movers)
+        found = (
+            f"of these {len(movers)} samples {count} exceed the expected at step {most}, by more than at any other step"
+        )
         return Answer(found, command("mine", run, "--step", str(most)))
     if sum(record["change"] or 0 for record in movers) < 0:
         return Answer(f"these {len(movers)} rows of step {step} do not exceed what was to be expected of them", follow)
@@ -133,11 +138,13 @@ def clustered(
     since: int | None,
     fork: tuple[int, int] | None,
     output: str = "branch.h5",
+    top: int | None = None,
 ) -> Answer:
     """Of `cluster`: which pairs are established, which is the strongest, and since when losses alternate.
 
     `fork`: a checkpoint and a number of steps with which the strongest pair can be left out, where the run can be
-    trained on; `output`: a file for that.
+    trained on; `output`: a file for that. `top`: how many samples to look at where no pair was found; None where there
+    are no more.
     """
     for record in records:
         if record["kind"] == "sample":  # that is what was asked
@@ -148,8 +155,11 @@ def clustered(
     started = f"; losses alternate from step {since} on" if since is not None else ""
     if not pairs:
         groups = sum(r["kind"] == "group" for r in records)
-        alone = f", and {groups} groups that nothing opposes" if groups else ""
-        return Answer(f"no opposing pair{alone}{started}", command("mine", run, "--top", "400"))
+        alone = f", and {groups} group{'s' * (groups > 1)} that nothing opposes" if groups else ""
+        more = (
+            command("report", run, task=task) if top is None else command("cluster", run, "--top", str(top), task=task)
+        )
+        return Answer(f"no opposing pair{alone}{started}", more)
     best = pairs[0]
     if held:
         found = f"{len(held)} of {len(pairs)} pairs {'is' if len(held) == 1 else 'are'} established: "
@@ -184,7 +194,10 @@ def _told(pair: Record) -> str:
 
 def of_clusters(run: Trajectory, found: Found, records: Sequence[Record], task: str | None) -> Answer:
     """Of the records of `cluster`, from the run that they are of, which is open, and what was found in it."""
-    return clustered(records, run.path, task, _since(run, found), _fork(run, found, records), unused("branch.h5"))
+    looked, there = len(found.clusters.position), int(targets_of(run).sum())
+    top = min(2 * looked, there) if looked < there else None
+    fork = _fork(run, found, records)
+    return clustered(records, run.path, task, _since(run, found), fork, unused("branch.h5"), top)
 
 
 def unused(path: str) -> str:

@@ -147,4 +147,9 @@ def _features(opened: Opened, batch: Any) -> torch.Tensor | None:
     last = entered[-1]
     if opened.positions > 1 and last.ndim == 3 and last.shape[1] == opened.positions:
         last = last.flatten(0, 1)
-    return last if last.ndim == 2 and len(last) == len(losses) else None
+    return _real(last) if last.ndim == 2 and len(last) == len(losses) else None
+
+
+def _real(features: torch.Tensor) -> torch.Tensor:
+    """The features in a dtype that numpy has, too: under autocast they are in bfloat16."""
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
