@@ -6,6 +6,7 @@ import torch
 from conftest import TASKS
 
 from opsig_cli import Recorder, open_trajectory
+from opsig_cli.studies import training
 
 FIRST = """
 import torch
@@ -134,3 +135,37 @@ def test_where_all_samples_were_looked_at_no_more_are_asked_for(opsig, tmp_path)
     found = opsig("cluster", tmp_path / "run.h5").err
     assert "among 5 samples. These are all" in found
     assert "--top" not in found
+
+
+def test_an_interrupted_command_says_so(opsig, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("opsig_cli.trajectory.file.open_trajectory", interrupted)
+    opsig("info", "run.h5").fails(130, "opsig: interrupted")
+
+
+def test_an_interrupted_training_says_how_it_goes_on_with_the_task(trains, opsig, tmp_path, monkeypatch):
+    listening = training.StopRequest.listening
+
+    def asked(self):
+        self.asked = True
+        return listening(self)
+
+    monkeypatch.setattr(training.StopRequest, "listening", asked)
+    own, done = trains("Two")
+    assert done.code == 130
+    said = done.err.rpartition("interrupted. Continue with: ")[2].strip()
+    assert said == f"opsig train -o {tmp_path / 'run.h5'} --resume --task {own[1]}"
+    monkeypatch.undo()
+    assert opsig(*said.split()[1:], "-q").code == 0
+
+
+def test_the_next_command_names_a_tasks_file_from_the_current_folder(trains, opsig, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "first.py").write_text(FIRST)
+    path = tmp_path / "runs" / "run.h5"
+    assert opsig("train", "--task", "first.py:Two", "--steps", 2, "--track", "-o", path, "-q").code == 0
+    monkeypatch.chdir(tmp_path / "runs")
+    assert "opsig cluster run.h5 --task ../first.py:Two" in opsig("mine", "run.h5").err

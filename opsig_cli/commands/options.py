@@ -250,6 +250,13 @@ class Command(TyperCommand):
         with in_one_line(ctx):
             return super().parse_args(ctx, args)
 
+    def invoke(self, ctx):
+        """Run it. Raises OpsigError where it is interrupted, of which typer keeps the exit code alone."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise OpsigError("interrupted", exit_code=130) from None
+
     def get_params(self, ctx):
         """All parameters, with what stands for their values."""
         shown = {int: "N", float: "X"}

@@ -13,6 +13,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,15 @@ def command(name: str, run: str, *more: str, task: str | None = None) -> str:
     return shlex.join(["opsig", name, run, *(["--task", task] if task else []), *more])
 
 
+def resuming(run: str, task: str | None) -> str:
+    """The command that goes on with an interrupted run.
+
+    >>> resuming("run.h5", "mytask.py:MyTask")
+    'opsig train -o run.h5 --resume --task mytask.py:MyTask'
+    """
+    return shlex.join(["opsig", "train", "-o", run, "--resume", *(["--task", task] if task else [])])
+
+
 def opened(path: object, follow: str | None) -> str:
     """What to do with a page that was written, and what comes after it."""
     open_it = f"open {path} in a browser"
@@ -65,7 +75,20 @@ def task_of(run: Trajectory, given: str | None) -> str | None:
     recorded = run.attributes.get("task")
     if given is not None or not isinstance(recorded, str):
         return given
-    return recorded if ".py:" in recorded or re.match(r"[\w.]+:[A-Za-z_]\w*(:|$)", recorded) else None
+    if ".py:" in recorded:
+        return _from_here(recorded, run.path)
+    return recorded if re.match(r"[\w.]+:[A-Za-z_]\w*(:|$)", recorded) else None
+
+
+def _from_here(task: str, run: str) -> str:
+    """A task in a file as it is named from the current folder, where the file is found above the run; else as it was
+    named when the run was made."""
+    file, _, rest = task.partition(".py:")
+    if os.path.exists(f"{file}.py"):
+        return task
+    above = (folder / f"{file}.py" for folder in Path(run).resolve().parents)
+    found = next((path for path in above if path.exists()), None)
+    return task if found is None else f"{os.path.relpath(found)}:{rest}"
 
 
 def mined(
