@@ -3,8 +3,8 @@
     python benchmarks/demo.py [--repeats 3] [--seed 0] [FOLDER]
 
 Medians, on one thread. A first round of few steps is not counted: Python compiles what it imports there. Beside other
-work a second of CPU does less: the last line is what a step of the same net takes in a bare loop, run in turns with the
-commands, and the table gives every command in such steps as well.
+work a second of CPU does less: the table gives every command in steps of the same net in a bare loop as well, which is
+run in turns with the commands. The last lines are what `cluster` cannot do without, each by itself.
 """
 
 import argparse
@@ -22,11 +22,16 @@ import numpy as np
 import torch
 from opsig_torch.arithmetic import calculating
 
-from opsig_cli import tasks
+from opsig_cli import cluster, tasks
+from opsig_cli.studies.clustering.silencing import LENGTH
 
 MAKEFILE = Path(__file__).parent.parent / "Makefile"
 STEPS = 20
 """Steps of the bare loop."""
+IMPORTED = {
+    "torch": "torch", "scipy's trees": "scipy.cluster.hierarchy", "matplotlib": "matplotlib.backends.backend_agg",
+}  # fmt: skip
+"""Libraries that `cluster` loads, and what of them."""
 
 
 def commands(folder: Path, *training: str) -> list[list[str]]:
@@ -36,13 +41,13 @@ def commands(folder: Path, *training: str) -> list[list[str]]:
     return [[*command, *(training if command[0] == "train" else ())] for command in found]
 
 
-def seconds(command: list[str], cache: Path) -> float:
-    """CPU seconds of a command and what it started."""
+def seconds(command: list[str], cache: Path, code: str = "from opsig_cli.main import run; run()") -> float:
+    """CPU seconds of Python with some code, opsig's own by default, and what it started."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": str(cache)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
-        [sys.executable, "-c", "from opsig_cli.main import run; run()", *command], check=True, env=environment,
+        [sys.executable, "-c", code, *command], check=True, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -65,6 +70,21 @@ def bare_step() -> float:
     return (time.process_time() - begin) / STEPS
 
 
+def floor(run: Path, cache: Path, step: float) -> dict[str, float]:
+    """CPU seconds of parts of `cluster`, by what they are: its replays' gradients, each a `step` of the bare loop, and
+    libraries that are imported."""
+    (tests,) = (record for record in cluster(str(run)) if record["kind"] == "tests")
+    gradients = tests["replays"] * (LENGTH - 1) + len(
+        tests["held_out"]
+    )  # a checkpoint's first is shared, the last none
+    parts = {f"{gradients} gradients of {tests['replays']} replays": gradients * step}
+    for name, code in IMPORTED.items():
+        parts[f"importing {name}"] = min(seconds([], cache, f"import numpy, {code}") for _ in range(3)) - min(
+            seconds([], cache, "import numpy") for _ in range(3)
+        )
+    return parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
@@ -81,13 +101,16 @@ def main() -> None:
         for _ in range(given.repeats):
             rounds.append([seconds(command, cache) for command in commands(folder, "--seed", given.seed)])
             bare.append(bare_step())
-    step = float(np.median(bare))
+        step = float(np.median(bare))
+        parts = floor(folder / "run.h5", cache, step)
     names = [command[0] for command in commands(folder)]
     table = dict(zip(names, np.median(rounds, 0), strict=True))
     table |= {"cluster + report": table["cluster"] + table["report"], "all": sum(table.values())}
     for name, spent in table.items():
         print(f"{name:20}{spent:8.1f} s{spent / step:10,.0f} bare steps")
     print(f"a bare step takes {1000 * step:.1f} ms")
+    for name, spent in parts.items():
+        print(f"of cluster, {name}: {spent:.1f} s")
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ class Training:
     `clip_norm` are shortened to it. `label_smoothing` is what is minimised instead of the task's own; recorded losses
     stay the task's. `tracked`: the samples whose losses snapshots carry, increasing, None for all; the others' are NaN.
     `began`: the step at which the optimizer began to count, later than 0 where a branch changed it. `replayed`:
-    whether steps are repeated for their losses alone. Then the gradient of the last step, which no update takes, need
-    not be measured, and that of the first may be made from what another training from the same state left, to rounding.
+    whether steps are repeated for their losses alone. Then there need be no predictions; the gradient of the last step,
+    which no update takes, need not be measured; and that of the first may be made from what another training from the
+    same state left, to rounding.
     """
 
     optimizer: str

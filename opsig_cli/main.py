@@ -33,7 +33,7 @@ from opsig_cli.commands import (
     verify,
 )
 from opsig_cli.commands.launched import launched, value_of
-from opsig_cli.commands.options import Command, Commands
+from opsig_cli.commands.parsing import Command, Commands
 from opsig_cli.errors import OpsigError
 from opsig_cli.tasks import own_frames
 

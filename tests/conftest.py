@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -98,3 +99,9 @@ def tiny_run(tmp_path_factory) -> Path:
     _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     return path
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """The short run, to be changed, in an empty folder."""
+    return shutil.copy(tiny_run, tmp_path / "run.h5")

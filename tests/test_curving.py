@@ -85,6 +85,20 @@ def test_the_curvature_of_samples_that_train_and_were_not_recorded_counts(tiny_r
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
+def test_a_side_that_decides_nothing_is_not_measured():
+    """The group that two pairs share goes first; where a third or more is left along it, neither has its own."""
+    asked = []
+
+    def along(group):
+        asked.append(group)
+        return {1: 0.1, 2: 0.5, 3: 0.9, 4: 0.2}[group]
+
+    assert curving.of_pairs({0: (1, 2), 1: (2, 3)}, along) == {0: 0.5, 1: 0.5}
+    assert asked == [2]
+    assert curving.of_pairs({0: (1, 4), 1: (1, 3)}, along) == {0: 0.2, 1: 0.9}
+    assert asked == [2, 1, 3, 4]
+
+
 def test_nothing_is_known_of_the_curvature_where_nobody_can_measure_it():
     assert curving.curvature_left(None, SimpleNamespace(), None, {0}, [1], print) == {}  # pyright: ignore
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from opsig_cli.analysis.density import smoothed_density
-from opsig_cli.figures import curvature
+from opsig_cli.figures import canvas, curvature
 from opsig_cli.figures.canvas import heading, page, save
 from opsig_cli.figures.contact_sheet import Tile
 from opsig_cli.figures.pages import PairPanel, movers_figure, pairs_figure
@@ -61,6 +61,14 @@ def test_what_is_missing_does_not_stop_a_picture(tmp_path):
     text = (tmp_path / "a.svg").read_text()
     assert "no picture" in text
     assert "\x1b" not in text
+
+
+def test_fonts_are_added_for_the_characters_that_the_first_lacks(monkeypatch):
+    monkeypatch.setattr(canvas, "fallbacks", lambda: ["Other"])
+    block = (1.0, lambda area: [area.text(0, 0, words) for words in ("was Coat \u2192 \u2212 0.3 \u00b1", "\u5c3a\nA")])
+    plain, wide = canvas.page([block]).texts
+    assert plain.get_fontfamily() == [canvas.FONT]
+    assert wide.get_fontfamily() == [canvas.FONT, "Other"]
 
 
 def test_another_suffix_is_refused(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 from tasks import tiny
 
-from opsig_cli.analysis import cutting, evidence, grouping, pairing, significance, stability
-from opsig_cli.analysis.group_means import group_means
+from opsig_cli.analysis import cutting, evidence, grouping, likeness, pairing, significance, stability
+from opsig_cli.analysis.group_means import between_groups, group_means
 from opsig_cli.analysis.likeness import ALIKE, alike_between
 from opsig_cli.analysis.verdicts import Evidence, Silenced, judge
 from opsig_cli.studies.clustering import silencing
@@ -136,11 +136,11 @@ def looks_and_gradients(generator, sides, count=160, dimensions=12, labels=4):
     return likeness * (errors @ errors.T), likeness, label
 
 
-def strongest(similarity, likeness, label):
+def strongest(similarity, looks, label):
     """The smallest p-value of the pairs that look alike."""
-    found = grouping.group_by_similarity(similarity, likeness_MM=likeness)
-    alike = alike_between(likeness, found.group_M)
-    null = significance.gaussian_null(similarity, likeness, label, rounds=39)
+    found = grouping.group_by_similarity(similarity, likeness_MM=looks)
+    alike = alike_between(looks, found.group_M)
+    null = significance.gaussian_null(similarity, looks, label, rounds=39)
     p_values = [1.0]
     for a, b in found.pairs():
         sizes = len(found.members(a)), len(found.members(b))
@@ -153,6 +153,46 @@ def strongest(similarity, likeness, label):
 def test_a_feature_under_two_labels_is_stronger_than_looks_from_one_gaussian():
     planted = looks_and_gradients(np.random.default_rng(0), [(14, 12), (11, 11)], labels=2)
     assert strongest(*planted) == pytest.approx(1 / 40)
+
+
+def test_a_random_rotation_is_orthogonal_and_turns_every_way_alike():
+    """Of Q A Q' with a uniform Q, E m_11 = tr A / n, E m_11^2 = (2 tr A^2 + (tr A)^2) / (n (n + 2)), and E m_12^2 =
+    (n tr A^2 - (tr A)^2) / ((n - 1) n (n + 2))."""
+    generator = np.random.default_rng(0)
+    large = significance.rotation(150, generator).astype(np.float64)
+    np.testing.assert_allclose(large.T @ large, np.eye(150), atol=1e-5)
+    spectrum, n = np.array([1.0, 2.0, -4.0, 0.5]), 4
+    turns = np.stack([significance.rotation(n, generator) for _ in range(20_000)]).astype(np.float64)
+    turned = np.einsum("rij,j,rkj->rik", turns, spectrum, turns)
+    trace, square = spectrum.sum(), (spectrum**2).sum()
+    for i in range(n):
+        assert turned[:, i, i].mean() == pytest.approx(trace / n, abs=0.04)
+        assert (turned[:, i, i] ** 2).mean() == pytest.approx((2 * square + trace**2) / (n * (n + 2)), rel=0.04)
+        across = (n * square - trace**2) / ((n - 1) * n * (n + 2))
+        assert (turned[:, i, (i + 1) % n] ** 2).mean() == pytest.approx(across, rel=0.04)
+
+
+def test_the_strongest_pair_of_a_round_is_that_of_all_cuts_matched_one_by_one():
+    """Held against a search that matches the groups of every cut, and takes the strongest of all pairs."""
+    generator = np.random.default_rng(1)
+    for _ in range(200):
+        rows = generator.standard_normal((90, 4))
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        sign = np.where(generator.random(90) < 0.5, 1.0, -1.0)
+        looks, noise = rows @ rows.T, 0.1 * generator.standard_normal((90, 90))
+        similarity = np.clip(np.outer(sign, sign) * looks + noise + noise.T, -1, 1)
+        cut, typical, expected = 0.6 * similarity + 0.4 * looks, likeness.typical_likeness(looks), 0.0
+        for chosen in cutting.cut_tree(cut, 3):
+            sizes = np.bincount(chosen[chosen >= 0])
+            between = between_groups(similarity, chosen)
+            alike = likeness.alike_groups(between_groups(looks, chosen), sizes, typical) >= ALIKE
+            for a, b in pairing.pairs_of(pairing.match(between, alike, -0.05)):
+                expected = max(expected, significance.pair_strength(between[a, b], sizes[a], sizes[b]))
+
+        def draw(_, drawn=(cut, similarity, similarity, looks)):
+            return drawn
+
+        assert significance._null(draw, range(1), 3, 0, -0.05)[1][0] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("labels", [2, 3, 10])

@@ -5,33 +5,24 @@ import collections
 import datetime
 import json
 import pathlib
-import pickle
 import re
 import shutil
 import sys
-import warnings
-import weakref
 
 import numpy as np
 import pytest
 import torch
 from conftest import TASKS, start_opsig, train_tiny
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from opsig_cli.errors import OpsigError
-from opsig_cli.studies.importing import checkpoints, flow, series
 from opsig_cli.studies.importing.names import fit
 from opsig_cli.studies.importing.optimizers import merge_order
-from opsig_cli.studies.importing.steps import steps_in_names, steps_of
 from opsig_cli.trajectory.file import open_trajectory
 from opsig_cli.trajectory.states import read_state
 
 sys.path.insert(0, str(TASKS.parent))
+from saved_checkpoints import OWN, flat, imports, params_of, save, weights
 from tiny import Tiny
-
-OWN = ("--task", f"{TASKS}:Tiny")
 
 
 @pytest.fixture(scope="module")
@@ -121,35 +112,6 @@ def test_an_imported_run_is_the_original_to_the_bit_and_measures_the_same(opsig,
         assert [r | {"trajectory": 0} for r in ours.records] == [r | {"trajectory": 0} for r in theirs.records]
     assert opsig("verify", run).code == 0
     assert all(not r["damaged"] for r in opsig("verify", run).records)
-
-
-def save(folder, name, content, **options):
-    path = folder / name
-    torch.save(content, path, **options)
-    return path
-
-
-def weights(shift=0.0):
-    """The state dict of a task's model, every tensor moved by a number."""
-    torch.manual_seed(0)
-    return {name: value + shift for name, value in Tiny().model().state_dict().items()}
-
-
-def params_of(run, step):
-    with open_trajectory(run) as kept:
-        return read_state(kept, step).params
-
-
-def flat(state):
-    return torch.cat([value.float().reshape(-1) for value in state.values()]).numpy()
-
-
-def imports(opsig, tmp_path, *arguments, task=OWN):
-    """Import into a new file and return its path with the outcome."""
-    run = tmp_path / "run.h5"
-    outcome = opsig("import", *arguments, *task, "-o", run, "--replace")
-    assert outcome.code == 0, outcome.err
-    return run, outcome
 
 
 def test_the_example_in_the_help_runs_as_it_stands(opsig, tmp_path, monkeypatch):
@@ -253,31 +215,6 @@ def test_running_statistics_are_needed_and_counts_of_batches_are_not(opsig, tmp_
     opsig("import", file, *task, "-o", tmp_path / "x.h5", "--quiet").fails(1, "lacks 1.running_var")
 
 
-class Config:
-    """A class that only the training script has."""
-
-
-class Harm:
-    def __reduce__(self):
-        return print, ("code of a data file ran",)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_what_a_file_names_is_stood_in_for_and_not_run(opsig, tmp_path, zipped):
-    whole = Tiny().model()
-    whole.load_state_dict(weights(0.5))
-    for content in (
-        {"model": weights(0.5), "x": Config()},
-        {"x": Harm(), "model": weights(0.5)},
-        whole,
-        {"net": whole},
-    ):
-        file = save(tmp_path, "c1.pt", content, _use_new_zipfile_serialization=zipped)
-        run, outcome = imports(opsig, tmp_path, file)
-        assert "code of a data file ran" not in outcome.out + outcome.err
-        np.testing.assert_array_equal(params_of(run, 1), flat(weights(0.5)))
-
-
 def test_safetensors_npz_and_hugging_face_folders(opsig, tmp_path):
     from safetensors.torch import save_file
 
@@ -318,54 +255,6 @@ def test_safetensors_npz_and_hugging_face_folders(opsig, tmp_path):
     for text in (json.dumps({"weight_map": {"a": "../../plain-1.safetensors"}}), "{}", "[]", "{"):
         index.write_text(text)
         opsig("import", hub / "checkpoint-500", *OWN, "-o", tmp_path / "x.h5").fails(1, "model.safetensors.index.json")
-
-
-def test_steps_are_those_of_the_content_then_the_optimizer_then_the_name_then_an_epoch():
-    paths = ["v2/ckpt_9_lr0.1.pt", "v2/ckpt_10_lr0.1.pt"]
-    both = [{"epoch": 0, "step": 90}, {"epoch": 1, "step": 100}]
-    epochs = [{"epoch": 0}, {"epoch": 1}]
-    assert steps_of(paths, both, [91, 101]) == ([90, 100], "'step' in the content")
-    assert steps_of(paths, [{"step": 3}, {"step": 3}], [91, 101]) == ([91, 101], "the optimizer's count")
-    assert steps_of(paths, epochs, [None, None]) == ([9, 10], "the names")
-    assert steps_of(["a.pt", "b.pt"], epochs, [None, None]) == ([0, 1], "'epoch' in the content")
-    assert steps_of(paths, both, [91, 101], "name")[0] == [9, 10]
-    assert steps_of(paths, both, [91, 101], "optimizer")[0] == [91, 101]
-
-
-@pytest.mark.parametrize(
-    ("names", "steps"),
-    [
-        (["epoch=0-step=40-loss=0.51.ckpt", "epoch=1-step=80-loss=0.25.ckpt"], [40, 80]),
-        (["run3/step_10/model.pt", "run3/step_20/model.pt"], [10, 20]),
-        (["checkpoint-500", "checkpoint-1000"], [500, 1000]),
-        (["model.10", "model.20"], [10, 20]),
-        (["resnet18_iter00050.pth.tar"], [50]),
-        (["resnet18-7.pt"], [7]),
-    ],
-)
-def test_the_number_in_the_name_is_the_one_that_differs(names, steps):
-    assert steps_in_names(names)[1] == steps
-
-
-def test_unclear_steps_are_refused_in_one_line(opsig, tmp_path):
-    def tries(names, *options, content=None):
-        files = [save(tmp_path, name, {"model": weights(i)} | (content or {})) for i, name in enumerate(names)]
-        return opsig("import", *files, *OWN, "-o", tmp_path / "x.h5", "--quiet", *options)
-
-    tries(["a1.pt", "best.pt"]).fails(1, "best.pt has no number where the others have it", "--steps 0,10,20")
-    tries(["good.pt", "best.pt"]).fails(1, "good.pt does not say at which step", "--steps 0,10,20")
-    tries(["a1.pt", "a2.pt"], "--steps-from", "content").fails(1, "a1.pt does not say at which step")
-    both = tries(["a1.pt", "a2.pt"], "--steps-from", "content", content={"step": 4})
-    both.fails(1, "a1.pt", "a2.pt are both at step 4")
-    tries(["e1_s1.pt", "e2_s2.pt"], "--steps-from", "name").fails(1, "not clear which number")
-    tries(["a1.pt", "a2.pt"], "--steps", "0").fails(2, "names 1 steps, and there are 2 checkpoints")
-    tries(["a1.pt", "a2.pt"], "--steps", "0,0").fails(2, "names a step twice")
-    tries(["a1.pt", "a2.pt"], "--steps", "0,x").fails(2, "not a list of steps")
-    tries(["a1.pt"], "--steps", "0", "--steps-from", "name").fails(2, "Give one of them")
-    tries(["a1.pt"], "--steps-from", "luck").fails(2, "content, optimizer, name")
-    assert not (tmp_path / "x.h5").exists()
-    done = tries(["b.pt", "a.pt"], "--steps", "5,3")
-    assert [(r["step"], r["source"][-4:]) for r in done.records] == [(3, "a.pt"), (5, "b.pt")]
 
 
 def test_several_parameter_groups_are_told_apart_by_shapes_or_left_out(opsig, tmp_path):
@@ -421,163 +310,6 @@ def test_options_come_before_what_checkpoints_say_and_nothing_is_made_up(opsig, 
     )
 
 
-def test_the_optimizer_s_own_count_is_said_where_it_differs(opsig, tmp_path):
-    model = Tiny().model()
-    made = torch.optim.Adam(model.parameters())
-    model(Tiny().x).square().sum().backward()
-    made.step()
-    file = save(tmp_path, "c.pt", {"model": model.state_dict(), "optimizer": made.state_dict(), "step": 0})
-    _, outcome = imports(opsig, tmp_path, file)
-    assert "at step 0 the optimizer's own count is 1" in outcome.err
-    _, outcome = imports(opsig, tmp_path, file, "--steps-from", "optimizer")
-    assert outcome.records[0]["step"] == 1
-    assert "own count" not in outcome.err
-
-
-def test_new_steps_are_appended_and_those_that_are_there_stay(opsig, tmp_path):
-    for step in (1, 2, 3):
-        save(tmp_path, f"c{step}.pt", weights(step))
-    run, first = imports(opsig, tmp_path, tmp_path / "c1.pt", tmp_path / "c2.pt")
-    files = [tmp_path / f"c{step}.pt" for step in (1, 2, 3)]
-    opsig("import", *files, *OWN, "-o", run).fails(1, "exists. Add new steps with --append", "--replace")
-    opsig("import", *files, *OWN, "-o", tmp_path / "no.h5", "--append").fails(1, "does not exist")
-    opsig("import", *files, *OWN, "-o", run, "--append", "--replace").fails(2, "Give one of them")
-    save(tmp_path, "c1.pt", weights(7))
-    more = opsig("import", *files, *OWN, "-o", run, "--append", "--track")
-    assert more.code == 0, more.err
-    assert "2 of 3 steps are in" in more.err
-    assert [r["step"] for r in more.records] == [3]
-    np.testing.assert_array_equal(params_of(run, 1), flat(weights(1)))
-    with open_trajectory(run) as kept:
-        assert kept.steps("losses").tolist() == [1, 2, 3]
-        assert kept.attributes["settings_json"]["steps"] == 3
-        assert kept.row("checkpoints/source/path", 3).decode() == str(tmp_path / "c3.pt")
-        assert kept.row("checkpoints/source/sha256", 2).decode() == first.records[1]["sha256"]
-        assert int(kept.row("checkpoints/source/bytes", 3)) == (tmp_path / "c3.pt").stat().st_size
-    opsig("import", *files, *OWN, "-o", run, "--append", "--batch-size", 9).fails(2, "another --batch-size")
-    opsig("import", *files, "-o", run, "--append").fails(1, "a task of your own. Give it again")
-    norm = save(tmp_path, "n1.pt", Tiny(norm=True).model().state_dict())
-    opsig("import", norm, "--task", f"{TASKS}:Tiny:norm=true", "-o", run, "--append").fails(1, "another model")
-
-
-def test_an_interrupted_import_keeps_what_it_has_and_goes_on(opsig, tmp_path, monkeypatch):
-    from opsig_cli.studies.importing import flow
-
-    files = [save(tmp_path, f"c{step}.pt", weights(step)) for step in (1, 2, 3)]
-    read = flow.read
-
-    def interrupted(content, target, path, step, warn):
-        if step == 3:
-            raise KeyboardInterrupt
-        return read(content, target, path, step, warn)
-
-    monkeypatch.setattr(flow, "read", interrupted)
-    run = tmp_path / "run.h5"
-    outcome = opsig("import", *files, *OWN, "-o", run)
-    assert outcome.code == 130
-    assert "interrupted. Give the same command with --append" in outcome.err
-    assert opsig("info", run).records[0]["checkpoints"] == 2
-    monkeypatch.setattr(flow, "read", read)
-    assert [r["step"] for r in opsig("import", *files, *OWN, "-o", run, "--append").records] == [3]
-    assert opsig("info", run).records[0]["state"] == "imported"
-
-
-def test_a_flipped_bit_in_the_weights_is_said(opsig, tmp_path):
-    file = save(tmp_path, "c1.pt", weights())
-    content = bytearray(file.read_bytes())
-    place = content.find(weights()["1.weight"].numpy().tobytes())
-    content[place] ^= 1
-    file.write_bytes(content)
-    _, outcome = imports(opsig, tmp_path, file)
-    assert "c1.pt is damaged or was written without checksums" in outcome.err
-
-
-def test_losses_alone_make_a_run_that_is_mined_and_grouped(opsig, tmp_path):
-    generator = np.random.default_rng(0)
-    swing = np.cumsum(generator.standard_normal(60))
-    sides = np.repeat([1.0, -1.0, 0.0], [10, 10, 20])
-    losses = (60 + np.outer(swing, sides) + 0.3 * generator.standard_normal((60, 40))).astype(np.float32)
-    np.save(tmp_path / "a.npy", losses)
-    labels = [f"s{i}" for i in range(40)]
-    np.savez(tmp_path / "b.npz", loss=losses, steps=np.arange(60), labels=labels, predictions=losses.astype(int))
-    order = generator.permutation(losses.size)
-    lines = [f"{i // 40},{i % 40},{losses.flat[i]!r}".replace("np.float32(", "").replace(")", "") for i in order]
-    (tmp_path / "c.csv").write_text("\ufeffstep, sample,loss\n" + "\n".join(lines) + "\n\n")
-    (tmp_path / "s.csv").write_text("step,loss,lr,colour\n" + "".join(f"{t},{t / 2},0.1,red\n" for t in range(60)))
-    grouped = []
-    for name in ("a.npy", "b.npz", "c.csv"):
-        run = tmp_path / "run.h5"
-        done = opsig("import", "--losses", tmp_path / name, "--scalars", tmp_path / "s.csv", "-o", run, "--replace")
-        assert done.code == 0, done.err
-        assert "columns without a place in a trajectory: colour" in done.err
-        assert len(done.records) == 60
-        with open_trajectory(run) as kept:
-            np.testing.assert_array_equal(kept.rows("losses/loss", 0, 60), losses)
-            assert kept.row("scalars/train_loss", 7) == 3.5
-            if name == "b.npz":
-                assert kept.read("samples/label").tolist() == labels
-                assert kept.row("losses/prediction", 5).tolist() == losses[5].astype(int).tolist()
-        assert opsig("mine", run).code == 0
-        members = [r for r in opsig("cluster", run).records if r["kind"] == "member"]
-        grouped.append({frozenset(r["sample"] for r in members if r["group"] == g) for g in (1, 2)})
-    assert grouped == [{frozenset(range(10)), frozenset(range(10, 20))}] * 3
-    opsig("import", "--losses", tmp_path / "a.npy", "--steps", ",".join(map(str, range(0, 120, 2))), "-o",
-          tmp_path / "e.h5")  # fmt: skip
-    assert opsig("info", tmp_path / "e.h5").records[0]["steps"] == 118
-    file = save(tmp_path, "c5.pt", weights())
-    opsig("import", file, *OWN, "-o", tmp_path / "e.h5", "--append").fails(1, "40 samples", "has 60")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("step,sample\n1,2\n", "has no column loss"),
-        ("step,sample,loss\n", "a header and no lines"),
-        ("step,sample,loss\n1,2\n", "line 2 has 2 values, not 3"),
-        ("step,sample,loss\n1,2,x\n", "line 2: loss is 'x'"),
-        ("step,sample,loss\n1.5,2,1\n", "line 2: step is '1.5'"),
-        ("step,sample,loss\n1,2,1\n1,2,3\n", "two losses of sample 2 at step 1"),
-        ("\x00\x01", "has no column step"),
-        ("", "is empty"),
-    ],
-)
-def test_malformed_tables_of_losses_are_refused_by_line(opsig, tmp_path, text, words):
-    (tmp_path / "l.csv").write_text(text)
-    opsig("import", "--losses", tmp_path / "l.csv", "-o", tmp_path / "x.h5").fails(1, "l.csv", words)
-    assert not (tmp_path / "x.h5").exists()
-
-
-def test_malformed_arrays_of_losses_are_refused(opsig, tmp_path):
-    def refused(array, *words, **arrays):
-        if arrays:
-            np.savez(tmp_path / "l.npz", **arrays)
-        else:
-            np.save(tmp_path / "l.npy", array, allow_pickle=True)
-        name = "l.npz" if arrays else "l.npy"
-        opsig("import", "--losses", tmp_path / name, "-o", tmp_path / "x.h5").fails(1, name, *words)
-
-    refused(np.zeros(3), "must be numbers of shape (steps, samples)")
-    refused(np.array([[object()]]), "is not readable")
-    refused(np.zeros((2, 2), "U3"), "must be numbers")
-    refused(None, "has no array 'losses'", other=np.zeros((2, 2)))
-    refused(None, "steps must be 2 increasing", losses=np.zeros((2, 2)), steps=[3, 3])
-    refused(None, "labels must be one a sample", losses=np.zeros((2, 2)), labels=["a"])
-    refused(None, "predictions must be integers", losses=np.zeros((2, 2)), predictions=np.zeros((2, 2)))
-    (tmp_path / "l.feather").touch()
-    opsig("import", "--losses", tmp_path / "l.feather", "-o", tmp_path / "x.h5").fails(1, "neither .npy, .npz, .csv")
-
-
-def test_losses_beside_checkpoints_go_to_the_task_s_samples(opsig, tmp_path):
-    file = save(tmp_path, "c5.pt", weights())
-    np.save(tmp_path / "l.npy", np.ones((6, 60), np.float32))
-    run, _ = imports(opsig, tmp_path, file, "--losses", tmp_path / "l.npy")
-    with open_trajectory(run) as kept:
-        assert kept.steps("losses").tolist() == [0, 1, 2, 3, 4, 5]
-        assert kept.steps("checkpoints").tolist() == [5]
-    np.save(tmp_path / "l.npy", np.ones((6, 61), np.float32))
-    opsig("import", file, *OWN, "--losses", tmp_path / "l.npy", "-o", tmp_path / "x.h5").fails(1, "have a sample 60")
-
-
 def test_mistakes_in_options(opsig, tmp_path):
     file = save(tmp_path, "c5.pt", weights())
     opsig("import", "-o", tmp_path / "x.h5").fails(2, "nothing to import")
@@ -587,115 +319,6 @@ def test_mistakes_in_options(opsig, tmp_path):
     opsig("import", tmp_path / "empty", *OWN, "-o", tmp_path / "x.h5").fails(1, "holds no checkpoint")
     np.save(tmp_path / "l.npy", np.ones((6, 61), np.float32))
     opsig("import", "--losses", tmp_path / "l.npy", "--track", "-o", tmp_path / "x.h5").fails(2, "about checkpoints")
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    """One small file of each format."""
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("samples")
-    model = Tiny().model()
-    made = torch.optim.Adam(model.parameters())
-    model(Tiny().x).sum().backward()
-    made.step()
-    content = {
-        "model": model.state_dict(),
-        "optimizer": made.state_dict(),
-        "step": np.int64(3),
-        "a": argparse.Namespace(),
-    }
-    torch.save(content, folder / "zip.pt")
-    torch.save(content, folder / "legacy.pt", _use_new_zipfile_serialization=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(model, Tiny().x), folder / "script.pt")
-    save_file(weights(), folder / "s.safetensors")
-    np.savez(folder / "a.npz", **{name: value.numpy() for name, value in weights().items()})
-    np.save(folder / "b.npy", np.ones((4, 60)))
-    (folder / "t.pt").write_text("step,loss\n1,2\n" * 9)
-    return sorted(folder.iterdir())
-
-
-@given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_file_is_one_line_or_is_read(samples, tmp_path, target, data):
-    file = data.draw(st.sampled_from(samples))
-    content = bytearray(file.read_bytes())
-    if data.draw(st.booleans()):
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    for _ in range(data.draw(st.integers(0, 4)) if content else 0):
-        place = data.draw(st.one_of(st.integers(0, len(content) - 1), st.integers(0, min(len(content) - 1, 600))))
-        content[place] = data.draw(st.integers(0, 255))
-    path = tmp_path / f"damaged{file.suffix}"
-    path.write_bytes(content)
-    try:
-        if file.suffix == ".npy":
-            series.read_losses(str(path))
-            return
-        flow.glance(str(path), target, lambda text: None)
-        with checkpoints.opened(str(path)) as opened:
-            flow.read(opened, target, str(path), 3, lambda text: None)
-    except OpsigError as error:
-        assert "damaged" in str(error)
-        assert len(str(error)) < 500
-        assert "\n" not in str(error)
-
-
-@pytest.fixture(scope="module")
-def target():
-    from opsig_torch import TorchBackend
-
-    return flow.target_of(Tiny(), TorchBackend().open(Tiny(), "cpu"), None)
-
-
-def test_neither_torch_nor_pickle_is_asked_to_read_a_file(monkeypatch, samples):
-    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
-        monkeypatch.setattr(module, name, None)
-    for kind in ("zip.pt", "legacy.pt"):
-        with checkpoints.opened(str(next(s for s in samples if s.name == kind))) as content:
-            assert content.numbers["step"] == 3
-
-
-def test_a_shell_s_alphabetical_order_is_that_of_the_numbers_and_any_other_is_kept(opsig, tmp_path):
-    files = [str(save(tmp_path, f"c{step}.pt", weights(step))) for step in (10, 9)]
-    assert checkpoints.find(files) == files[::-1]
-    assert checkpoints.find(files[::-1]) == files[::-1]
-    assert checkpoints.find([files[1], files[0], files[1]]) == [files[1], files[0], files[1]]
-    _, outcome = imports(opsig, tmp_path, *files, "--steps", "1,2")
-    assert [(r["step"], r["source"]) for r in outcome.records] == [(1, files[1]), (2, files[0])]
-
-
-def test_one_checkpoint_is_in_memory_at_a_time(opsig, tmp_path, monkeypatch):
-    read, seen, alive = flow.read, [], []
-
-    def counted(content, *rest):
-        state = read(content, *rest)
-        seen.extend(weakref.ref(each) for each in (state.params, *content.tensors.values()))
-        alive.append(sum(each() is not None for each in seen))
-        return state
-
-    monkeypatch.setattr(flow, "read", counted)
-    imports(opsig, tmp_path, *(save(tmp_path, f"c{step}.pt", weights(step)) for step in range(4)))
-    assert alive == [1 + len(weights())] * 4
-
-
-def test_a_file_of_many_checkpoints_is_taken_apart_and_read_through_once(opsig, tmp_path, monkeypatch):
-    path = save(tmp_path, "all.pt", [weights(step) for step in range(6)])
-    loads, summed = [], []
-    load, is_zip = checkpoints.load, checkpoints.zipfile.is_zipfile
-    monkeypatch.setattr(checkpoints, "load", lambda *given: (loads.append(given), load(*given))[1])
-    monkeypatch.setattr(checkpoints.zipfile, "is_zipfile", lambda name: (summed.append(name), is_zip(name))[1])
-    found = checkpoints.find([str(path)])
-    assert len(found) == 6
-    for number, each in enumerate(found):
-        with checkpoints.opened(each) as content:
-            for name, value in weights(number).items():
-                assert torch.equal(content.tensors[name].read(), value)
-        assert checkpoints.source_of(each).bytes == path.stat().st_size
-    assert len(loads) == len(summed) == 1
-    save(tmp_path, "all.pt", [weights(9), weights(8)])
-    assert len(checkpoints.find([str(path)])) == 2  # a file that has changed is another
 
 
 def test_where_a_checkpoint_is_from_can_be_read_by_xarray(opsig, tmp_path):

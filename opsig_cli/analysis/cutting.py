@@ -23,11 +23,10 @@ MOST_HALVED = 2000
 
 def cut_tree(similarity: Similarity, smallest: int, heights: np.ndarray = CUTS) -> Iterator[np.ndarray]:
     """Groups of at least `smallest` by average linkage, (M,) with -1 for none, at each of these heights."""
-    from scipy.cluster.hierarchy import fcluster, linkage
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     if isinstance(similarity, Gram):
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
         count = len(similarity)
         pairs, merged = average_linkage(similarity, 1 - float(heights.max()))
         for cut in heights:
@@ -35,9 +34,30 @@ def cut_tree(similarity: Similarity, smallest: int, heights: np.ndarray = CUTS) 
             edges = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(count, count))
             yield drop_small(connected_components(edges, directed=False)[1], smallest)
         return
-    tree = linkage(_distances(similarity), "average")
+    from scipy.cluster.hierarchy import linkage
+
+    order, apart = _in_order(linkage(_distances(similarity), "average"))
+    groups = np.empty(len(order), np.int64)
     for cut in heights:
-        yield drop_small(fcluster(tree, cut, "distance"), smallest)
+        cluster = np.concatenate([[0], np.cumsum(apart > cut)])  # of the samples in order
+        keep = np.bincount(cluster) >= smallest
+        groups[order] = np.where(keep, np.cumsum(keep) - 1, -1)[cluster]
+        yield groups.copy()
+
+
+def _in_order(tree: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The samples in an order in which every cluster of a tree of scipy's lies together, (M,), and the heights at which
+    each two neighbours come into one cluster, (M - 1,)."""
+    count = len(tree) + 1
+    ends, heights = tree[:, :2].astype(int).tolist(), tree[:, 2].tolist()
+    sizes = [1] * count + tree[:, 3].astype(int).tolist()
+    first, apart = [0] * len(sizes), [0.0] * (count - 1)  # where a cluster begins
+    for merged in range(count - 2, -1, -1):
+        a, b = ends[merged]
+        first[a] = first[count + merged]
+        first[b] = first[a] + sizes[a]
+        apart[first[b] - 1] = heights[merged]
+    return np.argsort(first[:count]), np.array(apart)
 
 
 def best_cut(similarity: Similarity, smallest: int) -> np.ndarray:

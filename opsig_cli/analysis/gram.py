@@ -83,3 +83,10 @@ class Gram:
 
 Similarity = np.ndarray | Gram
 """(M, M) in [-1, 1], as an array or by rows."""
+
+
+def block(similarity_MM: Similarity, members: np.ndarray) -> np.ndarray:
+    """The similarity of every two of these samples, (m, m)."""
+    if isinstance(similarity_MM, Gram):
+        return similarity_MM[np.ix_(members, members)]
+    return similarity_MM[members][:, members]  # whole rows first take a third of the time of single numbers

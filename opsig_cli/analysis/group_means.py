@@ -21,15 +21,14 @@ def blocks_of_sums(similarity: Similarity, groups: np.ndarray) -> Iterator[tuple
     sizes = sizes_of(groups)
     if not len(sizes):
         return
-    members, starts = _in_order(groups, sizes)
-    totals = similarity.totals(np.split(members, starts[1:])) if isinstance(similarity, Gram) else None
+    if isinstance(similarity, Gram):
+        members, starts = _in_order(groups, sizes)
+        totals = similarity.totals(np.split(members, starts[1:]))
+    else:
+        whole, _ = sums_over_groups(similarity, groups)
     for first in range(0, len(groups), ROWS):
         rows = slice(first, min(first + ROWS, len(groups)))
-        if isinstance(similarity, Gram):
-            assert totals is not None
-            yield rows, similarity.sums(rows, totals)
-        else:
-            yield rows, np.add.reduceat(similarity[rows][:, members], starts, axis=1, dtype=np.float64)
+        yield rows, similarity.sums(rows, totals) if isinstance(similarity, Gram) else whole[rows]
 
 
 def sizes_of(groups: np.ndarray) -> np.ndarray:
@@ -49,8 +48,8 @@ def sums_over_groups(similarity: Similarity, groups: np.ndarray) -> tuple[np.nda
     members, _ = _in_order(groups, sizes)
     for first in range(0, len(members), ROWS):  # whole rows, which lie together: they are the columns as well
         part = members[first : first + ROWS]
-        names, starts = np.unique(groups[part], return_index=True)
-        sums_GM[names] += np.add.reduceat(similarity[part], starts, axis=0, dtype=np.float64)
+        starts = np.flatnonzero(np.diff(groups[part], prepend=-1))
+        sums_GM[groups[part[starts]]] += np.add.reduceat(similarity[part], starts, axis=0, dtype=np.float64)
     return sums_GM.transpose(), sizes
 
 

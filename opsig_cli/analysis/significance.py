@@ -19,7 +19,7 @@ from opsig_cli.analysis.likeness import ALIKE, alike_groups, typical_likeness
 from opsig_cli.analysis.pairing import OPPOSES, OPPOSES_ALIKE, match, pairs_of
 from opsig_cli.analysis.rounds import Rounds, one_after_the_other
 
-MOST_IN_NULL = 400
+MOST_IN_NULL = 300
 """Samples of one round of a null."""
 MOST_FITTED = 800
 """Samples that a null is fitted to."""
@@ -29,7 +29,10 @@ HIGHEST = 0.999
 """Opposition from which on strength does not grow: an inverse hyperbolic tangent has no end."""
 ROUNDS = 99
 """Rounds of a null: the smallest p-value is 1 / (ROUNDS + 1)."""
-
+KEPT = 0.999
+"""Part of the variance of looks that a null has, in the directions in which they vary most."""
+BLOCK = 32
+"""Reflections that LAPACK multiplies out at a time, given the room: one by one takes twice as long."""
 
 Draw = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 """A round of a null: what to cut, to pair by, to test on and to see likeness by, (M, M) each; None: all are alike."""
@@ -96,8 +99,8 @@ def gaussian_null(
     some = fitted(len(similarity_MM), seed)
     similarity = np.nan_to_num(similarity_MM[np.ix_(some, some)]).astype(np.float64)
     likeness = similarity if likeness_MM is None else likeness_MM[np.ix_(some, some)].astype(np.float64)
-    spread = np.sqrt(np.maximum(np.linalg.eigvalsh(likeness)[::-1], 0))
-    spread = spread[spread > 1e-4 * spread[:1]]
+    spectrum = np.maximum(np.linalg.eigvalsh(likeness)[::-1], 0)
+    spread = np.sqrt(spectrum[: np.searchsorted(np.cumsum(spectrum), KEPT * spectrum.sum()) + 1])
     codes = _codes(similarity, likeness, None if labels_M is None else labels_M[some])
     offset, slope = _aligned_by(similarity, likeness, codes)
     count = min(MOST_IN_NULL, len(similarity_MM))
@@ -115,24 +118,40 @@ def gaussian_rounds(
     count: int, below: float, smallest: int, seed: int, rounds: range,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Strongest group and pair of some rounds of `gaussian_null`, from what is fitted there."""
-    from scipy.linalg import qr
+    spread, offset, slope, rest = (part.astype(np.float32) for part in (spread, offset, slope, rest))
 
     def drawn(generator: np.random.Generator) -> Draw:
-        rows = generator.standard_normal((count, len(spread))) * spread
+        rows = generator.standard_normal((count, len(spread)), np.float32) * spread
         rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         looks = rows @ rows.T
         if looks_alone:
             return looks, looks, looks, None
         code = codes[generator.integers(0, len(codes), count)]
-        # numpy has no such decomposition in float32, which takes half the time
-        normals = generator.standard_normal((count, count)).astype(np.float32)
-        turn = np.asarray(qr(normals, mode="economic", check_finite=False)[0])
-        aligned = offset[code][:, code] + slope[code][:, code] * looks + (turn * rest.astype(np.float32)) @ turn.T
+        turn = rotation(count, generator)
+        aligned = offset[code][:, code] + slope[code][:, code] * looks + (turn * rest) @ turn.T
         np.clip(aligned, -1, 1, out=aligned)
         np.fill_diagonal(aligned, 1)
+        aligned, looks = aligned.astype(np.float64), looks.astype(np.float64)
         return (1 - LOOKS) * aligned + LOOKS * looks, aligned, aligned, looks
 
     return _null(drawn, rounds, smallest, seed, below)
+
+
+def rotation(count: int, generator: np.random.Generator) -> np.ndarray:
+    """A random orthogonal matrix (count, count) float32 from the uniform distribution, up to the signs of its columns.
+
+    The decomposition QR of a matrix of normal numbers reflects one vector after the other onto an axis, and each is
+    again of normal numbers, whatever was reflected before: the reflections are drawn, and not calculated (Stewart 1980,
+    SIAM Journal on Numerical Analysis 17).
+    """
+    from scipy.linalg import get_lapack_funcs
+
+    (multiplied,) = get_lapack_funcs(("orgqr",), dtype=np.float32)
+    vectors = np.triu(generator.standard_normal((count, count), np.float32))  # one a row, shorter and shorter
+    first = np.diagonal(vectors).copy()
+    image = -np.copysign(np.sqrt(np.einsum("ij,ij->i", vectors, vectors)), first)
+    vectors /= (first - image)[:, None]  # LAPACK takes the first number of each to be 1
+    return multiplied(vectors.T, (image - first) / image, lwork=BLOCK * count, overwrite_a=True)[0]
 
 
 def fitted(count: int, seed: int = 0) -> np.ndarray:
@@ -210,38 +229,59 @@ def _null(
     for number, its_seed in enumerate(rounds):
         cut, similarity, tested, looks = draw(np.random.default_rng([seed, its_seed]))
         typical = 0.0 if looks is None else typical_likeness(looks)
-        before = None
+        before, promising = None, []
         for chosen in cut_tree(cut, smallest):
-            if before is not None and np.array_equal(chosen, before):
+            if (before is not None and np.array_equal(chosen, before)) or chosen.max(initial=-1) < 0:
                 continue
             before = chosen
-            group, pair = _strongest(chosen, similarity, tested, looks, typical, below)
-            groups[number], pairs[number] = max(groups[number], group), max(pairs[number], pair)
+            group, opposed = _at_a_cut(chosen, similarity, tested, looks, typical, below)
+            groups[number] = max(groups[number], group)
+            promising.append(opposed)
+        for opposed in sorted(promising, key=lambda opposed: -opposed.most):
+            if opposed.most <= pairs[number]:
+                break
+            pairs[number] = max(pairs[number], opposed.strongest())
     return groups, pairs
 
 
-def _strongest(
-    group_M: np.ndarray,
-    similarity: np.ndarray,
-    tested: np.ndarray,
-    looks: np.ndarray | None,
-    typical: float,
+@dataclass(frozen=True)
+class _Opposed:
+    """Groups of a cut that may be pairs, `allowed_GG`, with their mean similarity and their strength as a pair."""
+
+    between_GG: np.ndarray
+    allowed_GG: np.ndarray
+    strength_GG: np.ndarray
+
+    @property
+    def most(self) -> float:
+        """Strength that no pair exceeds, whoever is matched with whom."""
+        return float(self.strength_GG[self.allowed_GG].max(initial=0.0))
+
+    def strongest(self) -> float:
+        """Strength of the strongest pair; 0 for none."""
+        return max(
+            [0.0, *(float(self.strength_GG[a, b]) for a, b in pairs_of(match(self.between_GG, self.allowed_GG, 1)))]
+        )
+
+
+def _at_a_cut(
+    group_M: np.ndarray, similarity: np.ndarray, tested: np.ndarray, looks: np.ndarray | None, typical: float,
     below: float,
-) -> tuple[float, float]:
-    """Strength of the strongest of these groups, and of the strongest pair that looks alike; 0 for none."""
+) -> tuple[float, _Opposed]:  # fmt: skip
+    """Strength of the strongest of these groups, 0 for none, and those that oppose and look alike."""
     inside = group_M >= 0
-    if not inside.any():
-        return 0.0, 0.0
     between_GG = between_groups(similarity, group_M)
     tested_GG = between_GG if tested is similarity else between_groups(tested, group_M)
     sizes = np.bincount(group_M[inside])
     own = np.bincount(group_M[inside], np.diagonal(tested)[inside])  # without a sample's similarity with itself
     cohesion = (np.diagonal(tested_GG) * sizes**2 - own) / np.maximum(sizes * (sizes - 1), 1)
     group = float((cohesion * np.sqrt(sizes * (sizes - 1) / 2)).max())
-    alike_GG = None if looks is None else alike_groups(between_groups(looks, group_M), sizes, typical) >= ALIKE
-    pairs = pairs_of(match(between_GG, alike_GG, below))
-    strengths = [pair_strength(tested_GG[a, b], sizes[a], sizes[b]) for a, b in pairs]
-    return max(group, 0.0), max([0.0, *strengths])
+    allowed_GG = between_GG <= below
+    if looks is not None:
+        allowed_GG &= alike_groups(between_groups(looks, group_M), sizes, typical) >= ALIKE
+    np.fill_diagonal(allowed_GG, False)
+    strength_GG = np.arctanh(np.clip(-tested_GG, -HIGHEST, HIGHEST)) * np.outer(sizes, sizes) ** 0.25
+    return max(group, 0.0), _Opposed(between_GG, allowed_GG, strength_GG)
 
 
 def _phases(shape: tuple[int, ...], steps: int, generator: np.random.Generator) -> np.ndarray:

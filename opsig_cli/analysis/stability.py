@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opsig_cli.analysis.gram import Similarity
+from opsig_cli.analysis.gram import Similarity, block
 from opsig_cli.analysis.group_means import between_groups
 from opsig_cli.analysis.grouping import SMALLEST, Grouping, group_by_similarity
 from opsig_cli.analysis.likeness import alike_between
@@ -60,13 +60,13 @@ def resampled_rounds(
     for number, its_seed in enumerate(rounds):
         generator = np.random.default_rng([seed, its_seed])
         drawn = np.sort(generator.choice(count, min(MOST_DRAWN, max(2, count * 4 // 5)), replace=False))
-        square = np.ix_(drawn, drawn)
-        similarity = similarity_MM[square]
-        again = group_by_similarity(similarity, smallest, None if likeness_MM is None else likeness_MM[square])
+        similarity = block(similarity_MM, drawn)
+        likeness = None if likeness_MM is None else block(likeness_MM, drawn)
+        again = group_by_similarity(similarity, smallest, likeness)
         overlap = _jaccard(group_M[drawn], groups, again.group_M, len(again.partner_G))
         below = OPPOSES
-        if likeness_MM is not None:
-            below = opposing(alike_between(likeness_MM[square], again.group_M), labelled)
+        if likeness is not None:
+            below = opposing(alike_between(likeness, again.group_M), labelled)
         opposed = between_groups(similarity, again.group_M) <= below
         group_RG[number] = overlap.max(1, initial=0)
         for place, (a, b) in enumerate(pair_N2):

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
+from opsig_cli.commands import movers, options
 from opsig_cli.errors import OpsigError
 
 
@@ -83,7 +83,7 @@ def analyse(
     written += [{"kind": "eigenvalue"} | record for record in measured or []]
     rows = shortened.pair_table(made.records)
     tables = [
-        records.Table(moved.title, options.mover_rows(moved)[:SHOWN]),
+        records.Table(moved.title, movers.mover_rows(moved)[:SHOWN]),
         records.Table(f"{run}: {shortened.headline(made.records)}", rows, shortened.narrow_rows(rows)),
     ]
     if said := shortened.sentence_table(made.records):

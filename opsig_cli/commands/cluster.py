@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import completions, options
+from opsig_cli.commands import completions, movers, options
 
 ERROR = " (+-: standard error over held-out checkpoints)"
 
@@ -97,7 +97,7 @@ def cluster(
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)
-    tables = options.not_finite_tables(found)
+    tables = movers.not_finite_tables(found)
     if sample is not None:
         tables.append(records.Table(f"{found.title}: sample {sample}", neighbours.sample_table(found)))
         for relation, name in (("opponent", "nearest opponents"), ("ally", "nearest allies")):

@@ -30,7 +30,7 @@ def compare(
     Example: opsig compare gd.h5 adam.h5 --figure compared.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import answers, comparing, drawing
+    from opsig_cli.studies import answers, comparing, plotting
     from opsig_cli.trajectory.file import open_trajectory
 
     with ExitStack() as stack:
@@ -47,7 +47,7 @@ def compare(
             if test is not None:
                 for run, record in zip(opened, written, strict=True):
                     record["test_accuracy"] = _test_accuracy(run, test, device, backend)
-            options.save_figure(figure, drawing.draw_compared, opened, series)
+            options.save_figure(figure, plotting.draw_compared, opened, series)
             return written, span
 
         written, span = options.without_damage(work)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import completions, options
+from opsig_cli.commands import completions, movers, options
 
 
 def mine(
@@ -52,6 +52,6 @@ def mine(
     options.save_figure(figure, found.figure)
     options.say(found.damage, False)
     options.say(found.notes, quiet)
-    broken = options.not_finite_tables(found)
-    records.write(found, format, [*broken, records.Table(found.title, options.mover_rows(found))])
+    broken = movers.not_finite_tables(found)
+    records.write(found, format, [*broken, records.Table(found.title, movers.mover_rows(found))])
     options.conclude(found.answer, quiet, figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -15,12 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from opsig_cli.commands import completions
 from opsig_cli.errors import OpsigError, UsageError
-from opsig_cli.figures.canvas import SUFFIXES, cut
-from opsig_cli.trajectory.texts import NUMBERS, context
+from opsig_cli.figures.canvas import SUFFIXES
 
 if TYPE_CHECKING:
     from opsig_cli.studies.answers import Answer
@@ -72,10 +69,6 @@ def _check_writable(option: str, path: Path) -> None:
         raise OpsigError(f"{option} {path}: {error.strerror or error}") from error
 
 
-LARGE = 1e4
-"""Losses from which on a table shows digits and an exponent."""
-TEXT = 40
-"""Characters of a text sample that fit into a table."""
 Result = TypeVar("Result")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Trajectory file (HDF5).", show_default=False)]
@@ -189,85 +182,6 @@ PlanOption = Annotated[
 BatchSizeOption = Annotated[
     int | None, typer.Option("--chunk-size", min=1, help="Samples per forward pass when all are measured.")
 ]
-
-
-CALLED = {
-    "--lr": "--learning-rate", "--batch": "--batch-size", "--bs": "--batch-size", "--wd": "--weight-decay",
-    "--epochs": "--steps", "--iterations": "--steps", "--num-steps": "--steps", "--max-steps": "--steps",
-    "--gpu": "--device", "--cuda": "--device", "--out": "--output", "--plot": "--figure", "--save": "--figure",
-    "--n": "--top", "--overwrite": "--replace", "--force": "--replace", "--opt": "--optimizer",
-}  # fmt: skip
-"""What options are called elsewhere, and here."""
-
-
-MISTAKE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
-"""What the parser raises for a mistake: a class of click's, which typer has brought along under another name."""
-
-
-@contextmanager
-def in_one_line(ctx) -> Iterator[None]:
-    """Raise the parser's own mistakes as a UsageError of ours, which is one line; it would draw a box around them."""
-    try:
-        yield
-    except MISTAKE as error:
-        if ctx.resilient_parsing or type(error).__name__ == "NoArgsIsHelpError":
-            raise
-        said = error.format_message()
-        said += "" if said.endswith((".", "?", "!")) else "."
-        raise UsageError(f"{said} See {ctx.command_path} --help") from error
-
-
-class Commands(TyperGroup):
-    """A group of commands that answers a mistake in one line."""
-
-    def parse_args(self, ctx, args):
-        """Parse the group's own options."""
-        with in_one_line(ctx):
-            return super().parse_args(ctx, args)
-
-    def resolve_command(self, ctx, args):
-        """The command that is called so."""
-        with in_one_line(ctx):
-            return super().resolve_command(ctx, args)
-
-
-class Command(TyperCommand):
-    """A command whose help shows no type for a flag, and N or X for a number, as the rest of the help has names; an
-    option by the name that it has elsewhere is answered with ours."""
-
-    def parse_args(self, ctx, args):
-        """Parse, but first look for options that are called something else here. Raises UsageError for one."""
-        known = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
-        for arg in args:
-            if arg == "--":
-                break
-            name = arg.partition("=")[0]
-            ours = CALLED.get(name)
-            if name not in known and ours in known and not ctx.resilient_parsing:
-                raise UsageError(f"{ctx.command_path} has no option {name}. It is called {ours}")
-        if sum(arg.partition("=")[0] == "--figure" for arg in args) > 1 and not ctx.resilient_parsing:
-            raise UsageError("--figure is given twice. A call draws one picture: give the other name in a second call")
-        with in_one_line(ctx):
-            return super().parse_args(ctx, args)
-
-    def invoke(self, ctx):
-        """Run it. Raises OpsigError where it is interrupted, of which typer keeps the exit code alone."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise OpsigError("interrupted", exit_code=130) from None
-
-    def get_params(self, ctx):
-        """All parameters, with what stands for their values."""
-        shown = {int: "N", float: "X"}
-        params = super().get_params(ctx)
-        for param in params:
-            if param.metavar is None:
-                kind = getattr(getattr(param, "type_descriptor", None), "annotation", None)
-                param.metavar = "" if getattr(param, "is_flag", False) else shown.get(kind)
-        return params
-
-
 PageOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", metavar="PATH", callback=check_output, help="Default: the run's name with .html."),
@@ -392,59 +306,6 @@ def records_of(run: str) -> tuple[str, list[dict[str, Any]] | None]:
 
     piped = records.read(sys.stdin)
     return trajectory_of(piped), piped
-
-
-def mover_rows(found: Any) -> list[dict[str, Any]]:
-    """Records of `mine`, shortened to what a person reads in a row."""
-    return [_mover_row(r) for r in found if r.get("kind") != "not_finite"]
-
-
-def _mover_row(r: dict[str, Any]) -> dict[str, Any]:
-    what = {"name": cut(r["name"], TEXT, end=True)} if "name" in r else {}
-    text, label = r.get("text"), r["label"]
-    if (label is not None and (text is None or context(text, label) is None)) or (text is None and not what):
-        what |= {"label": _short(label)}
-    if text is not None and not (label is not None and text.startswith(NUMBERS)):
-        what |= {"text": cut(" ".join(text.split()), TEXT, end=True)}
-    if r.get("seen") == "sighting":
-        share = r["share"]
-        return {
-            "rank": r["rank"], "sample": r["sample"], **what, "step": r["step"], "loss": r["loss_after"],
-            "expected": r["loss_before"], "excess": r["change"],
-            "share": None if share is None or math.isnan(share) else f"{share:.1%}".replace("-0.0%", "0.0%"),
-            "seen_before": r["previous_step"], "loss_then": r["loss_last"],
-        }  # fmt: skip
-    guesses = [r["prediction_before"], r["prediction_after"]]
-    predicted = {} if guesses == [None, None] else {"predicted": " -> ".join(str(_short(guess)) for guess in guesses)}
-    return {
-        "rank": r["rank"],
-        "sample": r["sample"],
-        **what,
-        **predicted,
-        "step": r["step"],
-        "loss": f"{_loss(r['loss_before'])} -> {_loss(r['loss_after'])}",
-        "score": r["score"],
-        "of movement": "-" if r["movement"] is None else f"{r['movement']:.1%}",
-    }
-
-
-def _loss(value: float) -> str:
-    """A loss to two places, or a very large one to three digits."""
-    return f"{value:.2f}" if abs(value) < LARGE else f"{value:.3g}"
-
-
-def _short(name: Any) -> Any:
-    from opsig_cli.studies.numbers import short
-
-    return short(name, 20) if isinstance(name, str) else name
-
-
-def not_finite_tables(found: Any) -> list[Any]:
-    """The table that comes first where samples are not finite while the others are."""
-    from opsig_cli.records import Table
-
-    rows = [{name: r[name] for name in ("sample", "label", "step")} for r in found.of("not_finite")]
-    return [Table("samples whose loss is not finite, from this step on", rows)] if rows else []
 
 
 def conclude(answer: Answer | None, quiet: bool, *wrote: Path | str | None) -> None:

@@ -43,7 +43,7 @@ def probe(
     Example: opsig probe run.h5 --input color:white --input color:black --figure probe.png
     """
     from opsig_cli import records
-    from opsig_cli.studies import answers, drawing
+    from opsig_cli.studies import answers, plotting
     from opsig_cli.trajectory.file import open_trajectory
 
     if projection == bool(inputs):
@@ -66,14 +66,14 @@ def probe(
             summaries = [record for record in written if record["kind"] == "summary"]
             if any(record["reversals"] is None for record in summaries):
                 options.note("note: reversals need checkpoints at every step: train --checkpoint-window A:B", quiet)
-            options.save_figure(figure, drawing.draw_projection, runs[0], written)
+            options.save_figure(figure, plotting.draw_projection, runs[0], written)
             shown = [{key: value for key, value in record.items() if key != "kind"} for record in summaries]
             tables = [records.Table(f"{run}: along its top eigenvector", shown)]
         else:
             written, drawn = options.without_damage(
                 lambda: _inputs(runs, inputs or [], steps, task, device, backend, quiet, allow_changed_data)
             )
-            options.save_figure(figure, drawing.draw_probe, runs, written, drawn)
+            options.save_figure(figure, plotting.draw_probe, runs, written, drawn)
             hidden = ("trajectory", "logits", "probabilities")
             rows = [{key: value for key, value in record.items() if key not in hidden} for record in written]
             tables = [records.Table(run, rows)]

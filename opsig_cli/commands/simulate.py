@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opsig_cli.commands import options
+from opsig_cli.commands import options, parsing
 
 app = typer.Typer(help="Simulate the theory: the two-layer linear model, and the toy valley.", no_args_is_help=True)
 
@@ -28,7 +28,7 @@ AtOption = Annotated[
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Overwrite RUN.")]
 
 
-@app.command(cls=options.Command)
+@app.command(cls=parsing.Command)
 def linear(
     dynamics: Annotated[str, typer.Option(metavar="flow|gd|sampled", help="Gradient flow, or descent.")] = "flow",
     d1: Annotated[int, typer.Option(help="Size of the ordinary part of the input.")] = 10,
@@ -61,7 +61,7 @@ def linear(
     options.conclude(answers.simulated(run.record, "linear", output), False, output, figure)
 
 
-@app.command(cls=options.Command)
+@app.command(cls=parsing.Command)
 def valley(
     learning_rate: Annotated[float, typer.Option(min=0, help="Of gradient descent.")] = 0.08,
     steps: Annotated[int, typer.Option(min=1)] = 120,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from opsig_cli.figures.canvas import MARGIN, SIDES, WIDTH, Area, Block, cut, heading, typeset, visible
+from opsig_cli.figures.canvas import MARGIN, SIDES, WIDTH, Area, Block, cut, fonts, heading, typeset, visible
 
 SIDE = 4.1
 LINE = 0.12
@@ -77,4 +77,4 @@ def alignment_block(
 def _tick_names(axes, names: Sequence[str]) -> None:
     axes.set_yticklabels([visible(cut(name, 16)) for name in names], fontsize=7)
     for text in axes.get_yticklabels():
-        text.set_parse_math(False)
+        text.set(parse_math=False, fontfamily=fonts(text.get_text()))

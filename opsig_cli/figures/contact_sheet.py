@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opsig_cli.figures.canvas import FAINT, MARGIN, WIDTH, WRONG, Area, cut, fonts, typeset, visible
+from opsig_cli.figures.canvas import FAINT, MARGIN, MONO, WIDTH, WRONG, Area, cut, typeset, visible
 from opsig_cli.figures.text_lines import TextLine, draw_lines, lines_height
 
 PITCH = 1.05
@@ -113,7 +113,7 @@ def _draw_picture(axes, picture: np.ndarray | str | None, x: float, y: float, si
             wrapped = ["\N{HORIZONTAL ELLIPSIS}", *wrapped[1 - TEXT_LINES :]]
         axes.text(
             x + side / 2, y + side / 2, visible("\n".join(wrapped)), ha="center", va="center", fontsize=7,
-            family=fonts("DejaVu Sans Mono"), color=FAINT if picture is None else "black", parse_math=False,
+            family=MONO, color=FAINT if picture is None else "black", parse_math=False,
         )  # fmt: skip
     axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=colour, linewidth=1.4, zorder=2))
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opsig_cli.figures.canvas import Area, columns, cut, fonts, visible
+from opsig_cli.figures.canvas import MONO, Area, columns, cut, visible
 
 PITCH = 0.155
 """From line to line."""
@@ -35,7 +35,7 @@ def draw_lines(area: Area, left: float, top: float, width: float, lines: Sequenc
     beside = TARGET if any(target for _, target in parts) else 2 * CHARACTER
     room = int((width - beside - NOTE * max(len(line.notes) for line in lines)) / CHARACTER)
     end = min(room, max(columns(context) for context, _ in parts)) * CHARACTER
-    style = {"family": fonts("DejaVu Sans Mono"), "fontsize": 7}
+    style = {"family": MONO, "fontsize": 7}
     for number, (line, (context, target)) in enumerate(zip(lines, parts, strict=True)):
         y = top + number * PITCH
         area.text(left + end, y, cut(visible(context), room, end=True), ha="right", **style)

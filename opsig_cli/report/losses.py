@@ -41,19 +41,18 @@ def loss_lines(run: Trajectory, positions: Sequence[int]) -> tuple[dict[int, str
     top = max(bottom * 1.01, float(drawn.max())) if drawn.size else 1.0
     scale = (HEIGHT - 2) / np.log10(top / bottom)
 
-    def down(loss: float) -> str:
-        return f"{HEIGHT - 1 - scale * np.log10(max(loss, bottom) / bottom):.0f}"
+    def down(loss_BN: np.ndarray) -> np.ndarray:
+        return np.rint(HEIGHT - 1 - scale * np.log10(np.maximum(np.where(known, loss_BN, bottom), bottom) / bottom))
 
-    across = (edges[:-1] + edges[1:] - 1) / 2 * WIDTH / max(1, count - 1)
+    low, high = (down(ends).astype(int).T.tolist() for ends in (low_BN, high_BN))
+    across = np.rint((edges[:-1] + edges[1:] - 1) / 2 * WIDTH / max(1, count - 1)).astype(int).tolist()
+    even, there = (low_BN == high_BN).T.tolist(), known.T.tolist()
     paths = {}
     for place, position in enumerate(columns.tolist()):
         parts, pen = [], "M"
-        for x, low, high, there in zip(across, low_BN[:, place], high_BN[:, place], known[:, place], strict=True):
-            if not there:
-                pen = "M"
-                continue
-            ends = [down(low)] if low == high else [down(low), down(high)]
-            parts += [f"{pen if not number else 'L'}{x:.0f} {y}" for number, y in enumerate(ends)]
-            pen = "L"
+        for x, y, end, alone, seen in zip(across, low[place], high[place], even[place], there[place], strict=True):
+            if seen:
+                parts.append(f"{pen}{x} {y}" if alone else f"{pen}{x} {y}L{x} {end}")
+            pen = "L" if seen else "M"
         paths[position] = "".join(parts)
     return paths, (bottom, top)

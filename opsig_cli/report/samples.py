@@ -45,6 +45,7 @@ class Samples:
     def __init__(self, run: Trajectory, previous_step: int, step: int):
         self._run = run
         self.shown_at: dict[int, int] = {}  # of every sample that was shown, its column in the file
+        self._made: dict[int, tuple[str, str]] = {}
         self._pictures = Pictures(run)
         self._ids = run.samples
         self.before, self.after = (predictions_at(run, at) for at in (previous_step, step))
@@ -58,9 +59,7 @@ class Samples:
     def shown(self, position: int, before: Any, after: Any) -> Shown:
         """The sample in this column, with predictions of another step."""
         tile = self._pictures.tile(position, before, after)
-        picture, small = (
-            thumbnail(tile.picture, size) if isinstance(tile.picture, np.ndarray) else None for size in (LARGEST, SMALL)
-        )
+        picture, small = self._thumbnails(position, tile.picture)
         text = _split(tile.picture, tile.label) if isinstance(tile.picture, str) else None
         sample = int(self._ids[position])
         self.shown_at[sample] = position
@@ -69,8 +68,17 @@ class Samples:
     def around(self, previous_step: int, step: int) -> Samples:
         """The same samples with the predictions of another change."""
         other = Samples(self._run, previous_step, step)
-        other.shown_at = self.shown_at
+        other.shown_at, other._made = self.shown_at, self._made
         return other
+
+    def _thumbnails(self, position: int, picture: np.ndarray | str | None) -> tuple[str | None, str | None]:
+        """A sample's picture as data URIs, larger and small; None for both of what is none."""
+        if not isinstance(picture, np.ndarray):
+            return None, None
+        if position not in self._made:
+            large = thumbnail(picture, LARGEST)
+            self._made[position] = large, large if max(picture.shape[:2]) <= SMALL else thumbnail(picture, SMALL)
+        return self._made[position]
 
 
 def strongest(clusters: Clusters, group: int, count: int) -> list[int]:

@@ -138,7 +138,7 @@ def _features(opened: Opened, batch: Any) -> torch.Tensor | None:
         for layer in layers
     ]
     try:
-        losses, _ = opened.forward(batch)
+        losses, _ = opened.forward(batch, predicted=False)
     finally:
         for handle in handles:
             handle.remove()

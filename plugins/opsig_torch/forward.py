@@ -12,9 +12,11 @@ from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.tasks import Task
 
 
-def forward(task: Task, model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def forward(
+    task: Task, model: nn.Module, batch: Any, predicted: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Losses (B,) and predictions (B,) or None of one batch; the task's losses() and predictions() share the pass."""
-    predict = getattr(task, "predictions", None)
+    predict = getattr(task, "predictions", None) if predicted else None
     if predict is None:
         return task.losses(model, batch), None
     replay = _Replay(model)

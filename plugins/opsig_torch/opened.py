@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ GRAPH_FACTOR = 3
 """What a pass needs besides what autograd saves: gradients of the same, and temporaries."""
 TOGETHER = 4096
 """Samples of a batch by default where an item has several: what they take grows with their number, too."""
+
+Found = TypeVar("Found")
 
 
 class Opened:
@@ -64,6 +66,7 @@ class Opened:
         self.passes = self.batches.passes
         self.kept: dict[Any, Any] = {}
         """What measurements find out once for the model: traces by batch shape, how gradients are had."""
+        self._kept_at: tuple[State | None, dict[str, Any]] = (None, {})  # the same for one state
         self.tell: Callable[[str], None] = lambda words: None
         """Where a line goes that a person should know of: that a slower way is taken, and why."""
         self.memory: int | None = None
@@ -166,13 +169,26 @@ class Opened:
         """The run's first state: the task's model built after seeding torch with `seed`."""
         torch.manual_seed(seed)
         self._flat = None
-        self.kept.clear()
+        self.forget()
         return self.state(0)
 
     def arrange(self, names: Sequence[str]) -> None:
         """Take this order of the trained parameters, as a run of another backend has them, for that of the vector."""
         self._order, self._flat = list(names), None
+        self.forget()
+
+    def forget(self) -> None:
+        """Find out anew what was found out once, as of another model or with other memory."""
         self.kept.clear()
+        self._kept_at = (None, {})
+
+    def once_at(self, state: State, what: str, find: Callable[[], Found]) -> Found:
+        """What `find()` gives at a state, found once for as long as no other state is measured; `what` names it."""
+        if self._kept_at[0] is not state:
+            self._kept_at = (state, {})
+        if what not in self._kept_at[1]:
+            self._kept_at[1][what] = find()
+        return self._kept_at[1][what]
 
     def state(self, step: int) -> State:
         """Parameters and buffers as they are now."""
@@ -195,8 +211,8 @@ class Opened:
     @contextmanager
     def at(self, state: State) -> Iterator[None]:
         """Measure at another state: its parameters and buffers inside, those of before, to the bit, afterwards."""
-        if self.kept.get("first step", (state,))[0] is not state:  # see `opsig_torch.training`
-            del self.kept["first step"]
+        if self._kept_at[0] is not state:
+            self._kept_at = (None, {})  # its memory is for what is measured next
         frozen = None if self.flat.has_frozen(state.frozen) else self.flat.read_frozen()
         vector = self.flat.vector.detach().clone()
         buffers = [buffer.clone() for _, buffer in self.flat.buffers]
@@ -264,10 +280,11 @@ class Opened:
         """Bytes that it may still take."""
         return self.bound() - held(self.device)
 
-    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Losses (B,) and predictions (B,) or None of one batch, from one forward pass."""
+    def forward(self, batch: Any, predicted: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Losses (B,) of one batch and, where they are to be `predicted`, predictions (B,) or None, from one forward
+        pass."""
         with self.running.as_trained():
-            return forward(self.task, self.flat.model, batch)
+            return forward(self.task, self.flat.model, batch, predicted)
 
     def batch_losses(self, batch: Any, order: int = 1) -> torch.Tensor:
         """Losses (B,) of one batch's samples, which can be differentiated `order` times; see `opsig_torch.running`."""

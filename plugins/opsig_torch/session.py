@@ -27,7 +27,7 @@ class TorchSession(Opened):
     def bound_by(self, memory: int) -> None:
         """Take no more than so many bytes; see `opsig_torch.memory`."""
         self.memory = memory
-        self.kept.clear()
+        self.forget()
 
     def needs(self, what: str, count: int, state: State) -> Need:
         """What a measurement takes; see `opsig_torch.needs`."""
@@ -187,15 +187,26 @@ class TorchSession(Opened):
     def gradient(self, state: State, weights: np.ndarray | None = None) -> np.ndarray:
         """Gradient of the mean training loss, (P,), with weights of the samples (S,) where they are given."""
 
-        def mean(indices: slice, batch: Any) -> torch.Tensor:
+        def mean(indices: slice | np.ndarray, batch: Any) -> torch.Tensor:
             losses = self.counted(self.batch_losses(batch), indices)
             if weights is not None:
                 losses = losses * torch.from_numpy(weights[indices]).to(losses)
             return losses.sum() / self.target_count
 
         with self.at(state), refusing(self, "the gradient", 1):
-            terms = (plain.flattened(plain.gradients(self, mean(*each))) for each in self.batches)
+            parts = self.batches if weights is None else self._weighing(weights)
+            terms = (plain.flattened(plain.gradients(self, mean(*each))) for each in parts)
             return self.total(terms, self.flat.vector.detach()).cpu().numpy()
+
+    def _weighing(self, weights: np.ndarray) -> Iterator[tuple[slice | np.ndarray, Any]]:
+        """The batches, of which those that few samples have weight in are these samples alone."""
+        if self.couples_samples or self.positions > 1 or 2 * np.count_nonzero(weights) > self.samples:
+            yield from self.batches
+            return
+        for indices in self.batches.slices():
+            chosen = indices.start + np.flatnonzero(weights[indices])
+            if len(chosen):
+                yield chosen, self.batches.take(chosen)
 
     def sample_sharpness(self, state: State, samples: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         """The most positive eigenvalue of chosen samples' Hessians, and residuals; see `opsig_torch.spectrum`."""

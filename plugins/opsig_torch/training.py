@@ -86,7 +86,8 @@ def train(opened: Opened, training: Training, start: State, full_batch: Gradient
 
 def _keep(tracked: np.ndarray, losses: np.ndarray, predictions: np.ndarray | None) -> None:
     """Make what others than the tracked samples have unknown."""
-    others = np.setdiff1d(np.arange(len(losses)), tracked)
+    others = np.ones(len(losses), bool)
+    others[tracked] = False
     losses[others] = np.nan
     if predictions is not None:
         predictions[others] = -1
@@ -126,16 +127,17 @@ def _silent(opened: Opened, training: Training) -> np.ndarray | None:
 def _gradient_without(opened: Opened, training: Training, start: State, silent: np.ndarray) -> tuple[float, LossRow]:
     """As `_full_batch_gradient` of a first step with some samples at weight 0: the gradient of all, which is kept for
     the next training from the same state, less that of these few."""
-    kept = opened.kept.get("first step")
-    if kept is None or kept[0] is not start:
+
+    def of_all() -> tuple[torch.Tensor, LossRow]:
         _, row = _full_batch_gradient(opened, replace(training, weights=None), start.step, True)
-        kept = opened.kept["first step"] = (start, opened.flat.gradient.clone(), row)
-    _, whole, row = kept
+        return opened.flat.gradient.clone(), row
+
+    whole, row = opened.once_at(start, "gradient", of_all)
     opened.measuring_mode()
     opened.flat.gradient.zero_()
     out = 0.0
     for first in range(0, len(silent), opened.batch_size):
-        losses, _ = opened.forward(opened.batches.take(silent[first : first + opened.batch_size]))
+        losses, _ = opened.forward(opened.batches.take(silent[first : first + opened.batch_size]), predicted=False)
         counted = opened.counted(losses, silent[first : first + opened.batch_size])
         (-counted.sum() / opened.target_count).backward()
         out += counted.detach().double().sum().item()
@@ -148,7 +150,7 @@ def counted_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What is minimised of a batch, (B,), the task's own losses (B,), and predictions, from one forward pass."""
     if training.label_smoothing is None:
-        losses, predictions = opened.forward(batch)
+        losses, predictions = opened.forward(batch, predicted=not training.replayed)
         return _weighted(losses, training, indices), losses, predictions
     with opened.running.as_trained():
         counted, losses, predictions = smoothed(opened.task, opened.flat.model, batch, training.label_smoothing)

@@ -6,13 +6,14 @@ S samples of the run, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from opsig_cli import backends
-from opsig_cli.analysis.verdicts import settled
+from opsig_cli.analysis.verdicts import OWN, settled
 from opsig_cli.backends import Curvature, Session, State
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.clustering.clusters import Clusters
@@ -28,9 +29,9 @@ def curvature_left(
 ) -> dict[int, list[float]]:  # fmt: skip
     """R of the pairs asked for, by number from 0, at each checkpoint until the rest cannot change what it comes to.
 
-    The direction is the gradient of a side's mean loss; of the two sides the one along which more remains counts. What
-    is left out is what silence leaves out (see `silencing.silence`): the family that a pair belongs to, or as many
-    others. Pairs that are set `aside`, but for those of the same unit, count in neither: pairs that share labels share
+    The direction is the gradient of a side's mean loss; which side's counts, `of_pairs` says. What is left out is what
+    silence leaves out (see `silencing.silence`): the family that a pair belongs to, or as many others. Pairs that are
+    set `aside`, but for those of the same unit, count in neither: pairs that share labels share
     directions, and one puts curvature along the gradients of another. Empty where nobody can measure it.
     """
     if not asked or not isinstance(session, backends.Slopes) or not isinstance(session, Curvature):
@@ -50,19 +51,37 @@ def curvature_left(
             gone_G = {group for number in aside for group in pairs[number]} - set(unit)
             gone = np.concatenate([np.empty(0, np.int64), *(members[group] for group in sorted(gone_G))])
             controls = controls_of(labels, silent, grouped, np.random.default_rng([seed, step, *unit]), gone)
-            ratio = {}
-            for group in sorted({group for number in chosen for group in pairs[number]}):
-                try:
-                    direction = direction_of(session, state, run.samples[members[group]], session.samples)
-                    curvature = session.slopes_along(state, direction[None])[1][:, 0]  # of all that train
-                except OpsigError:  # a layer without a second derivative
-                    return {}
+
+            def along(group: int, state=state, silent=silent, controls=controls, gone=gone) -> float:
+                direction = direction_of(session, state, run.samples[members[group]], session.samples)
+                curvature = session.slopes_along(state, direction[None])[1][:, 0]  # of all that train
                 weighted = curvature.copy() if weights is None else curvature * weights
                 weighted[run.samples[gone]] = 0
-                ratio[group] = left(weighted, run.samples[silent], run.samples[controls])
-            for number in chosen:
-                found[number].append(max(ratio[group] for group in pairs[number]))
+                return left(weighted, run.samples[silent], run.samples[controls])
+
+            try:
+                ratios = of_pairs({number: pairs[number] for number in chosen}, along)
+            except OpsigError:  # a layer without a second derivative
+                return {}
+            for number, ratio in ratios.items():
+                found[number].append(ratio)
         advance(note=f"step {step}")
+    return found
+
+
+def of_pairs(pairs: Mapping[int, tuple[int, int]], along: Callable[[int], float]) -> dict[int, float]:
+    """R of each of these pairs of groups: the larger of R `along` its two groups, or the first that is OWN or more, as
+    the other then decides nothing and is not measured. Groups that several pairs have go first.
+
+    >>> of_pairs({0: (1, 2), 1: (2, 3)}, {2: 0.5}.__getitem__), of_pairs({0: (1, 2)}, {1: 0.1, 2: 0.2}.__getitem__)
+    ({0: 0.5, 1: 0.5}, {0: 0.2})
+    """
+    sides, found = Counter(group for pair in pairs.values() for group in pair), dict[int, float]()
+    for group in sorted(sides, key=lambda group: (-sides[group], group)):
+        waiting = [number for number, pair in pairs.items() if group in pair and found.get(number, 0) < OWN]
+        if waiting:
+            ratio = along(group)
+            found |= {number: max(ratio, found.get(number, ratio)) for number in waiting}
     return found
 
 

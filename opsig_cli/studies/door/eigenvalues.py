@@ -39,7 +39,7 @@ def sharpness(
     does; `plain`: without Adam's preconditioner; `replace`: measure anew. `part`: "I/N", of so many shares of the
     checkpoints this one, into the file `output`, which `opsig merge` takes in. `plan`: only say what it takes.
     """
-    from opsig_cli.studies import drawing
+    from opsig_cli.studies import drawing, plotting
 
     wanted = [metric for metric in (metrics or "").split(",") if metric]
     asked = _Asked(
@@ -80,7 +80,7 @@ def sharpness(
 
     def draw():
         with opened(run, like=trajectory) as again:
-            return drawing.draw_ends(again, written) if name else drawing.draw_curvature(again, written, groups_named)
+            return drawing.draw_ends(again, written) if name else plotting.draw_curvature(again, written, groups_named)
 
     title = trajectory.path
     if any(record.get("preconditioned") for record in written):

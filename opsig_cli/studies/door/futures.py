@@ -37,7 +37,7 @@ def branch(
     `sharpness`: measure it at the end of each future. `assume`: "KEY=VALUE" of what an imported run does not tell.
     `plan`: only say what it takes.
     """
-    from opsig_cli.studies import drawing
+    from opsig_cli.studies import plotting
 
     given = dict(optimizer=optimizer, learning_rate=learning_rate, batch_size=batch_size, momentum=momentum,
                  clip_norm=clip_norm, label_smoothing=label_smoothing, seed=seed)  # fmt: skip
@@ -80,6 +80,6 @@ def branch(
         )  # fmt: skip
     title = f"{trajectory.path}: futures from step {', '.join(map(str, asked.from_steps))}"
     return Records(
-        written, damage=damage, title=title, draw=lambda: drawing.draw_branches(panels, path, unit),
+        written, damage=damage, title=title, draw=lambda: plotting.draw_branches(panels, path, unit),
         answer=answers.branched(written, path), unit=unit,
     )  # fmt: skip

@@ -19,8 +19,9 @@ from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.settings import Settings
 from opsig_cli.studies import tracking, training
 from opsig_cli.studies.importing import checkpoints, doubles, flow, order, series, settling, trainer_logs
-from opsig_cli.studies.importing.logs import ENDINGS, Log
+from opsig_cli.studies.importing.logs import Log
 from opsig_cli.studies.importing.steps import PLACES, REMEDY, given_steps, steps_of
+from opsig_cli.studies.importing.table_lines import ENDINGS
 from opsig_cli.trajectory import external
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
 from opsig_cli.trajectory.recorder import Recorder

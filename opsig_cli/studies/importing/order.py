@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.errors import OpsigError
-from opsig_cli.studies.importing.logs import COLUMNS, Log, number_of, opened, whole_of
+from opsig_cli.studies.importing.columns import COLUMNS
+from opsig_cli.studies.importing.logs import Log, number_of, whole_of
+from opsig_cli.studies.importing.table_lines import opened
 from opsig_cli.studies.importing.torch_files import check_expansion, first_words
 
 

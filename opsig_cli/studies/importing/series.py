@@ -12,7 +12,9 @@ import numpy as np
 
 from opsig_cli.errors import OpsigError
 from opsig_cli.studies.importing import logs
-from opsig_cli.studies.importing.logs import Log, Warn
+from opsig_cli.studies.importing.columns import COLUMNS, Warn, folded, listed
+from opsig_cli.studies.importing.logs import Log
+from opsig_cli.studies.importing.table_lines import ENDINGS, is_table, pointed, separator_of
 from opsig_cli.studies.importing.torch_files import check_expansion, first_words
 from opsig_cli.trajectory.schema import FIELDS
 
@@ -50,7 +52,7 @@ def read_losses(
     `as_sightings` says otherwise. Raises OpsigError where the file is damaged or is not of this form.
     """
     try:
-        if logs.is_table(path):
+        if is_table(path):
             log = logs.read(path, named or {}, warn)
             check_once(path, log)
             sparse = is_sparse(log) if as_sightings is None else as_sightings
@@ -70,7 +72,7 @@ def read_losses(
     except Exception as error:  # a malformed array file can raise anything
         raise OpsigError(f"{path} is not readable ({first_words(error)})") from error
     raise OpsigError(
-        f"{path} ends in neither .npy, .npz, {', '.join(logs.ENDINGS)} nor one of these with .gz. Save losses as an "
+        f"{path} ends in neither .npy, .npz, {', '.join(ENDINGS)} nor one of these with .gz. Save losses as an "
         "array of steps by samples with numpy.save, or as CSV with the columns step,sample,loss"
     )
 
@@ -179,7 +181,7 @@ def _rows(path: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str
     count = 0
     with open(path, newline="", encoding="utf-8-sig") as file:
         first = file.readline()
-        separator = logs.separator_of(first)
+        separator = separator_of(first)
         reader = csv.reader(itertools.chain([first], file), delimiter=separator)
         try:
             given = [name.strip() for name in next(reader, [])]
@@ -192,7 +194,7 @@ def _rows(path: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str
                 raise OpsigError(f"{path} has several columns of {twice[0]}: {columns}. Leave one of them")
             if missing := [name for name in needed if name not in header]:
                 raise OpsigError(
-                    f"{path} has no column {missing[0]} in its first line. It has: {logs.listed(header)}. Name the "
+                    f"{path} has no column {missing[0]} in its first line. It has: {listed(header)}. Name the "
                     f"column of {missing[0]}s '{missing[0]}'"
                 )
             for values in reader:
@@ -203,7 +205,7 @@ def _rows(path: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str
                 count += 1
                 cells = [value.strip() for value in values]
                 if separator != ",":  # then a comma is the point of a number
-                    cells = [logs.pointed(cell) for cell in cells]
+                    cells = [pointed(cell) for cell in cells]
                 yield reader.line_num, dict(zip(header, cells, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
             raise OpsigError(f"{path} is not readable as CSV ({first_words(error)})") from error
@@ -214,11 +216,11 @@ def _rows(path: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str
 def _known_name(name: str) -> str:
     """What commands call a column: without the run's name that exports put before it, a step by any name."""
     inner = name.rpartition(" - ")[2]
-    folded = logs.folded(inner)
-    if folded in logs.COLUMNS["step"]:
+    column = folded(inner)
+    if column in COLUMNS["step"]:
         return "step"
-    if folded in logs.COLUMNS["loss"] or folded in SCALAR_NAMES:
-        return SCALAR_NAMES.get(folded, "train_loss")
+    if column in COLUMNS["loss"] or column in SCALAR_NAMES:
+        return SCALAR_NAMES.get(column, "train_loss")
     return name
 
 
