@@ -34,6 +34,22 @@ class Noisy(Two):
     def losses(self, model, batch):
         return super().losses(model, (batch[0] + torch.randn_like(batch[0]), batch[1]))
 
+class Logits(Two):
+    def predictions(self, model, batch):
+        return model(batch[0])
+
+class Probabilities(Two):
+    def predictions(self, model, batch):
+        return model(batch[0])[:, 0].sigmoid()
+
+class FeaturesOf(Two):
+    def __init__(self, kind="array"):
+        self.kind = kind
+
+    def features(self, model, batch):
+        kinds = {"array": batch[0].numpy(), "vector": batch[0][:, 0], "mean": batch[0].mean(0, keepdim=True)}
+        return kinds[self.kind]
+
 class ByName(Two):
     def dataset(self):
         return {f"image {i}": item for i, item in enumerate(super().dataset())}
@@ -74,12 +90,27 @@ def test_random_losses_are_said_to_be_and_not_laid_to_the_data(trains, opsig, tm
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        (
+            "Logits",
+            "the task's predictions() returned shape (24, 1) for 24 samples. It must return a tensor of integers",
+        ),
+        ("Probabilities", "the task's predictions() are not whole numbers"),
         ("ByName", "the task's dataset is a dict, which gives items by key"),
         ("WithTokenizer", "model() returned a tuple, not a torch.nn.Module"),
     ],
 )
-def test_what_is_no_dataset_or_model_is_named(trains, name, words):
+def test_what_is_no_dataset_model_or_prediction_is_named(trains, name, words):
     trains(name)[1].fails(1, words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("array", "returned ndarray"), ("vector", "returned shape (24,)"), ("mean", "returned 1 rows for 24 samples")],
+)
+def test_features_that_are_no_rows_are_refused_in_one_line(trains, opsig, tmp_path, kind, words):
+    own, done = trains(f"FeaturesOf:kind={kind}")
+    assert done.code == 0
+    opsig("cluster", tmp_path / "run.h5", *own, "-q").fails(1, f"the task's features() {words}", "(B, D)")
 
 
 def test_a_last_checkpoint_under_two_more_names_is_left_out(opsig, tmp_path):
