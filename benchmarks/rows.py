@@ -1,6 +1,6 @@
 """Grouping many samples by rows, without the matrix of every two: the same groups, seconds of processor time, memory.
 
-    python benchmarks/rows.py [--samples 50000] [--seeds 2] [--only same,large] [--test held-out]
+    python benchmarks/rows.py [--samples 50000] [--seeds 2] [--only same,large] [--by gradient] [--test held-out]
 
 "same" groups planted runs (planted.py's, --small) with the matrix, with the matrix of the same sketches, and by rows,
 where the numbers from which on rows are taken are set far below what opsig takes: the adjusted Rand index between the
@@ -127,12 +127,12 @@ def _index(one: np.ndarray, other: np.ndarray, inside: np.ndarray) -> str:
     return f"{adjusted_rand_score(one[inside], other[inside]):.3f}"
 
 
-def large(folder: Path, samples: int, test: str) -> None:
+def large(folder: Path, samples: int, test: str, ways: list[str]) -> None:
     """Print what grouping so many samples takes."""
     run, task = folder / "crowd.h5", f"{__file__}:Crowd:samples={samples}"
     _opsig(folder, "train", "--task", task, "--learning-rate", "0.2", "--steps", "200", "--checkpoint-every", "10",
            "--track", "-q", "-o", run)  # fmt: skip
-    for by in ("loss", "gradient", "both"):
+    for by in ways:
         words = ["--by", by, "--top", samples, *(["--task", task, "--test", test] if by != "loss" else [])]
         records, seconds, peak = _opsig(folder, "cluster", run, *words, "--replace", "--truth", "-q")
         agreed = records[-1]
@@ -165,12 +165,13 @@ def main() -> None:
     parser.add_argument("--only", default="same,large")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--test", default="replay")
+    parser.add_argument("--by", default="loss,gradient,both", help="what large groups by")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "same" in options.only:
             same(Path(folder), options.kinds.split(","), options.seeds)
         if "large" in options.only:
-            large(Path(folder), options.samples, options.test)
+            large(Path(folder), options.samples, options.test, options.by.split(","))
 
 
 if __name__ == "__main__":

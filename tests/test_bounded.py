@@ -46,10 +46,27 @@ def test_few_vectors_find_what_many_do_at_half_as_many_products_more_at_most(cou
 
 def test_a_space_that_is_exhausted_is_no_end_of_the_search():
     diagonal = torch.tensor([2.0, -3.0, 1.0], dtype=torch.float64)
-    found = small_basis.top_eigenpairs(lambda v: diagonal * v, torch.tensor([0.0, 1.0, 0.0]).double(), 1, 1e-8, 5)
-    assert found.products == 1  # nothing but -3 is seen from there: who starts adds a random part
-    found = small_basis.top_eigenpairs(lambda v: diagonal * v, torch.ones(3).double(), 1, 1e-8, 5)
-    assert np.allclose(found.values, [2.0])
+    for start in ([0.0, 1.0, 0.0], [1.0, 1.0, 1.0]):  # from the first of them nothing but -3 is seen
+        found = small_basis.top_eigenpairs(lambda v: diagonal * v, torch.tensor(start).double(), 1, 1e-8, 5)
+        assert np.allclose(found.values, [2.0])
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
+def test_equal_eigenvalues_and_units_of_any_size_are_found_with_few_vectors(unit):
+    diagonal = torch.cat([torch.full((3,), 5.0), torch.full((2,), -9.0), torch.full((295,), 1.0)]) * unit
+    start = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    found = small_basis.top_eigenpairs(lambda v: diagonal * v, start, 4, 1e-4, 56)
+    assert np.allclose(found.values / unit, [5, 5, 5, 1], rtol=1e-5)
+    assert found.converged
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-4])
+def test_an_eigenvalue_that_the_start_hardly_contains_is_not_passed_over(share):
+    values = torch.cat([torch.tensor([40.0, 30.0, 24.0, 20.0, 16.0, 13.0]), torch.linspace(-1, 1, 994)])
+    start = torch.randn(1000, generator=torch.Generator().manual_seed(0)) / 100
+    start[:6] = torch.tensor([1.0, 0.8, 0.6, 0.5, share, 0.5])
+    solution = small_basis.top_eigenpairs(lambda v: values * v, start, 5, 1e-3, 40)
+    np.testing.assert_allclose(solution.values, values[:5], rtol=1e-3)
 
 
 def test_a_solve_takes_the_memory_it_is_given_and_says_what_it_lacks(tiny_run, tmp_path, opsig, monkeypatch):

@@ -62,6 +62,20 @@ def test_a_negative_eigenvalue_of_larger_size_is_not_the_sharpness():
     assert found.converged
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
+def test_a_small_residual_in_float32_is_the_true_one_whatever_the_unit(unit):
+    """Squares of such images leave float32's range, and differences of squares its digits."""
+    generator = np.random.default_rng(3)
+    diagonal = torch.from_numpy(np.concatenate([[9.0, 7.0], generator.uniform(-2, 2, 40_000)]) * unit).float()
+    for tolerance in (3e-4, 1e-5):
+        found = top_eigenpairs(lambda v: diagonal * v, random_start(diagonal, 0), 1, tolerance)
+        vector = found.vectors[0].double()
+        true = (diagonal.double() / unit * vector - found.values[0] / unit * vector).norm() / (found.values[0] / unit)
+        assert found.converged
+        assert found.residuals[0] == pytest.approx(float(true), rel=0.02, abs=3e-7)
+        assert found.values[0] == pytest.approx(9 * unit, rel=1e-6)
+
+
 def test_equal_eigenvalues_of_a_linear_model_for_several_outputs_are_all_found():
     """H of half the squared errors is I kron X'X / S: each eigenvalue once for every output."""
     x = np.random.default_rng(0).standard_normal((30, 5))

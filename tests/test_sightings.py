@@ -14,6 +14,7 @@ import torch
 from conftest import TASKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
 
 from opsig_cli import OpsigError, Recorder, cluster, mine, open_trajectory
 from opsig_cli.analysis.sightings import Expectation, trend
@@ -399,6 +400,27 @@ def test_a_planted_spike_is_traced_to_its_rows_and_to_the_pair_behind_them(tmp_p
     assert found["pair"]["precision"] > 0.9
     assert found["pair"]["recall"] > 0.5
     assert found["pair"]["opposition"] < -0.5
+
+
+def test_many_behind_a_spike_are_grouped_by_rows(tmp_path, opsig, monkeypatch):
+    path = tmp_path / "run.h5"
+    observed(path, checkpoints=(8, 12, 16))
+    files = [tmp_path / f"step{step}.pt" for step in (8, 12, 16)]
+    assert opsig("import", *files, "--task", f"{TASKS}:Tiny", "--batch-size", 20, "--append", "-o", path).code == 0
+    asked = ["cluster", path, "--task", f"{TASKS}:Tiny", "--top", 40, "--test", "none", "--replace"]
+    whole = opsig(*asked)
+    monkeypatch.setattr("opsig_cli.analysis.gram.MOST_FORMED", 20)
+    found = opsig(*asked)
+    assert "samples, more than 20, are grouped by rows of sketches" in found.err
+
+    def sides(records):
+        return {record["sample"]: record["group"] for record in records if record["kind"] == "member"}
+
+    assert len(sides(found.records)) > 20
+    both = sides(whole.records).keys() & sides(found.records).keys()
+    assert adjusted_rand_score(*[[sides(one.records)[sample] for sample in both] for one in (whole, found)]) > 0.9
+    monkeypatch.setattr("opsig_cli.studies.clustering.asked.MOST_GROUPED", 30)
+    opsig(*asked).fails(1, "60 samples cannot be compared with each other", "Give at most 20")
 
 
 def observed(path, steps=24, checkpoints=()):

@@ -241,8 +241,10 @@ def _around(run: Trajectory, movers: Movers) -> tuple[dict[int, float], dict[int
     movement: the sizes of their changes, summed."""
     rising, movement, targets = {}, {}, targets_of(run)
     count, some = int(targets.sum()), not targets.all()
+    at, after = -1, None
     for row in np.unique(movers.row).tolist():
-        before, after = run.rows("losses/loss", row - 1, row + 1)
+        before = after if at == row - 1 and after is not None else run.rows("losses/loss", row - 1, row)[0]
+        at, after = row, run.rows("losses/loss", row, row + 1)[0]
         changes = after - before
         if some:
             changes = changes[targets]

@@ -42,6 +42,8 @@ NOVELTY, KNOWN_NOVELTY = 0.3, 0.1
 gradient shows must be seen. The eigenvector of a checkpoint near by is nearer than the gradient is."""
 DEPENDENT = 1e-7
 """Directions whose share in the Gram matrix is below this are rounding."""
+CANCELLED = 3e-3
+"""Relative residuals below which inner products in float32 leave it fewer than three digits."""
 ROUNDING = 1e3
 """A unit vector's rest outside of the basis is rounding where it is shorter than so many units of precision."""
 
@@ -110,7 +112,10 @@ def top_eigenpairs(
         if (converged and enough and not whole) or search.products == limit or exhausted:
             break
         wanted = np.flatnonzero(residuals > tolerance)
-        direction = search.next_direction(wanted if len(wanted) else np.arange(count + 1))
+        if len(wanted) and residuals.max() < DEPENDENT**0.5:  # the model has no digits left
+            direction = search.residual(int(residuals.argmax()))
+        else:
+            direction = search.next_direction(wanted if len(wanted) else np.arange(count + 1))
     vectors = search.vectors(count)
     return Solution(values, vectors, residuals, search.products, converged or exhausted, search.remember(count))
 
@@ -137,6 +142,7 @@ class _Search:
         self._space = space
         self._known = 0 if memory is None else len(memory.vectors)
         self._values = np.empty(0) if memory is None else memory.values
+        self._unit = 0.0  # in which images are held, that of the first: their squares must not leave float32's range
         self._room = room
         self._rows = space.rows(None if memory is None else memory.vectors)
         self._gram = np.eye(self._known)
@@ -157,27 +163,36 @@ class _Search:
         while vector is None:
             vector = self._apart(next(self._noise))
         image = product(vector)
-        if not self._space.is_finite(image):
+        length = self._space.norm(image)
+        if not np.isfinite(length):
             raise ValueError(
                 "the Hessian is not finite at this checkpoint: the run has diverged. Choose others with --steps"
             )
-        self._put(vector, image)
+        if not self._unit:
+            self._unit = length or 1.0
+            self._values = self._values / self._unit
+        self._put(vector, self._space.divided(image, self._unit))
         self.products += 1
         self._ritz_values, self._ritz = np.linalg.eigh((self._vw + self._vw.T) / 2)
 
     def pairs(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The largest Ritz values, decreasing, with their residuals, relative and absolute.
 
-        Lengths of combinations come from the Gram matrix, which is that of the rows as they are held.
+        Lengths of combinations come from the Gram matrix, and where that has no digits left from the combinations.
         """
-        values, ritz = self._ritz_values[::-1][:count].copy(), self._ritz[:, ::-1][:, :count]
-        coefficients = np.zeros((len(self._gram), len(values)))
-        coefficients[self._known :: 2] = -values * ritz
-        coefficients[self._known + 1 :: 2] = ritz
-        squares = np.einsum("nk,nm,mk->k", coefficients, self._gram, coefficients)
-        errors = np.sqrt(np.maximum(squares, 0))
+        values = self._ritz_values[::-1][:count].copy()
+        coefficients = self._residuals(len(values))
+        gram = self._gram[self._known :, self._known :]
+        errors = np.sqrt(np.maximum(np.einsum("nk,nm,mk->k", coefficients, gram, coefficients), 0))
+        for rank in np.flatnonzero(errors < CANCELLED * np.abs(values)):
+            errors[rank] = self._space.norm(self._rows.combine(coefficients[:, [rank]], self._known)[0])
         errors = np.maximum(errors, self._space.precision * np.abs(values))  # what combining the rows in it would leave
-        return values, errors / np.maximum(np.abs(values), 1e-300), errors
+        return self._unit * values, errors / np.maximum(np.abs(values), 1e-300), self._unit * errors
+
+    def residual(self, rank: int) -> Vector:
+        """Hv - av of one of the largest Ritz pairs, over its length, (P,)."""
+        found = self._rows.combine(self._residuals(rank + 1)[:, [rank]], self._known)[0]
+        return self._space.divided(found, self._space.norm(found))
 
     def next_direction(self, ranks: np.ndarray) -> Vector:
         """Of the model's eigenvectors of these ranks the one that is least in the basis: what it has outside, (P,)."""
@@ -198,7 +213,15 @@ class _Search:
         fits = REMEMBERED_BYTES // (self._space.itemsize * self._space.size)
         rank = max(1, min(max(REMEMBERED, count + 1), fits))
         kept = np.argsort(-np.abs(values))[:rank]
-        return Memory(self._rows.combine(coordinates @ vectors[:, kept]), values[kept])
+        return Memory(self._rows.combine(coordinates @ vectors[:, kept]), self._unit * values[kept])
+
+    def _residuals(self, count: int) -> np.ndarray:
+        """Coefficients (2 N, count) of the largest Ritz pairs' residuals in v_1, w_1, v_2, ..."""
+        ritz = self._ritz[:, ::-1][:, :count]
+        found = np.empty((2 * self.size, count))
+        found[::2] = -self._ritz_values[::-1][:count] * ritz
+        found[1::2] = ritz
+        return found
 
     @property
     def _vw(self) -> np.ndarray:

@@ -75,10 +75,6 @@ class Space(Protocol):
         """The combination (P,) of rows (n, P) by coefficients (n,)."""
         ...
 
-    def is_finite(self, vector: Vector) -> bool:
-        """Whether all its numbers are finite."""
-        ...
-
 
 class NumpySpace:
     """Vectors in numpy arrays, of float32 or float64.
@@ -126,10 +122,6 @@ class NumpySpace:
     def combined(self, coefficients: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The combination of rows by coefficients."""
         return coefficients.astype(self.dtype) @ rows
-
-    def is_finite(self, vector: np.ndarray) -> bool:
-        """Whether all its numbers are finite."""
-        return bool(np.isfinite(vector).all())
 
 
 class NumpyRows:

@@ -16,10 +16,10 @@ class ChannelScales(TorchFunctionMode):
     """Inside, batch norm that does not train is written out."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_scaled if function is F.batch_norm else function)(*args, **(kwargs or {}))
+        return (scaled if function is F.batch_norm else function)(*args, **(kwargs or {}))
 
 
-def _scaled(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def scaled(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if training or running_mean is None:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps)

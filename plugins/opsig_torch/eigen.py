@@ -54,10 +54,6 @@ class TorchSpace:
         """The combination (P,) of rows (n, P)."""
         return torch.from_numpy(coefficients).to(rows) @ rows
 
-    def is_finite(self, vector: torch.Tensor) -> bool:
-        """Whether all its numbers are finite."""
-        return bool(torch.isfinite(vector).all())
-
     def _random(self, generator: torch.Generator) -> torch.Tensor:
         if self.size <= AT_ONCE:
             noise = torch.randn(self.size, generator=generator, dtype=torch.float64)

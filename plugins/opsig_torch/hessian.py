@@ -1,23 +1,25 @@
 """Products with the Hessian of the training loss, and its most positive eigenpairs. P parameters, K eigenpairs.
 
-A product is the gradient of the gradient, batch by batch. Where the graph of all batches fits in GRAPH_BYTES it is kept
-from product to product, so that each costs two backward passes; elsewhere the forward pass and the gradient are made
-anew. Nothing goes through `.grad`.
+A product is the gradient of the gradient, batch by batch, of layers as `opsig_torch.kept_derivatives` has them. Where
+the graph of all batches fits in GRAPH_BYTES it is kept from product to product, so that each costs two backward passes;
+elsewhere the forward pass and the gradient are made anew. Nothing goes through `.grad`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
-from opsig_linalg.eigen import ROOM, Memory, Solution, novelty
+from opsig_linalg.eigen import REMEMBERED, ROOM, WHOLE, Memory, Solution, novelty
 
 from opsig_cli.backends import worded
 from opsig_cli.errors import OpsigError
 from opsig_torch import plain, small_basis, ways
 from opsig_torch.channel_scales import ChannelScales
-from opsig_torch.eigen import TorchSpace, random_start, top_eigenpairs
+from opsig_torch.eigen import TorchSpace, top_eigenpairs
+from opsig_torch.kept_derivatives import KeptDerivatives
 from opsig_torch.memory import let_go
 from opsig_torch.opened import GRAPH_SHARE, Opened
 from opsig_torch.saved import saved_bytes
@@ -27,6 +29,10 @@ GRAPH_BYTES = 1 << 30
 """Bound on the graphs that are kept."""
 LARGE_BYTES = 1 << 30
 """Size of a basis from which on it is worth the time to look for memory that can be let go of."""
+FEW = 4
+"""Items whose product is made both by kept derivatives and by plain autograd, once a session."""
+HOLDS = 1e-3
+"""Relative difference up to which these are the same."""
 PRODUCT_VECTORS = 6
 """Vectors that a product takes: the gradient with its graph, derivatives of that as parts and as one, their sum, and
 the solver's own beside its basis."""
@@ -38,7 +44,7 @@ class Hessian:
     """The Hessian of the mean training loss at the loaded parameters, as an operator on (P,) vectors.
 
     `scale` (P,): the operator is diag(scale) H diag(scale), as for a preconditioned optimizer. `products` counts.
-    Raises OpsigError where the task's losses differ from one evaluation to the next.
+    Raises OpsigError where the task's losses differ from one evaluation to the next, or are not finite.
     """
 
     def __init__(self, opened: Opened, scale: torch.Tensor | None = None):
@@ -77,25 +83,56 @@ class Hessian:
                 self._opened.passes.heard(1 / len(self._kept))
             return
         opened = self._opened
-        size = opened.fitting_batch(2)
+        size = _piece(opened)
         cut = opened.batches.divisible and size < opened.batch_size
         count = len(opened.batches.slices(size if cut else None))
         keep: bool | None = None
         kept = []
         for indices, batch in opened.batches.in_pieces(size) if cut else opened.batches:
             with nullcontext() if "unheard" in opened.kept else saved_bytes() as saved:
-                with ChannelScales():
+                with self._layers():
                     losses = opened.batch_losses(batch, 2)
-                loss = opened.counted(losses, indices).sum() / opened.target_count
+                losses = opened.counted(losses, indices)
+                _require_finite(losses.detach(), indices)
+                loss = losses.sum() / opened.target_count
                 gradients = plain.gradients(opened, loss, twice=True)
             if keep is None:
-                room = self._graph_room() if cut else GRAPH_BYTES
+                room = self._graph_room() if opened.fitting_batch(2) < opened.batch_size else GRAPH_BYTES
                 keep = saved is not None and saved.total * count <= room
             if keep:
                 kept.append(gradients)
             yield gradients, keep
         if keep:
             self._kept = kept
+
+    def _layers(self) -> KeptDerivatives | ChannelScales:
+        """How layers are run: with kept derivatives where a few items' product is that of plain autograd."""
+        known = self._opened.kept
+        if "kept derivatives" not in known:
+            known["kept derivatives"] = self._kept_derivatives_hold()
+        return KeptDerivatives() if known["kept derivatives"] else ChannelScales()
+
+    def _kept_derivatives_hold(self) -> bool:
+        opened = self._opened
+        if opened.device != "cpu":
+            return False
+        batch = opened.batches.take(range(min(FEW, opened.items)))
+        try:
+            images = []
+            for layers in (nullcontext(), KeptDerivatives()):
+                with torch.enable_grad():
+                    with layers:
+                        loss = opened.batch_losses(batch, 2).nansum()
+                    slopes = plain.gradients(opened, loss, twice=True)
+                    plain.require_differentiable(slopes)
+                    along = [slope.detach() for slope in slopes]
+                    images.append(plain.product(opened, slopes, along).double())
+        except (OpsigError, MemoryError):
+            raise
+        except Exception:  # a model that takes derivatives itself, or by torch.func
+            return False
+        exact, found = images
+        return bool((found - exact).norm() <= HOLDS * exact.norm())
 
     def _graph_room(self) -> int:
         """Bytes of graphs that are kept where memory is short: what a batch's may take, less the solver's vectors."""
@@ -104,27 +141,40 @@ class Hessian:
 
     def _check_repeatable(self) -> None:
         opened = self._opened
+        if "repeatable" in opened.kept:
+            return
         with torch.no_grad():
             indices, batch = next(iter(opened.batches))
-            first = opened.counted(opened.batch_losses(batch), indices)
-            known = "repeatable" in opened.kept
-            second = first if known else opened.counted(opened.batch_losses(batch), indices)
-        broken = torch.nonzero(~torch.isfinite(first)).flatten()
-        if 0 < len(broken) <= len(first) / 2:
-            raise OpsigError(
-                f"the loss of sample {indices.start + int(broken[0])} is not finite at this checkpoint, so that the "
-                "whole loss has no curvature. Look at this part of the data"
-            )
-        if len(broken):
-            raise OpsigError(
-                "losses are not finite at this checkpoint: the run has diverged. Choose others with --steps"
-            )
+            first, second = (opened.counted(opened.batch_losses(batch), indices) for _ in range(2))
+        _require_finite(first, indices)
         if not torch.equal(first, second):
             raise OpsigError(
                 "the task's losses differ when they are evaluated again at the same parameters. "
                 "Curvature needs a deterministic loss: turn dropout and random augmentation off"
             )
         opened.kept["repeatable"] = True
+
+
+def _require_finite(losses: torch.Tensor, indices: slice) -> None:
+    """Raise OpsigError where one of a batch's losses, which are those of these samples, is not finite."""
+    broken = torch.nonzero(~torch.isfinite(losses)).flatten()
+    if 0 < len(broken) <= len(losses) / 2:
+        raise OpsigError(
+            f"the loss of sample {indices.start + int(broken[0])} is not finite at this checkpoint, so that the "
+            "whole loss has no curvature. Look at this part of the data"
+        )
+    if len(broken):
+        raise OpsigError("losses are not finite at this checkpoint: the run has diverged. Choose others with --steps")
+
+
+def _piece(opened: Opened) -> int:
+    """Items of which a graph is made at a time: what fits, and convolutions on the CPU in small batches, by which a
+    batch is cut evenly, so that sums are the same however batches are shared among processes."""
+    fits, small = opened.fitting_batch(2), opened.inference_batch()
+    if opened.couples_samples or fits < small or small == opened.batch_size:
+        return fits
+    even = [size for size in range(small // 2, small + 1) if opened.batch_size % size == 0]
+    return max(even, default=fits)
 
 
 def solve(
@@ -136,7 +186,8 @@ def solve(
     The start is what `memory` of a checkpoint near by names, else the gradient, which lies largely along the top
     eigenvectors; with a random part from `seed`. For a single eigenpair the memory is the method's model of the Hessian
     too, which takes half the products; for several it would lead astray (15.6 products, and 12.0 without it where a
-    start from the gradient takes 12.5). Raises OpsigError for a tolerance that cannot be met, or where the
+    start from the gradient takes 12.5). All others go by Lanczos's method, which holds half the vectors. Raises
+    OpsigError for a tolerance that cannot be met, or where the
     Hessian is not finite.
     """
     hessian = Hessian(opened, scale)
@@ -152,23 +203,28 @@ def solve(
 
     def start() -> torch.Tensor:
         found = hessian.gradient() if memory is None else memory.start(TorchSpace(opened.flat.vector.detach()), count)
-        noise = random_start(opened.flat.vector.detach(), seed)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(found.shape, generator=generator).to(found)
         found = found / torch.linalg.vector_norm(found).clamp_min(1e-30)
-        return found.add_(noise.mul_(novelty(memory)))
+        return found.add_(noise, alpha=novelty(memory) / found.numel() ** 0.5)
 
     def product(vector: torch.Tensor) -> torch.Tensor:
         if vectors * vector.nbytes > LARGE_BYTES:
             let_go()  # what the product before has left in pieces
         return hessian(vector)
 
+    size = opened.flat.vector.numel()
     try:
+        if (count == 1 and memory is not None and not few) or size <= WHOLE:
+            return top_eigenpairs(hessian, start(), count, tolerance, memory=memory if count == 1 else None)
+        room = basis_room(count, size)
         if few:
-            return small_basis.top_eigenpairs(
-                product, start(), count, tolerance, min(vectors, basis_room(count, 1 << 62))
-            )
-        return top_eigenpairs(hessian, start(), count, tolerance, memory=memory if count == 1 else None)
+            return small_basis.top_eigenpairs(product, start(), count, tolerance, min(vectors, room))
+        found = small_basis.top_eigenpairs(hessian, start(), count, tolerance, room, remembered=REMEMBERED)
     except ValueError as error:
         raise OpsigError(str(error)) from error
+    held = found.memory.vectors.clone()  # and not the whole basis
+    return replace(found, vectors=held[: len(found.values)], memory=replace(found.memory, vectors=held))
 
 
 def basis_room(count: int, size: int) -> int:

@@ -61,8 +61,9 @@ def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=F
     if training:
         y = _normalised(x, (0, *range(2, x.dim())), eps)
     else:
-        shape = (1, -1, *(1 for _ in x.shape[2:]))
-        y = (x - running_mean.view(shape)) * torch.rsqrt(running_var + eps).view(shape)
+        y, scale = x, torch.rsqrt(running_var + eps)
+        weight = scale if weight is None else scale * weight
+        bias = -running_mean * weight if bias is None else bias - running_mean * weight
     return _per_channel(y, weight, bias)
 
 
@@ -97,7 +98,7 @@ def _affine(y, weight, bias):
     return y if bias is None else y + bias
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if is_causal:
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
@@ -165,7 +166,7 @@ _NO_FORWARD_TWICE = {
     F.group_norm: _group_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
-    F.scaled_dot_product_attention: _attention,
+    F.scaled_dot_product_attention: attention,
     F.silu: _elementwise(lambda x: x * torch.sigmoid(x)),
     F.mish: _elementwise(lambda x: x * torch.tanh(F.softplus(x))),
     F.glu: _glu,

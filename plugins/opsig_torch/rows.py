@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 
+from opsig_torch.arithmetic import narrow
+
 BLOCK = 16
 """Rows that are allocated at a time."""
 PIECE = 1 << 14
-"""Columns that are turned into float64 at a time: a block of so many fits a processor's cache."""
+"""Columns whose products are summed in the rows' own precision: sums of so many pieces are float64, and float32's error
+is some 5e-9 of the two lengths."""
+FEW = 4
+"""Combinations below which oneDNN's preparations take longer than the product of matrices does."""
 
 
 class Rows:
@@ -36,23 +42,19 @@ class Rows:
         return held
 
     def products(self, others: torch.Tensor, first: int = 0, every: int = 1) -> np.ndarray:
-        """Inner products (n, c) with others (c, P), summed in float64; of every so many rows from the first on."""
-        blocks = list(self._from(first, every))
-        totals = [torch.zeros(len(b), len(others), dtype=torch.float64, device=others.device) for b in blocks]
-        for start in range(0, others.shape[1], PIECE):
-            piece = slice(start, start + PIECE)
-            columns = others[:, piece].double().T
-            for block, total in zip(blocks, totals, strict=True):
-                total += block[:, piece].double() @ columns
-        return torch.cat(totals).cpu().numpy() if totals else np.zeros((0, len(others)))
+        """Inner products (n, c) with others (c, P), summed in float64 over PIECE columns at a time; of every so many
+        rows from the first on."""
+        found = [inner(block, others) for block in self._from(first, every)]
+        return np.concatenate(found) if found else np.zeros((0, len(others)))
 
     def combine(self, coefficients: np.ndarray, first: int = 0, every: int = 1) -> torch.Tensor:
         """Combinations (k, P) of rows by coefficients (n, k), of every so many rows from the first on."""
         total, place = None, 0
-        for block in self._from(first, every):
-            some = torch.from_numpy(coefficients[place : place + len(block)].T.copy()).to(block)
-            total = some @ block if total is None else total.addmm_(some, block)
-            place += len(block)
+        with narrow() if coefficients.shape[1] < FEW else nullcontext():
+            for block in self._from(first, every):
+                some = torch.from_numpy(coefficients[place : place + len(block)].T.copy()).to(block)
+                total = some @ block if total is None else total.addmm_(some, block)
+                place += len(block)
         return self.like.new_zeros(coefficients.shape[1], self.like.shape[1]) if total is None else total
 
     def keep(self, count: int) -> None:
@@ -70,3 +72,12 @@ class Rows:
             if skip < held:
                 yield block[:held][skip::every]
             begin += len(block) if number < len(self._blocks) - 1 else held
+
+
+def inner(rows: torch.Tensor, others: torch.Tensor) -> np.ndarray:
+    """Inner products (n, c) of rows (n, P) with others (c, P), summed in float64 over PIECE columns at a time."""
+    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=others.device)
+    with narrow():
+        for left, right in zip(rows.split(PIECE, 1), others.split(PIECE, 1), strict=True):
+            total += left @ right.T
+    return total.cpu().numpy()

@@ -1,8 +1,9 @@
-"""The most positive eigenpairs of a symmetric operator, with no more vectors than there is room for.
+"""The most positive eigenpairs of a symmetric operator without a memory, with no more vectors than there is room for.
 
 P parameters, K eigenpairs, N basis vectors. Lanczos's method with thick restarts (Wu & Simon 2000): a full basis is cut
 back to its best Ritz vectors, in place. Where `opsig_linalg.eigen` keeps two vectors for each product, this keeps one.
-Basis vectors are made orthogonal twice over, and every entry of the projected matrix is an inner product in float64.
+A basis vector that little is left of is made orthogonal twice over. Every entry of the projected matrix is an inner
+product, summed in float64.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from opsig_linalg.eigen import LIMIT, LOOK_ABOUT, Memory, Solution, require_reachable
+from opsig_linalg.eigen import LIMIT, LOOK_ABOUT, SEED, Memory, Solution, require_reachable
 
+from opsig_torch.arithmetic import narrow
 from opsig_torch.eigen import TorchSpace
+from opsig_torch.rows import inner
 
 PIECE = 1 << 16
-"""Columns that are rotated, or turned into float64, at a time."""
+"""Columns that are rotated at a time."""
+THIN = 0.1
+"""Part of a vector that must be left of it, so that rounding leaves no share of what was taken."""
+CONFIRMED = 2
+"""Further products through which several eigenpairs must stay found: where the start hardly contains one of them, the
+next below takes its place with a small residual for a product or two, until it comes up."""
 EXHAUSTED = 10
 """A space is exhausted where what is left of an image is shorter than so many units of precision of the operator."""
 
@@ -28,13 +36,14 @@ def least_room(count: int) -> int:
 
 def top_eigenpairs(
     product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, count: int, tolerance: float, room: int,
-    limit: int = LIMIT,
+    limit: int = LIMIT, remembered: int = 0,
 ) -> Solution:  # fmt: skip
     """Solve for the `count` most positive eigenpairs to the relative `tolerance`, from a nonzero (P,) `start`.
 
     Memory: `room` vectors and the one that the product makes. `room` is at least `least_room(count)`. Raises
     ValueError for a tolerance that the start's
-    precision cannot reach, and for products that are not finite. `start` is used up.
+    precision cannot reach, and for products that are not finite. `start` is used up. The solution's memory has
+    `remembered` Ritz vectors, or one more than there are eigenpairs.
 
     >>> diagonal = torch.arange(-50.0, 50.0, dtype=torch.float64)
     >>> found = top_eigenpairs(lambda v: diagonal * v, torch.ones(100, dtype=torch.float64), 2, 1e-8, 8)
@@ -47,36 +56,38 @@ def top_eigenpairs(
     room = min(room, size)
     basis = start.new_empty(room, size)
     matrix = np.zeros((room, room))
+    noise = TorchSpace(start).noise(SEED)
     precision = torch.finfo(start.dtype).eps
     image = start
     del start  # as of the image below: a product is made while no other vector than the basis is held
-    rest, held, products, largest = _norm(image), 0, 0, 0.0
+    rest, held, products, largest, unit = _norm(image), 0, 0, 0.0, 1.0
+    found = 0  # products since all are
     while True:
         torch.div(image, rest, out=basis[held])
         del image
         image = product(basis[held])
+        if products == 0:
+            unit = _norm(image) or 1.0  # of all that has the operator's: squares must not leave float32's range
+        image.div_(unit)
         products += 1
         held += 1
-        column = np.zeros(held)
-        for _ in range(2):
-            along = _inner(basis[:held], image)
-            image -= torch.from_numpy(along).to(image) @ basis[:held]
-            column += along
+        column, rest = _make_orthogonal(image, basis[:held])
         if not np.isfinite(column).all():
             raise ValueError(
                 "the Hessian is not finite at this checkpoint: the run has diverged. Choose others with --steps"
             )
         matrix[:held, held - 1] = matrix[held - 1, :held] = column
-        rest = _norm(image)
         values, ritz = np.linalg.eigh(matrix[:held, :held])
         values, ritz = values[::-1], ritz[:, ::-1]
         largest = max(largest, float(np.abs(values).max()))
         errors = rest * np.abs(ritz[-1])
         residuals = errors[:count] / np.maximum(np.abs(values[:count]), 1e-300)
-        exhausted = products >= size or rest <= EXHAUSTED * precision * largest
+        exhausted = products >= size
         overtaken = held > count and values[count] + errors[count] > values[count - 1]
         met = held >= count and bool((residuals <= tolerance).all()) and not overtaken
-        if (met and products > count + LOOK_ABOUT) or products == limit or exhausted:
+        found = found + 1 if met else 0
+        confirmed = found > (CONFIRMED if count > 1 else 0)
+        if (confirmed and products > count + LOOK_ABOUT) or products == limit or exhausted:
             break
         if held == room:
             kept = max(count + 1, room // 2)
@@ -84,13 +95,18 @@ def top_eigenpairs(
             matrix[:] = 0
             matrix[range(kept), range(kept)] = values[:kept]
             held = kept
-    kept = min(count + 1, held)
+        if rest <= EXHAUSTED * precision * largest:  # equal eigenvalues' other vectors are in another space than this
+            rest = 0.0
+            while rest <= EXHAUSTED * precision:
+                image = next(noise)
+                rest = _make_orthogonal(image, basis[:held])[1]
+    kept = min(max(count + 1, remembered), held)
     _rotate(basis[:held], ritz[:, :kept])
     vectors = basis[:count] if kept > count else basis[:kept]
     for vector in basis[:kept]:
         vector /= _norm(vector)
-    memory = Memory(basis[:kept], values[:kept].copy())
-    return Solution(values[:count].copy(), vectors, residuals, products, met or exhausted, memory)
+    values = unit * values[:kept]
+    return Solution(values[:count], vectors, residuals, products, met or exhausted, Memory(basis[:kept], values))
 
 
 def _rotate(basis: torch.Tensor, coefficients: np.ndarray) -> None:
@@ -101,13 +117,17 @@ def _rotate(basis: torch.Tensor, coefficients: np.ndarray) -> None:
         piece[: len(mixing)] = mixing @ piece
 
 
-def _inner(basis: torch.Tensor, vector: torch.Tensor) -> np.ndarray:
-    """Inner products with the rows of the basis, (N,) float64."""
-    total = torch.zeros(len(basis), dtype=torch.float64, device=basis.device)
-    for first in range(0, vector.numel(), PIECE):
-        piece = slice(first, first + PIECE)
-        total += basis[:, piece].double() @ vector[piece].double()
-    return total.cpu().numpy()
+def _make_orthogonal(vector: torch.Tensor, basis: torch.Tensor) -> tuple[np.ndarray, float]:
+    """Take from the vector, in place, what lies along the basis; that, (N,), and the length of what is left."""
+    column = np.zeros(len(basis))
+    while True:
+        along = inner(basis, vector[None])[:, 0]
+        with narrow():
+            vector.addmv_(basis.T, torch.from_numpy(along).to(vector), alpha=-1)
+        column += along
+        rest, taken = _norm(vector), float(np.linalg.norm(along))
+        if not rest < THIN * taken:
+            return column, rest
 
 
 def _norm(vector: torch.Tensor) -> float:

@@ -42,6 +42,7 @@ def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[..., Any
         _simplify(module.graph)
         module.graph = fx_graph_cse(module.graph)
         module.graph.eliminate_dead_code()
+    _fuse(module.graph)
     module.recompile()
     return module
 
@@ -58,6 +59,40 @@ def _simplify(graph: Any) -> None:
             node.replace_all_uses_with(stand_in)
         elif _is_zero(node, zero):
             zero.add(node)
+
+
+def _fuse(graph: Any) -> None:
+    """Add products, and doubles, to what they are added to in one pass over memory."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
+            continue
+        left, right = node.args
+        pairs = [(left, right)] if node.target is aten.sub.Tensor else [(left, right), (right, left)]
+        sign = -1 if node.target is aten.sub.Tensor else 1
+        for other, term in pairs:
+            if _is_single(term, aten.mul.Tensor) and _fits(node, other, *term.args):
+                node.target, node.args = aten.addcmul.default, (other, *term.args)
+                node.kwargs = {} if sign > 0 else {"value": sign}
+            elif _is_single(term, aten.add.Tensor) and term.args[0] is term.args[1] and _fits(node, other, *term.args):
+                node.target, node.args, node.kwargs = aten.add.Tensor, (other, term.args[0]), {"alpha": 2 * sign}
+            else:
+                continue
+            graph.erase_node(term)
+            break
+
+
+def _is_single(node: Any, target: Any) -> bool:
+    return isinstance(node, torch.fx.Node) and node.target is target and len(node.users) == 1 and not node.kwargs
+
+
+def _fits(node: Any, *operands: Any) -> bool:
+    """Whether operands are of the result's type, and all but one of its shape: torch is slow where two are spread."""
+    values = [_value(operand) if isinstance(operand, torch.fx.Node) else None for operand in operands]
+    result = _value(node)
+    if result is None:
+        return False
+    spread = [None if value is None or value.dtype != result.dtype else value.shape != result.shape for value in values]
+    return None not in spread and sum(map(bool, spread)) <= 1
 
 
 def _stand_in(node: Any, zero: set[Any]) -> Any:

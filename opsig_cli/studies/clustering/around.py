@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from opsig_cli.analysis import grouping, mining
+from opsig_cli.analysis.gram import formed
 from opsig_cli.analysis.pairing import OPPOSES
 from opsig_cli.backends import Session
 from opsig_cli.errors import OpsigError, UsageError
 from opsig_cli.studies import missing, planning, sighted, tracking
 from opsig_cli.studies.clustering import finding, gathering, slopes, weighing
-from opsig_cli.studies.clustering.asked import BYTES_A_PAIR, WORDS
+from opsig_cli.studies.clustering.asked import WORDS, by_rows, bytes_of, require_few
 from opsig_cli.studies.clustering.finding import Found
 from opsig_cli.studies.clustering.sentences import caveat
 from opsig_cli.studies.clustering.trying import judged, tried
@@ -53,15 +54,20 @@ class Asked:
     def stages(self, first: int, session: Session, joining: bool, test: str) -> list[Stage]:
         """What grouping so many samples measures, with as many opponents as they may have."""
         times, held_out = map(len, divided(self.steps))
-        grouped = min((1 + OPPONENTS) * first, session.samples)
+        grouped = self.grouped(first)
+        what = "gradients" if formed(first) else "norms"
         return [
             Stage("losses", len(self.steps) + times),
-            Stage("gradients", times, first, first**2 * BYTES_A_PAIR),
+            Stage(what, times, first, bytes_of(first)),
             Stage("alignment", times, session.samples),
-            Stage("gradients", times, grouped, grouped**2 * BYTES_A_PAIR),
+            Stage(what, times, grouped, bytes_of(grouped, first)),
             Stage("alignment", held_out or times, session.samples if joining else grouped),
             *([Stage("curvature", held_out)] if test != "none" else []),
         ]
+
+    def grouped(self, first: int) -> int:
+        """How many samples are grouped with so many, at the most."""
+        return min((1 + OPPONENTS) * first, len(self.run.samples))
 
     def counted(self, *how: Any) -> Count:
         """The number of samples that memory is a question of."""
@@ -100,6 +106,9 @@ def find(
         gathering.sketch_band(view, weighed, sketch)
     with progress("gradients", 4 * len(steps)) as shown, paced(session, shown, 4 * len(steps)) as advance:
         position = with_opponents(view, session, backend, position, weighed, advance)
+        if sketch is None and not formed(len(position)):
+            sketch = gathering.sketch_size(view, weighed)
+            warn(by_rows(len(position), sketch))
         clusters = finding.by_gradient(
             view, session, backend, position, "gradient", weighed, advance, widen=False, joining=join, sketch=sketch
         )
@@ -135,7 +144,9 @@ def prepared(
     position = mined.rows["place"] if samples is None else positions_of(run, samples)
     if len(position) < 2:
         raise OpsigError(missing.too_few(run, len(position)))
-    return Asked(run, position, near(held, *mined.window), mined.window)
+    asked = Asked(run, position, near(held, *mined.window), mined.window)
+    require_few(len(position), asked.grouped(len(position)))
+    return asked
 
 
 def joins(session: Session) -> bool:
@@ -184,7 +195,8 @@ def with_opponents(
 
     What finds them are the checkpoints that groups are found by; groups are weighed on others.
     """
-    similarity_MM = gathering.mean_similarity(run, session, backend, position, window, None, advance)
+    sketch = None if formed(len(position)) else gathering.sketch_size(run, window)
+    similarity_MM = gathering.mean_similarity(run, session, backend, position, window, sketch, advance)
     found = grouping.group_by_similarity(similarity_MM, weighing.smallest(position))
     members = [position[found.members(group)] for group in range(len(found.partner_G))]
     if not members:

@@ -49,14 +49,14 @@ class Asked:
     def stages(self, mined: int, session: Session, joining: bool, test: str, budget: int | None) -> list[Stage]:
         """What grouping so many mined samples measures, one after the other."""
         times, held_out = len(checkpoints_in(self.run, self.window)), len(held_out_in(self.run, self.window))
-        grouped = mined * (2 if self.widens else 1)
+        grouped = self._widened(mined)
         found = [Stage("eigenpairs", len(slopes.checkpoints_of(self.run, self.window)), slopes.COUNT)]
         found = found if self.by == "slope" else []
         if self.widens:
             found.append(Stage("norms", times, session.samples))
         compared = min(grouped, MOST_FITTED) if self.by == "slope" else grouped
         what = "gradients" if formed(compared) else "norms"
-        found.append(Stage(what, times, compared, bytes_of(grouped)))
+        found.append(Stage(what, times, compared, bytes_of(grouped, mined)))
         found += [
             Stage("losses", times),
             Stage("alignment", held_out or times, session.samples if joining else grouped),
@@ -70,16 +70,16 @@ class Asked:
     @property
     def grouped(self) -> int:
         """How many samples are grouped, at the most."""
-        return len(self.position) * (2 if self.widens else 1)
+        return self._widened(len(self.position))
+
+    def _widened(self, mined: int) -> int:
+        return min(2 * mined, len(self.run.samples)) if self.widens else mined
 
     def by_rows(self, sketch: int | None) -> str | None:
         """What to say where these are too many for the similarity of every two; None where they are not."""
         if formed(self.grouped):
             return None
-        how = "" if self.by in ("loss", "slope") else (
-            f" of sketches of {sketch} numbers a checkpoint; what is said of the groups that are found is exact"
-        )  # fmt: skip
-        return f"note: {self.grouped:,} samples, more than {gram.MOST_FORMED:,}, are grouped by rows{how}"
+        return by_rows(self.grouped, None if self.by in ("loss", "slope") else sketch)
 
     def counted(self, *how: Any) -> Count:
         """The number of samples that memory is a question of."""
@@ -92,9 +92,29 @@ class Asked:
         planning.require(session, WORDS, self.stages(len(self.position), *how), state, self.counted(*how))
 
 
-def bytes_of(count: int) -> int:
-    """Memory that grouping so many samples takes, beside what measuring them does."""
-    return count**2 * BYTES_A_PAIR if formed(count) else count * BYTES_A_SAMPLE
+def by_rows(count: int, sketch: int | None) -> str:
+    """What to say of so many samples, which are grouped by their rows, or by sketches of this size a checkpoint."""
+    exact = "what is said of the groups that are found is exact"
+    how = "" if sketch is None else f" of sketches of {sketch} numbers a checkpoint; {exact}"
+    return f"note: {count:,} samples, more than {gram.MOST_FORMED:,}, are grouped by rows{how}"
+
+
+def require_few(mined: int, grouped: int) -> None:
+    """Raise OpsigError where so many that were mined make more to be grouped than are compared."""
+    if grouped > MOST_GROUPED:
+        raise OpsigError(
+            f"{grouped:,} samples cannot be compared with each other: that takes hours. Give at most "
+            f"{MOST_GROUPED * mined // grouped:,}: those left out can still join the groups that are found"
+        )
+
+
+def bytes_of(count: int, least: int | None = None) -> int:
+    """Memory that grouping so many samples takes, beside what measuring them does; of a number that may turn out to be
+    as small as `least` the most that any takes."""
+    if formed(count):
+        return count**2 * BYTES_A_PAIR
+    as_pairs = gram.MOST_FORMED**2 * BYTES_A_PAIR if least is not None and formed(least) else 0
+    return max(count * BYTES_A_SAMPLE, as_pairs)
 
 
 def prepared(
@@ -111,13 +131,9 @@ def prepared(
         position = position[~np.isin(position, found.known.never)]
     if len(position) < 2:
         raise OpsigError(missing.too_few(run, len(position)))
-    whole = len(position) * (2 if samples is None and by != "loss" else 1)  # as many again by their gradients
-    if whole > MOST_GROUPED:
-        raise OpsigError(
-            f"{whole:,} samples cannot be compared with each other: that takes hours. Give at most "
-            f"{MOST_GROUPED * len(position) // whole:,}: those left out can still join the groups that are found"
-        )
-    return Asked(run, by, fallback, found, position, window_of(run, found), samples is None)
+    asked = Asked(run, by, fallback, found, position, window_of(run, found), samples is None and by != "loss")
+    require_few(len(position), asked.grouped)
+    return asked
 
 
 def choose_by(run: Trajectory, by: str | None) -> tuple[str, str | None]:
