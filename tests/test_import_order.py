@@ -45,7 +45,7 @@ def test_the_number_in_the_name_is_the_one_that_differs(names, steps):
 
 def test_unclear_steps_are_refused_in_one_line(opsig, tmp_path):
     def tries(names, *options, content=None):
-        files = [save(tmp_path, name, {"model": weights()} | (content or {})) for name in names]
+        files = [save(tmp_path, name, {"model": weights(i)} | (content or {})) for i, name in enumerate(names)]
         return opsig("import", *files, *OWN, "-o", tmp_path / "x.h5", "--quiet", *options)
 
     tries(["a1.pt", "best.pt"]).fails(1, "best.pt has no number where the others have it", "--steps 0,10,20")

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from opsig_cli.errors import UsageError
+from opsig_cli.errors import OpsigError, UsageError
 
 CALLED = {
     "--lr": "--learning-rate", "--batch": "--batch-size", "--bs": "--batch-size", "--wd": "--weight-decay",
@@ -69,6 +69,13 @@ class Command(TyperCommand):
             raise UsageError("--figure is given twice. A call draws one picture: give the other name in a second call")
         with in_one_line(ctx):
             return super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        """Run it. Raises OpsigError where it is interrupted, of which typer keeps the exit code alone."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise OpsigError("interrupted", exit_code=130) from None
 
     def get_params(self, ctx):
         """All parameters, with what stands for their values."""

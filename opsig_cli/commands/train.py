@@ -194,4 +194,5 @@ def train(
         answers.trained(written, output, task if tasks.is_own(spec) else None, session.samples, tracked), quiet, output
     )
     if stop.asked:
-        raise OpsigError(f"interrupted. Continue with: opsig train -o {output} --resume", exit_code=130)
+        follow = answers.resuming(output, task if tasks.is_own(spec) else None)
+        raise OpsigError(f"interrupted. Continue with: {follow}", exit_code=130)

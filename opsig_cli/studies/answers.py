@@ -13,6 +13,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from opsig_cli.studies.clustering.forking import alternates_from, fork_of
 from opsig_cli.studies.clustering.records import by_strength, established
 from opsig_cli.studies.clustering.sentences import describe
+from opsig_cli.studies.filled import targets_of
 from opsig_cli.studies.numbers import percent, short, with_unit
 from opsig_cli.trajectory.file import Trajectory
 
@@ -52,6 +54,15 @@ def command(name: str, run: str, *more: str, task: str | None = None) -> str:
     return shlex.join(["opsig", name, run, *(["--task", task] if task else []), *more])
 
 
+def resuming(run: str, task: str | None) -> str:
+    """The command that goes on with an interrupted run.
+
+    >>> resuming("run.h5", "mytask.py:MyTask")
+    'opsig train -o run.h5 --resume --task mytask.py:MyTask'
+    """
+    return shlex.join(["opsig", "train", "-o", run, "--resume", *(["--task", task] if task else [])])
+
+
 def opened(path: object, follow: str | None) -> str:
     """What to do with a page that was written, and what comes after it."""
     open_it = f"open {path} in a browser"
@@ -64,7 +75,20 @@ def task_of(run: Trajectory, given: str | None) -> str | None:
     recorded = run.attributes.get("task")
     if given is not None or not isinstance(recorded, str):
         return given
-    return recorded if ".py:" in recorded or re.match(r"[\w.]+:[A-Za-z_]\w*(:|$)", recorded) else None
+    if ".py:" in recorded:
+        return _from_here(recorded, run.path)
+    return recorded if re.match(r"[\w.]+:[A-Za-z_]\w*(:|$)", recorded) else None
+
+
+def _from_here(task: str, run: str) -> str:
+    """A task in a file as it is named from the current folder, where the file is found above the run; else as it was
+    named when the run was made."""
+    file, _, rest = task.partition(".py:")
+    if os.path.exists(f"{file}.py"):
+        return task
+    above = (folder / f"{file}.py" for folder in Path(run).resolve().parents)
+    found = next((path for path in above if path.exists()), None)
+    return task if found is None else f"{os.path.relpath(found)}:{rest}"
 
 
 def mined(
@@ -105,12 +129,17 @@ def sighted(
         return Answer("no sample was seen often enough to be held against what was expected of it")
     follow = command("cluster", run, task=task) if grouped else None
     if step is None:
+        if not any((record["change"] or 0) > 0 for record in movers):
+            found = f"none of these {len(movers)} samples exceeds what was to be expected of it; they lie below it"
+            return Answer(found, command("mine", run, "--direction", "up"))
         excess: dict[int, float] = {}
         for record in movers:
             excess[record["step"]] = excess.get(record["step"], 0) + max(0, record["change"] or 0)
         most = max(excess, key=excess.__getitem__)
-        count = sum(r["step"] == most for r in movers)
-        found = f"of the {len(movers)} samples that exceed the expected most, those at step {most} do so most: {count}"
+        count = sum(r["step"] == most and (r["change"] or 0) > 0 for r in movers)
+        found = (
+            f"of these {len(movers)} samples {count} exceed the expected at step {most}, by more than at any other step"
+        )
         return Answer(found, command("mine", run, "--step", str(most)))
     if sum(record["change"] or 0 for record in movers) < 0:
         return Answer(f"these {len(movers)} rows of step {step} do not exceed what was to be expected of them", follow)
@@ -132,11 +161,13 @@ def clustered(
     since: int | None,
     fork: tuple[int, int] | None,
     output: str = "branch.h5",
+    top: int | None = None,
 ) -> Answer:
     """Of `cluster`: which pairs are established, which is the strongest, and since when losses alternate.
 
     `fork`: a checkpoint and a number of steps with which the strongest pair can be left out, where the run can be
-    trained on; `output`: a file for that.
+    trained on; `output`: a file for that. `top`: how many samples to look at where no pair was found; None where there
+    are no more.
     """
     for record in records:
         if record["kind"] == "sample":  # that is what was asked
@@ -147,8 +178,11 @@ def clustered(
     started = f"; losses alternate from step {since} on" if since is not None else ""
     if not pairs:
         groups = sum(r["kind"] == "group" for r in records)
-        alone = f", and {groups} groups that nothing opposes" if groups else ""
-        return Answer(f"no opposing pair{alone}{started}", command("mine", run, "--top", "400"))
+        alone = f", and {groups} group{'s' * (groups > 1)} that nothing opposes" if groups else ""
+        more = (
+            command("report", run, task=task) if top is None else command("cluster", run, "--top", str(top), task=task)
+        )
+        return Answer(f"no opposing pair{alone}{started}", more)
     best = pairs[0]
     if held:
         found = f"{len(held)} of {len(pairs)} pairs {'is' if len(held) == 1 else 'are'} established: "
@@ -183,9 +217,10 @@ def _told(pair: Record) -> str:
 
 def of_clusters(run: Trajectory, found: Found, records: Sequence[Record], task: str | None) -> Answer:
     """Of the records of `cluster`, from the run that they are of, which is open, and what was found in it."""
-    return clustered(
-        records, run.path, task, alternates_from(run, found), fork_of(run, found, records), unused("branch.h5")
-    )
+    looked, there = len(found.clusters.position), int(targets_of(run).sum())
+    top = min(2 * looked, there) if looked < there else None
+    since, fork = alternates_from(run, found), fork_of(run, found, records)
+    return clustered(records, run.path, task, since, fork, unused("branch.h5"), top)
 
 
 def unused(path: str) -> str:

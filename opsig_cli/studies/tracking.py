@@ -142,10 +142,13 @@ def check_data(run: Trajectory, session: Session, warn: Callable[[str], None], a
         return
     step, positions, recorded = found
     samples, state = run.samples[positions], read_state(run, step)
-    if isinstance(session, backends.SampleLosses):
-        measured = session.sample_losses(state, samples)
-    else:
-        measured = session.losses([state])[0][0][samples]
+
+    def measure() -> np.ndarray:
+        if isinstance(session, backends.SampleLosses):
+            return session.sample_losses(state, samples)
+        return session.losses([state])[0][0][samples]
+
+    measured = measure()
     rounded = (run.attributes.get("settings_json") or {}).get("checkpoint_dtype") == "bfloat16"
     part, rest = (SAME_ROUNDED, SAME_ROUNDED) if rounded else (SAME, SAME / 10)
     other = np.flatnonzero(~(np.abs(measured - recorded) <= part * np.abs(recorded) + rest * np.abs(recorded).mean()))
@@ -156,6 +159,12 @@ def check_data(run: Trajectory, session: Session, warn: Callable[[str], None], a
         f"recorded as {recorded[other[0]]:.6g} ({len(other)} of {len(samples)} samples differ)"
     )
     if not allow_changed_data:
+        again = measure()
+        if not np.array_equal(measured, again, equal_nan=True):
+            raise OpsigError(
+                f"{text}, and as {again[other[0]]:.6g} when it is measured again: the task's losses() are random. Draw "
+                "its random numbers from a generator that each call seeds anew, or go on with --allow-changed-data"
+            )
         raise OpsigError(
             f"{text}. The task's data, their order or its losses() are not those of the run. Give the --task that it "
             "was made with, or go on with --allow-changed-data"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,11 @@ class Batches:
             raise OpsigError("the task's dataset must be map-style: it needs a length and items by index")
         if len(dataset) == 0:
             raise OpsigError("the task's dataset is empty")
+        if isinstance(dataset, Mapping) or hasattr(dataset, "iloc"):  # a table's [0] is a column
+            raise OpsigError(
+                f"the task's dataset is a {type(dataset).__name__}, which gives items by key and not by index. "
+                "Make it a list of items, one a sample"
+            )
         self.items, self.positions = len(dataset), positions_of(task)
         self.count = self.items * self.positions
         self.batch_size = batch_size

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from opsig_cli.errors import OpsigError
 from opsig_torch.opened import Opened
 
+WANTED = "It must return a tensor with a row of numbers for each sample, (B, D)"
 HELD_BYTES = 256 << 20
 """Bound on the features that are held to spare a pass."""
 
@@ -88,6 +90,9 @@ def _everybody(opened: Opened) -> Iterator[tuple[slice, torch.Tensor]]:
             found = _features(opened, batch)
             if found is None:
                 return
+            if len(found) != indices.stop - indices.start:
+                count = indices.stop - indices.start
+                raise OpsigError(f"the task's features() returned {len(found)} rows for {count} samples. {WANTED}")
             yield indices, found
 
 
@@ -96,7 +101,7 @@ def _features(opened: Opened, batch: Any) -> torch.Tensor | None:
     own = getattr(opened.task, "features", None)
     if own is not None:
         with opened.running.as_trained():
-            return own(opened.flat.model, batch)
+            return _checked(own(opened.flat.model, batch))
     entered: list[torch.Tensor] = []
     layers = [module for module in opened.flat.model.modules() if isinstance(module, nn.Linear)]
     handles = [
@@ -116,4 +121,18 @@ def _features(opened: Opened, batch: Any) -> torch.Tensor | None:
     last = entered[-1]
     if opened.positions > 1 and last.ndim == 3 and last.shape[1] == opened.positions:
         last = last.flatten(0, 1)
-    return last if last.ndim == 2 and len(last) == len(losses) else None
+    return _real(last) if last.ndim == 2 and len(last) == len(losses) else None
+
+
+def _checked(features: object) -> torch.Tensor:
+    """A task's own features. Raises OpsigError where they are no rows of numbers."""
+    if not isinstance(features, torch.Tensor):
+        raise OpsigError(f"the task's features() returned {type(features).__name__}. {WANTED}")
+    if features.ndim != 2:
+        raise OpsigError(f"the task's features() returned shape {tuple(features.shape)}. {WANTED}")
+    return _real(features)
+
+
+def _real(features: torch.Tensor) -> torch.Tensor:
+    """The features in a dtype that numpy has, too: under autocast they are in bfloat16."""
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features

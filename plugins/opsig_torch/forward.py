@@ -66,6 +66,7 @@ class LossRow:
         self._losses[indices] = losses.double()
         if predictions is None:
             return
+        _require_predictions(predictions, losses)
         if self._predictions is None:
             self._predictions = predictions.new_full((self._samples,), -1, dtype=torch.int32)
         self._predictions[indices] = predictions.to(torch.int32)
@@ -87,6 +88,19 @@ class LossRow:
         assert self._losses is not None
         predictions = None if self._predictions is None else self._predictions.cpu().numpy().copy()
         return self._losses.float().cpu().numpy(), predictions
+
+
+def _require_predictions(predictions: object, losses: torch.Tensor) -> None:
+    """Raise OpsigError where there is not one whole number a sample; of probabilities all would be class 0."""
+    wanted = "It must return a tensor of integers, one a sample"
+    if not isinstance(predictions, torch.Tensor):
+        raise OpsigError(f"the task's predictions() returned {type(predictions).__name__}. {wanted}")
+    if predictions.shape != losses.shape:
+        raise OpsigError(
+            f"the task's predictions() returned shape {tuple(predictions.shape)} for {len(losses)} samples. {wanted}"
+        )
+    if predictions.is_floating_point() and not torch.equal(predictions.nan_to_num(), predictions.nan_to_num().round()):
+        raise OpsigError(f"the task's predictions() are not whole numbers. {wanted}")
 
 
 class _Replay(nn.Module):

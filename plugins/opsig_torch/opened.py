@@ -110,6 +110,8 @@ class Opened:
         if self._flat is None:
             with torch.inference_mode(False), self.seeding():  # what is first measured may be trained next
                 model = self.task.model()
+                if not isinstance(model, torch.nn.Module):
+                    raise OpsigError(f"the task's model() returned a {type(model).__name__}, not a torch.nn.Module")
                 if not self.double and any(parameter.dtype is torch.float64 for parameter in model.parameters()):
                     self.double = True
                     self.batches.widen()

@@ -12,7 +12,7 @@ from opsig_cli.analysis.courses import Course, Tally
 from opsig_cli.backends import Session, State, targets_of
 from opsig_cli.errors import OpsigError
 from opsig_cli.settings import Settings
-from opsig_cli.studies import training
+from opsig_cli.studies import answers, training
 from opsig_cli.studies.branching.fork import sharpness_at
 from opsig_cli.studies.replaying import replay
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
@@ -106,7 +106,8 @@ class Futures:
                 raise
         with open_trajectory(path) as branch:
             if stop.asked and branch.attributes["state"] != "complete":
-                raise OpsigError(f"interrupted. Continue with: opsig train -o {path} --resume", exit_code=130)
+                follow = answers.resuming(str(path), answers.task_of(branch, None))
+                raise OpsigError(f"interrupted. Continue with: {follow}", exit_code=130)
             return self._read(plan, branch, observe, ended is not None)
 
     def _read(self, plan: Plan, branch: Trajectory, observe: Observe | None, stopped: bool) -> Future:

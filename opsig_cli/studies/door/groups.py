@@ -108,6 +108,7 @@ def found_groups(
 
         found, written, near = without_damage(work, damage.append)
         answer, unit = answers.of_clusters(trajectory, found, written, task), loss_unit(trajectory)
+        count = len(trajectory.samples)
     if not isinstance(run, Trajectory):
         keeper.keep(trajectory.path)
     written = chosen.of(written)
@@ -124,8 +125,10 @@ def found_groups(
         shown = sum(record["kind"] == "pair" for record in written)
         notes.append(f"of {len(clusters.pairs)} pairs {shown or 'none'} {'is' if shown < 2 else 'are'} {chosen.words}")
     if not clusters.pairs:
+        looked = len(clusters.position)
         more = "Mine more: opsig mine --top" if records else "Look at more: --top, or other steps: --window"
-        notes.append(f"no opposing pair was found among {len(clusters.position)} samples. {more}")
+        more = "These are all. Look at other steps: --window" if looked == count else more
+        notes.append(f"no opposing pair was found among {looked} sample{'s' * (looked != 1)}. {more}")
 
     def draw():
         with opened(run, like=trajectory) as again:

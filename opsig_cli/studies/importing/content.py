@@ -85,7 +85,8 @@ def collect(loaded: Any, content: Content, path: str) -> None:
                 module(inner, f"{name}.{key}" if name else str(key), depth + 1)
 
     if not isinstance(loaded, Mapping | list | tuple):
-        raise OpsigError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+        what = "single tensor" if isinstance(loaded, Entry) else type(loaded).__name__
+        raise OpsigError(f"{path} holds a {what}, not a state dict")
     walk(loaded, "", 0)
 
 

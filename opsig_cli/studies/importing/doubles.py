@@ -21,12 +21,13 @@ def without(
 ) -> tuple[list[str], list[flow.Glance]]:
     """Leave out checkpoints by a second name that hold what another one holds, which is said.
 
-    Those are held against each other that say the same step, or, where they say none, whose files are as large.
+    Those are held against each other that say the same step, or all that say none: the sizes of files tell nothing, as
+    torch.save writes a file's own name into it, once for each tensor.
     """
     second = [i for i, path in enumerate(paths) if SECOND.search(os.path.basename(path))]
     kept = [i for i in range(len(paths)) if i not in second]
     for i in second:
-        same = (other for other in kept if _said(paths[i], glances[i]) == _said(paths[other], glances[other]))
+        same = (other for other in kept if _said(glances[i]) == _said(glances[other]))
         other = next((other for other in same if _same(paths[i], paths[other], target)), None)
         if other is None:
             kept.append(i)
@@ -35,13 +36,9 @@ def without(
     return [paths[i] for i in sorted(kept)], [glances[i] for i in sorted(kept)]
 
 
-def _said(path: str, glance: flow.Glance) -> tuple[object, ...]:
-    """What a checkpoint says of its step; where it says nothing, the size of its files."""
-    step = next((glance.numbers[key] for key in STEP_KEYS if key in glance.numbers), None)
-    if step is None and glance.count is None:
-        files = checkpoints.weight_files(path)
-        return ("files", *(os.path.getsize(file) for file in files))
-    return step, glance.count
+def _said(glance: flow.Glance) -> tuple[int | None, int | None]:
+    """What a checkpoint says of its step, and what its optimizer has counted."""
+    return next((glance.numbers[key] for key in STEP_KEYS if key in glance.numbers), None), glance.count
 
 
 def _same(path: str, other: str, target: flow.Target) -> bool:

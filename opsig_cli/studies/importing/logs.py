@@ -49,6 +49,7 @@ def read(path: str, named: Mapping[str, str], warn: Warn) -> Log:
     step, place, loss, prediction = array("q"), array("q"), array("d"), array("q")
     known: dict[Any, int] = {}
     labels: dict[int, str] = {}
+    relabelled: dict[int, int] = {}  # the line that says another label than the first, by sample
     classes: dict[str, int] = {}
     empty = 0
     for number, values in lines:
@@ -56,6 +57,11 @@ def read(path: str, named: Mapping[str, str], warn: Warn) -> Log:
             if _is_empty(record["sample"]) and _is_missing(record["loss"]):
                 empty += 1  # of an evaluation, say, in the same log
                 continue
+            if record["step"] == columns["step"]:
+                raise OpsigError(
+                    f"{path} line {number} is the header again, as where a run went on and its log was appended to. "
+                    "Take it out, with the lines before it of steps that come again"
+                )
             step.append(whole_of(path, number, "step", record["step"]))
             if _is_empty(record["sample"]):
                 raise OpsigError(f"{path} line {number} has a loss and no {columns['sample']}")
@@ -64,10 +70,16 @@ def read(path: str, named: Mapping[str, str], warn: Warn) -> Log:
             place.append(at)
             loss.append(_float(path, number, "loss", record["loss"]))
             prediction.append(_prediction(record.get("prediction"), classes))
-            if at not in labels and not _is_empty(record.get("label")):
-                labels[at] = str(_name_of(record["label"]))
+            if not _is_empty(record.get("label")):
+                label = str(_name_of(record["label"]))
+                if labels.setdefault(at, label) != label:
+                    relabelled.setdefault(at, number)
     if empty and len(step):
         warn(f"{path}: {empty:,} lines without a sample and a loss are left out")
+    if relabelled:
+        many = f"{len(relabelled):,} samples have" if len(relabelled) > 1 else "one sample has"
+        line = min(relabelled.values())
+        warn(f"{path}: {many} more than one {columns['label']}, as on line {line}; the first of each is taken")
     if not len(step):
         raise OpsigError(f"{path} has a header and no lines")
     return _with_samples(

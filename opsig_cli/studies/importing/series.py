@@ -146,7 +146,10 @@ def check_once(path: str, log: Log) -> None:
     if len(twice):
         place = place_N[twice[0]]
         name = log.samples[place] if log.names is None else log.names[place]
-        raise OpsigError(f"{path} has two losses of sample {name} at step {step_N[twice[0]]}")
+        raise OpsigError(
+            f"{path} has two losses of sample {name} at step {step_N[twice[0]]}. Keep one: where a run went on from a "
+            "checkpoint the later, and of several runs or splits those of one"
+        )
 
 
 def read_scalars(path: str) -> tuple[dict[int, dict[str, float]], list[str]]:
