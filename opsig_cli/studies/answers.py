@@ -92,9 +92,13 @@ def _from_here(task: str, run: str) -> str:
 
 
 def mined(
-    records: Sequence[Record], run: str, unit: str, task: str | None = None, step: int | None = None
+    records: Sequence[Record], run: str, unit: str, task: str | None = None, step: int | None = None,
+    alone: bool = False,
 ) -> Answer:  # fmt: skip
-    """Of `mine`: who moves most, and how far; at one `step`, which is then to be taken apart, or over a window."""
+    """Of `mine`: who moves most, and how far; at one `step`, which is then to be taken apart, or over a window.
+
+    `alone`: it is the run's only sample, which nobody can be grouped with.
+    """
     movers = [r for r in records if r.get("kind") != "not_finite"]
     broken = [r for r in records if r.get("kind") == "not_finite"]
     said = []
@@ -114,7 +118,7 @@ def mined(
     named = f" ({short(first['name'])})" if "name" in first else ""
     said.append(f"{who}; sample {first['sample']}{named} moves most, {change} at step {first['step']}")
     apart = () if step is None else ("--explain", str(step))
-    return Answer("; ".join(said), command("cluster", run, *apart, task=task))
+    return Answer("; ".join(said), None if alone else command("cluster", run, *apart, task=task))
 
 
 def sighted(
