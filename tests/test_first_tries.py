@@ -1,5 +1,7 @@
 """What people try first with code and logs of their own, and what they are told."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import TASKS
 
 from opsig_cli import Recorder, open_trajectory
 from opsig_cli.studies import training
+from opsig_cli.trajectory import sightings
 
 FIRST = """
 import torch
@@ -200,3 +203,33 @@ def test_the_next_command_names_a_tasks_file_from_the_current_folder(trains, ops
     assert opsig("train", "--task", "first.py:Two", "--steps", 2, "--track", "-o", path, "-q").code == 0
     monkeypatch.chdir(tmp_path / "runs")
     assert "opsig cluster run.h5 --task ../first.py:Two" in opsig("mine", "run.h5").err
+
+
+def test_a_batch_that_draws_a_sample_twice_is_counted_twice_where_that_is_said(opsig, tmp_path):
+    lines = [f"{t},{s},{s + 1}" for t in range(6) for s in (t % 4, t % 4, (t + 1) % 4)]
+    (tmp_path / "log.CSV").write_text("\n".join(["step,sample,loss", *lines]) + "\n")
+    asked = ("import", "--losses", tmp_path / "log.CSV", "-o", tmp_path / "run.h5")
+    opsig(*asked).fails(1, "two losses of sample 0 at step 0", "--sightings takes both")
+    found = opsig(*asked, "--sightings")
+    assert "batches had a sample twice, which counts twice: 6 losses" in found.err
+    with open_trajectory(tmp_path / "run.h5") as run:
+        assert sorted(sightings.at(run, 2).tolist()) == [2, 2, 3]
+    assert opsig("mine", tmp_path / "run.h5").code == 0
+
+
+def test_a_run_of_one_step_or_of_one_sample_is_said_to_be_that_and_no_more(opsig, tmp_path):
+    np.save(tmp_path / "l.NPY", np.ones((1, 3)))
+    os.rename(tmp_path / "l.NPY.npy", tmp_path / "l.NPY")
+    one_step = opsig("import", "--losses", tmp_path / "l.NPY", "-o", tmp_path / "step.h5")
+    assert "found: 1 step, step 0\n" in one_step.err
+    np.save(tmp_path / "s.npy", np.arange(12.0)[:, None] ** 2)
+    several = opsig("import", "--losses", tmp_path / "s.npy", "-o", tmp_path / "sample.h5")
+    assert "found: 12 steps, steps 0 to 11\n" in several.err
+    mined = opsig("mine", tmp_path / "sample.h5")
+    assert "sample 0 moves most" in mined.err
+    assert "opsig cluster" not in mined.err
+
+
+def test_a_table_in_place_of_checkpoints_is_known_by_its_ending_in_any_case(opsig, tmp_path):
+    (tmp_path / "LOG.CSV").write_text("step,sample,loss\n0,0,1\n")
+    opsig("import", tmp_path / "LOG.CSV", "-o", tmp_path / "run.h5").fails(2, f"--losses {tmp_path / 'LOG.CSV'}")
