@@ -160,7 +160,9 @@ def test_sightings_below_the_expected_are_not_said_to_exceed_it(opsig, tmp_path)
     with Recorder(tmp_path / "run.h5", samples=4) as recorder:
         for step in range(12):
             recorder.observe(step, range(4), np.array([1.0, 1.0, 1.0, 1.0 - 0.9 * (step == 8)]))
-    assert "exceed the expected" not in opsig("mine", tmp_path / "run.h5", "--top", 1).err
+    found = opsig("mine", tmp_path / "run.h5", "--top", 1).err
+    assert "found: of 1 sample none exceeds what was to be expected" in found
+    assert "1 exceeds the expected at step" in opsig("mine", tmp_path / "run.h5", "--direction", "up").err
 
 
 def test_where_all_samples_were_looked_at_no_more_are_asked_for(opsig, tmp_path):
@@ -211,7 +213,7 @@ def test_a_batch_that_draws_a_sample_twice_is_counted_twice_where_that_is_said(o
     asked = ("import", "--losses", tmp_path / "log.CSV", "-o", tmp_path / "run.h5")
     opsig(*asked).fails(1, "two losses of sample 0 at step 0", "--sightings takes both")
     found = opsig(*asked, "--sightings")
-    assert "batches had a sample twice, which counts twice: 6 losses" in found.err
+    assert "batches had a sample twice, which counts twice, 6 times" in found.err
     with open_trajectory(tmp_path / "run.h5") as run:
         assert sorted(sightings.at(run, 2).tolist()) == [2, 2, 3]
     assert opsig("mine", tmp_path / "run.h5").code == 0

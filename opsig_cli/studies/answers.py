@@ -133,8 +133,9 @@ def sighted(
         return Answer("no sample was seen often enough to be held against what was expected of it")
     follow = command("cluster", run, task=task) if grouped else None
     if step is None:
+        who = f"{len(movers)} sample{'s' * (len(movers) > 1)}"
         if not any((record["change"] or 0) > 0 for record in movers):
-            found = f"none of these {len(movers)} samples exceeds what was to be expected of it; they lie below it"
+            found = f"of {who} none exceeds what was to be expected of it"
             return Answer(found, command("mine", run, "--direction", "up"))
         excess: dict[int, float] = {}
         for record in movers:
@@ -142,7 +143,7 @@ def sighted(
         most = max(excess, key=excess.__getitem__)
         count = sum(r["step"] == most and (r["change"] or 0) > 0 for r in movers)
         found = (
-            f"of these {len(movers)} samples {count} exceed the expected at step {most}, by more than at any other step"
+            f"of {who} {count} exceed{'s' * (count == 1)} the expected at step {most}, by more than at any other step"
         )
         return Answer(found, command("mine", run, "--step", str(most)))
     if sum(record["change"] or 0 for record in movers) < 0:

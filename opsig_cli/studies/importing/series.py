@@ -145,7 +145,7 @@ def require_once(path: str, log: Log, warn: Warn | None) -> None:
     step_N, place_N = log.step[order], log.place[order]
     twice = np.flatnonzero((np.diff(step_N) == 0) & (np.diff(place_N) == 0))
     if len(twice) and warn is not None:
-        warn(f"{path}: batches had a sample twice, which counts twice: {len(twice):,} losses")
+        warn(f"{path}: batches had a sample twice, which counts twice, {len(twice):,} times")
     elif len(twice):
         place = place_N[twice[0]]
         name = log.samples[place] if log.names is None else log.names[place]
