@@ -235,3 +235,18 @@ def test_a_run_of_one_step_or_of_one_sample_is_said_to_be_that_and_no_more(opsig
 def test_a_table_in_place_of_checkpoints_is_known_by_its_ending_in_any_case(opsig, tmp_path):
     (tmp_path / "LOG.CSV").write_text("step,sample,loss\n0,0,1\n")
     opsig("import", tmp_path / "LOG.CSV", "-o", tmp_path / "run.h5").fails(2, f"--losses {tmp_path / 'LOG.CSV'}")
+
+
+def test_samples_of_one_input_are_not_said_to_look_different(opsig, tmp_path):
+    (tmp_path / "same.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(TASKS.parent)!r})\nimport tiny\n"
+        "class Same(tiny.Tiny):\n    def __init__(self):\n        super().__init__()\n        self.x[:] = self.x[0]\n"
+    )
+    own = ("--task", f"{tmp_path / 'same.py'}:Same")
+    trained = opsig("train", *own, "--steps", 20, "--learning-rate", 0.5, "--track", "-o", tmp_path / "run.h5")
+    assert trained.code == 0, trained.err
+    pairs = [r for r in opsig("cluster", tmp_path / "run.h5", *own).records if r["kind"] == "pair"]
+    assert pairs
+    for pair in pairs:
+        assert pair["alike"] is None
+        assert "their likeness across is only" not in pair["reason"]
