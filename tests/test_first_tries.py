@@ -9,6 +9,7 @@ from conftest import TASKS
 
 from opsig_cli import Recorder, open_trajectory
 from opsig_cli.studies import training
+from opsig_cli.studies.importing import doubles
 from opsig_cli.trajectory import sightings
 
 FIRST = """
@@ -116,7 +117,7 @@ def test_features_that_are_no_rows_are_refused_in_one_line(trains, opsig, tmp_pa
     opsig("cluster", tmp_path / "run.h5", *own, "-q").fails(1, f"the task's features() {words}", "(B, D)")
 
 
-def test_a_last_checkpoint_under_two_more_names_is_left_out(opsig, tmp_path):
+def test_a_last_checkpoint_under_two_more_names_is_left_out(opsig, tmp_path, monkeypatch):
     for name, step in (("best", 20), ("last", 20), ("step10", 10), ("step20", 20)):
         torch.manual_seed(step)
         torch.save(torch.nn.Linear(5, 3).state_dict(), tmp_path / f"{name}.pt")  # the name is written into the file
@@ -125,9 +126,12 @@ def test_a_last_checkpoint_under_two_more_names_is_left_out(opsig, tmp_path):
         "class Linear(tiny.Tiny):\n    def model(self):\n        return torch.nn.Linear(5, 3)\n"
     )
     own = ("--task", f"{tmp_path / 'linear.py'}:Linear")
+    state, read = doubles._state, []
+    monkeypatch.setattr(doubles, "_state", lambda path, target: read.append(path) or state(path, target))
     found = opsig("import", *sorted(tmp_path.glob("*.pt")), *own, "-o", tmp_path / "run.h5")
     assert found.code == 0, found.err
     assert "best.pt is left out: it holds the same as" in found.err
+    assert sum("best.pt" in str(path) for path in read) == 1  # however many it is held against
     with open_trajectory(tmp_path / "run.h5") as run:
         assert run.steps("checkpoints").tolist() == [10, 20]
 
