@@ -20,6 +20,7 @@ COMMANDS = (
     "analyse",
     "branch",
     "track",
+    "merge",
     "mine",
     "cluster",
     "info",

@@ -1,5 +1,7 @@
 """What people try first with code and logs of their own, and what they are told."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from conftest import TASKS
 
 from opsig_cli import Recorder, open_trajectory
 from opsig_cli.studies import training
+from opsig_cli.studies.importing import doubles
+from opsig_cli.trajectory import sightings
 
 FIRST = """
 import torch
@@ -113,7 +117,7 @@ def test_features_that_are_no_rows_are_refused_in_one_line(trains, opsig, tmp_pa
     opsig("cluster", tmp_path / "run.h5", *own, "-q").fails(1, f"the task's features() {words}", "(B, D)")
 
 
-def test_a_last_checkpoint_under_two_more_names_is_left_out(opsig, tmp_path):
+def test_a_last_checkpoint_under_two_more_names_is_left_out(opsig, tmp_path, monkeypatch):
     for name, step in (("best", 20), ("last", 20), ("step10", 10), ("step20", 20)):
         torch.manual_seed(step)
         torch.save(torch.nn.Linear(5, 3).state_dict(), tmp_path / f"{name}.pt")  # the name is written into the file
@@ -122,9 +126,12 @@ def test_a_last_checkpoint_under_two_more_names_is_left_out(opsig, tmp_path):
         "class Linear(tiny.Tiny):\n    def model(self):\n        return torch.nn.Linear(5, 3)\n"
     )
     own = ("--task", f"{tmp_path / 'linear.py'}:Linear")
+    state, read = doubles._state, []
+    monkeypatch.setattr(doubles, "_state", lambda path, target: read.append(path) or state(path, target))
     found = opsig("import", *sorted(tmp_path.glob("*.pt")), *own, "-o", tmp_path / "run.h5")
     assert found.code == 0, found.err
     assert "best.pt is left out: it holds the same as" in found.err
+    assert sum("best.pt" in str(path) for path in read) == 1  # however many it is held against
     with open_trajectory(tmp_path / "run.h5") as run:
         assert run.steps("checkpoints").tolist() == [10, 20]
 
@@ -157,7 +164,9 @@ def test_sightings_below_the_expected_are_not_said_to_exceed_it(opsig, tmp_path)
     with Recorder(tmp_path / "run.h5", samples=4) as recorder:
         for step in range(12):
             recorder.observe(step, range(4), np.array([1.0, 1.0, 1.0, 1.0 - 0.9 * (step == 8)]))
-    assert "exceed the expected" not in opsig("mine", tmp_path / "run.h5", "--top", 1).err
+    found = opsig("mine", tmp_path / "run.h5", "--top", 1).err
+    assert "found: of 1 sample none exceeds what was to be expected" in found
+    assert "1 exceeds the expected at step" in opsig("mine", tmp_path / "run.h5", "--direction", "up").err
 
 
 def test_where_all_samples_were_looked_at_no_more_are_asked_for(opsig, tmp_path):
@@ -200,3 +209,48 @@ def test_the_next_command_names_a_tasks_file_from_the_current_folder(trains, ops
     assert opsig("train", "--task", "first.py:Two", "--steps", 2, "--track", "-o", path, "-q").code == 0
     monkeypatch.chdir(tmp_path / "runs")
     assert "opsig cluster run.h5 --task ../first.py:Two" in opsig("mine", "run.h5").err
+
+
+def test_a_batch_that_draws_a_sample_twice_is_counted_twice_where_that_is_said(opsig, tmp_path):
+    lines = [f"{t},{s},{s + 1}" for t in range(6) for s in (t % 4, t % 4, (t + 1) % 4)]
+    (tmp_path / "log.CSV").write_text("\n".join(["step,sample,loss", *lines]) + "\n")
+    asked = ("import", "--losses", tmp_path / "log.CSV", "-o", tmp_path / "run.h5")
+    opsig(*asked).fails(1, "two losses of sample 0 at step 0", "--sightings takes both")
+    found = opsig(*asked, "--sightings")
+    assert "batches had a sample twice, which counts twice, 6 times" in found.err
+    with open_trajectory(tmp_path / "run.h5") as run:
+        assert sorted(sightings.at(run, 2).tolist()) == [2, 2, 3]
+    assert opsig("mine", tmp_path / "run.h5").code == 0
+
+
+def test_a_run_of_one_step_or_of_one_sample_is_said_to_be_that_and_no_more(opsig, tmp_path):
+    np.save(tmp_path / "l.NPY", np.ones((1, 3)))
+    os.rename(tmp_path / "l.NPY.npy", tmp_path / "l.NPY")
+    one_step = opsig("import", "--losses", tmp_path / "l.NPY", "-o", tmp_path / "step.h5")
+    assert "found: 1 step, step 0\n" in one_step.err
+    np.save(tmp_path / "s.npy", np.arange(12.0)[:, None] ** 2)
+    several = opsig("import", "--losses", tmp_path / "s.npy", "-o", tmp_path / "sample.h5")
+    assert "found: 12 steps, steps 0 to 11\n" in several.err
+    mined = opsig("mine", tmp_path / "sample.h5")
+    assert "sample 0 moves most" in mined.err
+    assert "opsig cluster" not in mined.err
+
+
+def test_a_table_in_place_of_checkpoints_is_known_by_its_ending_in_any_case(opsig, tmp_path):
+    (tmp_path / "LOG.CSV").write_text("step,sample,loss\n0,0,1\n")
+    opsig("import", tmp_path / "LOG.CSV", "-o", tmp_path / "run.h5").fails(2, f"--losses {tmp_path / 'LOG.CSV'}")
+
+
+def test_samples_of_one_input_are_not_said_to_look_different(opsig, tmp_path):
+    (tmp_path / "same.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(TASKS.parent)!r})\nimport tiny\n"
+        "class Same(tiny.Tiny):\n    def __init__(self):\n        super().__init__()\n        self.x[:] = self.x[0]\n"
+    )
+    own = ("--task", f"{tmp_path / 'same.py'}:Same")
+    trained = opsig("train", *own, "--steps", 20, "--learning-rate", 0.5, "--track", "-o", tmp_path / "run.h5")
+    assert trained.code == 0, trained.err
+    pairs = [r for r in opsig("cluster", tmp_path / "run.h5", *own).records if r["kind"] == "pair"]
+    assert pairs
+    for pair in pairs:
+        assert pair["alike"] is None
+        assert "their likeness across is only" not in pair["reason"]

@@ -492,6 +492,9 @@ def test_more_samples_than_memory_has_room_for_are_refused_before_anything_is_me
     assert found.code == 1
     assert "24 samples cannot be compared with each other" in found.err
     assert "Give at most 10" in found.err
+    found = opsig("cluster", tiny_run, "--task", f"{tiny.__file__}:Tiny", "--top", 50)  # of 60, and all with others
+    assert "60 samples cannot be compared with each other" in found.err
+    assert "Give at most 10" in found.err
 
 
 def phase_shuffled(series_TM, generator):

@@ -420,7 +420,7 @@ def test_many_behind_a_spike_are_grouped_by_rows(tmp_path, opsig, monkeypatch):
     both = sides(whole.records).keys() & sides(found.records).keys()
     assert adjusted_rand_score(*[[sides(one.records)[sample] for sample in both] for one in (whole, found)]) > 0.9
     monkeypatch.setattr("opsig_cli.studies.clustering.asked.MOST_GROUPED", 30)
-    opsig(*asked).fails(1, "60 samples cannot be compared with each other", "Give at most 20")
+    opsig(*asked).fails(1, "60 samples cannot be compared with each other", "Give at most 10")
 
 
 def observed(path, steps=24, checkpoints=()):

@@ -16,12 +16,16 @@ ALIKE = 0.8
 The same for every task: it holds likeness against itself, so that it does not know how many classes there are or how
 tight features are. Sides with one planted feature have .88 to 1.00 on images, opposing labels without one .2 to .6."""
 
+LEAST = 1e-12
+"""Typical likeness of samples of which no two have any, such as those of one input."""
+
 
 def alike_between(likeness_MM: Similarity, group_M: np.ndarray) -> np.ndarray:
     """Mean likeness across every two groups over the geometric mean of that within each, (G, G).
 
     A sample's likeness with itself does not count. Groups whose members are less alike than any two samples are, in
-    root mean square, are held against that: a whole class may be hardly alike in itself.
+    root mean square, are held against that: a whole class may be hardly alike in itself. NaN where no two samples
+    have a likeness.
 
     >>> likeness = np.kron([[0.9, 0.6, 0.1], [0.6, 0.9, 0.1], [0.1, 0.1, 0.0]], np.ones((2, 2)))
     >>> np.fill_diagonal(likeness, 1)
@@ -36,17 +40,18 @@ def alike_groups(between_GG: np.ndarray, sizes: np.ndarray, typical: float) -> n
     """The same from the mean likeness of every two groups, their sizes and the `typical_likeness` of all samples."""
     within = (sizes * np.diagonal(between_GG) - 1) / np.maximum(sizes - 1, 1)
     own = np.sqrt(np.maximum(within, 0))
-    return between_GG / np.maximum(np.outer(own, own), typical)
+    alike_GG = between_GG / np.maximum(np.outer(own, own), typical)
+    return np.where((between_GG == 0) & (typical <= LEAST), np.nan, alike_GG)
 
 
 def typical_likeness(likeness_MM: Similarity) -> float:
     """Root mean square likeness of two samples."""
     if isinstance(likeness_MM, Gram):
-        return max(float(np.sqrt(likeness_MM.mean_square())), 1e-12)
+        return max(float(np.sqrt(likeness_MM.mean_square())), LEAST)
     count = len(likeness_MM)
     total = float(np.einsum("ij,ij->", likeness_MM, likeness_MM, dtype=np.float64))
     total -= float((np.diagonal(likeness_MM).astype(np.float64) ** 2).sum())
-    return max(float(np.sqrt(max(total, 0) / max(1, count * (count - 1)))), 1e-12)
+    return max(float(np.sqrt(max(total, 0) / max(1, count * (count - 1)))), LEAST)
 
 
 def families(linked_GG: np.ndarray) -> list[list[int]]:

@@ -125,8 +125,12 @@ def import_(
     rows = [{key: value for key, value in each.items() if key not in ("trajectory", "sha256")} for each in written]
     records.write(written, format, [records.Table(output, rows if len(rows) <= LISTED else summary(rows))])
     tracked = losses is not None or any(r.get("loss") is not None for r in written)
-    found = f"{len(written)} {'steps' if paths is None or not paths else 'checkpoints'}"
-    found += f", steps {written[0]['step']} to {written[-1]['step']}" if written else " that were not there"
+    found = f"{len(written)} {'checkpoint' if paths else 'step'}{'s' * (len(written) != 1)}"
+    if written:
+        first, last = written[0]["step"], written[-1]["step"]
+        found += f", step {first}" if len(written) == 1 else f", steps {first} to {last}"
+    else:
+        found += " that were not there"
     with open_trajectory(output) as run:
         seen = sighted.chosen(run) and not run.has("checkpoints/params")
     follow = answers.command("mine" if seen else "analyse" if tracked else "track", output, task=None if seen else task)

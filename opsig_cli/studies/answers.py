@@ -92,9 +92,13 @@ def _from_here(task: str, run: str) -> str:
 
 
 def mined(
-    records: Sequence[Record], run: str, unit: str, task: str | None = None, step: int | None = None
+    records: Sequence[Record], run: str, unit: str, task: str | None = None, step: int | None = None,
+    alone: bool = False,
 ) -> Answer:  # fmt: skip
-    """Of `mine`: who moves most, and how far; at one `step`, which is then to be taken apart, or over a window."""
+    """Of `mine`: who moves most, and how far; at one `step`, which is then to be taken apart, or over a window.
+
+    `alone`: it is the run's only sample, which nobody can be grouped with.
+    """
     movers = [r for r in records if r.get("kind") != "not_finite"]
     broken = [r for r in records if r.get("kind") == "not_finite"]
     said = []
@@ -114,7 +118,7 @@ def mined(
     named = f" ({short(first['name'])})" if "name" in first else ""
     said.append(f"{who}; sample {first['sample']}{named} moves most, {change} at step {first['step']}")
     apart = () if step is None else ("--explain", str(step))
-    return Answer("; ".join(said), command("cluster", run, *apart, task=task))
+    return Answer("; ".join(said), None if alone else command("cluster", run, *apart, task=task))
 
 
 def sighted(
@@ -129,8 +133,9 @@ def sighted(
         return Answer("no sample was seen often enough to be held against what was expected of it")
     follow = command("cluster", run, task=task) if grouped else None
     if step is None:
+        who = f"{len(movers)} sample{'s' * (len(movers) > 1)}"
         if not any((record["change"] or 0) > 0 for record in movers):
-            found = f"none of these {len(movers)} samples exceeds what was to be expected of it; they lie below it"
+            found = f"of {who} none exceeds what was to be expected of it"
             return Answer(found, command("mine", run, "--direction", "up"))
         excess: dict[int, float] = {}
         for record in movers:
@@ -138,7 +143,7 @@ def sighted(
         most = max(excess, key=excess.__getitem__)
         count = sum(r["step"] == most and (r["change"] or 0) > 0 for r in movers)
         found = (
-            f"of these {len(movers)} samples {count} exceed the expected at step {most}, by more than at any other step"
+            f"of {who} {count} exceed{'s' * (count == 1)} the expected at step {most}, by more than at any other step"
         )
         return Answer(found, command("mine", run, "--step", str(most)))
     if sum(record["change"] or 0 for record in movers) < 0:

@@ -145,7 +145,7 @@ def prepared(
     if len(position) < 2:
         raise OpsigError(missing.too_few(run, len(position)))
     asked = Asked(run, position, near(held, *mined.window), mined.window)
-    require_few(len(position), asked.grouped(len(position)))
+    require_few(asked.grouped(len(position)), 1 + OPPONENTS)
     return asked
 
 

@@ -99,12 +99,12 @@ def by_rows(count: int, sketch: int | None) -> str:
     return f"note: {count:,} samples, more than {gram.MOST_FORMED:,}, are grouped by rows{how}"
 
 
-def require_few(mined: int, grouped: int) -> None:
-    """Raise OpsigError where so many that were mined make more to be grouped than are compared."""
+def require_few(grouped: int, times: int) -> None:
+    """Raise OpsigError where more are to be grouped than are compared: `times` as many as are asked for, or all."""
     if grouped > MOST_GROUPED:
         raise OpsigError(
             f"{grouped:,} samples cannot be compared with each other: that takes hours. Give at most "
-            f"{MOST_GROUPED * mined // grouped:,}: those left out can still join the groups that are found"
+            f"{MOST_GROUPED // times:,}: those left out can still join the groups that are found"
         )
 
 
@@ -132,7 +132,7 @@ def prepared(
     if len(position) < 2:
         raise OpsigError(missing.too_few(run, len(position)))
     asked = Asked(run, by, fallback, found, position, window_of(run, found), samples is None and by != "loss")
-    require_few(len(position), asked.grouped)
+    require_few(asked.grouped, 2 if asked.widens else 1)
     return asked
 
 

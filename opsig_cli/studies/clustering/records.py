@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,27 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
 
     Numbers of groups and pairs start at 1.
     """
+    texts, told = Texts(run), _told(run, clusters)
+    pairs, groups = _pairs(run, clusters, told, texts), _groups(run, clusters, told)
+    return [*pairs, *groups, *_members(run, clusters, told, texts), _tests(run, clusters)]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What records say of the samples, of each group by its number from 0, and what all of them say."""
+
+    labels_S: np.ndarray | None
+    members: list[np.ndarray]
+    mixes: list[dict[str, int] | None]
+    names: list[str]
+    joined: list[int]
+    rise_step: int
+    measure: str
+    unit: str
+    common: dict[str, Any]
+
+
+def _told(run: Trajectory, clusters: Clusters) -> _Told:
     found, window = clusters.grouping, clusters.window
     labels_S = run.read("samples/label") if run.has("samples/label") else None
     labels = None if labels_S is None else labels_S[clusters.position]
@@ -37,23 +59,21 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
     mixes = [mix_of(labels, inside) for inside in members]
     names = [f"G{g + 1} ({describe(mix, len(members[g]))})" for g, mix in enumerate(mixes)]
     joined = [int((clusters.joined.group == group).sum()) for group in range(len(members))]
-    rise_step = int(window.steps_T[window.rise_row])
     measure = "loss correlation" if clusters.by == "loss" else "cosine"
     common = {"by": clusters.by, "caveat": caveat(clusters), "sketch_error": clusters.sketch_error}
-    pairs, numbers, unit = found.pairs(), clusters.numbers(), loss_unit(run)
-    own = found.own_pairs()
-    pair_of = {group: numbers[place] for group, place in own.items()}
-    side_of = {group: 1 if pairs[place][0] == group else -1 for group, place in own.items()}
-    partner_of = {group: sum(pairs[place]) - group for group, place in own.items()}
-    texts = Texts(run)
-    written: list[dict[str, Any]] = []
+    rise_step = int(window.steps_T[window.rise_row])
+    return _Told(labels_S, members, mixes, names, joined, rise_step, measure, loss_unit(run), common)
+
+
+def _pairs(run: Trajectory, clusters: Clusters, told: _Told, texts: Texts) -> Iterator[dict[str, Any]]:
+    pairs, numbers = clusters.grouping.pairs(), clusters.numbers()
     for place in np.argsort(numbers).tolist():
         (a, b), weight, number = pairs[place], clusters.pairs[place], numbers[place]
-        after = texts.after(*(clusters.position[members[group]] for group in (a, b)))
+        after = texts.after(*(clusters.position[told.members[group]] for group in (a, b)))
         apart = weight.apart
-        apart_step = None if apart is None else int(window.steps_T[apart[0]])
+        apart_step = None if apart is None else int(clusters.window.steps_T[apart[0]])
         removed, controls = removed_by_silence(weight)
-        written.append({
+        yield {
             "kind": "pair",
             "trajectory": run.path,
             "pair": number,
@@ -61,9 +81,9 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             "verdict": weight.verdict,
             "reason": weight.reason,
             "groups": [a + 1, b + 1],
-            "sizes": [len(members[a]), len(members[b])],
-            "joined": [joined[a], joined[b]],
-            "labels": [mixes[a], mixes[b]],
+            "sizes": [len(told.members[a]), len(told.members[b])],
+            "joined": [told.joined[a], told.joined[b]],
+            "labels": [told.mixes[a], told.mixes[b]],
             "after": after,
             "cohesion": weight.cohesion,
             "opposition": weight.opposition,
@@ -85,49 +105,61 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
             **_evidence(weight),
             "p_value_losses": weight.p_value_losses,
             **_vectors(clusters, place),
-            "rise_step": rise_step,
+            "rise_step": told.rise_step,
             "changes": weight.changes,
             "apart_step": apart_step,
             "apart_changes": None if apart is None else list(apart[1:]),
             "apart_movement": None if apart is None else weight.apart_movement,
             "sentence": pair_sentence(
-                (names[a], names[b]), weight, apart_step, measure, clause(after), _other_label(mixes[a], mixes[b]), unit
+                (told.names[a], told.names[b]), weight, apart_step, told.measure, clause(after),
+                _other_label(told.mixes[a], told.mixes[b]), told.unit,
             ),
-            **common,
-        })  # fmt: skip
+            **told.common,
+        }  # fmt: skip
+
+
+def _groups(run: Trajectory, clusters: Clusters, told: _Told) -> Iterator[dict[str, Any]]:
+    pairs, numbers, own = clusters.grouping.pairs(), clusters.numbers(), clusters.grouping.own_pairs()
+    pair_of = {group: numbers[place] for group, place in own.items()}
+    side_of = {group: 1 if pairs[place][0] == group else -1 for group, place in own.items()}
+    partner_of = {group: sum(pairs[place]) - group for group, place in own.items()}
     for group, weight in enumerate(clusters.groups):
         partner = partner_of.get(group)
-        against = None if partner is None else names[partner]
-        written.append({
+        against = None if partner is None else told.names[partner]
+        yield {
             "kind": "group",
             "trajectory": run.path,
             "group": group + 1,
             "pair": pair_of.get(group),
             "partner": None if partner is None else partner + 1,
             "side": side_of.get(group),
-            "size": len(members[group]),
-            "joined": joined[group],
-            "labels": mixes[group],
+            "size": len(told.members[group]),
+            "joined": told.joined[group],
+            "labels": told.mixes[group],
             "cohesion": weight.cohesion,
             "cohesion_error": weight.cohesion_error,
             **_evidence(weight),
-            "rise_step": rise_step,
+            "rise_step": told.rise_step,
             "change": weight.change,
-            "sentence": group_sentence(names[group], against, weight, rise_step, measure, unit),
-            **common,
-        })  # fmt: skip
+            "sentence": group_sentence(told.names[group], against, weight, told.rise_step, told.measure, told.unit),
+            **told.common,
+        }  # fmt: skip
+
+
+def _members(run: Trajectory, clusters: Clusters, told: _Told, texts: Texts) -> Iterator[dict[str, Any]]:
+    found, labels_S = clusters.grouping, told.labels_S
     position = np.concatenate([clusters.position, clusters.joined.position])
     group_of = np.concatenate([found.group_M, clusters.joined.group])
     alignment = np.concatenate([found.alignment_M, clusters.joined.alignment])
     ids, names_S = run.samples, missing.names_of(run)
     places: dict[int, list[tuple[int | None, int | None]]] = {}  # of a group: its pairs, with its side in each
-    for number, pair in sorted(zip(numbers, pairs, strict=True)):
+    for number, pair in sorted(zip(clusters.numbers(), found.pairs(), strict=True)):
         for group, side in zip(pair, (1, -1), strict=True):
             places.setdefault(group, []).append((number, side))
     for i in np.argsort(group_of, kind="stable"):
         group = int(group_of[i])
         for number, side in places.get(group, [(None, None)]) if group >= 0 else []:
-            written.append({
+            yield {
                 "kind": "member",
                 "trajectory": run.path,
                 "sample": int(ids[position[i]]),
@@ -139,8 +171,7 @@ def records(run: Trajectory, clusters: Clusters) -> list[dict[str, Any]]:
                 "label": None if labels_S is None else str(labels_S[position[i]]),
                 "mined": bool(i < len(clusters.position)),
                 **texts.field(int(position[i])),
-            })  # fmt: skip
-    return [*written, _tests(run, clusters)]
+            }  # fmt: skip
 
 
 def _tests(run: Trajectory, clusters: Clusters) -> dict[str, Any]:

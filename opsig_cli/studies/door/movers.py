@@ -52,7 +52,8 @@ def mine(
 
         found, records, broken = without_damage(work, damage.append)
         unit, own = loss_unit(trajectory), answers.task_of(trajectory, None)
-        grouped = len(trajectory.steps("checkpoints")) > 1
+        alone = len(trajectory.samples) == 1
+        grouped = len(trajectory.steps("checkpoints")) > 1 and not alone
     if back is None and not isinstance(run, Trajectory):
         kept.keep(trajectory.path, "mined", origin, found)
     notes = [found.note] if found.note else []
@@ -73,5 +74,5 @@ def mine(
     if isinstance(found, sighted.Sighted):
         answer = answers.sighted(records, trajectory.path, step, grouped, own)
     else:
-        answer = answers.mined(broken + records, trajectory.path, unit, own, step)
+        answer = answers.mined(broken + records, trajectory.path, unit, own, step, alone)
     return Records(broken + records, notes=notes, damage=damage, title=title, draw=draw, answer=answer)

@@ -27,12 +27,11 @@ def without(
     second = [i for i, path in enumerate(paths) if SECOND.search(os.path.basename(path))]
     kept = [i for i in range(len(paths)) if i not in second]
     for i in second:
-        same = (other for other in kept if _said(glances[i]) == _said(glances[other]))
-        other = next((other for other in same if _same(paths[i], paths[other], target)), None)
+        other = _same(paths[i], [paths[o] for o in kept if _said(glances[i]) == _said(glances[o])], target)
         if other is None:
             kept.append(i)
         else:
-            warn(f"{paths[i]} is left out: it holds the same as {paths[other]}")
+            warn(f"{paths[i]} is left out: it holds the same as {other}")
     return [paths[i] for i in sorted(kept)], [glances[i] for i in sorted(kept)]
 
 
@@ -41,11 +40,18 @@ def _said(glance: flow.Glance) -> tuple[int | None, int | None]:
     return next((glance.numbers[key] for key in STEP_KEYS if key in glance.numbers), None), glance.count
 
 
-def _same(path: str, other: str, target: flow.Target) -> bool:
-    if os.path.realpath(path) == os.path.realpath(other):
-        return True
-    one, two = (_state(each, target) for each in (path, other))
-    return np.array_equal(one.params, two.params, equal_nan=True) and np.array_equal(one.buffers, two.buffers, True)
+def _same(path: str, others: Sequence[str], target: flow.Target) -> str | None:
+    """Which of the others holds the same, the first; None for none."""
+    if not others:
+        return None
+    if linked := [other for other in others if os.path.realpath(path) == os.path.realpath(other)]:
+        return linked[0]
+    one = _state(path, target)
+    for other in others:
+        two = _state(other, target)
+        if np.array_equal(one.params, two.params, True) and np.array_equal(one.buffers, two.buffers, True):
+            return other
+    return None
 
 
 def _state(path: str, target: flow.Target) -> State:

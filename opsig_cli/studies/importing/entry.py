@@ -21,7 +21,7 @@ from opsig_cli.studies import tracking, training
 from opsig_cli.studies.importing import checkpoints, doubles, flow, order, series, settling, trainer_logs
 from opsig_cli.studies.importing.logs import Log
 from opsig_cli.studies.importing.steps import PLACES, REMEDY, given_steps, steps_of
-from opsig_cli.studies.importing.table_lines import ENDINGS
+from opsig_cli.studies.importing.table_lines import is_table
 from opsig_cli.trajectory import external
 from opsig_cli.trajectory.file import Trajectory, open_trajectory
 from opsig_cli.trajectory.recorder import Recorder
@@ -144,7 +144,7 @@ def _import_checkpoints(
     paths = checkpoints.find(list(request.paths))
     stored = _stored(request) if request.append else None
     if stored is None and request.task is None:
-        table = next((path for path in request.paths if path.removesuffix(".gz").endswith(ENDINGS)), None)
+        table = next(filter(is_table, request.paths), None)
         hint = "" if table is None else f". A table of losses needs none: --losses {table}"
         raise UsageError(f"--task is missing. Write --task NAME or --task file.py:Name{hint}")
     given = {"statistics": "running", "chunk_size": None} | dict(request.given)

@@ -54,7 +54,7 @@ def read_losses(
     try:
         if is_table(path):
             log = logs.read(path, named or {}, warn)
-            check_once(path, log)
+            require_once(path, log, warn if as_sightings else None)
             sparse = is_sparse(log) if as_sightings is None else as_sightings
             if as_sightings is None and sparse:
                 warn(
@@ -62,7 +62,7 @@ def read_losses(
                     "over minibatches. --rows takes it as losses of all samples with gaps"
                 )
             return log if sparse else rows_of(path, log)
-        if path.endswith((".npy", ".npz")):
+        if path.lower().endswith((".npy", ".npz")):
             return _losses_of_arrays(path)
     except OSError as error:
         reason = error.strerror or f"it is not readable ({first_words(error)})"
@@ -138,17 +138,21 @@ def is_sparse(log: Log) -> bool:
     return int(np.isfinite(log.loss).sum()) < FULL * cells
 
 
-def check_once(path: str, log: Log) -> None:
-    """Raise OpsigError where a log has two losses of a sample at a step."""
+def require_once(path: str, log: Log, warn: Warn | None) -> None:
+    """Raise OpsigError where a log has two losses of a sample at a step, or say so where a batch may have had it twice,
+    and that is told by `warn`."""
     order = np.lexsort((log.place, log.step))
     step_N, place_N = log.step[order], log.place[order]
     twice = np.flatnonzero((np.diff(step_N) == 0) & (np.diff(place_N) == 0))
-    if len(twice):
+    if len(twice) and warn is not None:
+        warn(f"{path}: batches had a sample twice, which counts twice, {len(twice):,} times")
+    elif len(twice):
         place = place_N[twice[0]]
         name = log.samples[place] if log.names is None else log.names[place]
         raise OpsigError(
             f"{path} has two losses of sample {name} at step {step_N[twice[0]]}. Keep one: where a run went on from a "
-            "checkpoint the later, and of several runs or splits those of one"
+            "checkpoint the later, and of several runs or splits those of one. Where batches draw a sample twice, "
+            "--sightings takes both"
         )
 
 
