@@ -126,5 +126,5 @@ def test_convolutions_go_in_pieces_that_batches_are_cut_into_evenly():
             return min(50, self.batch_size, self.fits)
 
     sizes: list[tuple[Any, int]] = [(Sized(500, 500), 50), (Sized(128, 128), 32), (Sized(127, 127), 127)]
-    for opened, piece in [*sizes, (Sized(500, 16), 10)]:
+    for opened, piece in [*sizes, (Sized(500, 16), 10), (Sized(500, 1), 1)]:
         assert hessians._piece(opened) == piece

@@ -200,7 +200,7 @@ def _piece(opened: Opened) -> int:
     fits, small = opened.fitting_batch(2), opened.inference_batch()
     if opened.couples_samples or fits < small or small == opened.batch_size:
         return fits
-    even = [size for size in range(small // 2, small + 1) if opened.batch_size % size == 0]
+    even = [size for size in range((small + 1) // 2, small + 1) if opened.batch_size % size == 0]
     return max(even, default=fits)
 
 
