@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 
 from opsig_cli.backends import PRODUCTS, Need
+from opsig_cli.errors import OpsigError
 from opsig_torch import captured, coupled, layer_gradients, set_cosines, small_basis, spectrum
 from opsig_torch.batched_lanczos import ROOM
 from opsig_torch.hessian import GRAPH_BYTES, MARGIN, PRODUCT_VECTORS, basis_room
 from opsig_torch.memory import bound_of, held
 from opsig_torch.opened import GRAPH_FACTOR, Opened
+from opsig_torch.ways import ran_out_of_memory
 
 TRACING = 112 << 20
 """Bytes that torch loads to trace a model, its compiler, where it is not loaded yet."""
@@ -107,7 +109,7 @@ def _room(opened: Opened, what: str, count: int, item: int, batch: int, vector: 
 def _of_samples(opened: Opened, what: str, count: int, vector: int) -> tuple[int, int]:
     """Bytes that gradients of `count` single samples take: what is held of layers and blocks of gradients, those of
     loose parameters, products of every two, and mean gradients of groups."""
-    plan, room = captured.gradient_plan(opened), captured.room_of(opened)
+    plan, room = _gradient_plan(opened), captured.room_of(opened)
     loose = sum(opened.flat.parameter(name).numel() for name in plan.loose)
     widest = max((4 * parameter.numel() // parameter.shape[0] for parameter in plan.covered), default=0)
     fewest = count if what == "gradients" else min(count, opened.positions)
@@ -120,6 +122,18 @@ def _of_samples(opened: Opened, what: str, count: int, vector: int) -> tuple[int
     if what == "alignment":
         most += min(opened.share(set_cosines.DIRECTIONS_SHARE, set_cosines.DIRECTIONS_BYTES), GROUPS * vector)
     return least, most
+
+
+def _gradient_plan(opened: Opened) -> captured.Plan:
+    """How gradients are had; one by one, where a model refuses to be looked at: the measurement says why."""
+    try:
+        return captured.gradient_plan(opened)
+    except (OpsigError, MemoryError):
+        raise
+    except Exception as error:  # a model's own code
+        if ran_out_of_memory(error):
+            raise MemoryError from error
+        return captured.Plan({}, {}, [name for name, p in opened.flat.model.named_parameters() if p.requires_grad])
 
 
 def _passes(opened: Opened, what: str, count: int) -> float:
