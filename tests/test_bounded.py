@@ -54,6 +54,30 @@ def test_a_space_that_is_exhausted_is_no_end_of_the_search():
         assert np.allclose(found.values, [2.0])
 
 
+@pytest.mark.parametrize("size", [40, 70, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eigenvalues_to_one_side_of_zero_keep_the_basis_orthogonal(size, dtype):
+    generator = torch.Generator().manual_seed(size)
+    values = torch.linspace(-0.1, -1.5, size, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    h = (basis @ torch.diag(values) @ basis.T).to(dtype)
+    for count in (1, 5):
+        start = torch.randn(size, generator=generator, dtype=dtype)
+        room = hessian.basis_room(count, size)
+        found = small_basis.top_eigenpairs(lambda v: h @ v, start, count, 1e-3, room)
+        assert found.converged
+        np.testing.assert_allclose(found.values, values[:count], rtol=2e-3)
+
+
+def test_a_basis_cut_back_as_often_as_there_are_parameters_has_not_seen_all_of_them():
+    values = torch.linspace(1, 2, 100, dtype=torch.float64)
+    start = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = small_basis.top_eigenpairs(lambda v: values * v, start, 1, 1e-9, 5)
+    assert found.converged
+    assert found.products > 100
+    assert (found.residuals <= 1e-9).all()
+
+
 @pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
 def test_equal_eigenvalues_and_units_of_any_size_are_found_with_few_vectors(unit):
     diagonal = torch.cat([torch.full((3,), 5.0), torch.full((2,), -9.0), torch.full((295,), 1.0)]) * unit

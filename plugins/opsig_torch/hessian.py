@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
-from opsig_linalg.eigen import REMEMBERED, ROOM, WHOLE, Memory, Solution, novelty
+from opsig_linalg.eigen import LIMIT, REMEMBERED, ROOM, WHOLE, Memory, Solution, novelty
 
 from opsig_cli.backends import worded
 from opsig_cli.errors import OpsigError
@@ -92,12 +93,7 @@ class Hessian:
         kept = []
         for indices, batch in opened.batches.in_pieces(size) if cut else opened.batches:
             with nullcontext() if "unheard" in opened.kept else saved_bytes() as saved:
-                with self._layers():
-                    losses = opened.batch_losses(batch, 2)
-                losses = opened.counted(losses, indices)
-                _require_finite(losses.detach(), indices)
-                loss = losses.sum() / opened.target_count
-                gradients = plain.gradients(opened, loss, twice=True)
+                gradients = self._of_batch(indices, batch)
             if keep is None:
                 room = self._graph_room(opened.fitting_batch(2) < opened.batch_size)
                 keep = saved is not None and saved.total * count <= room
@@ -106,6 +102,33 @@ class Hessian:
             yield gradients, keep
         if keep:
             self._kept = kept
+
+    def _of_batch(self, indices: slice, batch: Any) -> tuple[torch.Tensor, ...]:
+        """A batch's gradients with their graph, by plain autograd from now on where kept derivatives raise, as of items
+        for which a model does what it does for none of the first ones."""
+        layers = self._layers()
+        try:
+            return self._of_layers(layers, indices, batch)
+        except (OpsigError, MemoryError):
+            raise
+        except Exception:
+            if isinstance(layers, ChannelScales):
+                raise
+        self._opened.kept["kept derivatives"] = False
+        return self._of_layers(ChannelScales(), indices, batch)
+
+    def _of_layers(
+        self, layers: KeptDerivatives | ChannelScales, indices: slice, batch: Any
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        opened = self._opened
+        with layers:
+            losses = opened.batch_losses(batch, 2)
+        losses = opened.counted(losses, indices)
+        _require_finite(losses.detach(), indices)
+        gradients = plain.gradients(opened, losses.sum() / opened.target_count, twice=True)
+        if isinstance(layers, KeptDerivatives):
+            plain.require_differentiable(gradients)  # torch itself may take a derivative of these for a constant
+        return gradients
 
     def _layers(self) -> KeptDerivatives | ChannelScales:
         """How layers are run: with kept derivatives where a few items' product is that of plain autograd."""
@@ -177,7 +200,7 @@ def _piece(opened: Opened) -> int:
     fits, small = opened.fitting_batch(2), opened.inference_batch()
     if opened.couples_samples or fits < small or small == opened.batch_size:
         return fits
-    even = [size for size in range(small // 2, small + 1) if opened.batch_size % size == 0]
+    even = [size for size in range((small + 1) // 2, small + 1) if opened.batch_size % size == 0]
     return max(even, default=fits)
 
 
@@ -233,7 +256,7 @@ def solve(
 
 def basis_room(count: int, size: int) -> int:
     """How many basis vectors a solve for `count` eigenpairs keeps where memory does not matter."""
-    return min(size, ROOM + 4 * count)
+    return size if size <= LIMIT else min(size, ROOM + 4 * count)
 
 
 def vectors_that_fit(opened: Opened) -> int:

@@ -91,14 +91,15 @@ class _Activated(Function):
     """An activation f with f' and f'' as they are at x."""
 
     @staticmethod
-    def forward(ctx: Any, x, y, first, second):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x, made):  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, first, second = made  # of a tuple torch knows nothing, so that y may be changed in place
         ctx.save_for_backward(first, second, x)
-        return y.view_as(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         first, second, x = ctx.saved_tensors
-        return _ActivatedBack.apply(g, x, first, second), None, None, None
+        return _ActivatedBack.apply(g, x, first, second), None
 
 
 class _ActivatedBack(Function):
@@ -115,15 +116,16 @@ class _ActivatedBack(Function):
 
 
 def _activation(function: Callable[..., Any]) -> Callable[..., Any]:
-    def activate(x, *args: Any, **kwargs: Any):
-        if not x.is_floating_point() or kwargs.get("inplace") or not (torch.is_grad_enabled() and x.requires_grad):
-            return function(x, *args, **kwargs)
+    def activate(input, *args: Any, **kwargs: Any):
+        tracked = torch.is_grad_enabled() and input.requires_grad and input.is_floating_point()
+        if not tracked or kwargs.get("inplace"):
+            return function(input, *args, **kwargs)
         with torch.enable_grad():
-            alone = x.detach().requires_grad_()
+            alone = input.detach().requires_grad_()
             y = function(alone, *args, **kwargs)
             first = torch.autograd.grad(y.sum(), alone, create_graph=True)[0]
             second = torch.autograd.grad(first.sum(), alone)[0]
-        return _Activated.apply(x, y.detach(), first.detach(), second)
+        return _Activated.apply(input, (y.detach(), first.detach(), second))
 
     return activate
 

@@ -103,9 +103,11 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     if is_causal:
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(ones.triu(1), float("-inf"))
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return scores.softmax(-1) @ value
+    if attn_mask is None:
+        return scores.softmax(-1) @ value
+    scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
+    blind = (scores == float("-inf")).all(-1, keepdim=True)  # queries that see nothing, of which torch makes 0
+    return (scores.masked_fill(blind, 0.0).softmax(-1) @ value).masked_fill(blind, 0.0)
 
 
 def _elementwise(formula: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -2,7 +2,8 @@
 
 P parameters, K eigenpairs, N basis vectors. Lanczos's method with thick restarts (Wu & Simon 2000): a full basis is cut
 back to its best Ritz vectors, in place. Where `opsig_linalg.eigen` keeps two vectors for each product, this keeps one.
-A basis vector that little is left of is made orthogonal twice over. Every entry of the projected matrix is an inner
+A vector is made orthogonal twice over where once would leave more than rounding of what others lack in that, which
+grows from step to step where the eigenvalues lie to one side of zero. Every entry of the projected matrix is an inner
 product, summed in float64.
 """
 
@@ -20,8 +21,8 @@ from opsig_torch.rows import inner
 
 PIECE = 1 << 16
 """Columns that are rotated at a time."""
-THIN = 0.1
-"""Part of a vector that must be left of it, so that rounding leaves no share of what was taken."""
+ASKEW = 32
+"""Units of precision up to which inner products of two basis vectors pass for 0."""
 CONFIRMED = 2
 """Further products through which several eigenpairs must stay found: where the start hardly contains one of them, the
 next below takes its place with a small residual for a product or two, until it comes up."""
@@ -56,6 +57,7 @@ def top_eigenpairs(
     room = min(room, size)
     basis = start.new_empty(room, size)
     matrix = np.zeros((room, room))
+    askew = np.zeros((room, room))  # bounds on the inner products of every two basis vectors
     noise = TorchSpace(start).noise(SEED)
     precision = torch.finfo(start.dtype).eps
     image = start
@@ -71,7 +73,7 @@ def top_eigenpairs(
         image.div_(unit)
         products += 1
         held += 1
-        column, rest = _make_orthogonal(image, basis[:held])
+        column, rest, beside = _make_orthogonal(image, basis[:held], askew[:held, :held])
         if not np.isfinite(column).all():
             raise ValueError(
                 "the Hessian is not finite at this checkpoint: the run has diverged. Choose others with --steps"
@@ -82,7 +84,7 @@ def top_eigenpairs(
         largest = max(largest, float(np.abs(values).max()))
         errors = rest * np.abs(ritz[-1])
         residuals = errors[:count] / np.maximum(np.abs(values[:count]), 1e-300)
-        exhausted = products >= size
+        exhausted = held >= size
         overtaken = held > count and values[count] + errors[count] > values[count - 1]
         met = held >= count and bool((residuals <= tolerance).all()) and not overtaken
         found = found + 1 if met else 0
@@ -94,12 +96,16 @@ def top_eigenpairs(
             _rotate(basis, ritz[:, :kept])
             matrix[:] = 0
             matrix[range(kept), range(kept)] = values[:kept]
+            askew[:kept, :kept] = np.abs(inner(basis[:kept], basis[:kept]) - np.eye(kept))
+            beside = np.full(kept, np.linalg.norm(beside))
             held = kept
         if rest <= EXHAUSTED * precision * largest:  # equal eigenvalues' other vectors are in another space than this
             rest = 0.0
             while rest <= EXHAUSTED * precision:
                 image = next(noise)
-                rest = _make_orthogonal(image, basis[:held])[1]
+                _, rest, beside = _make_orthogonal(image, basis[:held], askew[:held, :held])
+        if held < room:
+            askew[:held, held] = askew[held, :held] = beside
     kept = min(max(count + 1, remembered), held)
     _rotate(basis[:held], ritz[:, :kept])
     vectors = basis[:count] if kept > count else basis[:kept]
@@ -118,17 +124,23 @@ def _rotate(basis: torch.Tensor, coefficients: np.ndarray) -> None:
         piece[: len(mixing)] = mixing @ piece
 
 
-def _make_orthogonal(vector: torch.Tensor, basis: torch.Tensor) -> tuple[np.ndarray, float]:
-    """Take from the vector, in place, what lies along the basis; that, (N,), and the length of what is left."""
+def _make_orthogonal(
+    vector: torch.Tensor, basis: torch.Tensor, askew: np.ndarray
+) -> tuple[np.ndarray, float, np.ndarray]:  # fmt: skip
+    """Take from the vector, in place, what lies along the basis, whose inner products are at most `askew` (N, N); that,
+    (N,), the length of what is left, and bounds (N,) on its inner products, at unit length, with the basis."""
     column = np.zeros(len(basis))
+    precision = torch.finfo(vector.dtype).eps
     while True:
         along = inner(basis, vector[None])[:, 0]
         with narrow():
             vector.addmv_(basis.T, torch.from_numpy(along).to(vector), alpha=-1)
         column += along
         rest, taken = _norm(vector), float(np.linalg.norm(along))
-        if not rest < THIN * taken:
-            return column, rest
+        # what is taken along one vector has a part along the others, and is rounded
+        beside = (askew @ np.abs(along) + precision * (taken + rest)) / max(rest, 1e-300)
+        if not (beside > ASKEW * precision).any():
+            return column, rest, beside
 
 
 def _norm(vector: torch.Tensor) -> float:

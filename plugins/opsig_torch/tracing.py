@@ -67,6 +67,8 @@ def _fuse(graph: Any) -> None:
         if node.op != "call_function" or node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
             continue
         left, right = node.args
+        if left is right:  # what is erased would be of use still
+            continue
         pairs = [(left, right)] if node.target is aten.sub.Tensor else [(left, right), (right, left)]
         sign = -1 if node.target is aten.sub.Tensor else 1
         for other, term in pairs:
