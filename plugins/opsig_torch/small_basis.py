@@ -24,7 +24,7 @@ PIECE = 1 << 16
 ASKEW = 32
 """Units of precision up to which inner products of two basis vectors pass for 0."""
 CONFIRMED = 2
-"""Further products through which several eigenpairs must stay found: where the start hardly contains one of them, the
+"""Further products through which eigenpairs must stay found: where the start hardly contains one of them, the
 next below takes its place with a small residual for a product or two, until it comes up."""
 EXHAUSTED = 10
 """A space is exhausted where what is left of an image is shorter than so many units of precision of the operator."""
@@ -88,7 +88,7 @@ def top_eigenpairs(
         overtaken = held > count and values[count] + errors[count] > values[count - 1]
         met = held >= count and bool((residuals <= tolerance).all()) and not overtaken
         found = found + 1 if met else 0
-        confirmed = found > (CONFIRMED if count > 1 else 0)
+        confirmed = found > CONFIRMED
         if (confirmed and products > count + LOOK_ABOUT) or products == limit or exhausted:
             break
         if held == room:
