@@ -32,6 +32,9 @@ WHOLE = 64
 model for several outputs, lie in no one vector's Krylov space."""
 LOOK_ABOUT = 2
 """Products beyond the number of eigenpairs before a solve may end."""
+CONFIRMED = 2
+"""Further products through which eigenpairs must stay found, of a solve without a memory or for several: where the
+start hardly contains one, the next below takes its place with a small residual for a product or two."""
 REMEMBERED = 8
 """R: vectors of the model that are kept for the next checkpoint, or one more than there are eigenpairs. Twice as many
 save no product of a single one's, and cost as much as two of a small model's."""
@@ -100,6 +103,8 @@ def top_eigenpairs(
     whole = count > 1 and size <= WHOLE
     search = _Search(space, memory, size if whole else min(size, ROOM + 4 * count))
     direction = space.divided(start, space.norm(start))
+    further = CONFIRMED if memory is None or count > 1 else 0
+    found = 0  # products since all are
     while True:
         search.add(direction, product)
         values, residuals, errors = search.pairs(count + 1)
@@ -108,8 +113,9 @@ def top_eigenpairs(
         overtaken = len(values) > count and values[count] + errors[count] > values[count - 1]
         values, residuals = values[:count], residuals[:count]
         converged = len(values) == count and bool((residuals <= tolerance).all()) and not overtaken
-        enough = search.products > count + LOOK_ABOUT
-        if (converged and enough and not whole) or search.products == limit or exhausted:
+        found = found + 1 if converged else 0
+        enough = found > further and search.products > count + LOOK_ABOUT
+        if (enough and not whole) or search.products == limit or exhausted:
             break
         wanted = np.flatnonzero(residuals > tolerance)
         if len(wanted) and residuals.max() < DEPENDENT**0.5:  # the model has no digits left

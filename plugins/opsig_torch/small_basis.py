@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from opsig_linalg.eigen import LIMIT, LOOK_ABOUT, SEED, Memory, Solution, require_reachable
+from opsig_linalg.eigen import CONFIRMED, LIMIT, LOOK_ABOUT, SEED, Memory, Solution, require_reachable
 
 from opsig_torch.arithmetic import narrow
 from opsig_torch.eigen import TorchSpace
@@ -23,9 +23,6 @@ PIECE = 1 << 16
 """Columns that are rotated at a time."""
 ASKEW = 32
 """Units of precision up to which inner products of two basis vectors pass for 0."""
-CONFIRMED = 2
-"""Further products through which eigenpairs must stay found: where the start hardly contains one of them, the
-next below takes its place with a small residual for a product or two, until it comes up."""
 EXHAUSTED = 10
 """A space is exhausted where what is left of an image is shorter than so many units of precision of the operator."""
 
