@@ -29,7 +29,7 @@ def opened(group: Group, task: Any, options: Options) -> SharedSession:
     session = _built(group, number, lambda: task, options)
     group.held[number] = session
     here = int(os.environ.get("LOCAL_WORLD_SIZE", str(group.size)))
-    session.bound_by(bound_of(session.device) // (here if session.device == "cpu" else 1))
+    session.divide(bound_of(session.device) // (here if session.device == "cpu" else 1))
     return session
 
 

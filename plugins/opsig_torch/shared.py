@@ -47,6 +47,15 @@ class SharedSession(PartialSession):
         self._tell("bound", memory)
         super().bound_by(memory)
 
+    def divide(self, memory: int) -> None:
+        """Cut the data by so many bytes at every process, a bound that nobody asked for: freed memory is kept."""
+        self._tell("divide", memory)
+        self._divide(memory)
+
+    def _divide(self, memory: int) -> None:
+        self.memory = memory
+        self.forget()
+
     def taken(self) -> int:
         """Half of the bound: processes cut the data in one way, and each has a size of its own."""
         return self.bound() // 2
@@ -236,7 +245,8 @@ class SharedSession(PartialSession):
         """Do what the first process tells the others."""
         alone: dict[str, Callable[..., Any]] = {
             "begin": super().initial, "take": super().adopt, "load": self.load, "hessian": self.serve_hessian,
-            "bound": super().bound_by, "targets": self.know_targets, "arrange": super().arrange, "weigh": self.weigh,
+            "bound": super().bound_by, "divide": self._divide, "targets": self.know_targets,
+            "arrange": super().arrange, "weigh": self.weigh,
         }  # fmt: skip
         if name in alone:
             alone[name](*arguments)
