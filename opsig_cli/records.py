@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -79,19 +79,24 @@ def check_format(name: str | None) -> None:
         raise UsageError(f"no format is called '{name}'. Known: {', '.join(FORMATS)}")
 
 
+def json_lines(lines: Iterable[str]) -> Iterator[tuple[int, str, Any]]:
+    """The lines that are not blank, each with its number from 1 on, and the value in it: None where it is no JSON."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            yield number, line, value
+
+
 def read(stream: TextIO) -> list[dict[str, Any]]:
     """All records of a stream of JSON lines, read to its end.
 
     Raises OpsigError where there are none, or naming the line that is not a JSON object, or whose sample is none.
     """
     records = []
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
+    for number, _, record in json_lines(stream):
         if not isinstance(record, dict):
             raise OpsigError(
                 f"stdin line {number} is not a JSON object. Pipe records in: opsig mine run.h5 | opsig cluster -"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.records import json_lines
 from opsig_cli.studies.importing.columns import COLUMNS
 from opsig_cli.studies.importing.logs import Log, number_of, whole_of
 from opsig_cli.studies.importing.table_lines import opened
@@ -66,13 +66,7 @@ def _order_of_arrays(path: str) -> tuple[list[int], list[np.ndarray]]:
 def _order_of_json(path: str) -> tuple[list[int], list[np.ndarray]]:
     steps: list[int] = []
     batches = []
-    for number, line in enumerate(opened(path), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
+    for number, _, value in json_lines(opened(path)):
         step = steps[-1] + 1 if steps else 0
         if isinstance(value, dict):
             folded = {name.casefold(): name for name in value}

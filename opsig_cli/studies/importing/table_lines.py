@@ -8,13 +8,13 @@ from __future__ import annotations
 import csv
 import gzip
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from opsig_cli.errors import OpsigError
+from opsig_cli.records import json_lines
 from opsig_cli.studies.importing.columns import COLUMNS, WIDE, Warn, choose, folded, wide_columns
 from opsig_cli.studies.importing.torch_files import MAX_EXPANSION, SPARE_BYTES, first_words
 
@@ -191,13 +191,7 @@ def _json_lines(
     path: str, text: Iterator[str], named: Mapping[str, str], warn: Warn
 ) -> tuple[dict[str, str], Lines]:  # fmt: skip
     def objects() -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, line in enumerate(text, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
+        for number, line, value in json_lines(text):
             if value is None and not line.endswith("\n"):
                 warn(f"{path}: the last line, {number}, is cut off in its middle, and left out")
                 return
