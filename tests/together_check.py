@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from opsig_torch import session as session_module
 from opsig_torch.session import TorchSession
 
 from opsig_cli.analysis.grouping import group_by_similarity
@@ -112,6 +113,7 @@ def compare(backend, name: str, chunk: int) -> None:
 def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = load_backend("torch")
+    session_module.give_back_at_once = lambda: print("freed memory is given back, where nobody gave a bound")
     with backend.meeting(rank, size) as serve:
         if rank:
             serve()
