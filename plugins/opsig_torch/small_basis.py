@@ -105,12 +105,10 @@ def top_eigenpairs(
             askew[:held, held] = askew[held, :held] = beside
     kept = min(max(count + 1, remembered), held)
     _rotate(basis[:held], ritz[:, :kept])
-    vectors = basis[:count] if kept > count else basis[:kept]
     for vector in basis[:kept]:
         vector /= _norm(vector)
-    values = unit * values[:kept]
-    memory = Memory(basis[:kept].clone(), values)  # without what the rest of the basis takes
-    return Solution(values[:count], vectors, residuals, products, met or exhausted, memory)
+    memory = Memory(basis[:kept].clone(), unit * values[:kept])  # without what the rest of the basis takes
+    return Solution(memory.values[:count], memory.vectors[:count], residuals, products, met or exhausted, memory)
 
 
 def _rotate(basis: torch.Tensor, coefficients: np.ndarray) -> None:
